@@ -1,0 +1,5 @@
+"""``python -m cxr_cache`` is ``cxr-cache``."""
+
+from cxr_cache.cli import main
+
+main()

@@ -1,0 +1,492 @@
+"""The command line: options to config, one call, one report.
+
+Modules that import torch are imported by the commands that need them, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cxr_cache import __version__
+from cxr_cache.errors import CxrCacheError
+
+if TYPE_CHECKING:
+    from cxr_cache.cohort import Cohort
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+STORE = click.argument("store", type=FILE)
+CSV_DIR = click.option(
+    "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files."
+)
+DEFAULT_ENCODER = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C: finish what is being written, then leave."""
+
+
+class ErrorsAsMessages(click.Group):
+    """A group that prints errors the user can fix as one message, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:  # noqa: D102
+        try:
+            return super().invoke(ctx)
+        except CxrCacheError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror}.") from error
+        except KeyboardInterrupt as stop:
+            command = shlex.join(["cxr-cache", *sys.argv[1:]])
+            click.echo(
+                "\nStopped. What was finished is kept; the same command continues:\n  " + command,
+                err=True,
+            )
+            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+class NumberList(click.ParamType):
+    """Numbers with commas between, as a tuple of integers."""
+
+    def __init__(self, separator: str = ",") -> None:
+        self.name = f"N{separator}N..."
+        self.separator = separator
+
+    def convert(  # noqa: D102
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(self.separator))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 30,50,75.", param, ctx)
+
+
+@click.group(
+    cls=ErrorsAsMessages,
+    context_settings={
+        "show_default": True,
+        "auto_envvar_prefix": "CXR_CACHE",
+        "help_option_names": ["-h", "--help"],
+    },
+)
+@click.version_option(__version__, prog_name="cxr-cache")
+@click.option("-v", "--verbose", is_flag=True, help="Log what is done in detail, on stderr.")
+def cli(verbose: bool) -> None:
+    """Cache chest X-ray embeddings once; train, test and predict from the cache.
+
+    Research software. Not for clinical use.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def main() -> None:
+    """Entry point of ``cxr-cache`` and ``python -m cxr_cache``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    # PyTorch's workers print their own traceback on Ctrl-C unless the parent stays in charge.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:torch")
+    cli()
+
+
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+@contextmanager
+def _progress_bar(total: int | None, unit: str) -> Iterator[Any]:
+    """A tqdm bar on stderr, silent when that is not a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, disable=None, file=sys.stderr, smoothing=0.05) as bar:
+        yield bar
+
+
+def _image_progress(bar: Any) -> Callable[[int, int, int], None]:
+    n_failures = 0
+
+    def update(n_done: int, n_failed: int, n_total: int) -> None:
+        nonlocal n_failures
+        n_failures += n_failed
+        bar.total = n_total
+        bar.update(n_done + n_failed)
+        bar.set_postfix(failed=n_failures, refresh=False)
+
+    return update
+
+
+def _head_progress(bar: Any) -> Callable[[int, int], None]:
+    def update(n_done: int, n_total: int) -> None:
+        bar.total = n_total
+        bar.update(n_done - bar.n)
+
+    return update
+
+
+# -- looking ----------------------------------------------------------------------------
+
+
+@cli.command()
+@CSV_DIR
+@click.option("--image-dir", type=FOLDER, help="Also look for the image files.")
+@click.option("--plot", type=FILE, help="Draw the class distribution into this PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Show findings, counts, views and missing files of a data set."""
+    from cxr_cache.cohort import load_cohort
+    from cxr_cache.describe import describe_cohort
+    from cxr_cache.images import find_missing
+
+    cohort = load_cohort(csv_dir)
+    if image_dir is not None:
+        _require_folder(image_dir)
+    missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
+    description = describe_cohort(cohort, missing)
+    click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
+    if plot is not None:
+        from cxr_cache.report import draw_class_distribution
+
+        counts = description.findings
+        draw_class_distribution(
+            [c.finding for c in counts],
+            [c.images for c in counts],
+            [c.studies for c in counts],
+            plot,
+        )
+        click.echo(f"Class distribution drawn to {plot}", err=True)
+
+
+@cli.command()
+@STORE
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def inspect(store: Path, as_json: bool) -> None:
+    """Tell all about a feature store on one screen."""
+    from cxr_cache.overview import format_store, summarise_store
+    from cxr_cache.store import FeatureStore
+
+    with FeatureStore.open(store) as features:
+        summary = summarise_store(features)
+    click.echo(json.dumps(summary, indent=2) if as_json else format_store(summary))
+
+
+# -- making a store ---------------------------------------------------------------------
+
+
+@cli.command()
+@CSV_DIR
+@click.option("--image-dir", type=FOLDER, required=True, help="Folder with the images.")
+@click.option("--store", type=FILE, required=True, help="HDF5 file to write or to continue.")
+@click.option(
+    "--model",
+    default=DEFAULT_ENCODER,
+    help="hf-hub:ORG/REPO, local-dir:FOLDER, an open_clip name, or random:TIMM_NAME[:SEED].",
+)
+@click.option("--flip", is_flag=True, help="Also embed each image's mirror image.")
+@click.option("--batch-size", default=32, help="Images per forward pass.")
+@click.option("--num-workers", type=int, help="Decoding processes.  [default: one per core, max 8]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    help="auto is bf16 where the processor computes it natively, else fp32.",
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["squash", "crop"]),
+    help="How a picture becomes square.  [default: as the encoder's configuration says]",
+)
+@click.option(
+    "--normalize",
+    type=click.Choice(["encoder", "imagenet"]),
+    default="encoder",
+    help="Mean and standard deviation of the pixels.",
+)
+@click.option("--bits-stored", type=int, help="Bits used in 16-bit files.  [default: all 16]")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images of the table.")
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=0),
+    help="Stop when more images fail.  [default: 1 % of the images, at least 100]",
+)
+def extract(
+    csv_dir: Path,
+    image_dir: Path,
+    store: Path,
+    model: str,
+    flip: bool,
+    batch_size: int,
+    num_workers: int | None,
+    device: str,
+    precision: Any,
+    resize: Any,
+    normalize: Any,
+    bits_stored: int | None,
+    limit: int | None,
+    max_failures: int | None,
+) -> None:
+    """Embed every image once; the same command again continues where it stopped."""
+    cohort = _load_cohort(csv_dir, limit)
+    _require_folder(image_dir)
+    from cxr_cache.encoder import load_encoder
+    from cxr_cache.extract import ExtractConfig
+    from cxr_cache.extract import extract as run_extraction
+
+    given = {"num_workers": num_workers} if num_workers is not None else {}
+    config = ExtractConfig(batch_size=batch_size, flip=flip, max_failures=max_failures, **given)
+    encoder = load_encoder(
+        model,
+        device=device,
+        precision=precision,
+        resize=resize,
+        normalize=normalize,
+        bits_stored=bits_stored,
+    )
+    _warn_if_random(encoder.identity.is_random)
+    with _progress_bar(len(cohort), "img") as bar:
+        summary = run_extraction(
+            cohort, image_dir, store, encoder, config, on_progress=_image_progress(bar)
+        )
+    click.echo(summary.to_text())
+    if summary.n_failed > config.tolerated_failures(len(cohort)):
+        raise click.ClickException(
+            f"{summary.n_failed:,} images failed, more than --max-failures tolerates."
+        )
+
+
+@cli.command("import")
+@click.argument("embeddings", type=FILE)
+@CSV_DIR
+@click.option("--store", type=FILE, required=True, help="HDF5 file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a store that is there already.")
+def import_(embeddings: Path, csv_dir: Path, store: Path, overwrite: bool) -> None:
+    """Make a store from features computed elsewhere (.npz: image_id, embeddings)."""
+    from cxr_cache.importing import import_embeddings
+
+    cohort = _load_cohort(csv_dir, None)
+    summary = import_embeddings(embeddings, cohort, store, overwrite=overwrite)
+    click.echo(summary.to_text())
+
+
+def _load_cohort(csv_dir: Path, limit: int | None) -> Cohort:
+    from cxr_cache.cohort import load_cohort
+
+    return load_cohort(csv_dir).take(slice(limit))
+
+
+def _require_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise click.ClickException(f"{path} is not a folder.")
+
+
+def _warn_if_random(is_random: bool) -> None:
+    if is_random:
+        click.echo(
+            "This encoder has RANDOM WEIGHTS: embeddings and results have no medical meaning.",
+            err=True,
+        )
+
+
+# -- training ---------------------------------------------------------------------------
+
+
+@cli.command()
+@STORE
+@click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to.")
+@click.option("--labels", type=FILE, help="CSV whose targets replace the store's.")
+@click.option("--epochs", type=NumberList(), default="30,50,75,90,100", help="Candidates.")
+@click.option("--folds", "n_folds", default=5, help="Folds of the search.")
+@click.option("--batch-size", default=16)
+@click.option("--lr", "learning_rate", default=2e-5, help="Learning rate of AdamW.")
+@click.option("--weight-decay", default=1e-4)
+@click.option("--clip", "max_grad_norm", default=1.0, help="Largest gradient norm.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["plateau", "constant", "cosine", "one-cycle"]),
+    default="plateau",
+    help="plateau halves the rate when the validation loss stalls for --patience epochs.",
+)
+@click.option("--patience", default=3)
+@click.option("--early-stopping", type=int, help="Stop a fold after N epochs without progress.")
+@click.option(
+    "--loss",
+    type=click.Choice(["focal", "focal-balanced", "bce", "weighted-bce"]),
+    default="focal",
+    help="focal weighs every term by alpha, as the reference; focal-balanced is the paper's.",
+)
+@click.option("--alpha", default=0.25, help="Alpha of the focal losses.")
+@click.option("--gamma", default=2.0, help="Gamma of the focal losses.")
+@click.option("--hidden", type=NumberList("x"), default="512x256", help="Hidden layer widths.")
+@click.option("--dropout", default=0.5)
+@click.option("--input-norm", type=click.Choice(["l2", "none"]), default="l2")
+@click.option(
+    "--split-by",
+    type=click.Choice(["study", "image"]),
+    default="study",
+    help="study keeps patients, else studies, whole; image reproduces the reference's leak.",
+)
+@click.option("--test-fraction", default=0.2)
+@click.option(
+    "--final",
+    type=click.Choice(["refit", "ensemble", "best-fold"]),
+    default="refit",
+    help="Final model: trained on all folds, their average, or the best of them (reference).",
+)
+@click.option("--seed", default=42)
+@click.option("--device", default="cpu", help="cpu, cuda, mps or auto.")
+@click.option("--jobs", "n_jobs", default=-1, help="Processes on the CPU; -1 is one per core.")
+@click.option("--allow-pending", is_flag=True, help="Train although rows are still pending.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished run.")
+def train(
+    store: Path,
+    run_dir: Path,
+    labels: Path | None,
+    allow_pending: bool,
+    overwrite: bool,
+    **recipe: Any,
+) -> None:
+    """Search the number of epochs by cross-validation, train, and test once."""
+    from cxr_cache.fit import TrainConfig
+    from cxr_cache.train import train as run_training
+
+    config = TrainConfig(**recipe)
+    with _progress_bar(None, "head") as bar:
+        result = run_training(
+            store,
+            run_dir,
+            config,
+            labels=labels,
+            allow_pending=allow_pending,
+            overwrite=overwrite,
+            on_progress=_head_progress(bar),
+        )
+    _warn_if_random(result.run.config["random_encoder"])
+    click.echo(result.to_text())
+    _evaluate_and_report(run_dir)
+
+
+def _evaluate_and_report(run_dir: Path) -> None:
+    from cxr_cache.evaluate import evaluate_run, format_summary
+    from cxr_cache.report import write_report
+    from cxr_cache.run import Run
+
+    run = Run.open(run_dir)
+    click.echo(format_summary(evaluate_run(run)))
+    click.echo(f"Report: {write_report(run)}")
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.option("--store", type=FILE, help="Score the run on another store (an external test set).")
+@click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
+@click.option("--resamples", default=1000, help="Bootstrap resamples of studies.")
+@click.option("--seed", default=0, help="Seed of the bootstrap.")
+def evaluate(run: Path, store: Path | None, out: Path | None, resamples: int, seed: int) -> None:
+    """Score a run's predictions, with intervals; or the run on another store."""
+    from cxr_cache.evaluate import evaluate_predictions, evaluate_run, format_summary
+    from cxr_cache.run import Run
+
+    opened = Run.open(run)
+    if store is None:
+        click.echo(format_summary(evaluate_run(opened, n_resamples=resamples, seed=seed)))
+        return
+    from cxr_cache.predict import predict_store
+    from cxr_cache.store import FeatureStore
+
+    with FeatureStore.open(store) as features:
+        predictions, targets = predict_store(opened, features)
+    evaluation = evaluate_predictions(
+        predictions, targets, opened.thresholds, n_resamples=resamples, seed=seed
+    )
+    click.echo(format_summary(evaluation.metrics))
+    if out is not None:
+        out.write_text(json.dumps(evaluation.metrics, indent=2))
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> None:
+    """Draw the plots of a run and write its report.html."""
+    from cxr_cache.report import write_report
+    from cxr_cache.run import Run
+
+    click.echo(f"Report: {write_report(Run.open(run))}")
+
+
+# -- using ------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--out", type=FILE, help="Write a CSV instead of printing the likeliest findings.")
+@click.option("--model", help="The run's encoder, where it has moved.  [default: as recorded]")
+@click.option("--device", default="auto")
+def predict(
+    run: Path, images: tuple[Path, ...], out: Path | None, model: str | None, device: str
+) -> None:
+    """Probabilities and decisions for image files (a folder means all its files)."""
+    from cxr_cache.run import Run
+
+    opened = Run.open(run)
+    recorded = opened.load_model().encoder
+    from cxr_cache.encoder import load_encoder
+    from cxr_cache.predict import predict_images, require_encoder_of_run
+
+    require_encoder_of_run(opened, recorded, None)
+    preprocessing = recorded["preprocessing"]
+    encoder = load_encoder(
+        model or recorded["name"],
+        device=device,
+        precision=recorded["precision"],
+        resize=preprocessing["resize"],
+        bits_stored=preprocessing["bits_stored"],
+    )
+    _warn_if_random(encoder.identity.is_random)
+    paths = [path for image in images for path in _files_of(image)]
+    predictions = predict_images(opened, paths, encoder)
+    if out is None:
+        click.echo(predictions.to_text())
+    else:
+        predictions.to_table().to_csv(out, index=False, float_format="%.6g")
+        click.echo(f"{len(paths) - predictions.n_failed:,} predictions written to {out}")
+    if predictions.n_failed:
+        raise click.ClickException(
+            f"{predictions.n_failed:,} of {len(paths):,} images could not be used."
+        )
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file())
+
+
+@cli.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--studies", default=250, help="Phantom studies to draw.")
+@click.option("--seed", default=0)
+def demo(folder: Path, studies: int, seed: int) -> None:
+    """The whole job on synthetic chest X-rays: no data, no network, two minutes."""
+    from cxr_cache.demo import run_demo
+
+    run_demo(folder, n_studies=studies, seed=seed, echo=click.echo)

@@ -1,0 +1,57 @@
+"""What a user can cause and fix; the command line prints these as one message."""
+
+
+class CxrCacheError(Exception):
+    """Base class; the command line prints these without a traceback."""
+
+
+class ConfigError(CxrCacheError, ValueError):
+    """Options that contradict each other or lie outside their range."""
+
+
+class TableError(CxrCacheError, ValueError):
+    """A CSV file that cannot be read as what it should be."""
+
+
+class ImageError(CxrCacheError, ValueError):
+    """One image file cannot be used; the message is the reason, in a sentence."""
+
+
+class TooManyFailuresError(CxrCacheError, RuntimeError):
+    """More images failed than the user allowed."""
+
+
+class EncoderError(CxrCacheError, ValueError):
+    """An encoder that cannot be found, loaded or split."""
+
+
+class StoreNotFoundError(CxrCacheError, FileNotFoundError):
+    """There is no feature store at the path."""
+
+
+class StoreFormatError(CxrCacheError, ValueError):
+    """The file is not a feature store of this format version, or is damaged."""
+
+
+class StoreMismatchError(CxrCacheError, ValueError):
+    """The store holds embeddings of another encoder, cohort or preprocessing."""
+
+
+class StoreBusyError(CxrCacheError, OSError):
+    """Another process is writing to the store."""
+
+
+class StoreIncompleteError(CxrCacheError, ValueError):
+    """The store still has pending rows."""
+
+
+class DiskFullError(CxrCacheError, OSError):
+    """There is not enough space where a file should be written."""
+
+
+class TrainingError(CxrCacheError, ArithmeticError):
+    """Training went where no result can come from."""
+
+
+class RunError(CxrCacheError, ValueError):
+    """A run folder that is missing, unfinished, finished already, or of another store."""

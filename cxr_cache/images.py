@@ -1,0 +1,537 @@
+"""File -> pixels: the only module that decodes.
+
+It runs in decoding worker processes, so it imports neither torch nor pandas. Everything that can
+be wrong with one file ends as an :class:`ImageError` whose message is the reason; nothing is ever
+replaced by a stand-in.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
+
+from cxr_cache.errors import ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 256 * 1024**2
+MIN_EDGE_PX = 16
+
+DECODE_RULE = (
+    "rule 1. "
+    "Grey: 8-bit values are used as stored and fill all three channels; 1-bit is 0 and 255. "
+    "16-bit grey is scaled linearly in float32, 65535 to 255, or 2**bits_stored - 1 to 255 where "
+    "the data set states its bits; larger values are an error, none is clipped; rounded to 8 bits "
+    "after resizing. "
+    "Colour: palette, CMYK and YCbCr become RGB by Pillow; colour profiles and gamma are not "
+    "applied. Alpha and transparent colours are composited over black. "
+    "EXIF orientation is applied, then the image is resized by Pillow (antialiased), then cropped."
+)
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
+# What brings an image of each EXIF orientation upright; 1, and anything unknown, is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow's modes for grey of more than 8 bits; which one a file gets depends on Pillow's version.
+_WIDE_GREY = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+
+# The mode that every other mode is read as; RGBA is then composited over black.
+_READ_AS = {
+    "1": "L",
+    "L": "L",
+    "P": "RGB",
+    "RGB": "RGB",
+    "RGBX": "RGB",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+    "LA": "RGBA",
+    "PA": "RGBA",
+    "RGBA": "RGBA",
+}
+
+# How the files that are read begin, and others that lie in image folders (offset and bytes).
+_BEGINNINGS = (
+    (b"\x89PNG", "a PNG"),
+    (b"\xff\xd8", "a JPEG"),
+    (b"II*\0", "a TIFF"),
+    (b"MM\0*", "a TIFF"),
+    (b"BM", "a BMP"),
+)
+_OTHER_KINDS = (
+    (128, b"DICM", "a DICOM file"),
+    (0, b"GIF8", "a GIF"),
+    (8, b"WEBP", "a WebP image"),
+    (4, b"jP  ", "a JPEG 2000 image"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"\x1f\x8b", "a gzip file"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+)
+
+_TRUNCATED = "the file is truncated: its end is missing"
+_NOT_A_FILE = "the path is a pipe, socket or device, not a file"
+_OPEN_ERRORS = {
+    errno.ENOENT: "the file does not exist",
+    errno.ENOTDIR: "the file does not exist",
+    errno.EACCES: "permission to read the file is denied",
+    errno.EPERM: "permission to read the file is denied",
+    errno.ELOOP: "the path is a symbolic link that leads to itself",
+    errno.ENXIO: _NOT_A_FILE,
+}
+
+# A pipe that nobody writes to would block an ordinary open() for ever.
+_OPEN_FLAGS = os.O_RDONLY | sum(
+    getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY")
+)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a file becomes the encoder's input; part of the encoder's identity.
+
+    ``resize`` is ``"squash"`` (to a square, aspect ratio given up) or ``"crop"`` (shortest edge
+    to size, then the centre; open_clip's ``"shortest"``). ``bits_stored`` concerns 16-bit grey
+    files only: the bits that the data set says are used, None for the full 16.
+    """
+
+    image_size_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize: Literal["squash", "crop"]
+    bits_stored: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size_px < 1:
+            raise ConfigError(f"image_size_px is {self.image_size_px}; it must be at least 1.")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ConfigError(f"mean {self.mean} and std {self.std} must hold 3 numbers each.")
+        if not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
+            raise ConfigError(
+                f"mean {self.mean} and std {self.std} must be finite, and std positive."
+            )
+        if self.interpolation not in _RESAMPLING:
+            raise ConfigError(
+                f"interpolation is '{self.interpolation}'; choose from {', '.join(_RESAMPLING)}."
+            )
+        if self.resize not in ("squash", "crop"):
+            raise ConfigError(f"resize is '{self.resize}'; choose from squash, crop.")
+        if self.bits_stored is not None and not 8 <= self.bits_stored <= 16:
+            raise ConfigError(f"bits_stored is {self.bits_stored}; it must lie between 8 and 16.")
+
+    @property
+    def decode_rule(self) -> str:
+        """The rules by which files become pixels, in words and with their number."""
+        return DECODE_RULE
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the decode rule, as JSON has them: lists, not tuples."""
+        values = asdict(self)
+        return values | {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "decode_rule": self.decode_rule,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of :meth:`to_dict`.
+
+        Raises
+        ------
+        ConfigError
+            A key is missing or unknown, a value is out of range, or the decode rule is another
+            one than this version of the program follows.
+        """
+        expected = {field.name for field in fields(cls)} | {"decode_rule"}
+        if set(values) != expected:
+            raise ConfigError(
+                f"A preprocessing holds the keys {sorted(expected)}, not {sorted(values)}."
+            )
+        if values["decode_rule"] != DECODE_RULE:
+            raise ConfigError(
+                "The images were decoded by another rule than this version of cxr-cache follows:\n"
+                f"  theirs: {values['decode_rule']}\n"
+                f"  ours: {DECODE_RULE}\n"
+                "Use the version that wrote them, or extract again."
+            )
+        arguments = {key: value for key, value in values.items() if key != "decode_rule"}
+        return cls(**(arguments | {"mean": tuple(values["mean"]), "std": tuple(values["std"])}))
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """One image, ready for the encoder's normalisation, with the hash of the file it came from.
+
+    ``pixels`` is uint8 of shape ``(3, S, S)``; ``sha256`` is the digest (32 bytes) of the very
+    bytes that were decoded.
+    """
+
+    pixels: NDArray[np.uint8]
+    sha256: bytes
+
+
+def read_image(image_dir: str | Path, image_id: str, preprocessing: Preprocessing) -> DecodedImage:
+    """Read one image file, upright, resized and cropped as the encoder wants it.
+
+    For 8-bit grey and RGB files the pixels equal those of open_clip's own evaluation transform
+    bit for bit. The content decides about the format, not the file's name.
+
+    Parameters
+    ----------
+    image_dir
+        Folder that holds all images of the cohort.
+    image_id
+        Posix path of the file relative to `image_dir`.
+    preprocessing
+        Size, interpolation, resizing and bit depth.
+
+    Returns
+    -------
+    DecodedImage
+        ``pixels`` of shape ``(3, S, S)``, uint8, with ``S = image_size_px``; the three channels
+        of a grey image are equal.
+
+    Raises
+    ------
+    ImageError
+        The file cannot be used. The message is the reason without the file's name (the caller
+        knows it), one line without a full stop.
+
+    Notes
+    -----
+    Pillow's settings are process-wide and are changed while it decodes, so call this from several
+    processes rather than from several threads.
+    """
+    data = read_bytes(image_dir, image_id)
+    with _strict_pillow():
+        picture = _resize(_decode(data, preprocessing), preprocessing)
+    pixels = _to_channels(picture)  # (3, S, S)
+    if (pixels == pixels[:, :1, :1]).all():
+        size = f"{preprocessing.image_size_px} x {preprocessing.image_size_px} pixels"
+        raise ImageError(f"the image holds one grey value everywhere at {size}, so it is blank")
+    return DecodedImage(pixels, hashlib.sha256(data).digest())
+
+
+def read_bytes(image_dir: str | Path, image_id: str) -> bytes:
+    """Read an image file as it is, with every check that needs no decoding.
+
+    Raises
+    ------
+    ImageError
+        There is no ordinary, readable file inside the image folder; as :func:`read_image`.
+    """
+    return _read_file(_locate(image_dir, image_id))
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Scale pixels to 0..1, subtract the mean and divide by the standard deviation.
+
+    Parameters
+    ----------
+    pixels
+        uint8, shape ``(B, 3, S, S)``, on any device.
+    preprocessing
+        Holds the mean and the standard deviation of each channel, on the scale 0..1.
+
+    Returns
+    -------
+    Tensor
+        float32, same shape and device: what torchvision's ToTensor and Normalize give.
+    """
+    assert not pixels.is_floating_point(), "float pixels would be changed in place"
+    scaled = pixels.float()
+    mean = scaled.new_tensor(preprocessing.mean).view(3, 1, 1)
+    std = scaled.new_tensor(preprocessing.std).view(3, 1, 1)
+    return scaled.div_(255).sub_(mean).div_(std)
+
+
+def find_missing(image_dir: str | Path, image_ids: Iterable[str]) -> list[str]:
+    """The image ids, in their order, at whose path there is nothing.
+
+    Whether a file that is there can be used, only :func:`read_image` knows.
+    """
+    # Unlike Path.exists, os.path.exists answers False for a name that no file can have.
+    return [
+        image_id
+        for image_id in image_ids
+        if not os.path.exists(os.path.join(image_dir, image_id))  # noqa: PTH110, PTH118
+    ]
+
+
+def _locate(image_dir: str | Path, image_id: str) -> str:
+    """Absolute path of an image, which must lie in the folder once symbolic links are followed."""
+    if PurePosixPath(image_id).is_absolute():
+        raise ImageError("the path is absolute; it must be relative to the image folder")
+    try:
+        root = Path(os.path.realpath(image_dir))
+        path = Path(os.path.realpath(root / image_id))
+    except ValueError as error:  # a NUL byte, or characters that no file name can hold
+        raise ImageError("the path holds characters that no file name can hold") from error
+    if not path.is_relative_to(root):
+        raise ImageError("the path leads out of the image folder")
+    return str(path)
+
+
+def _read_file(path: str) -> bytes:
+    """All bytes of a regular file, without ever waiting for a pipe or a device."""
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS)
+        try:
+            _require_regular(os.fstat(descriptor))
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read()
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        reason = _OPEN_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror}")
+        raise ImageError(reason) from error
+    if not data:
+        raise ImageError("the file is empty (0 bytes)")
+    return data
+
+
+def _require_regular(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("the path is a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(_NOT_A_FILE)
+    if status.st_size > MAX_FILE_BYTES:
+        raise ImageError(
+            f"the file has {status.st_size / 1024**2:.1f} MiB; the limit is "
+            f"{MAX_FILE_BYTES / 1024**2:.0f} MiB"
+        )
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Turn whatever Pillow raises into a reason, keep it quiet, and make it refuse cut files.
+
+    Other code in the process may have told Pillow to accept truncated files, which then end in
+    grey. Pillow's own pixel limit is off inside because ours is lower, and compared before any
+    pixel is decoded.
+    """
+    accept_truncated, pillow_limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("decoding the image takes more memory than there is") from error
+    except Exception as error:  # damaged files make Pillow raise nearly every built-in exception
+        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        if "truncated" in detail.lower():
+            raise ImageError(_TRUNCATED) from error
+        raise ImageError(f"the file is damaged: {detail}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = accept_truncated, pillow_limit
+
+
+def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
+    """The upright image in mode L, RGB or F (grey on the scale 0..255), at full size."""
+    image = _open_header(data)
+    _require_size(image.size, preprocessing)
+    _require_one_frame(image)
+    _require_faithful(image, data)
+    _require_whole(image, data)
+    image = _open_header(data)  # checking used the first one up
+    image.load()
+    picture = _to_grey_or_rgb(image, preprocessing.bits_stored)
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _open_header(data: bytes) -> ImageFile.ImageFile:
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError(_describe_beginning(data)) from error
+
+
+def _describe_beginning(data: bytes) -> str:
+    """Why Pillow recognises no image in these bytes."""
+    start = data[:512]
+    for beginning, kind in _BEGINNINGS:
+        if start.startswith(beginning):
+            return (
+                f"the file begins like {kind}, but its header is damaged, cut off or of a rare "
+                "kind that is not read"
+            )
+    kinds = f"an image that can be read ({', '.join(FORMATS)})"
+    for offset, beginning, kind in _OTHER_KINDS:
+        if start.startswith(beginning, offset):
+            return f"the file is not {kinds} but {kind}"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):  # after a byte order mark or spaces
+        return f"the file is not {kinds} but a web page or other markup"
+    if not any(start):
+        return f"the file is not {kinds}: it begins with zeros, as unfinished copies do"
+    return f"the file is not {kinds}: it begins with {ascii(start[:16])[1:]}"
+
+
+def _require_size(size: tuple[int, int], preprocessing: Preprocessing) -> None:
+    """Compare the size that the header states with the limits, before any pixel is decoded."""
+    width, height = size
+    stated = f"the image has {width} x {height} pixels"
+    if min(size) < MIN_EDGE_PX:
+        raise ImageError(f"{stated}; a radiograph has at least {MIN_EDGE_PX} on each side")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{stated} ({width * height / 1e6:.1f} megapixels); the limit is "
+            f"{MAX_PIXELS / 1e6:.0f} megapixels"
+        )
+    resized_width, resized_height = _resized_size(size, preprocessing)
+    if resized_width * resized_height > MAX_PIXELS:
+        raise ImageError(
+            f"{stated}, too narrow to crop: resized it would have "
+            f"{resized_width} x {resized_height}"
+        )
+
+
+def _require_one_frame(image: ImageFile.ImageFile) -> None:
+    n_frames = getattr(image, "n_frames", 1)
+    if n_frames > 1:
+        raise ImageError(
+            f"the file holds {n_frames} frames, and which of them is the radiograph is unknown"
+        )
+
+
+def _require_faithful(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Refuse the files that Pillow opens, but of which it would give other values than stored."""
+    remedy = "save the image as 8-bit or 16-bit grey"
+    if image.mode == "F":
+        raise ImageError(f"the pixels are 32-bit floats, which have no stated range; {remedy}")
+    bits = _bits_per_sample(image, data)
+    if image.mode not in _WIDE_GREY and bits > 8:
+        raise ImageError(f"the colours have {bits} bits, of which only 8 could be read; {remedy}")
+    if not isinstance(image, TiffImageFile):
+        return
+    if bits not in (1, 2, 4, 8, 16, 32):
+        raise ImageError(f"the TIFF has {bits} bits per pixel; {remedy}")
+    if bits > 8 and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        raise ImageError(f"the TIFF stores white as 0 in {bits} bits; {remedy} with black as 0")
+    if bits <= 8 and max(image.tag_v2.get(SAMPLEFORMAT, (1,))) != 1:
+        raise ImageError(f"the TIFF has signed {bits}-bit pixels; {remedy}")
+
+
+def _require_whole(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Refuse cut or changed files that Pillow would decode without a word.
+
+    It stops at the last row of a PNG and never reads the checksums of the pixels, and a JPEG whose
+    end was filled up with zeros can decode to grey.
+    """
+    if image.format == "PNG":
+        image.verify()  # all checksums up to the closing chunk
+        whole = b"IEND\xaeB`\x82" in data
+    elif image.format == "JPEG":
+        assert image.fp is not None
+        whole = data.find(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
+    else:
+        whole = True
+    if not whole:
+        raise ImageError(_TRUNCATED)
+
+
+def _bits_per_sample(image: ImageFile.ImageFile, data: bytes) -> int:
+    if isinstance(image, TiffImageFile):
+        return int(max(image.tag_v2.get(BITSPERSAMPLE, (1,))))
+    if image.format == "PNG":
+        return data[24]  # signature 8, length 4, "IHDR" 4, width 4, height 4
+    return 8
+
+
+def _to_grey_or_rgb(image: Image.Image, bits_stored: int | None) -> Image.Image:
+    if image.mode in _WIDE_GREY:
+        return _scale_wide_grey(image, bits_stored)
+    if image.mode not in _READ_AS:
+        raise ImageError(f"the pixels are of a kind that is not read (Pillow's mode {image.mode})")
+    mode = "RGBA" if image.has_transparency_data else _READ_AS[image.mode]
+    picture = image if image.mode == mode else image.convert(mode)
+    if mode != "RGBA":
+        return picture
+    black = Image.new("RGB", picture.size)
+    black.paste(picture, mask=picture.getchannel("A"))
+    return black
+
+
+def _scale_wide_grey(image: Image.Image, bits_stored: int | None) -> Image.Image:
+    """Grey of more than 8 bits on the scale 0..255 in float32, so that no level is lost yet."""
+    values = np.asarray(image)
+    if "transparency" in image.info:
+        values = np.where(values == image.info["transparency"], 0, values)
+    n_bits = 16 if bits_stored is None else bits_stored
+    full_scale = 2**n_bits - 1
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < 0 or highest > full_scale:
+        culprit = lowest if lowest < 0 else highest
+        raise ImageError(
+            f"the image holds the value {culprit}, outside 0 to {full_scale}, the range of the "
+            f"{n_bits} bits stated for 16-bit files (bits_stored)"
+        )
+    return Image.fromarray(values.astype(np.float32) * np.float32(255 / full_scale))
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height before the crop; the longer edge is cut to whole pixels as torchvision's."""
+    target = preprocessing.image_size_px
+    if preprocessing.resize == "squash":
+        return target, target
+    width, height = size
+    longest = int(target * max(size) / min(size))
+    return (target, longest) if width <= height else (longest, target)
+
+
+def _resize(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Resize, then cut out the centre; to the pixel what open_clip's transform does."""
+    target = preprocessing.image_size_px
+    width, height = _resized_size(picture.size, preprocessing)
+    resized = picture.resize((width, height), _RESAMPLING[preprocessing.interpolation])
+    left, top = round((width - target) / 2), round((height - target) / 2)
+    return resized.crop((left, top, left + target, top + target))
+
+
+def _to_channels(picture: Image.Image) -> NDArray[np.uint8]:
+    """Pixels with the channels first; grey is resized once and repeated, not resized thrice."""
+    values = np.asarray(picture)  # (S, S) or (S, S, 3)
+    if values.dtype == np.float32:  # bicubic interpolation overshoots at edges
+        values = np.rint(values.clip(0, 255)).astype(np.uint8)
+    if values.ndim == 2:
+        return np.stack([values] * 3)  # (S, S) -> (3, S, S)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))

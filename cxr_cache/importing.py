@@ -1,0 +1,188 @@
+"""Embeddings made elsewhere to store."""
+
+from __future__ import annotations
+
+import hashlib
+import pickletools
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cxr_cache.cohort import Cohort
+from cxr_cache.errors import ConfigError, TableError
+from cxr_cache.store import FeatureStore
+
+_ROWS_PER_COMMIT = 65_536
+
+
+@dataclass(frozen=True)
+class ImportSummary:
+    """What an import did."""
+
+    store_path: Path
+    n_images: int
+    n_done: int
+    n_without_embedding: int
+    n_not_in_cohort: int
+    embedding_width: int
+
+    def to_text(self) -> str:
+        """Closing lines for a terminal."""
+        lines = [
+            f"{self.store_path}: {self.n_images:,} images = {self.n_done:,} done + "
+            f"{self.n_without_embedding:,} failed + 0 pending; "
+            f"embeddings are {self.embedding_width} wide"
+        ]
+        if self.n_without_embedding:
+            lines.append(f"  {self.n_without_embedding:,} images of the table have no embedding")
+        if self.n_not_in_cohort:
+            lines.append(f"  {self.n_not_in_cohort:,} embeddings belong to no image of the table")
+        return "\n".join(lines)
+
+
+def import_embeddings(
+    npz_path: str | Path, cohort: Cohort, store_path: str | Path, *, overwrite: bool = False
+) -> ImportSummary:
+    """Make a store from an ``.npz`` file with the keys ``image_id`` and ``embeddings``.
+
+    The file's digest takes the place of the encoder's identity: features of two files are never
+    mixed. Images without an embedding become failed rows.
+
+    Parameters
+    ----------
+    npz_path
+        ``image_id`` ``(M,)`` text, ``embeddings`` ``(M, D)`` of any float type and width.
+    cohort
+        The image table.
+    store_path
+        The HDF5 file to write.
+    overwrite
+        Replace a store that is there already.
+
+    Raises
+    ------
+    TableError
+        The file lacks a key, its shapes do not fit, or a value is not finite.
+    ConfigError
+        There is a file at `store_path` and `overwrite` is off.
+    """
+    npz_path, store_path = Path(npz_path), Path(store_path)
+    if store_path.exists() and not overwrite:
+        raise ConfigError(
+            f"{store_path} exists already. Choose another file, or replace it with --overwrite."
+        )
+    image_ids, embeddings = _read_npz(npz_path)
+    positions = pd.Index(image_ids).get_indexer(pd.Index(cohort.image_ids))  # (N,), -1 if absent
+    if (positions < 0).all():
+        raise TableError(
+            f"{npz_path} names none of the {len(cohort):,} images: its first image_id is "
+            f"{image_ids[0]!r}, the table's {str(cohort.image_ids[0])!r}."
+        )
+    digest = hashlib.sha256(npz_path.read_bytes())
+    encoder = {
+        "name": f"imported:{npz_path.name}",
+        "imported": True,
+        "is_random": False,
+        "weights_sha256": digest.hexdigest(),
+        "embedding_width": embeddings.shape[1],
+    }
+    shapes = {"embeddings": (1, embeddings.shape[1])}
+    present = np.flatnonzero(positions >= 0)
+    absent = np.flatnonzero(positions < 0)
+    with FeatureStore.create(store_path, cohort, encoder=encoder, features=shapes) as store:
+        for start in range(0, len(present), _ROWS_PER_COMMIT):
+            rows = present[start : start + _ROWS_PER_COMMIT]
+            values = embeddings[positions[rows]].astype(np.float32)
+            unknown = np.zeros((len(rows), 32), np.uint8)  # the images themselves are not at hand
+            store.commit(rows, {"embeddings": values[:, None]}, unknown)
+        if len(absent):
+            store.record_failures(absent, [f"no embedding in {npz_path.name}"] * len(absent))
+    n_known = len(np.unique(positions[present]))
+    return ImportSummary(
+        store_path,
+        n_images=len(cohort),
+        n_done=len(present),
+        n_without_embedding=len(absent),
+        n_not_in_cohort=len(image_ids) - n_known,
+        embedding_width=int(embeddings.shape[1]),
+    )
+
+
+def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.floating]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in ("image_id", "embeddings") if key not in file]
+            if missing:
+                raise TableError(
+                    f"{path} lacks the key(s) {missing}; it has {sorted(file)}. Save it with "
+                    "np.savez(path, image_id=ids, embeddings=matrix)."
+                )
+            image_ids, embeddings = _read_image_ids(path), file["embeddings"]
+    except FileNotFoundError as error:
+        raise TableError(f"There is no file {path}.") from error
+    except TableError:
+        raise
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+        raise TableError(f"{path} cannot be read as an .npz file: {error}") from error
+    if embeddings.ndim != 2 or image_ids.shape != embeddings.shape[:1] or not embeddings.size:
+        raise TableError(
+            f"{path}: embeddings have shape {embeddings.shape} and image_id {image_ids.shape}; "
+            "expected (M, D) and (M,)."
+        )
+    if embeddings.dtype.kind != "f":
+        raise TableError(f"{path}: embeddings are of type {embeddings.dtype}, not floats.")
+    if len(np.unique(image_ids)) != len(image_ids):
+        raise TableError(f"{path} lists an image_id twice.")
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        raise TableError(
+            f"{path}: {(~finite).sum():,} embeddings hold NaN or infinity; the first is that of "
+            f"{image_ids[~finite][0]!r}."
+        )
+    return image_ids, embeddings
+
+
+def _read_image_ids(path: Path) -> NDArray[np.str_]:
+    """The text array ``image_id``, also where numpy had saved it as an array of objects.
+
+    ``np.savez`` pickles the object columns of pandas. Unpickling could run anything, so such an
+    array is read opcode by opcode: a list of plain strings comes out, or an error.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open("image_id.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, _, dtype = read_header[version](member)
+        if not dtype.hasobject:
+            with np.load(path, allow_pickle=False) as file:
+                return np.asarray(file["image_id"].astype(str))
+        return np.array(_parse_pickled_strings(member.read(), shape, path))
+
+
+def _parse_pickled_strings(data: bytes, shape: tuple[int, ...], path: Path) -> list[str]:
+    opcodes = iter(pickletools.genops(data))
+    for opcode, _, _ in opcodes:  # the preamble that rebuilds an ndarray; nothing acts on it
+        if opcode.name == "EMPTY_LIST":
+            break
+    strings: list[str] = []
+    for opcode, argument, _ in opcodes:
+        if opcode.name in ("SHORT_BINUNICODE", "BINUNICODE"):
+            strings.append(str(argument))
+        elif opcode.name in ("TUPLE", "STOP"):
+            break
+        elif opcode.name not in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "FRAME", "MARK", "APPENDS"):
+            raise TableError(
+                f"{path}: image_id holds other things than text. Save it with "
+                "image_id=np.array(ids, dtype=str)."
+            )
+    if (len(strings),) != shape:
+        raise TableError(
+            f"{path}: image_id says it holds {shape} ids, but {len(strings)} are there."
+        )
+    return strings

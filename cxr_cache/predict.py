@@ -1,0 +1,220 @@
+"""A run and new images, or another store, to probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from cxr_cache.encoder import Encoder, EncoderIdentity
+from cxr_cache.errors import ImageError, RunError, StoreMismatchError
+from cxr_cache.fit import prepare_embeddings
+from cxr_cache.heads import HeadBank, predict_probabilities
+from cxr_cache.images import read_image
+from cxr_cache.run import Run, SavedModel
+from cxr_cache.store import DONE, FeatureStore
+
+_IMAGES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities of N images and what they mean at the run's thresholds."""
+
+    image_ids: tuple[str, ...]
+    findings: tuple[str, ...]
+    probabilities: NDArray[np.float32]
+    """``(N, F)``; NaN for an image that could not be used."""
+    decisions: NDArray[np.bool_]
+    """``(N, F)``, probability at or above the threshold."""
+    errors: tuple[str, ...]
+    """Why an image could not be used; empty where it could."""
+
+    @property
+    def n_failed(self) -> int:
+        """Images without a prediction."""
+        return sum(bool(error) for error in self.errors)
+
+    def to_table(self) -> pd.DataFrame:
+        """One row per image: image, present (findings, ``;`` between), error, probabilities."""
+        names = np.array(self.findings)
+        described: pd.DataFrame = pd.DataFrame(
+            {
+                "image": self.image_ids,
+                "present": [";".join(names[row]) for row in self.decisions],
+                "error": self.errors,
+            }
+        )
+        table: pd.DataFrame = pd.concat(
+            [described, pd.DataFrame(self.probabilities, columns=list(self.findings))], axis=1
+        )
+        return table
+
+    def to_text(self, n_shown: int = 5) -> str:
+        """The likeliest findings of each image; ``*`` marks those called present."""
+        lines = []
+        for image_id, row, called, error in zip(
+            self.image_ids, self.probabilities, self.decisions, self.errors, strict=True
+        ):
+            lines.append(image_id)
+            if error:
+                lines.append(f"    not usable: {error}")
+                continue
+            # Called findings first: with a low threshold they need not be the likeliest.
+            for f in sorted(range(len(row)), key=lambda f: (-called[f], -row[f]))[:n_shown]:
+                mark = "*" if called[f] else " "
+                lines.append(f"  {mark} {row[f]:6.1%}  {self.findings[f]}")
+        return "\n".join([*lines, "* at or above the run's threshold. Not for clinical use."])
+
+
+def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:
+    """Probabilities for image files.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    paths
+        Image files.
+    encoder
+        The encoder whose embeddings the run's head was trained on.
+
+    Raises
+    ------
+    RunError
+        `encoder` is another one, or the run was trained on imported embeddings.
+    """
+    model = run.load_model()
+    require_encoder_of_run(run, model.encoder, encoder)
+    embeddings = np.full((len(paths), encoder.identity.embedding_width), np.nan, np.float32)
+    errors = [""] * len(paths)
+    for start in range(0, len(paths), _IMAGES_AT_ONCE):
+        decoded = {}
+        for i, path in enumerate(map(Path, paths[start : start + _IMAGES_AT_ONCE]), start):
+            try:
+                decoded[i] = read_image(path.parent, path.name, encoder.preprocessing).pixels
+            except ImageError as error:
+                errors[i] = str(error)
+        if decoded:
+            pixels = torch.from_numpy(np.stack(list(decoded.values())))
+            embeddings[list(decoded)] = encoder.encode(pixels)[1].cpu().numpy()
+    probabilities = predict_embeddings(model, embeddings)
+    return Predictions(
+        tuple(map(str, paths)),
+        model.findings,
+        probabilities,
+        probabilities >= _thresholds(model),
+        tuple(errors),
+    )
+
+
+def require_encoder_of_run(
+    run: Run, trained_with: Mapping[str, Any], encoder: Encoder | None
+) -> None:
+    """Raise RunError unless `encoder` made the embeddings that the run was trained on."""
+    if trained_with.get("imported"):
+        raise RunError(
+            f"{run.path} was trained on embeddings imported from {trained_with['name']}; there is "
+            "no encoder to run new images through. Import their embeddings into a store and use "
+            f"`cxr-cache evaluate {run.path} --store F.h5`."
+        )
+    if encoder is None:
+        return
+    differences = EncoderIdentity.from_dict(trained_with).differences(encoder.identity)
+    if differences:
+        raise RunError(
+            f"{run.path} was trained on embeddings of another encoder:\n"
+            + "\n".join(
+                f"  {name}: {theirs!r} in the run, {ours!r} in {encoder.identity.name}"
+                for name, (theirs, ours) in differences.items()
+            )
+            + "\nIts head means nothing on these. Use the run's encoder."
+        )
+
+
+def predict_embeddings(model: SavedModel, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities of a trained model, ``(N, D)`` encoder-scale embeddings to ``(N, F)``.
+
+    The members of an ensemble are averaged; a row of NaN stays NaN.
+    """
+    bank = HeadBank.from_snapshot(model.tensors)
+    prepared = prepare_embeddings(embeddings, model.head["input_norm"])
+    probabilities: NDArray[np.float32] = (
+        predict_probabilities(bank, torch.from_numpy(prepared)).mean(dim=0).numpy()
+    )
+    return probabilities
+
+
+def predict_store(run: Run, store: FeatureStore) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predictions of a run for the finished rows of a store, and their targets.
+
+    Returns
+    -------
+    predictions
+        Columns image_id, study_uid, projection and one probability per finding.
+    targets
+        Columns image_id and one target per finding of the run.
+
+    Raises
+    ------
+    StoreMismatchError
+        The store's embeddings come from another encoder, or it lacks a finding of the run.
+    """
+    model = run.load_model()
+    _require_same_features(run, model.encoder, store)
+    missing = [finding for finding in model.findings if finding not in store.findings]
+    if missing:
+        raise StoreMismatchError(
+            f"{store.path} has no targets for {missing}, which {run.path} predicts. Evaluate on a "
+            "store with the run's findings."
+        )
+    rows = np.flatnonzero(store.status == DONE)
+    rows = rows[~np.isin(rows, store.find_damaged(rows))]
+    cohort = store.cohort.take(rows)
+    columns = [store.findings.index(finding) for finding in model.findings]
+    probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
+    who = {
+        "image_id": cohort.image_ids,
+        "study_uid": cohort.study_uids,
+        "projection": cohort.projections,
+    }
+    names = list(model.findings)
+    predictions = pd.concat([pd.DataFrame(who), pd.DataFrame(probabilities, columns=names)], axis=1)
+    targets = pd.DataFrame(cohort.targets[:, columns], columns=names)
+    targets.insert(0, "image_id", cohort.image_ids)
+    return predictions, targets
+
+
+def _require_same_features(run: Run, trained_with: Mapping[str, Any], store: FeatureStore) -> None:
+    stored = store.header.encoder
+    if trained_with.get("imported") or stored.get("imported"):
+        # A second import has another digest even if the same network made it: only widths tell.
+        keys: tuple[str, ...] = ("imported", "embedding_width")
+        differences = {
+            key: (stored.get(key), trained_with.get(key))
+            for key in keys
+            if stored.get(key) != trained_with.get(key)
+        }
+    else:
+        differences = EncoderIdentity.from_dict(stored).differences(
+            EncoderIdentity.from_dict(trained_with)
+        )
+    if differences:
+        raise StoreMismatchError(
+            f"{store.path} holds embeddings of another encoder than {run.path} was trained on:\n"
+            + "\n".join(
+                f"  {name}: {theirs!r} in the store, {ours!r} in the run"
+                for name, (theirs, ours) in differences.items()
+            )
+            + "\nExtract the images with the run's encoder."
+        )
+
+
+def _thresholds(model: SavedModel) -> NDArray[np.float64]:
+    return np.array([model.thresholds[finding] for finding in model.findings])

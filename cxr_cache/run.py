@@ -1,0 +1,286 @@
+"""The run folder: config, weights, predictions and tables, each written whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+
+from cxr_cache.errors import RunError
+
+if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
+    from torch import Tensor
+
+FORMAT_VERSION: Final = 1
+TableName = Literal[
+    "splits",
+    "targets",
+    "epoch_search",
+    "history",
+    "predictions",
+    "out_of_fold",
+    "per_finding",
+]
+
+_CONFIG: Final = "config.json"
+_METRICS: Final = "metrics.json"
+_MODEL: Final = "model.safetensors"
+_REPORT: Final = "report.html"
+_PLOTS: Final = "plots"
+_TEXT_COLUMNS: Final = {"image_id": str, "study_uid": str, "projection": str, "split": str}
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What was trained, and what is needed to use it on other images."""
+
+    tensors: dict[str, Tensor]
+    """Weights by name; the leading axis is the members that are averaged."""
+    findings: tuple[str, ...]
+    thresholds: dict[str, float]
+    """Probability from which on a finding counts as present."""
+    encoder: dict[str, Any]
+    """Identity of the encoder whose embeddings the head reads."""
+    head: dict[str, Any]
+    """How embeddings are prepared and what the head looks like."""
+
+
+class Run:
+    """A folder that explains itself: everything one training produced, by name.
+
+    Make one with :meth:`create`, read one with :meth:`open`. Files appear under
+    their names only when they are complete.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Run:
+        """Start a run folder; an unfinished run of before is started anew.
+
+        Raises
+        ------
+        RunError
+            `path` holds a finished run and `overwrite` is off, or holds other files.
+        """
+        path = Path(path)
+        require_free(path, overwrite=overwrite)
+        path.mkdir(parents=True, exist_ok=True)
+        for name in _all_files():
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / _PLOTS, ignore_errors=True)
+        run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
+        run._write_config("running")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open a finished run.
+
+        Raises
+        ------
+        RunError
+            There is no run at `path`, it has not finished, or another version wrote it.
+        """
+        path = Path(path)
+        config = _read_config(path)
+        if config is None:
+            raise RunError(
+                f"{path} is not a run folder: it has no {_CONFIG}. `cxr-cache train` makes one."
+            )
+        if config.get("format_version") != FORMAT_VERSION:
+            raise RunError(
+                f"{path}/{_CONFIG} has format version {config.get('format_version')}, this "
+                f"cxr-cache reads {FORMAT_VERSION}. Train again, or use the version that wrote it."
+            )
+        if config.get("status") != "finished":
+            raise RunError(
+                f"{path} is not finished: its training was interrupted or is still running. "
+                "Run the same `cxr-cache train` command again."
+            )
+        return cls(path, config)
+
+    def finish(self) -> None:
+        """Declare the run complete; from here on it is not overwritten unasked."""
+        self._write_config("finished")
+
+    def _write_config(self, status: str) -> None:
+        self.config = {**self.config, "status": status}
+        _write(self.path / _CONFIG, json.dumps(self.config, indent=2, default=_jsonable).encode())
+
+    # -- tables -------------------------------------------------------------------------
+
+    def write_table(self, name: TableName, table: pd.DataFrame) -> None:
+        """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
+        text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
+        _write(self.path / f"{name}.csv", text.encode())
+
+    def read_table(self, name: TableName) -> pd.DataFrame:
+        """Read ``NAME.csv``; ids are text, whatever they look like."""
+        path = self.path / f"{name}.csv"
+        if not path.is_file():
+            raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
+        dtypes = {**_TEXT_COLUMNS, **({"fold": str} if name == "history" else {})}
+        table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
+        text = [column for column in _TEXT_COLUMNS if column in table]
+        table[text] = table[text].fillna("")
+        return table
+
+    # -- metrics, plots, page -----------------------------------------------------------
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json``; what is undefined must be None, not NaN."""
+        text = json.dumps(metrics, indent=2, allow_nan=False, default=_jsonable)
+        _write(self.path / _METRICS, text.encode())
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Read ``metrics.json``."""
+        path = self.path / _METRICS
+        if not path.is_file():
+            raise RunError(f"{path} is missing. `cxr-cache evaluate {self.path}` writes it.")
+        metrics: dict[str, Any] = json.loads(path.read_text())
+        return metrics
+
+    def plot_path(self, name: str) -> Path:
+        """Where the plot called `name` goes; its folder is made."""
+        (self.path / _PLOTS).mkdir(exist_ok=True)
+        return self.path / _PLOTS / f"{name}.png"
+
+    @property
+    def report_path(self) -> Path:
+        """The page of this run."""
+        return self.path / _REPORT
+
+    def write_report(self, html: str) -> Path:
+        """Write ``report.html``."""
+        _write(self.report_path, html.encode())
+        return self.report_path
+
+    # -- model --------------------------------------------------------------------------
+
+    def save_model(self, model: SavedModel) -> None:
+        """Write ``model.safetensors``: tensors, and everything else as JSON metadata."""
+        from safetensors.torch import save
+
+        metadata = {
+            "format_version": str(FORMAT_VERSION),
+            "findings": json.dumps(model.findings),
+            "thresholds": json.dumps(model.thresholds),
+            "encoder": json.dumps(model.encoder),
+            "head": json.dumps(model.head, default=_jsonable),
+        }
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in model.tensors.items()}
+        _write(self.path / _MODEL, save(tensors, metadata))
+
+    def load_model(self) -> SavedModel:
+        """Read ``model.safetensors``.
+
+        Raises
+        ------
+        RunError
+            The file is missing or is not a model of this package.
+        """
+        from safetensors import safe_open
+
+        metadata = self._model_metadata
+        with safe_open(self.path / _MODEL, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return SavedModel(
+            tensors,
+            tuple(metadata["findings"]),
+            metadata["thresholds"],
+            metadata["encoder"],
+            metadata["head"],
+        )
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Probability from which on each finding counts as present."""
+        thresholds: dict[str, float] = self._model_metadata["thresholds"]
+        return thresholds
+
+    @cached_property
+    def _model_metadata(self) -> dict[str, Any]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / _MODEL
+        if not path.is_file():
+            raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+            fields = ("findings", "thresholds", "encoder", "head")
+            return {field: json.loads(metadata[field]) for field in fields}
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Raise RunError unless a run may be written to `path`; called before the long work."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; --run-dir needs a folder, which may not exist yet.")
+    config = _read_config(path)
+    if config is None and path.is_dir() and any(path.iterdir()):
+        raise RunError(f"{path} holds other files and no run. Choose a folder of its own.")
+    if config is not None and config.get("status") == "finished" and not overwrite:
+        raise RunError(
+            f"{path} holds a finished run. Choose another folder, or replace it with --overwrite."
+        )
+
+
+def _all_files() -> list[str]:
+    tables = TableName.__args__  # type: ignore[attr-defined]
+    return [_CONFIG, _METRICS, _MODEL, _REPORT, *(f"{name}.csv" for name in tables)]
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise RunError(f"{path / _CONFIG} is not JSON ({error}); the run is damaged.") from error
+    if not isinstance(config, dict):
+        raise RunError(f"{path / _CONFIG} is not a run's configuration; the run is damaged.")
+    return config
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("cxr-cache", "torch", "numpy", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }

@@ -1,0 +1,194 @@
+"""Read CSV files as people write them, or say in one sentence where they are broken."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cxr_cache.errors import TableError
+
+logger = logging.getLogger(__name__)
+
+SEPARATORS = (",", ";", "\t")
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Read a CSV file as text, or say in one sentence where it is broken.
+
+    Encodings: UTF-8 with or without a byte-order mark, UTF-16 with one, else
+    Windows-1252 (logged as a warning). The separator (comma, semicolon or tab)
+    is the one that divides the header most. White space around cells and
+    wholly blank lines are dropped; everything else stays as written, so that
+    ids such as ``NA`` and ``00012`` survive.
+
+    Parameters
+    ----------
+    path
+        File with a header and at least one row.
+
+    Returns
+    -------
+    pd.DataFrame
+        Strings. The index, named ``line``, tells the line of the file on which
+        each row begins, counted from 1.
+
+    Raises
+    ------
+    TableError
+        The file cannot be read or is not text; it is empty or only a header; a
+        column has no name or the name of another; a row has more or fewer
+        fields than the header; a quote is not closed.
+
+    Notes
+    -----
+    Own code instead of ``pandas.read_csv``, which shifts all columns when each
+    row has one field more than the header, fills short rows up, and reads an
+    unclosed quote to the end of the file.
+    """
+    path = Path(path)
+    text = _decode(path)
+    records = list(_parse_records(text, _detect_separator(text), path))
+    if not records:
+        raise TableError(f"{path} is empty; it should hold a header and one row per entry.")
+    (_, header), *rows = records
+    if not rows:
+        raise TableError(f"{path} has a header ({', '.join(header)}) but no rows.")
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise TableError(
+                f"{path}, line {line}: {len(cells)} fields, but the header names {len(header)} "
+                f"({', '.join(header)}). Name every column, and put cells that hold the separator "
+                "or a line break in double quotes."
+            )
+    if header[0] == "":  # row numbers, as DataFrame.to_csv writes them
+        header, rows = header[1:], [(line, cells[1:]) for line, cells in rows]
+    _require_named_once(header, path)
+    table: pd.DataFrame = pd.DataFrame(
+        [cells for _, cells in rows],
+        index=pd.Index([line for line, _ in rows], name="line"),
+        columns=header,
+        dtype=object,
+    )
+    return table
+
+
+def _decode(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error.strerror or error}.") from error
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in content and not is_utf16:
+        raise TableError(
+            f"{path} is not a text file: it holds NUL bytes, as spreadsheets and UTF-16 without "
+            "a byte-order mark do. Save it as CSV in UTF-8."
+        )
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = _decode_windows_1252(content, path)
+    if "\0" in text:
+        raise TableError(f"{path} is not a text file: it holds NUL characters. Save it in UTF-8.")
+    return text
+
+
+def _decode_windows_1252(content: bytes, path: Path) -> str:
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise TableError(
+            f"{path}, line {line}: byte 0x{byte:02x} belongs to none of the encodings UTF-8, "
+            "UTF-16 with a byte-order mark and Windows-1252. Save the file as UTF-8."
+        ) from error
+    logger.warning("%s is not UTF-8; read as Windows-1252 (Latin-1)", path)
+    return text
+
+
+def _detect_separator(text: str) -> str:
+    header = next(iter(text.lstrip().splitlines()), "")
+    unquoted = re.sub(r'"[^"]*("|$)', "", header)
+    return max(SEPARATORS, key=unquoted.count)
+
+
+def _parse_records(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line on which each record begins, and its cells."""
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        for record in reader:
+            cells = [cell.strip() for cell in record]
+            if any(cells):
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise TableError(
+            f"{path}: a double quote in the row that begins on line {line} is not closed, or "
+            f"closed too early ({error}). Write a quote inside a quoted cell twice."
+        ) from error
+
+
+def _require_named_once(header: list[str], path: Path) -> None:
+    if "" in header:
+        raise TableError(
+            f"{path}: a column has no name; the header is {', '.join(map(repr, header))}. Name it."
+        )
+    duplicates = find_duplicates(header)
+    if duplicates:
+        raise TableError(
+            f"{path}: two columns are named {duplicates[0]!r}. Rename or remove one of them."
+        )
+
+
+def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
+    """Raise TableError unless the table has all `columns`; suggests the nearest name."""
+    for column in columns:
+        if column not in table:
+            present = table.columns.tolist()
+            lower = {name.lower(): name for name in present}
+            nearest = difflib.get_close_matches(column.lower(), lower, n=1)
+            hint = f" Should {lower[nearest[0]]!r} be renamed?" if nearest else ""
+            raise TableError(
+                f"{path} has no column {column!r}; its columns are {', '.join(present)}.{hint}"
+            )
+
+
+def require_filled(table: pd.DataFrame, column: str, path: Path) -> None:
+    """Raise TableError, with the line, where a cell of `column` is blank."""
+    blank = table[column] == ""
+    if blank.any():
+        raise TableError(f"{path}, line {blank.idxmax()}: {column} is blank. Fill it in.")
+
+
+def require_unique(table: pd.DataFrame, column: str, path: Path) -> None:
+    """Raise TableError, with the line, where `column` is blank or repeats itself."""
+    require_filled(table, column, path)
+    duplicates = find_duplicates(table[column])
+    if duplicates:
+        lines = table.index[table[column] == duplicates[0]]
+        raise TableError(
+            f"{path}: {column} {duplicates[0]!r} is on line {lines[0]} and on line {lines[1]}. "
+            "Keep one of the rows."
+        )
+
+
+def find_duplicates(values: Any) -> list[str]:
+    """Values that came before, in order."""
+    index = pd.Index(values)
+    return [str(value) for value in index[index.duplicated()]]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
