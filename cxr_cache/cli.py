@@ -60,22 +60,17 @@ class ErrorsAsMessages(click.Group):
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
 
 
-class NumberList(click.ParamType):
-    """Numbers with commas between, as a tuple of integers."""
+def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
+    """A callback that reads whole numbers with `separator` between."""
 
-    def __init__(self, separator: str = ",") -> None:
-        self.name = f"N{separator}N..."
-        self.separator = separator
-
-    def convert(  # noqa: D102
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
+    def parse(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, ...]:
         try:
-            return tuple(int(part) for part in str(value).split(self.separator))
+            return tuple(int(part) for part in value.split(separator))
         except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 30,50,75.", param, ctx)
+            example = separator.join(("50", "100"))
+            raise click.BadParameter(f"{value!r} is not numbers such as {example}.") from None
+
+    return parse
 
 
 @click.group(
@@ -313,7 +308,9 @@ def _warn_if_random(is_random: bool) -> None:
 @STORE
 @click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to.")
 @click.option("--labels", type=FILE, help="CSV whose targets replace the store's.")
-@click.option("--epochs", type=NumberList(), default="30,50,75,90,100", help="Candidates.")
+@click.option(
+    "--epochs", default="30,50,75,90,100", callback=_numbers(","), help="Candidates of the search."
+)
 @click.option("--folds", "n_folds", default=5, help="Folds of the search.")
 @click.option("--batch-size", default=16)
 @click.option("--lr", "learning_rate", default=2e-5, help="Learning rate of AdamW.")
@@ -335,7 +332,9 @@ def _warn_if_random(is_random: bool) -> None:
 )
 @click.option("--alpha", default=0.25, help="Alpha of the focal losses.")
 @click.option("--gamma", default=2.0, help="Gamma of the focal losses.")
-@click.option("--hidden", type=NumberList("x"), default="512x256", help="Hidden layer widths.")
+@click.option(
+    "--hidden", default="512x256", callback=_numbers("x"), help="Widths of the hidden layers."
+)
 @click.option("--dropout", default=0.5)
 @click.option("--input-norm", type=click.Choice(["l2", "none"]), default="l2")
 @click.option(

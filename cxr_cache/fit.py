@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.cohort import Cohort
-from cxr_cache.encoder import resolve_device
+from cxr_cache.devices import resolve_device
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.heads import HeadBank
 from cxr_cache.losses import LOSSES, balance_positives, make_loss
@@ -58,17 +58,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists
         rules: list[tuple[bool, str]] = [
             (bool(self.epochs) and self.epochs[0] >= 1, "--epochs must be 1 or more"),
             (self.n_folds >= 2, "--folds must be 2 or more"),
             (0 < self.test_fraction < 1, "--test-fraction must lie between 0 and 1"),
             (self.split_by in ("study", "image"), "--split-by is study or image"),
             (self.final in FINALS, f"--final is one of {', '.join(FINALS)}"),
+            (self.seed >= 0, "--seed must not be negative"),
             (self.batch_size >= 2, "--batch-size must be 2 or more: batch norm needs two rows"),
             (self.learning_rate > 0, "--lr must be positive"),
             (self.weight_decay >= 0, "--weight-decay must not be negative"),
             (self.max_grad_norm is None or self.max_grad_norm > 0, "--clip must be positive"),
             (self.schedule in SCHEDULES, f"--schedule is one of {', '.join(SCHEDULES)}"),
+            (self.patience >= 0, "--patience must not be negative"),
             (self.early_stopping is None or self.early_stopping >= 1, "--early-stopping is >= 1"),
             (self.loss in LOSSES, f"--loss is one of {', '.join(LOSSES)}"),
             (0 <= self.alpha <= 1, "--alpha must lie in [0, 1]"),
@@ -133,6 +136,10 @@ class Trajectory:
     """After each kept epoch, for the held-out rows, ``(n, F)``."""
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """After each kept epoch, a bank of one head, as :meth:`HeadBank.snapshot` gives it."""
+
+    def auroc_after(self, epoch: int) -> float:
+        """Validation AUROC after `epoch`, or when the head stopped, if that was earlier."""
+        return self.history[min(epoch, len(self.history)) - 1]["val_auroc"]
 
 
 def train_heads(
@@ -238,7 +245,8 @@ class _Trainer:
         self.embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
         self.targets = torch.from_numpy(data.cohort.targets).to(device)  # (N, F)
         self.rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
-        self.held_out = [task.held_out_rows for task in tasks]
+        self.held_out_targets = [data.cohort.targets[task.held_out_rows] for task in tasks]
+        self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
         self.shuffles = [torch.Generator().manual_seed(task.seed) for task in tasks]
         self.bank = HeadBank(
             len(tasks),
@@ -273,12 +281,13 @@ class _Trainer:
             self.optimizer.set_learning_rate(self.learning_rates[epoch - 1])
         rates = self.optimizer.learning_rates
         train_losses = self._train()
-        if not train_losses.isfinite().all():
-            raise TrainingError(
-                f"The training loss is no longer finite in epoch {epoch}. Use a smaller --lr, or "
-                "check the embeddings with `cxr-cache inspect`."
-            )
         val_losses, probabilities = self._score()
+        # Without held-out rows, no loss has seen the last step of the epoch; the weights have.
+        if not all(x.isfinite().all() for x in (train_losses, val_losses, self.bank.flat)):
+            raise TrainingError(
+                f"The loss or the weights are no longer finite in epoch {epoch}. Use a smaller "
+                "--lr, or check the embeddings with `cxr-cache inspect`."
+            )
         self.optimizer.end_epoch(val_losses)
         seconds = (time.perf_counter() - started) / self.bank.n_heads
         rows = [
@@ -286,8 +295,7 @@ class _Trainer:
                 "epoch": epoch,
                 "lr": rates[h],
                 "train_loss": float(train_losses[h]),
-                "val_loss": float(val_losses[h]),
-                "val_auroc": self._macro_auroc(h, probabilities[h]),
+                **_score_held_out(self.held_out_targets[h], probabilities[h], val_losses[h]),
                 "seconds": seconds,
             }
             for h in range(self.bank.n_heads)
@@ -319,12 +327,8 @@ class _Trainer:
 
     @torch.inference_mode()
     def _score(self) -> tuple[Tensor, list[NDArray[np.float32]]]:
-        """Loss and probabilities on each head's own held-out rows."""
-        longest = max(len(rows) for rows in self.held_out)
-        padded = np.stack(
-            [np.pad(r, (0, longest - len(r)), constant_values=-1) for r in self.held_out]
-        )
-        rows = torch.from_numpy(padded).to(self.targets.device)  # (H, n), -1 past the end
+        """Loss and probabilities on each head's own held-out rows; zero loss where it has none."""
+        rows = self.scored_rows
         self.bank.eval()
         parts = [
             self.bank(self.embeddings[0, part]) for part in torch.split(rows, _SCORED_AT_ONCE, 1)
@@ -334,12 +338,25 @@ class _Trainer:
         probabilities = torch.sigmoid(logits).cpu().numpy()
         return (
             self.loss(logits, targets).cpu(),
-            [p[: len(r)] for p, r in zip(probabilities, self.held_out, strict=True)],
+            [p[: len(t)] for p, t in zip(probabilities, self.held_out_targets, strict=True)],
         )
 
-    def _macro_auroc(self, h: int, probabilities: NDArray[np.float32]) -> float:
-        targets = self.targets[torch.from_numpy(self.held_out[h])].cpu().numpy()
-        return float(macro_mean(auroc(targets, probabilities))) if len(targets) else float("nan")
+
+def _pad(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Row numbers of every head, -1 past the end of the shorter ones, ``(H, n)``."""
+    longest = max(map(len, rows))
+    return torch.from_numpy(
+        np.stack([np.pad(r, (0, longest - len(r)), constant_values=-1) for r in rows])
+    )
+
+
+def _score_held_out(
+    targets: NDArray[np.float32], probabilities: NDArray[np.float32], loss: Tensor
+) -> dict[str, float]:
+    """Validation columns of the history; NaN where nothing is held out."""
+    if not len(targets):
+        return {"val_loss": float("nan"), "val_auroc": float("nan")}
+    return {"val_loss": float(loss), "val_auroc": float(macro_mean(auroc(targets, probabilities)))}
 
 
 def _has_stopped(history: Sequence[dict[str, float]], patience: int | None) -> bool:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed
 
-from cxr_cache.encoder import resolve_device
+from cxr_cache.devices import resolve_device
 from cxr_cache.errors import TrainingError
 from cxr_cache.fit import HeadTask, TrainConfig, TrainingData, Trajectory, count_steps, train_heads
 from cxr_cache.heads import HeadBank
@@ -50,11 +50,14 @@ def search_epochs(
     ----------
     on_progress
         Called with (heads trained, heads to train).
+
+    Raises
+    ------
+    ConfigError, TrainingError
+        As :func:`require_trainable_folds`; and TrainingError where a loss diverges.
     """
-    tasks = [
-        HeadTask(split.trained_on(k), split.held_out(k), _head_seed(config.seed, k))
-        for k in range(split.n_folds)
-    ]
+    require_trainable_folds(data, split, config)
+    tasks = _fold_tasks(split, config.seed)
     horizons = config.epochs if config.has_horizon else config.epochs[-1:]
     trajectories: dict[int, list[Trajectory]] = {}
     for i, horizon in enumerate(horizons):
@@ -70,6 +73,34 @@ def search_epochs(
         trajectories |= dict.fromkeys(keep, trained)
     table = _tabulate(trajectories)
     return EpochSearch(trajectories, table, _choose(table))
+
+
+def require_trainable_folds(data: TrainingData, split: Split, config: TrainConfig) -> None:
+    """Raise unless every fold can be trained and scored; called before the long work.
+
+    Raises
+    ------
+    ConfigError
+        A fold has fewer rows to train on than a batch.
+    TrainingError
+        No finding has both a positive and a negative among the rows that a fold holds out.
+    """
+    tasks = _fold_tasks(split, config.seed)
+    count_steps(tasks, config.batch_size)
+    for k, task in enumerate(tasks, start=1):
+        targets = data.cohort.targets[task.held_out_rows]
+        if not ((targets == 1).any(axis=0) & (targets == 0).any(axis=0)).any():
+            raise TrainingError(
+                f"Among the {len(targets):,} images of fold {k}, no finding has both a positive "
+                "and a negative one, so no AUROC is defined. Use fewer --folds, or more images."
+            )
+
+
+def _fold_tasks(split: Split, seed: int) -> list[HeadTask]:
+    return [
+        HeadTask(split.trained_on(k), split.held_out(k), _head_seed(seed, k))
+        for k in range(split.n_folds)
+    ]
 
 
 def _head_seed(seed: int, fold: int) -> int:
@@ -122,8 +153,7 @@ def _shifted(
 def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
     rows = []
     for epochs, folds in trajectories.items():
-        # A fold that stopped early scores what it scored when it stopped.
-        scores = [t.history[min(epochs, len(t.history)) - 1]["val_auroc"] for t in folds]
+        scores = [trajectory.auroc_after(epochs) for trajectory in folds]
         rows.append(
             {
                 "epochs": epochs,
@@ -137,11 +167,6 @@ def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
 
 
 def _choose(table: pd.DataFrame) -> int:
-    if table["mean_auroc"].isna().any():
-        raise TrainingError(
-            "In some fold no finding has both a positive and a negative image, so no AUROC is "
-            "defined. Use fewer --folds, or more images."
-        )
     best = int(np.argmax(table["mean_auroc"].to_numpy()))
     return int(table["epochs"].to_numpy()[best])
 
@@ -155,7 +180,7 @@ def train_final(
     """The model that test will see, and its history (empty unless it was trained anew)."""
     folds = search.trajectories[search.chosen]
     if config.final != "refit":
-        scores = [t.history[min(search.chosen, len(t.history)) - 1]["val_auroc"] for t in folds]
+        scores = [trajectory.auroc_after(search.chosen) for trajectory in folds]
         members = folds if config.final == "ensemble" else [folds[int(np.argmax(scores))]]
         states = [member.weights[search.chosen] for member in members]
         stacked = {name: torch.cat([state[name] for state in states]) for name in states[0]}

@@ -13,13 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort, load_labels
-from cxr_cache.encoder import resolve_device
-from cxr_cache.errors import StoreFormatError, StoreIncompleteError
+from cxr_cache.devices import resolve_device
+from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.fit import TrainConfig, TrainingData, prepare_embeddings
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.metrics import choose_thresholds
 from cxr_cache.run import Run, SavedModel, require_free
-from cxr_cache.search import EpochSearch, search_epochs, train_final
+from cxr_cache.search import (
+    EpochSearch,
+    require_trainable_folds,
+    search_epochs,
+    train_final,
+)
 from cxr_cache.splits import Split, count_shared_studies, make_split
 from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
 
@@ -57,25 +62,25 @@ def load_training_data(
         A row's bytes do not match its digest.
     TableError
         `labels` cannot be read, or names none of the images.
+    TrainingError
+        No image has a label.
     """
-    status = store.status
-    _require_complete(store, status, allow_pending=allow_pending)
-    done = np.flatnonzero(status == DONE)
-    if len(damaged := store.find_damaged(done)):
-        raise StoreFormatError(
-            f"{store.path}: {len(damaged):,} rows are damaged (their bytes do not match their "
-            f"digests); the first is that of {str(store.image_ids[damaged[0]])!r}. "
-            "Run `cxr-cache extract` again: it computes them anew."
-        )
+    done = find_done_rows(store, allow_pending=allow_pending)
     cohort = store.cohort
     if labels is not None:
         findings, targets = load_labels(labels, cohort.image_ids)
         cohort = replace(cohort, findings=findings, targets=targets)
     labelled = ~np.isnan(cohort.targets[done]).all(axis=1)
+    if not labelled.any():
+        raise TrainingError(
+            f"None of the {len(done):,} finished images of {store.path} has a label. Give a CSV "
+            "with --labels."
+        )
     rows = done[labelled]
+    n_failed = int((store.status == FAILED).sum())
     left_out = {
-        "failed in extraction": int((status == FAILED).sum()),
-        "were still pending": int((status == PENDING).sum()),
+        "failed in extraction": n_failed,
+        "were still pending": len(store) - len(done) - n_failed,
         "have no label": int((~labelled).sum()),
     }
     embeddings = np.ascontiguousarray(store.embeddings[rows].swapaxes(0, 1))  # (V, N, D)
@@ -90,11 +95,20 @@ def load_training_data(
     )
 
 
-def _require_complete(
-    store: FeatureStore, status: NDArray[np.uint8], *, allow_pending: bool
-) -> None:
-    n_pending, n_done = int((status == PENDING).sum()), int((status == DONE).sum())
-    if n_done == 0:
+def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArray[np.intp]:
+    """Rows of a complete store that hold an embedding, each checked against its digest.
+
+    Raises
+    ------
+    StoreIncompleteError
+        Rows are pending and `allow_pending` is off, or no row is done.
+    StoreFormatError
+        A row's bytes do not match its digest.
+    """
+    status = store.status
+    done = np.flatnonzero(status == DONE)
+    n_pending = int((status == PENDING).sum())
+    if not len(done):
         raise StoreIncompleteError(
             f"{store.path} has no finished row: {n_pending:,} are pending and "
             f"{len(store) - n_pending:,} failed. Run `cxr-cache extract` first."
@@ -102,9 +116,17 @@ def _require_complete(
     if n_pending and not allow_pending:
         raise StoreIncompleteError(
             f"{store.path} is not complete: {n_pending:,} of {len(store):,} rows are pending. "
-            "Run the `cxr-cache extract` command again to finish them, or train on the rest with "
-            "--allow-pending."
+            "Run the `cxr-cache extract` command again to finish them; `cxr-cache train "
+            "--allow-pending` trains on the rest."
         )
+    if len(damaged := store.find_damaged(done)):
+        command = "import --overwrite" if store.header.encoder.get("imported") else "extract"
+        raise StoreFormatError(
+            f"{store.path}: {len(damaged):,} rows are damaged (their bytes do not match their "
+            f"digests); the first is that of {str(store.image_ids[damaged[0]])!r}. "
+            f"Run `cxr-cache {command}` again: it writes them anew."
+        )
+    return done
 
 
 # -- the whole --------------------------------------------------------------------------
@@ -194,6 +216,7 @@ def train(
         test_fraction=config.test_fraction,
         seed=config.seed,
     )
+    require_trainable_folds(data, split, config)  # before an old run gives way
     notes = data.notes + _note_split(split, cohort)
     run = Run.create(
         run_dir,
@@ -309,13 +332,14 @@ def _history_table(
     search: EpochSearch, final_history: list[dict[str, float]], config: TrainConfig
 ) -> pd.DataFrame:
     """Every epoch that was trained: of each fold up to the largest candidate, and of the final."""
-    longest = search.trajectories[max(search.trajectories)]
-    horizons = search.trajectories.items() if config.has_horizon else [(None, longest)]
+    longest = max(search.trajectories)
+    horizons = list(search.trajectories) if config.has_horizon else [longest]
     rows = [
-        {"fold": str(k), **({"horizon": horizon} if horizon else {}), **row}
-        for horizon, folds in horizons
-        for k, trajectory in enumerate(folds, start=1)
+        {"fold": str(k), "horizon": horizon, **row}
+        for horizon in horizons
+        for k, trajectory in enumerate(search.trajectories[horizon], start=1)
         for row in trajectory.history
     ]
-    table: pd.DataFrame = pd.DataFrame(rows + [{"fold": FINAL, **row} for row in final_history])
-    return table
+    rows += [{"fold": FINAL, "horizon": search.chosen, **row} for row in final_history]
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table if config.has_horizon else table.drop(columns="horizon")

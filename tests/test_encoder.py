@@ -20,15 +20,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from open_clip.model import _build_vision_tower
 from safetensors.torch import load_file, save_file
 
-from cxr_cache import encoder as encoder_module
-from cxr_cache.encoder import (
-    Encoder,
-    EncoderIdentity,
-    load_encoder,
-    resolve_device,
-    resolve_precision,
-    trainable_parameter_names,
-)
+from cxr_cache import devices
+from cxr_cache.devices import resolve_device, resolve_precision
+from cxr_cache.encoder import Encoder, EncoderIdentity, load_encoder, trainable_parameter_names
 from cxr_cache.errors import ConfigError, EncoderError
 from cxr_cache.images import Preprocessing, normalise
 from scripts.write_random_biomedclip import CONFIG, write_biomedclip_folder, write_checkpoint
@@ -315,7 +309,7 @@ def test_lower_precision_is_another_identity_and_still_gives_float32(tiny):
 def test_auto_precision_asks_the_processor(monkeypatch):
     cpu = torch.device("cpu")
     for is_native, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(encoder_module, "_has_native_bf16", lambda device, n=is_native: n)
+        monkeypatch.setattr(devices, "_has_native_bf16", lambda device, n=is_native: n)
         assert resolve_precision("auto", cpu) == expected
         assert resolve_precision("fp16", cpu) == "fp16"
 

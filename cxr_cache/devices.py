@@ -1,0 +1,73 @@
+"""Which device, and which precision, a name means on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+
+from cxr_cache.errors import ConfigError, EncoderError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a name means here; ``"auto"`` prefers cuda to mps to cpu.
+
+    Raises
+    ------
+    EncoderError
+        The name is no device, or this machine does not have it.
+    """
+    n_devices = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    present = [kind for kind, count in n_devices.items() if count]
+    if device == "auto":
+        return torch.device(present[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = torch.device("meta")  # named, but not one to compute on
+    if (chosen.index or 0) >= n_devices.get(chosen.type, 0):
+        raise EncoderError(
+            f"There is no device '{device}' here; torch {torch.__version__} sees "
+            f"{', '.join(present)}. Use one of these, or auto."
+        )
+    return chosen
+
+
+def resolve_precision(precision: str, device: torch.device) -> Precision:
+    """What matrix products are computed in; ``"auto"`` is bf16 where it is native, else fp32.
+
+    Raises
+    ------
+    ConfigError
+        The name is none of these.
+    """
+    require_choice("precision", precision, ("auto", *PRECISIONS))
+    if precision == "auto":
+        return "bf16" if _has_native_bf16(device) else "fp32"
+    return cast(Precision, precision)
+
+
+def require_choice(option: str, value: str | None, choices: Sequence[str | None]) -> None:
+    """Raise ConfigError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{option} is '{value}'; choose from {', '.join(filter(None, choices))}.")
+
+
+def _has_native_bf16(device: torch.device) -> bool:
+    """Whether bf16 is a speed-up: emulated, it is slower than fp32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    # torch has no public question for this; the private ones come and go between versions
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, question, bool)() for question in questions)
