@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-slow faults check format clean
 
 setup: $(STAMP)
 
@@ -18,10 +18,13 @@ demo: setup
 	$(BIN)/cxr-cache demo demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow and not faults'
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+faults: setup
+	$(BIN)/python -m pytest -q -s -m faults tests/faults
 
 check: setup
 	$(BIN)/ruff format --check .

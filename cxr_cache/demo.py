@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cxr_cache.cohort import load_cohort
+from cxr_cache.config import TrainConfig
 from cxr_cache.encoder import load_encoder
 from cxr_cache.evaluate import evaluate_run, format_summary
 from cxr_cache.extract import extract
-from cxr_cache.fit import TrainConfig
 from cxr_cache.phantoms import write_phantoms
 from cxr_cache.report import write_report
 from cxr_cache.run import Run

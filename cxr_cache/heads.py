@@ -82,15 +82,17 @@ class HeadBank(nn.Module):
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
         self.flat = torch.zeros(n_heads, n_parameters, device=device)
         self.flat_grad = torch.zeros_like(self.flat)
-        self._grad_views: list[Tensor] = []
+        self._grad_views: dict[str, Tensor] = {}
         start = 0
         for name, shape in shapes.items():
             end = start + math.prod(shape)
             self.register_parameter(
                 name, nn.Parameter(self.flat[:, start:end].view(n_heads, *shape))
             )
-            self._grad_views.append(self.flat_grad[:, start:end].view(n_heads, *shape))
+            self._grad_views[name] = self.flat_grad[:, start:end].view(n_heads, *shape)
             start = end
+        for i in range(self.n_hidden):
+            del self._grad_views[f"bias_{i}"]  # see backward
 
     @torch.no_grad()
     def _initialise(self, h: int, generator: torch.Generator) -> None:
@@ -136,9 +138,16 @@ class HeadBank(nn.Module):
         return self._linear(x, self.n_hidden)
 
     def backward(self, losses: Tensor) -> None:
-        """Put the gradient of every head's loss into :attr:`flat_grad`; `losses` is ``(H,)``."""
-        gradients = torch.autograd.grad(losses.sum(), list(self.parameters()))
-        for view, gradient in zip(self._grad_views, gradients, strict=True):
+        """Put the gradient of every head's training loss, ``(H,)``, into :attr:`flat_grad`.
+
+        A bias before a batch norm is subtracted again with the batch's mean, so its gradient is
+        zero and stays zero here. What autograd finds is rounding noise, which AdamW would scale
+        up to full steps: the bias would wander, by another path in every bank and on every machine.
+        """
+        assert self.training, "in evaluation, a bias before a batch norm does have a gradient"
+        moving = [self.get_parameter(name) for name in self._grad_views]
+        gradients = torch.autograd.grad(losses.sum(), moving)
+        for view, gradient in zip(self._grad_views.values(), gradients, strict=True):
             view.copy_(gradient)
 
     def _linear(self, x: Tensor, i: int) -> Tensor:
@@ -208,7 +217,7 @@ def predict_probabilities(bank: HeadBank, embeddings: Tensor, *, batch_size: int
     Parameters
     ----------
     embeddings
-        ``(N, D)``, prepared as for training (see :func:`cxr_cache.train.prepare_embeddings`).
+        ``(N, D)``, prepared as for training (see :func:`cxr_cache.fit.prepare_embeddings`).
     """
     was_training = bank.training
     bank.eval()

@@ -3,13 +3,12 @@
 The paper (Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5) weighs positives by
 ``alpha`` and negatives by ``1 - alpha``. The reference system multiplies every term by ``alpha``,
 which scales the loss and its gradient and changes no balance between positives and negatives.
-Both are here; :data:`LOSSES` names them.
+Both are here; :data:`cxr_cache.config.LOSSES` names them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +52,11 @@ def focal_loss(
     >>> focal_loss(logits, targets, gamma=0.0)
     tensor([0.6931, 0.6931, 0.6931])
     """
+    # With s the log-odds of the true label, p_t = sigmoid(s) and 1 - p_t = sigmoid(-s). The power
+    # of 1 - p_t is taken as exp(gamma log(1 - p_t)): as a power of 0 its slope would be infinite.
     present = targets == 1
-    log_p = F.logsigmoid(torch.where(present, logits, -logits))  # log p_t, (..., B, F)
-    loss = -((-torch.expm1(log_p)) ** gamma) * log_p
+    log_odds = torch.where(present, logits, -logits)  # s, (..., B, F)
+    loss = -torch.exp(gamma * F.logsigmoid(-log_odds)) * F.logsigmoid(log_odds)
     if alpha is not None:
         loss = loss * torch.where(present, alpha, 1 - alpha)
     return _mean_over_labelled(loss, targets)
@@ -115,14 +116,10 @@ def _mean_over_labelled(loss: Tensor, targets: Tensor) -> Tensor:
     return total / labelled.sum(dim=(-2, -1)).clamp(min=1)
 
 
-LOSSES: Final[tuple[str, ...]] = ("focal", "focal-balanced", "bce", "weighted-bce")
-"""``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
-
-
 def make_loss(
     name: str, *, alpha: float, gamma: float, positive_weight: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss called `name` in :data:`LOSSES` as a function of logits and targets."""
+    """The loss of :data:`cxr_cache.config.LOSSES` called `name`, of logits and targets."""
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "focal": lambda x, y: reference_focal_loss(x, y, alpha=alpha, gamma=gamma),
         "focal-balanced": lambda x, y: focal_loss(x, y, alpha=alpha, gamma=gamma),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cxr_cache.heads import HeadBank
-
-SCHEDULES: Final[tuple[str, ...]] = ("plateau", "constant", "cosine", "one-cycle")
-HORIZON_SCHEDULES: Final[tuple[str, ...]] = ("cosine", "one-cycle")
-"""Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
 
 
 class BankOptimizer:
@@ -30,8 +26,8 @@ class BankOptimizer:
     max_grad_norm
         Each head's gradient is scaled down to this Euclidean norm; None for no limit.
     schedule
-        One of :data:`SCHEDULES`: ``plateau`` halves the learning rate when the validation loss
-        has not improved for `patience` epochs.
+        One of :data:`cxr_cache.config.SCHEDULES`: ``plateau`` halves the rate when the
+        validation loss has not improved for `patience` epochs.
     n_epochs
         Horizon of the schedules that need one.
     """

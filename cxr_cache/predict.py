@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.encoder import Encoder, EncoderIdentity
 from cxr_cache.errors import ImageError, RunError, StoreMismatchError
 from cxr_cache.fit import prepare_embeddings
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.images import read_image
 from cxr_cache.run import Run, SavedModel
-from cxr_cache.store import DONE, FeatureStore
+from cxr_cache.store import FeatureStore
+from cxr_cache.train import find_done_rows, finding_table
 
 _IMAGES_AT_ONCE = 32
 
@@ -67,7 +69,7 @@ class Predictions:
                 lines.append(f"    not usable: {error}")
                 continue
             # Called findings first: with a low threshold they need not be the likeliest.
-            for f in sorted(range(len(row)), key=lambda f: (-called[f], -row[f]))[:n_shown]:
+            for f in sorted(range(len(row)), key=lambda f: (not called[f], -row[f]))[:n_shown]:
                 mark = "*" if called[f] else " "
                 lines.append(f"  {mark} {row[f]:6.1%}  {self.findings[f]}")
         return "\n".join([*lines, "* at or above the run's threshold. Not for clinical use."])
@@ -104,6 +106,9 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
         if decoded:
             pixels = torch.from_numpy(np.stack(list(decoded.values())))
             embeddings[list(decoded)] = encoder.encode(pixels)[1].cpu().numpy()
+    for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        embeddings[row] = np.nan
+        errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     probabilities = predict_embeddings(model, embeddings)
     return Predictions(
         tuple(map(str, paths)),
@@ -130,10 +135,7 @@ def require_encoder_of_run(
     if differences:
         raise RunError(
             f"{run.path} was trained on embeddings of another encoder:\n"
-            + "\n".join(
-                f"  {name}: {theirs!r} in the run, {ours!r} in {encoder.identity.name}"
-                for name, (theirs, ours) in differences.items()
-            )
+            + describe_differences(differences, "in the run", f"in {encoder.identity.name}")
             + "\nIts head means nothing on these. Use the run's encoder."
         )
 
@@ -165,6 +167,8 @@ def predict_store(run: Run, store: FeatureStore) -> tuple[pd.DataFrame, pd.DataF
     ------
     StoreMismatchError
         The store's embeddings come from another encoder, or it lacks a finding of the run.
+    StoreIncompleteError, StoreFormatError
+        Rows are pending or damaged; see :func:`cxr_cache.train.find_done_rows`.
     """
     model = run.load_model()
     _require_same_features(run, model.encoder, store)
@@ -174,33 +178,25 @@ def predict_store(run: Run, store: FeatureStore) -> tuple[pd.DataFrame, pd.DataF
             f"{store.path} has no targets for {missing}, which {run.path} predicts. Evaluate on a "
             "store with the run's findings."
         )
-    rows = np.flatnonzero(store.status == DONE)
-    rows = rows[~np.isin(rows, store.find_damaged(rows))]
+    rows = find_done_rows(store)
     cohort = store.cohort.take(rows)
     columns = [store.findings.index(finding) for finding in model.findings]
+    cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
     probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
-    who = {
-        "image_id": cohort.image_ids,
-        "study_uid": cohort.study_uids,
-        "projection": cohort.projections,
-    }
-    names = list(model.findings)
-    predictions = pd.concat([pd.DataFrame(who), pd.DataFrame(probabilities, columns=names)], axis=1)
-    targets = pd.DataFrame(cohort.targets[:, columns], columns=names)
-    targets.insert(0, "image_id", cohort.image_ids)
-    return predictions, targets
+    return (
+        finding_table(cohort, probabilities, ("image_id", "study_uid", "projection")),
+        finding_table(cohort, cohort.targets, ("image_id",)),
+    )
 
 
 def _require_same_features(run: Run, trained_with: Mapping[str, Any], store: FeatureStore) -> None:
     stored = store.header.encoder
     if trained_with.get("imported") or stored.get("imported"):
         # A second import has another digest even if the same network made it: only widths tell.
-        keys: tuple[str, ...] = ("imported", "embedding_width")
-        differences = {
-            key: (stored.get(key), trained_with.get(key))
-            for key in keys
-            if stored.get(key) != trained_with.get(key)
-        }
+        keys = ("imported", "embedding_width")
+        differences = find_differences(
+            {key: stored.get(key) for key in keys}, {key: trained_with.get(key) for key in keys}
+        )
     else:
         differences = EncoderIdentity.from_dict(stored).differences(
             EncoderIdentity.from_dict(trained_with)
@@ -208,10 +204,7 @@ def _require_same_features(run: Run, trained_with: Mapping[str, Any], store: Fea
     if differences:
         raise StoreMismatchError(
             f"{store.path} holds embeddings of another encoder than {run.path} was trained on:\n"
-            + "\n".join(
-                f"  {name}: {theirs!r} in the store, {ours!r} in the run"
-                for name, (theirs, ours) in differences.items()
-            )
+            + describe_differences(differences, "in the store", "in the run")
             + "\nExtract the images with the run's encoder."
         )
 

@@ -138,8 +138,8 @@ def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
     places = np.arange(len(table))
     axes.axvline(0.5, color=ORANGE, linestyle="--", linewidth=1.2, label="chance")
     is_rare = (table["n_positive_test"] < FEW_POSITIVES).to_numpy()
-    interval = f"AUROC, {LEVEL:.0%} interval"
-    few = f"fewer than {FEW_POSITIVES} positives: not to be relied on"
+    interval = f"AUROC, {100 * LEVEL:.0f} % interval"
+    few = f"fewer than {FEW_POSITIVES} positives"
     for chosen, color, label in ((~is_rare, BLUE, interval), (is_rare, GREY, few)):
         rows = table[chosen]
         bounds = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
@@ -197,7 +197,7 @@ def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> 
         axes.set_xlabel("epochs")
         axes.set_ylabel("macro AUROC of the held-out fold")
         axes.set_title("Search for the number of epochs")
-        axes.legend(loc="lower right")
+        axes.legend()
 
 
 def _fold_columns(search: pd.DataFrame) -> list[str]:
@@ -217,6 +217,8 @@ def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
         _draw_folds(auroc, folds, "val_auroc", GREEN, "held-out fold")
         loss.set(xlabel="epoch", ylabel="loss", title="Loss")
         auroc.set(xlabel="epoch", ylabel="macro AUROC", title="Macro AUROC")
+        for axes in (loss, auroc):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         loss.legend()
         auroc.legend(loc="lower right")
 
@@ -335,23 +337,34 @@ def write_report(run: Run) -> Path:
     RunError
         The run has not been evaluated, or a table is missing.
     """
-    metrics, per_finding = run.read_metrics(), run.read_table("per_finding")
-    search = run.read_table("epoch_search")
-    config = run.config
-    page = _template().render(
+    run.read_metrics()  # fails before anything is drawn
+    return run.write_report(render_page(run, draw_plots(run)))
+
+
+def render_page(run: Run, plots: Mapping[str, Path]) -> str:
+    """The page as HTML, with the plots embedded.
+
+    Parameters
+    ----------
+    run
+        A run with ``metrics.json`` and ``per_finding.csv``.
+    plots
+        PNG file by name, as :func:`draw_plots` returns them.
+    """
+    config, search = run.config, run.read_table("epoch_search")
+    return _template().render(
         name=run.path.resolve().name,
         config=config,
         options=config[config["kind"]],
-        metrics=metrics,
-        per_finding=_records(per_finding),
+        metrics=run.read_metrics(),
+        per_finding=_records(run.read_table("per_finding")),
         search=_records(search),
         n_folds=len(_fold_columns(search)),
-        figures={name: _data_uri(path) for name, path in draw_plots(run).items()},
+        figures={name: _data_uri(path) for name, path in plots.items()},
         is_indiana=tuple(config["findings"]) == FINDINGS,
         never=NEVER,
         few_positives=FEW_POSITIVES,
     )
-    return run.write_report(page)
 
 
 def _template() -> jinja2.Template:

@@ -9,9 +9,8 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -37,6 +36,8 @@ _METRICS: Final = "metrics.json"
 _MODEL: Final = "model.safetensors"
 _REPORT: Final = "report.html"
 _PLOTS: Final = "plots"
+_MODEL_ENTRY: Final = "cxr_cache"
+_MODEL_FIELDS: Final = ("findings", "thresholds", "encoder", "head")
 _TEXT_COLUMNS: Final = {"image_id": str, "study_uid": str, "projection": str, "split": str}
 
 
@@ -78,11 +79,11 @@ class Run:
         path = Path(path)
         require_free(path, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
-        for name in _all_files():
+        run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
+        run._write_config("running")  # first: whatever is left of an old run is not taken for one
+        for name in (_METRICS, _MODEL, _REPORT, *(f"{table}.csv" for table in get_args(TableName))):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / _PLOTS, ignore_errors=True)
-        run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
-        run._write_config("running")
         return run
 
     @classmethod
@@ -174,13 +175,9 @@ class Run:
         """Write ``model.safetensors``: tensors, and everything else as JSON metadata."""
         from safetensors.torch import save
 
-        metadata = {
-            "format_version": str(FORMAT_VERSION),
-            "findings": json.dumps(model.findings),
-            "thresholds": json.dumps(model.thresholds),
-            "encoder": json.dumps(model.encoder),
-            "head": json.dumps(model.head, default=_jsonable),
-        }
+        description = {field: getattr(model, field) for field in _MODEL_FIELDS}
+        # One entry: safetensors writes several in an order that changes from call to call.
+        metadata = {_MODEL_ENTRY: json.dumps(description, default=_jsonable)}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in model.tensors.items()}
         _write(self.path / _MODEL, save(tensors, metadata))
 
@@ -194,25 +191,18 @@ class Run:
         """
         from safetensors import safe_open
 
-        metadata = self._model_metadata
+        description = self._read_model_description()
         with safe_open(self.path / _MODEL, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return SavedModel(
-            tensors,
-            tuple(metadata["findings"]),
-            metadata["thresholds"],
-            metadata["encoder"],
-            metadata["head"],
-        )
+        return SavedModel(tensors, **{**description, "findings": tuple(description["findings"])})
 
     @property
     def thresholds(self) -> dict[str, float]:
         """Probability from which on each finding counts as present."""
-        thresholds: dict[str, float] = self._model_metadata["thresholds"]
+        thresholds: dict[str, float] = self._read_model_description()["thresholds"]
         return thresholds
 
-    @cached_property
-    def _model_metadata(self) -> dict[str, Any]:
+    def _read_model_description(self) -> dict[str, Any]:
         from safetensors import SafetensorError, safe_open
 
         path = self.path / _MODEL
@@ -220,10 +210,9 @@ class Run:
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         try:
             with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-            fields = ("findings", "thresholds", "encoder", "head")
-            return {field: json.loads(metadata[field]) for field in fields}
-        except (SafetensorError, KeyError, ValueError) as error:
+                description = json.loads((file.metadata() or {})[_MODEL_ENTRY])
+            return {field: description[field] for field in _MODEL_FIELDS}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
 
 
@@ -232,17 +221,12 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; --run-dir needs a folder, which may not exist yet.")
     config = _read_config(path)
-    if config is None and path.is_dir() and any(path.iterdir()):
+    if config is None and path.is_dir() and any(p.name[0] != "." for p in path.iterdir()):
         raise RunError(f"{path} holds other files and no run. Choose a folder of its own.")
     if config is not None and config.get("status") == "finished" and not overwrite:
         raise RunError(
             f"{path} holds a finished run. Choose another folder, or replace it with --overwrite."
         )
-
-
-def _all_files() -> list[str]:
-    tables = TableName.__args__  # type: ignore[attr-defined]
-    return [_CONFIG, _METRICS, _MODEL, _REPORT, *(f"{name}.csv" for name in tables)]
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
@@ -251,10 +235,17 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise RunError(f"{path / _CONFIG} is not JSON ({error}); the run is damaged.") from error
+        raise _damaged(path, f"is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise RunError(f"{path / _CONFIG} is not a run's configuration; the run is damaged.")
+        raise _damaged(path, "is not a run's configuration")
     return config
+
+
+def _damaged(path: Path, reason: str) -> RunError:
+    return RunError(
+        f"{path / _CONFIG} {reason}; the run is damaged. Train into another folder, or delete "
+        "this one."
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

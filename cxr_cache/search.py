@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed
 
+from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.errors import TrainingError
-from cxr_cache.fit import HeadTask, TrainConfig, TrainingData, Trajectory, count_steps, train_heads
+from cxr_cache.fit import HeadTask, TrainingData, Trajectory, count_steps, train_heads
 from cxr_cache.heads import HeadBank
 from cxr_cache.splits import Split
 

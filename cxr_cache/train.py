@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort, load_labels
+from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
-from cxr_cache.fit import TrainConfig, TrainingData, prepare_embeddings
+from cxr_cache.fit import TrainingData, prepare_embeddings
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.metrics import choose_thresholds
 from cxr_cache.run import Run, SavedModel, require_free
@@ -27,6 +28,7 @@ from cxr_cache.search import (
 )
 from cxr_cache.splits import Split, count_shared_studies, make_split
 from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.tables import hash_file
 
 FINAL: Final = "final"
 """What stands in the column `fold` of history.csv for the final model."""
@@ -226,7 +228,7 @@ def train(
             "seed": config.seed,
             "findings": list(cohort.findings),
             "store": {"path": str(store_path), "encoder": encoder, "cohort": cohort_source},
-            "labels": None if labels is None else str(labels),
+            "labels": None if labels is None else _describe_file(Path(labels)),
             "random_encoder": bool(encoder.get("is_random")),
             "warnings": list(notes),
         },
@@ -240,6 +242,10 @@ def train(
     return TrainResult(run, search.table, search.chosen, notes)
 
 
+def _describe_file(path: Path) -> dict[str, str]:
+    return {"path": str(path), "sha256": hash_file(path)}
+
+
 def _note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     if split.by == "study":
         return ()
@@ -247,8 +253,8 @@ def _note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     n_test = int(split.is_test.sum())
     return (
         f"Split by image: {shared:,} of {n_test:,} test images ({shared / n_test:.0%}) have "
-        "another image of the same study in train, so test figures are too good. "
-        "Use --split-by study.",
+        "another image of the same study in train, so test figures are too good; those of the "
+        "folds, split alike, too. Use --split-by study.",
     )
 
 
@@ -281,7 +287,7 @@ def _write_run(
         )
     )
     run.write_table("splits", _split_table(cohort, split))
-    run.write_table("targets", _finding_table(cohort, cohort.targets, ("image_id",)))
+    run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)
     run.write_table("history", _history_table(search, final_history, config))
     sides = np.where(split.is_test, "test", "train")
@@ -304,10 +310,10 @@ def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
     return table
 
 
-def _finding_table(
+def finding_table(
     cohort: Cohort, values: NDArray[np.float32], columns: Sequence[str]
 ) -> pd.DataFrame:
-    """Columns that say which image, then one per finding."""
+    """Columns that say which image, then one per finding with `values`, ``(N, F)``."""
     described = {
         "image_id": cohort.image_ids,
         "study_uid": cohort.study_uids,
@@ -323,7 +329,7 @@ def _finding_table(
 def _prediction_table(
     cohort: Cohort, probabilities: NDArray[np.float32], sides: NDArray[np.str_]
 ) -> pd.DataFrame:
-    table = _finding_table(cohort, probabilities, ("image_id", "study_uid", "projection"))
+    table = finding_table(cohort, probabilities, ("image_id", "study_uid", "projection"))
     table.insert(3, "split", sides)
     return table
 

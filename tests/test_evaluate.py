@@ -89,6 +89,7 @@ def make_run(path: Path, seed: int = 0, **config: Any) -> Run:
             "store": {"path": "features.h5", "encoder": {"name": "tiny", "weights_sha256": "3f9c"}},
             "random_encoder": False,
             "warnings": [],
+            "chosen_epochs": 4,
             "train": {"epochs": [2, 4], "n_folds": N_FOLDS, "split_by": "study"},
             **config,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -340,15 +341,41 @@ def simulate_studies(seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64
 def test_intervals_over_studies_cover_and_those_over_images_are_too_narrow():
     """Three images of one study are not three pieces of evidence."""
     true_auroc = 0.76025  # of two normals of unit variance, one apart: Phi(1 / sqrt(2))
-    n_simulations = 100
+    n_simulations = 60
     groupings = {"studies": np.arange(300) // 3, "images": np.arange(300)}
     n_covered = dict.fromkeys(groupings, 0)
     for seed in range(n_simulations):
         ranked = RankedScores(*simulate_studies(seed))
         for name, groups in groupings.items():
-            weights = bootstrap_weights(groups, 200, seed)
+            weights = bootstrap_weights(groups, 150, seed)
             low, high, _ = percentile_interval(ranked.auroc_and_ap(weights)[0])
             n_covered[name] += bool(low[0] <= true_auroc <= high[0])
 
-    assert 0.90 <= n_covered["studies"] / n_simulations <= 0.99, n_covered
-    assert n_covered["images"] / n_simulations < 0.82, n_covered
+    assert 0.88 <= n_covered["studies"] / n_simulations <= 0.99, n_covered
+    assert n_covered["images"] / n_simulations < 0.85, n_covered
+
+
+@pytest.mark.slow
+def test_bootstrap_beats_a_loop_over_scikit_learn_twenty_times():
+    """2,000 resamples x 35 findings x 1,500 images, in seconds on two cores."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random((1500, 35)) < np.geomspace(0.42, 0.005, 35)).astype(np.float32)
+    scores = rng.random(targets.shape)
+    groups = np.arange(1500) // 2
+
+    started = time.perf_counter()
+    ranked = RankedScores(targets, scores)
+    bootstrap(
+        lambda weights: {"auroc": ranked.auroc_and_ap(weights)[0]}, groups, n_resamples=2000, seed=0
+    )
+    elapsed_s = time.perf_counter() - started
+
+    started = time.perf_counter()
+    for row_weights in bootstrap_weights(groups, 5, seed=0):
+        rows = np.repeat(np.arange(1500), row_weights.astype(int))
+        per_finding(reference.roc_auc_score, targets[rows], scores[rows])
+        per_finding(reference.average_precision_score, targets[rows], scores[rows])
+    loop_s = (time.perf_counter() - started) * 2000 / 5
+
+    assert elapsed_s < 10
+    assert loop_s > 20 * elapsed_s

@@ -1,0 +1,300 @@
+"""The commands as a person types them: what they print, what they refuse, how they end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from cxr_cache.cli import cli
+from cxr_cache.config import TrainConfig
+from cxr_cache.phantoms import write_phantoms
+
+ROOT = Path(__file__).resolve().parents[1]
+ENCODER = "random:test_vit"
+QUICK = ["--epochs", "1,2", "--folds", "2", "--batch-size", "16", "--lr", "1e-3"]
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refuse(*arguments: object) -> str:
+    """The one message of a command that the user can fix."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), "a traceback instead of a message"
+    assert result.output.count("Error: ") == 1
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_phantoms(folder / "phantoms", n_studies=40, image_size_px=96)
+    return folder / "phantoms"
+
+
+@pytest.fixture(scope="module")
+def store(data) -> Path:
+    path = data.parent / "features.h5"
+    succeed(*extraction(data, path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(store) -> Path:
+    path = store.parent / "run"
+    succeed("train", store, "--run-dir", path, *QUICK)
+    return path
+
+
+def extraction(data: Path, store: Path) -> list[object]:
+    images = data / "images"
+    options: list[object] = ["--csv-dir", data, "--image-dir", images, "--store", store]
+    return ["extract", *options, "--model", ENCODER, "--num-workers", 0]
+
+
+# ----------------------------------------------------------------------- help and misuse
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_command_explains_itself(command):
+    output = succeed(command, "--help")
+    assert cli.commands[command].help.splitlines()[0] in output
+
+
+def test_help_lists_every_command_and_says_what_this_is_not_for():
+    output = succeed("--help")
+    assert "Not for clinical use" in output
+    for command in cli.commands:
+        assert f"\n  {command} " in output
+
+
+def test_help_needs_no_torch():
+    """It would take seconds; --help must be quick."""
+    code = "import sys, cxr_cache.cli; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_options_of_train_default_to_its_config():
+    command = cli.commands["train"]
+    with command.make_context("train", ["x.h5", "--run-dir", "run"]) as context:
+        parsed = {name: context.params[name] for name in vars(TrainConfig())}
+    assert TrainConfig(**parsed) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["train"],
+        ["train", "x.h5", "--run-dir", "r", "--epochs", "many"],
+        ["train", "x.h5", "--run-dir", "r", "--loss", "hinge"],
+        ["extract", "--csv-dir", "x"],
+        ["predict", "run"],
+    ],
+)
+def test_misuse_ends_with_status_2(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_options_can_come_from_the_environment(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_CACHE_TRAIN_EPOCHS", "0")
+    assert "--epochs must be 1 or more" in refuse("train", store, "--run-dir", tmp_path / "r")
+
+
+def test_several_bad_options_are_named_at_once(store, tmp_path):
+    bad = ["--folds", 1, "--dropout", 1.5, "--batch-size", 1]
+    output = refuse("train", store, "--run-dir", tmp_path / "r", *bad)
+    for option in ("--folds", "--dropout", "--batch-size"):
+        assert option in output
+
+
+# ----------------------------------------------------------------------- looking
+
+
+def test_describe_prints_counts_and_json_says_the_same(data, tmp_path):
+    csv_dir, images = ["--csv-dir", data], ["--image-dir", data / "images"]
+    text = succeed("describe", *csv_dir, *images)
+    numbers = json.loads(succeed("describe", *csv_dir, *images, "--json"))
+    assert f"{numbers['images']:,} images of {numbers['studies']:,} studies" in text
+    assert numbers["missing_files"] == 0
+    by_name = {row["finding"]: row for row in numbers["findings"]}
+    row = by_name["Cardiomegaly"]
+    assert re.search(rf"Cardiomegaly\s+{row['images']}\s+{row['studies']}\s+", text)
+
+    plot = tmp_path / "classes.png"
+    succeed("describe", *csv_dir, "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_describe_reproduces_the_published_counts(shared_data):
+    assert "35 of 35 as published" in succeed("describe", "--csv-dir", shared_data / "indiana_csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["describe", "--csv-dir", "nowhere"], "nowhere is not a folder"),
+        (["inspect", "nowhere.h5"], "no feature store at nowhere.h5"),
+        (["train", "nowhere.h5", "--run-dir", "r"], "no feature store at nowhere.h5"),
+        (["evaluate", "nowhere"], "nowhere is not a run folder"),
+        (["report", "nowhere"], "nowhere is not a run folder"),
+        (["predict", "nowhere", "a.png"], "nowhere is not a run folder"),
+    ],
+)
+def test_wrong_paths_are_one_message(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refuse(*arguments)
+    assert not list(tmp_path.iterdir()), "a refused command left something behind"
+
+
+# ----------------------------------------------------------------------- the main job
+
+
+def test_extract_twice_computes_once(data, store):
+    output = succeed(*extraction(data, store))
+    assert "nothing was left to compute" in output
+    assert re.search(r"(\d+) images = \1 done \+ 0 failed \+ 0 pending", output)
+
+
+def test_extract_warns_of_random_weights(data, tmp_path):
+    assert "RANDOM WEIGHTS" in succeed(*extraction(data, tmp_path / "f.h5"), "--limit", 4)
+
+
+def test_inspect_fits_a_screen(store):
+    output = succeed("inspect", store)
+    assert len(output.splitlines()) <= 50
+    assert "RANDOM WEIGHTS" in output
+    assert "all done rows match" in output
+    numbers = json.loads(succeed("inspect", store, "--json"))
+    assert numbers["done"] == numbers["images"]
+
+
+def test_too_many_failures_end_with_1_and_keep_the_rest(data, tmp_path):
+    broken = tmp_path / "phantoms"
+    shutil.copytree(data, broken)
+    victims = sorted((broken / "images").iterdir())[:3]
+    for victim in victims:
+        victim.write_bytes(b"<html>")
+    command = extraction(broken, tmp_path / "f.h5")
+    output = refuse(*command, "--max-failures", 2, "--batch-size", 8)
+    assert "3 images failed, more than the 2 tolerated" in output
+    assert victims[0].name in output
+
+    output = succeed(*command, "--max-failures", 3)
+    assert "3 failed + 0 pending" in output
+
+
+def test_train_writes_a_whole_run_and_prints_what_it_found(run):
+    expected = {
+        "config.json splits.csv targets.csv epoch_search.csv history.csv model.safetensors",
+        "predictions.csv out_of_fold.csv metrics.json per_finding.csv plots report.html",
+    }
+    assert {path.name for path in run.iterdir()} == set(" ".join(expected).split())
+    output = succeed("evaluate", run, "--resamples", 100)
+    assert "macro AUROC" in output
+    assert "predicting nothing scores" in output
+    assert "Report: " in succeed("report", run)
+
+
+def test_a_finished_run_is_not_replaced_unasked(store, run):
+    before = (run / "model.safetensors").read_bytes()
+    assert "--overwrite" in refuse("train", store, "--run-dir", run, *QUICK)
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_scores_on_another_store(store, run, tmp_path):
+    out = tmp_path / "external.json"
+    output = succeed("evaluate", run, "--store", store, "--out", out, "--resamples", 50)
+    assert "macro AUROC" in output
+    assert json.loads(out.read_text())["test"]["macro_auroc"]["value"] is not None
+
+
+def test_predict_prints_a_table_or_writes_a_csv(run, data, tmp_path):
+    images = sorted((data / "images").iterdir())[:3]
+    assert str(images[0]) in succeed("predict", run, *images)
+
+    out = tmp_path / "predictions.csv"
+    succeed("predict", run, *images, "--out", out)
+    table = pd.read_csv(out).set_index("image")
+    stored = pd.read_csv(run / "predictions.csv").set_index("image_id")
+    for image in images:  # the same images, through the whole pipeline again
+        np.testing.assert_allclose(
+            table.loc[str(image), "Cardiomegaly"], stored.loc[image.name, "Cardiomegaly"], atol=1e-5
+        )
+
+
+def test_predict_names_files_that_cannot_be_used(run, data, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    good = next(iter(sorted((data / "images").iterdir())))
+    output = refuse("predict", run, good, broken)
+    assert "not usable: " in output
+    assert "1 of 2 images could not be used" in output
+
+
+def test_predict_refuses_another_encoder(run, data):
+    image = next((data / "images").iterdir())
+    output = refuse("predict", run, image, "--model", f"{ENCODER}:7")
+    assert "another encoder" in output
+    assert "weights_sha256" in output
+
+
+def test_imported_features_train_and_cannot_predict(data, tmp_path):
+    ids = pd.read_csv(data / "indiana_projections.csv")["filename"].to_numpy(dtype=object)
+    features = np.random.default_rng(0).normal(size=(len(ids), 24)).astype(np.float16)
+    np.savez(tmp_path / "features.npz", image_id=ids, embeddings=features)
+    store, run = tmp_path / "mine.h5", tmp_path / "run"
+    command = ["import", tmp_path / "features.npz", "--csv-dir", data, "--store", store]
+    assert "embeddings are 24 wide" in succeed(*command)
+    assert "--overwrite" in refuse(*command)
+    succeed("train", store, "--run-dir", run, *QUICK)
+    image = next((data / "images").iterdir())
+    assert "cxr-cache evaluate" in refuse("predict", run, image)
+
+
+def test_the_demo_runs_twice(tmp_path):
+    command = ["demo", tmp_path / "demo", "--studies", 40]
+    assert "RANDOM WEIGHTS" in succeed(*command)
+    assert (tmp_path / "demo" / "run" / "report.html").is_file()
+    assert "nothing was left to compute" in succeed(*command)
+
+
+# ----------------------------------------------------------------------- the README
+
+
+def test_commands_in_the_documentation_exist():
+    """Each `cxr-cache COMMAND --option` in README and docs is one that this version has."""
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for line in re.findall(
+            r"(?:^|`)cxr-cache ([a-z]+ [^`\n]*)", path.read_text(), re.MULTILINE
+        ):
+            command, *words = line.split("#")[0].split()
+            assert command in cli.commands, f"{path.name}: {line}"
+            known = {name for option in cli.commands[command].params for name in option.opts}
+            used = {word.split("=")[0] for word in words if word.startswith("--")}
+            assert used <= known | {"--help"}, f"{path.name}: {line}"
+
+
+def test_the_file_tree_of_the_readme_is_complete():
+    text = (ROOT / "README.md").read_text()
+    for module in (ROOT / "cxr_cache").glob("[a-z]*.py"):
+        name = "phantom_*.py" if module.stem.startswith("phantom_") else module.name
+        assert name in text, f"{module.name} is missing from the README's file tree"
