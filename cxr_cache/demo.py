@@ -9,11 +9,11 @@ from cxr_cache.cohort import load_cohort
 from cxr_cache.config import TrainConfig
 from cxr_cache.encoder import load_encoder
 from cxr_cache.evaluate import evaluate_run, format_summary
-from cxr_cache.extract import extract
+from cxr_cache.extract import extract_embeddings
 from cxr_cache.phantoms import write_phantoms
 from cxr_cache.report import write_report
 from cxr_cache.run import Run
-from cxr_cache.train import train
+from cxr_cache.train import train_head
 
 ENCODER = "random:vit_tiny_patch16_224"
 
@@ -55,9 +55,9 @@ def run_demo(
     cohort = load_cohort(phantoms.csv_dir)
     encoder = load_encoder(ENCODER, precision="fp32")
     store_path = folder / "features.h5"
-    echo(extract(cohort, phantoms.image_dir, store_path, encoder).to_text())
+    echo(extract_embeddings(cohort, phantoms.image_dir, store_path, encoder).to_text())
     echo("3. Searching the number of epochs by cross-validation, training, testing once")
-    result = train(store_path, folder / "run", CONFIG, overwrite=True)
+    result = train_head(store_path, folder / "run", CONFIG, overwrite=True)
     echo(result.to_text())
     run = Run.open(result.run.path)
     echo(format_summary(evaluate_run(run)))

@@ -77,7 +77,7 @@ class Trajectory:
         return self.history[min(epoch, len(self.history)) - 1]["val_auroc"]
 
 
-def train_heads(
+def fit_heads(
     data: TrainingData,
     tasks: Sequence[HeadTask],
     config: TrainConfig,
@@ -182,7 +182,8 @@ class _Trainer:
         self.rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
         self.held_out_targets = [data.cohort.targets[task.held_out_rows] for task in tasks]
         self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
-        self.shuffles = [torch.Generator().manual_seed(task.seed) for task in tasks]
+        # Not the seed itself: from there come the initial weights and dropout.
+        self.shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]
         self.bank = HeadBank(
             len(tasks),
             self.embeddings.shape[-1],

@@ -66,10 +66,12 @@ class HeadBank(nn.Module):
             raise ValueError(f"{n_heads} heads need as many seeds, not {len(seeds)}")
         self.widths = (n_inputs, *hidden, n_outputs)
         self.dropout = dropout
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._allocate(n_heads, torch.device(device))
-        for h, seed in enumerate(seeds):
-            self._initialise(h, torch.Generator().manual_seed(seed))
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for h, generator in enumerate(self.generators):
+            self._initialise(h, generator)
+        if self.flat.device.type != "cpu":  # on the CPU, dropout goes on where the weights stopped
+            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def _allocate(self, n_heads: int, device: torch.device) -> None:
         shapes: dict[str, tuple[int, ...]] = {}

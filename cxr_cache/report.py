@@ -205,6 +205,9 @@ def _fold_columns(search: pd.DataFrame) -> list[str]:
 
 
 def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
+    if "horizon" in history:  # every candidate was trained by itself: show the longest
+        longest = history["horizon"] == history["horizon"].max()
+        history = history[longest | (history["fold"] == _FINAL_FOLD)]
     folds = history[history["fold"] != _FINAL_FOLD]
     final = history[history["fold"] == _FINAL_FOLD]
     with _figure(path, 9, 3.6) as figure:

@@ -14,7 +14,7 @@ from joblib import Parallel, cpu_count, delayed
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.errors import TrainingError
-from cxr_cache.fit import HeadTask, TrainingData, Trajectory, count_steps, train_heads
+from cxr_cache.fit import HeadTask, TrainingData, Trajectory, count_steps, fit_heads
 from cxr_cache.heads import HeadBank
 from cxr_cache.splits import Split
 
@@ -122,7 +122,7 @@ def _train_over_cores(
     n_jobs = min(cpu_count() if config.n_jobs < 0 else config.n_jobs, len(tasks))
     work = n_epochs * n_steps * len(tasks)
     if n_jobs <= 1 or work < _WORTH_PROCESSES or resolve_device(config.device).type != "cpu":
-        trained = train_heads(data, tasks, config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)
+        trained = fit_heads(data, tasks, config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)
         on_progress(len(tasks), len(tasks))
         return trained
     pool = Parallel(n_jobs=n_jobs, return_as="generator", mmap_mode="c")
@@ -142,7 +142,7 @@ def _train_alone(
     n_steps: int,
     keep: Collection[int],
 ) -> Trajectory:
-    return train_heads(data, [task], config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)[0]
+    return fit_heads(data, [task], config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)[0]
 
 
 def _shifted(
@@ -190,7 +190,7 @@ def train_final(
     task = HeadTask(
         np.flatnonzero(~split.is_test), np.empty(0, np.int64), _head_seed(config.seed, -1)
     )
-    trajectory = train_heads(
+    trajectory = fit_heads(
         data,
         [task],
         replace(config, early_stopping=None),

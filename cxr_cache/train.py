@@ -154,7 +154,7 @@ class TrainResult:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
-def train(
+def train_head(
     store_path: str | Path,
     run_dir: str | Path,
     config: TrainConfig | None = None,
@@ -247,15 +247,24 @@ def _describe_file(path: Path) -> dict[str, str]:
 
 
 def _note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
-    if split.by == "study":
-        return ()
-    shared = count_shared_studies(split.is_test, cohort.study_uids)
-    n_test = int(split.is_test.sum())
-    return (
-        f"Split by image: {shared:,} of {n_test:,} test images ({shared / n_test:.0%}) have "
-        "another image of the same study in train, so test figures are too good; those of the "
-        "folds, split alike, too. Use --split-by study.",
-    )
+    """What the split does to the figures: rare findings, and studies on both sides."""
+    notes = []
+    n_positive = (cohort.targets[~split.is_test] == 1).sum(axis=0)
+    rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
+    if len(rare):
+        notes.append(
+            f"{len(rare)} findings have fewer positive train images than folds, so some folds "
+            f"cannot score them: {', '.join(cohort.findings[f] for f in rare)}."
+        )
+    if split.by == "image":
+        shared = count_shared_studies(split.is_test, cohort.study_uids)
+        n_test = int(split.is_test.sum())
+        notes.append(
+            f"Split by image: {shared:,} of {n_test:,} test images ({shared / n_test:.0%}) have "
+            "another image of the same study in train, so test figures are too good; those of the "
+            "folds, split alike, too. Use --split-by study."
+        )
+    return tuple(notes)
 
 
 def _write_run(

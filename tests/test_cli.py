@@ -182,7 +182,7 @@ def test_inspect_fits_a_screen(store):
     output = succeed("inspect", store)
     assert len(output.splitlines()) <= 50
     assert "RANDOM WEIGHTS" in output
-    assert "all done rows match" in output
+    assert "digests   all" in output
     numbers = json.loads(succeed("inspect", store, "--json"))
     assert numbers["done"] == numbers["images"]
 

@@ -18,8 +18,8 @@ from cxr_cache.fit import (
     TrainingData,
     Trajectory,
     count_steps,
+    fit_heads,
     prepare_embeddings,
-    train_heads,
 )
 from cxr_cache.heads import HeadBank
 from tests.synthetic import FINDINGS, QUICK, WIDTH, make_data
@@ -56,7 +56,7 @@ def in_double(data: TrainingData) -> TrainingData:
 def fit(data, tasks, config=QUICK, n_epochs=N_EPOCHS, **options) -> list[Trajectory]:
     """Train with the number of steps that suits the smallest of three folds."""
     options = {"keep": range(1, n_epochs + 1), "n_steps": 3, **options}
-    return train_heads(data, tasks, config, n_epochs=n_epochs, **options)
+    return fit_heads(data, tasks, config, n_epochs=n_epochs, **options)
 
 
 def curves(trajectory: Trajectory, *columns: str) -> np.ndarray:
@@ -160,7 +160,7 @@ def train_plainly(data: TrainingData, task: HeadTask, config: TrainConfig, n_ste
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=0.5, patience=config.patience
     )
-    generator = torch.Generator().manual_seed(task.seed)
+    generator = torch.Generator().manual_seed(task.seed + 1)
     history, probabilities = [], []
     for epoch in range(1, N_EPOCHS + 1):
         rate = optimizer.param_groups[0]["lr"]

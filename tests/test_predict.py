@@ -21,7 +21,7 @@ from cxr_cache.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
-from cxr_cache.extract import ExtractConfig, extract
+from cxr_cache.extract import ExtractConfig, extract_embeddings
 from cxr_cache.heads import HeadBank
 from cxr_cache.phantoms import write_phantoms
 from cxr_cache.predict import (
@@ -33,7 +33,7 @@ from cxr_cache.predict import (
 )
 from cxr_cache.run import Run
 from cxr_cache.store import FeatureStore
-from cxr_cache.train import train
+from cxr_cache.train import train_head
 from tests.synthetic import FINDINGS, IMPORTED, QUICK, WIDTH, make_cohort, make_store
 
 ENCODER = "random:test_vit:5"
@@ -70,13 +70,15 @@ def cohort(images) -> Cohort:
 
 @pytest.fixture(scope="module")
 def store(folder, images, cohort, encoder) -> Path:
-    extract(cohort, images, folder / "features.h5", encoder, ExtractConfig(num_workers=0))
+    extract_embeddings(
+        cohort, images, folder / "features.h5", encoder, ExtractConfig(num_workers=0)
+    )
     return folder / "features.h5"
 
 
 @pytest.fixture(scope="module")
 def run(folder, store) -> Run:
-    return train(store, folder / "run", CONFIG).run
+    return train_head(store, folder / "run", CONFIG).run
 
 
 def predictions_of(run: Run) -> pd.DataFrame:
@@ -241,7 +243,7 @@ def test_the_same_weights_used_otherwise_are_another_encoder(run, images, option
 @pytest.fixture(scope="module")
 def imported_run(folder) -> Run:
     store = make_store(folder / "imported.h5", make_cohort())
-    return train(store, folder / "imported_run", replace(QUICK, epochs=(1,), n_folds=2)).run
+    return train_head(store, folder / "imported_run", replace(QUICK, epochs=(1,), n_folds=2)).run
 
 
 def test_a_run_on_imported_embeddings_has_no_encoder_to_predict_with(imported_run, encoder):
@@ -321,7 +323,7 @@ def test_a_store_of_another_encoder_is_refused(run, imported_run, store, tmp_pat
 def test_an_extraction_with_other_weights_is_refused(run, images, cohort, tmp_path):
     other = load_encoder("random:test_vit:6", precision="fp32")
     path = tmp_path / "other.h5"
-    extract(cohort.take(slice(4)), images, path, other, ExtractConfig(num_workers=0))
+    extract_embeddings(cohort.take(slice(4)), images, path, other, ExtractConfig(num_workers=0))
 
     sha256 = other.identity.weights_sha256
     refuse_store(run, path, StoreMismatchError, f"weights_sha256: '{sha256}' in the store")

@@ -12,7 +12,7 @@ from scipy.stats import gmean
 
 from cxr_cache import search as search_module
 from cxr_cache.errors import ConfigError, TrainingError
-from cxr_cache.fit import HeadTask, TrainingData, train_heads
+from cxr_cache.fit import HeadTask, TrainingData, fit_heads
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.metrics import auroc, macro_mean
 from cxr_cache.search import EpochSearch, require_trainable_folds, search_epochs, train_final
@@ -188,7 +188,7 @@ def test_a_refit_replays_the_folds_mean_rates_on_all_rows(data, split):
     np.testing.assert_allclose([row["lr"] for row in history], gmean(rates, axis=0), rtol=1e-12)
     rows = np.flatnonzero(~split.is_test)
     task = HeadTask(rows, np.empty(0, np.int64), search_module._head_seed(config.seed, -1))
-    expected = train_heads(
+    expected = fit_heads(
         data,
         [task],
         config,
@@ -257,7 +257,7 @@ def refuse_to_train(*_, **__):
 
 
 def test_a_fold_in_which_nothing_can_be_scored_is_named_before_training(data, split, monkeypatch):
-    monkeypatch.setattr(search_module, "train_heads", refuse_to_train)
+    monkeypatch.setattr(search_module, "fit_heads", refuse_to_train)
     targets = data.cohort.targets.copy()
     targets[split.held_out(1)] = 0
     unscorable = replace(data, cohort=replace(data.cohort, targets=targets))
@@ -267,7 +267,7 @@ def test_a_fold_in_which_nothing_can_be_scored_is_named_before_training(data, sp
 
 
 def test_a_batch_larger_than_a_fold_is_named_before_training(data, split, monkeypatch):
-    monkeypatch.setattr(search_module, "train_heads", refuse_to_train)
+    monkeypatch.setattr(search_module, "fit_heads", refuse_to_train)
     fewest = min(len(split.trained_on(k)) for k in range(split.n_folds))
 
     require_trainable_folds(data, split, replace(QUICK, batch_size=fewest))
