@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -20,10 +19,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cxr_cache import __version__
-from cxr_cache.errors import CxrCacheError
+from cxr_cache.config import (
+    DEFAULT_ENCODER,
+    FINALS,
+    INPUT_NORMS,
+    LOSSES,
+    SCHEDULES,
+    SPLITS,
+    TrainConfig,
+)
+from cxr_cache.errors import CxrCacheError, StoreFormatError, StoreMismatchError
 
 if TYPE_CHECKING:
     from cxr_cache.cohort import Cohort
+    from cxr_cache.encoder import Encoder
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -31,7 +40,6 @@ STORE = click.argument("store", type=FILE)
 CSV_DIR = click.option(
     "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files."
 )
-DEFAULT_ENCODER = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 
 
 class Terminated(KeyboardInterrupt):
@@ -53,10 +61,12 @@ class ErrorsAsMessages(click.Group):
             raise click.ClickException(f"{where}{error.strerror}.") from error
         except KeyboardInterrupt as stop:
             command = shlex.join(["cxr-cache", *sys.argv[1:]])
-            click.echo(
-                "\nStopped. What was finished is kept; the same command continues:\n  " + command,
-                err=True,
+            what = (
+                "What was finished is kept; the same command continues:"
+                if ctx.invoked_subcommand == "extract"
+                else "The same command starts again:"
             )
+            click.echo(f"\nStopped. {what}\n  {command}", err=True)
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
 
 
@@ -71,6 +81,17 @@ def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str], 
             raise click.BadParameter(f"{value!r} is not numbers such as {example}.") from None
 
     return parse
+
+
+def _part(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    number, _, n_parts = value.partition("/")
+    if not (number.isdecimal() and n_parts.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not a part such as 2/3.")
+    return int(number), int(n_parts)
 
 
 @click.group(
@@ -98,8 +119,6 @@ def cli(verbose: bool) -> None:
 def main() -> None:
     """Entry point of ``cxr-cache`` and ``python -m cxr_cache``."""
     signal.signal(signal.SIGTERM, _terminate)
-    # PyTorch's workers print their own traceback on Ctrl-C unless the parent stays in charge.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:torch")
     cli()
 
 
@@ -129,7 +148,7 @@ def _image_progress(bar: Any) -> Callable[[int, int, int], None]:
     return update
 
 
-def _head_progress(bar: Any) -> Callable[[int, int], None]:
+def _count_progress(bar: Any) -> Callable[[int, int], None]:
     def update(n_done: int, n_total: int) -> None:
         bar.total = n_total
         bar.update(n_done - bar.n)
@@ -183,6 +202,66 @@ def inspect(store: Path, as_json: bool) -> None:
     click.echo(json.dumps(summary, indent=2) if as_json else format_store(summary))
 
 
+@cli.command()
+@STORE
+@click.option("--images", "image_dir", type=FOLDER, help="Encode a sample of these images again.")
+@click.option("--sample", default=32, help="With --images: how many.")
+@click.option("--seed", default=0, help="With --images: chooses the sample.")
+@click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
+@click.option("--device", default="auto")
+@click.option("--repair", is_flag=True, help="Mark bad rows pending, for `extract` to heal.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    store: Path,
+    image_dir: Path | None,
+    sample: int,
+    seed: int,
+    model: str | None,
+    device: str,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Check every row of a store.
+
+    Exit status: 0 whole, 1 incomplete, 3 corrupt, 4 made by another encoder.
+    """
+    from cxr_cache.verify import verify as run_verification
+
+    try:
+        encoder = None if image_dir is None else _load_encoder_of_store(store, model, device)
+        with _progress_bar(None, "row") as bar:
+            found = run_verification(
+                store,
+                image_dir=image_dir,
+                encoder=encoder,
+                n_sampled=sample,
+                seed=seed,
+                repair=repair,
+                on_progress=_count_progress(bar),
+            )
+    except (StoreFormatError, StoreMismatchError) as error:
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(3 if isinstance(error, StoreFormatError) else 4)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    ctx.exit(found.exit_status)
+
+
+def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encoder:
+    from cxr_cache.encoding import reload_encoder
+    from cxr_cache.store import FeatureStore
+
+    with FeatureStore.open(store) as features:
+        recorded = features.header.encoder
+    if recorded.get("imported"):
+        raise StoreMismatchError(
+            f"{store} holds embeddings imported from {recorded['name']}; there is no encoder here "
+            "to compare them with. Leave out --images."
+        )
+    return reload_encoder(recorded, model=model, device=device)
+
+
 # -- making a store ---------------------------------------------------------------------
 
 
@@ -223,6 +302,14 @@ def inspect(store: Path, as_json: bool) -> None:
     type=click.IntRange(min=0),
     help="Stop when more images fail.  [default: 1 % of the images, at least 100]",
 )
+@click.option(
+    "--part", callback=_part, metavar="I/N", help="Extract one of N parts, for `merge` to join."
+)
+@click.option(
+    "--recheck-images/--no-recheck-images",
+    default=True,
+    help="When continuing, look for image files that have changed.",
+)
 def extract(
     csv_dir: Path,
     image_dir: Path,
@@ -238,16 +325,24 @@ def extract(
     bits_stored: int | None,
     limit: int | None,
     max_failures: int | None,
+    part: tuple[int, int] | None,
+    recheck_images: bool,
 ) -> None:
     """Embed every image once; the same command again continues where it stopped."""
     cohort = _load_cohort(csv_dir, limit)
     _require_folder(image_dir)
     from cxr_cache.encoder import load_encoder
-    from cxr_cache.extract import ExtractConfig
-    from cxr_cache.extract import extract as run_extraction
+    from cxr_cache.extract import ExtractConfig, extract_embeddings
 
     given = {"num_workers": num_workers} if num_workers is not None else {}
-    config = ExtractConfig(batch_size=batch_size, flip=flip, max_failures=max_failures, **given)
+    config = ExtractConfig(
+        batch_size=batch_size,
+        flip=flip,
+        max_failures=max_failures,
+        part=part,
+        recheck_images=recheck_images,
+        **given,
+    )
     encoder = load_encoder(
         model,
         device=device,
@@ -258,11 +353,11 @@ def extract(
     )
     _warn_if_random(encoder.identity.is_random)
     with _progress_bar(len(cohort), "img") as bar:
-        summary = run_extraction(
+        summary = extract_embeddings(
             cohort, image_dir, store, encoder, config, on_progress=_image_progress(bar)
         )
     click.echo(summary.to_text())
-    if summary.n_failed > config.tolerated_failures(len(cohort)):
+    if summary.n_failed > config.tolerated_failures(summary.n_images):
         raise click.ClickException(
             f"{summary.n_failed:,} images failed, more than --max-failures tolerates."
         )
@@ -280,6 +375,17 @@ def import_(embeddings: Path, csv_dir: Path, store: Path, overwrite: bool) -> No
     cohort = _load_cohort(csv_dir, None)
     summary = import_embeddings(embeddings, cohort, store, overwrite=overwrite)
     click.echo(summary.to_text())
+
+
+@cli.command()
+@click.argument("parts", type=FILE, nargs=-1, required=True)
+@click.option("--store", type=FILE, required=True, help="HDF5 file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a store that is there already.")
+def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
+    """Join the parts that `extract --part` made on several machines."""
+    from cxr_cache.merge import merge as run_merge
+
+    click.echo(run_merge(parts, store, overwrite=overwrite).to_text())
 
 
 def _load_cohort(csv_dir: Path, limit: int | None) -> Cohort:
@@ -309,50 +415,62 @@ def _warn_if_random(is_random: bool) -> None:
 @click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to.")
 @click.option("--labels", type=FILE, help="CSV whose targets replace the store's.")
 @click.option(
-    "--epochs", default="30,50,75,90,100", callback=_numbers(","), help="Candidates of the search."
+    "--epochs",
+    default=",".join(map(str, TrainConfig.epochs)),
+    callback=_numbers(","),
+    help="Candidates of the search.",
 )
-@click.option("--folds", "n_folds", default=5, help="Folds of the search.")
-@click.option("--batch-size", default=16)
-@click.option("--lr", "learning_rate", default=2e-5, help="Learning rate of AdamW.")
-@click.option("--weight-decay", default=1e-4)
-@click.option("--clip", "max_grad_norm", default=1.0, help="Largest gradient norm.")
+@click.option("--folds", "n_folds", default=TrainConfig.n_folds, help="Folds of the search.")
+@click.option("--batch-size", default=TrainConfig.batch_size)
+@click.option(
+    "--lr", "learning_rate", default=TrainConfig.learning_rate, help="Learning rate of AdamW."
+)
+@click.option("--weight-decay", default=TrainConfig.weight_decay)
+@click.option(
+    "--clip", "max_grad_norm", default=TrainConfig.max_grad_norm, help="Largest gradient norm."
+)
 @click.option(
     "--schedule",
-    type=click.Choice(["plateau", "constant", "cosine", "one-cycle"]),
-    default="plateau",
+    type=click.Choice(SCHEDULES),
+    default=TrainConfig.schedule,
     help="plateau halves the rate when the validation loss stalls for --patience epochs.",
 )
-@click.option("--patience", default=3)
+@click.option("--patience", default=TrainConfig.patience)
 @click.option("--early-stopping", type=int, help="Stop a fold after N epochs without progress.")
 @click.option(
     "--loss",
-    type=click.Choice(["focal", "focal-balanced", "bce", "weighted-bce"]),
-    default="focal",
+    type=click.Choice(LOSSES),
+    default=TrainConfig.loss,
     help="focal weighs every term by alpha, as the reference; focal-balanced is the paper's.",
 )
-@click.option("--alpha", default=0.25, help="Alpha of the focal losses.")
-@click.option("--gamma", default=2.0, help="Gamma of the focal losses.")
+@click.option("--alpha", default=TrainConfig.alpha, help="Alpha of the focal losses.")
+@click.option("--gamma", default=TrainConfig.gamma, help="Gamma of the focal losses.")
 @click.option(
-    "--hidden", default="512x256", callback=_numbers("x"), help="Widths of the hidden layers."
+    "--hidden",
+    default="x".join(map(str, TrainConfig.hidden)),
+    callback=_numbers("x"),
+    help="Widths of the hidden layers.",
 )
-@click.option("--dropout", default=0.5)
-@click.option("--input-norm", type=click.Choice(["l2", "none"]), default="l2")
+@click.option("--dropout", default=TrainConfig.dropout)
+@click.option("--input-norm", type=click.Choice(INPUT_NORMS), default=TrainConfig.input_norm)
 @click.option(
     "--split-by",
-    type=click.Choice(["study", "image"]),
-    default="study",
+    type=click.Choice(SPLITS),
+    default=TrainConfig.split_by,
     help="study keeps patients, else studies, whole; image reproduces the reference's leak.",
 )
-@click.option("--test-fraction", default=0.2)
+@click.option("--test-fraction", default=TrainConfig.test_fraction)
 @click.option(
     "--final",
-    type=click.Choice(["refit", "ensemble", "best-fold"]),
-    default="refit",
+    type=click.Choice(FINALS),
+    default=TrainConfig.final,
     help="Final model: trained on all folds, their average, or the best of them (reference).",
 )
-@click.option("--seed", default=42)
-@click.option("--device", default="cpu", help="cpu, cuda, mps or auto.")
-@click.option("--jobs", "n_jobs", default=-1, help="Processes on the CPU; -1 is one per core.")
+@click.option("--seed", default=TrainConfig.seed)
+@click.option("--device", default=TrainConfig.device, help="cpu, cuda, mps or auto.")
+@click.option(
+    "--jobs", "n_jobs", default=TrainConfig.n_jobs, help="Processes on the CPU; -1 is one per core."
+)
 @click.option("--allow-pending", is_flag=True, help="Train although rows are still pending.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished run.")
 def train(
@@ -364,19 +482,18 @@ def train(
     **recipe: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once."""
-    from cxr_cache.fit import TrainConfig
-    from cxr_cache.train import train as run_training
+    from cxr_cache.train import train_head
 
     config = TrainConfig(**recipe)
     with _progress_bar(None, "head") as bar:
-        result = run_training(
+        result = train_head(
             store,
             run_dir,
             config,
             labels=labels,
             allow_pending=allow_pending,
             overwrite=overwrite,
-            on_progress=_head_progress(bar),
+            on_progress=_count_progress(bar),
         )
     _warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
@@ -448,18 +565,11 @@ def predict(
 
     opened = Run.open(run)
     recorded = opened.load_model().encoder
-    from cxr_cache.encoder import load_encoder
+    from cxr_cache.encoding import reload_encoder
     from cxr_cache.predict import predict_images, require_encoder_of_run
 
     require_encoder_of_run(opened, recorded, None)
-    preprocessing = recorded["preprocessing"]
-    encoder = load_encoder(
-        model or recorded["name"],
-        device=device,
-        precision=recorded["precision"],
-        resize=preprocessing["resize"],
-        bits_stored=preprocessing["bits_stored"],
-    )
+    encoder = reload_encoder(recorded, model=model, device=device)
     _warn_if_random(encoder.identity.is_random)
     paths = [path for image in images for path in _files_of(image)]
     predictions = predict_images(opened, paths, encoder)

@@ -1,4 +1,4 @@
-"""How to search and train: every option with its default, checked when it is set.
+"""Options of training with their defaults, checked when they are set, and names to choose from.
 
 Nothing here imports torch, so that the command line can show the defaults at once.
 """
@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from cxr_cache.errors import ConfigError
 
+DEFAULT_ENCODER: Final = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 LOSSES: Final = ("focal", "focal-balanced", "bce", "weighted-bce")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from cxr_cache.checkpoints import Source, find_source, suggest
+from cxr_cache.config import DEFAULT_ENCODER
 from cxr_cache.devices import Precision, require_choice, resolve_device, resolve_precision
 from cxr_cache.errors import ConfigError, EncoderError
 from cxr_cache.images import Preprocessing, normalise
 from cxr_cache.towers import SplitTower, run_whole, split_tower
 from cxr_cache.weights import fill_with_noise, hash_tensors, load_weights
-
-DEFAULT_ENCODER = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash"}

@@ -49,6 +49,10 @@ class DiskFullError(CxrCacheError, OSError):
     """There is not enough space where a file should be written."""
 
 
+class DiskError(CxrCacheError, OSError):
+    """The disk failed while a store was being written."""
+
+
 class TrainingError(CxrCacheError, ArithmeticError):
     """Training went where no result can come from."""
 

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from cxr_cache.cohort import Cohort
-from cxr_cache.encoder import Encoder, EncoderIdentity
-from cxr_cache.errors import (
-    ConfigError,
-    CxrCacheError,
-    ImageError,
-    StoreMismatchError,
-    TooManyFailuresError,
-)
-from cxr_cache.images import Preprocessing, read_bytes, read_image
+from cxr_cache.decoding import Batch, decode_batches
+from cxr_cache.encoder import Encoder
+from cxr_cache.encoding import encode_views
+from cxr_cache.errors import ConfigError, TooManyFailuresError
+from cxr_cache.resume import open_or_create
 from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
-
-N_CANARIES: Final = 8
-CANARY_COSINE: Final = 0.9999
-"""Recomputed features must agree this well: batch size and device change bits, not directions."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,10 @@ class ExtractConfig:
     """Also embed each image's mirror image, as a second view."""
     max_failures: int | None = None
     """Failed rows that are tolerated; None means 1 % of the rows, at least 100."""
+    part: tuple[int, int] | None = None
+    """(2, 3) extracts the second third of the rows, for ``merge`` to join; None extracts all."""
+    recheck_images: bool = True
+    """Hash the files of rows that are done already, and compute those that have changed."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -54,6 +46,10 @@ class ExtractConfig:
             raise ConfigError(f"--num-workers is {self.num_workers}; it must be 0 or more.")
         if self.max_failures is not None and self.max_failures < 0:
             raise ConfigError(f"--max-failures is {self.max_failures}; it must be 0 or more.")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise ConfigError(
+                f"--part is {self.part[0]}/{self.part[1]}; it must be one of 1/N, 2/N ... N/N."
+            )
 
     def tolerated_failures(self, n_images: int) -> int:
         """Failed rows with which an extraction of `n_images` still counts as a success."""
@@ -72,6 +68,10 @@ class ExtractSummary:
     n_computed: int = 0
     """Rows encoded by this call; the others were there already."""
     n_taken_over: int = 0
+    n_damaged: int = 0
+    """Rows that were done but whose bytes had changed on the disk; computed again."""
+    changed: tuple[str, ...] = ()
+    """Images whose file had changed; computed again."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Image id and reason of every failed row."""
     decode_s: float = 0.0
@@ -89,6 +89,13 @@ class ExtractSummary:
         ]
         if self.n_taken_over:
             lines.append(f"  {self.n_taken_over:,} rows taken over from the store as it was")
+        if self.n_damaged:
+            lines.append(f"  {self.n_damaged:,} damaged rows were found, to be computed again")
+        if self.changed:
+            lines.append(
+                f"  {len(self.changed):,} image files have changed, to be computed again "
+                f"(first: {self.changed[0]})"
+            )
         for reason, count in Counter(reason for _, reason in self.failures).most_common(8):
             first = next(image_id for image_id, why in self.failures if why == reason)
             lines.append(f"  {count:,} failed: {reason} (first: {first})")
@@ -108,7 +115,7 @@ class ExtractSummary:
         return "\n".join(lines)
 
 
-def extract(
+def extract_embeddings(
     cohort: Cohort,
     image_dir: str | Path,
     store_path: str | Path,
@@ -120,8 +127,9 @@ def extract(
     """Embed every image of a cohort that the store does not hold yet.
 
     Where the store does not exist it is created; where it does, extraction continues. Rows of
-    another cohort are taken over if their image bytes are the same. Whatever ends the call
-    (an error, Ctrl-C), rows that were finished are in the store.
+    another cohort are taken over if their image bytes are the same; rows whose image has changed
+    are computed again. Whatever ends the call (an error, Ctrl-C), rows that were finished are in
+    the store.
 
     Parameters
     ----------
@@ -147,13 +155,14 @@ def extract(
     Raises
     ------
     StoreMismatchError
-        The store holds features of another encoder, preprocessing, precision or set of views.
+        The store holds features of another encoder, preprocessing, precision or set of views, or
+        another part.
     TooManyFailuresError
         More images failed than `config` tolerates; everything done so far is kept.
     StoreBusyError
         Another process writes to the store.
-    DiskFullError
-        There is not enough space for the whole store.
+    DiskFullError, DiskError
+        There is not enough space for the whole store, or the disk failed.
     """
     config = config or ExtractConfig()
     image_dir, store_path = Path(image_dir), Path(store_path)
@@ -161,9 +170,21 @@ def extract(
         raise ConfigError(f"{image_dir} is not a folder; give the one with the images.")
     if not len(cohort):
         raise ConfigError("The image table has no rows, so there is nothing to extract.")
+    cohort, part = _take_part(cohort, config.part)
     summary = ExtractSummary(store_path)
     started = time.perf_counter()
-    with _open_or_create(cohort, image_dir, store_path, encoder, config, summary) as store:
+    resumed = open_or_create(
+        store_path,
+        cohort,
+        image_dir,
+        encoder,
+        n_views=2 if config.flip else 1,
+        part=part,
+        recheck_images=config.recheck_images,
+    )
+    summary.n_taken_over, summary.n_damaged = resumed.n_taken_over, resumed.n_damaged
+    summary.changed = resumed.changed
+    with resumed.store as store:
         try:
             _fill(store, image_dir, encoder, config, summary, on_progress)
         finally:
@@ -172,121 +193,26 @@ def extract(
     return summary
 
 
-# -- the store to write to --------------------------------------------------------------
-
-
-def _open_or_create(
-    cohort: Cohort,
-    image_dir: Path,
-    path: Path,
-    encoder: Encoder,
-    config: ExtractConfig,
-    summary: ExtractSummary,
-) -> FeatureStore:
-    identity = encoder.identity
-    n_views = 2 if config.flip else 1
-    shapes = {
-        "embeddings": (n_views, identity.embedding_width),
-        "pooled": (n_views, identity.pooled_width),
+def _take_part(
+    cohort: Cohort, part: tuple[int, int] | None
+) -> tuple[Cohort, dict[str, int] | None]:
+    """The rows that this run is about, and what its store says about them."""
+    if part is None:
+        return cohort, None
+    number, n_parts = part
+    first, end = (len(cohort) * k // n_parts for k in (number - 1, number))
+    if first == end:
+        raise ConfigError(
+            f"--part is {number}/{n_parts}, but there are only {len(cohort):,} images. Use fewer "
+            "parts."
+        )
+    described = {
+        "number": number,
+        "of": n_parts,
+        "first_row": first,
+        "n_rows_of_whole": len(cohort),
     }
-    canary = encode_canaries(encoder)
-    if not path.exists():
-        return FeatureStore.create(
-            path, cohort, encoder=identity.to_dict(), features=shapes, canary=canary
-        )
-    store = FeatureStore.open(path, "r+")
-    try:
-        require_same_encoder(store, encoder, canary)
-        _require_views(store, n_views)
-        store.mark_pending(store.find_damaged())
-        if not _same_table(store.cohort, cohort):
-            rows = _match_rows(store, cohort, image_dir)
-            store = store.replace_cohort(cohort, rows)
-            summary.n_taken_over = int((rows >= 0).sum())
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def require_same_encoder(
-    store: FeatureStore, encoder: Encoder, canary: NDArray[np.float32] | None = None
-) -> None:
-    """Raise unless features of `encoder` may stand beside those in `store`.
-
-    Parameters
-    ----------
-    canary
-        What `encoder` makes of the canary images now, ``(C, D)``; compared with what is in the
-        store, since equal weights may still compute something else (a driver, a library).
-
-    Raises
-    ------
-    StoreMismatchError
-        With every differing field and both its values.
-    """
-    if store.header.encoder.get("imported"):
-        raise StoreMismatchError(
-            f"{store.path} holds embeddings imported from {store.header.encoder['name']}, which no "
-            "encoder here can continue. Extract to another file."
-        )
-    identity = EncoderIdentity.from_dict(store.header.encoder)
-    if differences := identity.differences(encoder.identity):
-        raise StoreMismatchError(
-            f"{store.path} holds embeddings from another encoder:\n"
-            + "\n".join(
-                f"  {name}: {theirs!r} in the store, {ours!r} in this run"
-                for name, (theirs, ours) in differences.items()
-            )
-            + "\nThe two are not comparable. Write to another file, or use the store's encoder."
-        )
-    if canary is not None and store.canary is not None:
-        cosine = float(_cosines(store.canary, canary).min())
-        if not cosine >= CANARY_COSINE:
-            raise StoreMismatchError(
-                f"{store.path}: the encoder computes other embeddings than when the store "
-                f"was made: cosine {cosine:.6f} on the worst of {len(canary)} test images, "
-                f"at least {CANARY_COSINE} expected. Weights are the same, so compare the versions: "
-                f"{store.header.versions}. Write to another file, or restore those versions."
-            )
-
-
-def _require_views(store: FeatureStore, n_views: int) -> None:
-    stored = store.columns["embeddings"].shape[0]
-    if stored != n_views:
-        raise StoreMismatchError(
-            f"{store.path} holds {stored} view(s) of each image, this run makes {n_views}. "
-            f"Run {'with' if stored == 2 else 'without'} --flip, or write to another file."
-        )
-
-
-def _same_table(stored: Cohort, wanted: Cohort) -> bool:
-    return (
-        stored.findings == wanted.findings
-        and np.array_equal(stored.image_ids, wanted.image_ids)
-        and np.array_equal(stored.study_uids, wanted.study_uids)
-        and np.array_equal(stored.patient_ids, wanted.patient_ids)
-        and np.array_equal(stored.projections, wanted.projections)
-        and np.array_equal(stored.targets, wanted.targets, equal_nan=True)
-    )
-
-
-def _match_rows(store: FeatureStore, cohort: Cohort, image_dir: Path) -> NDArray[np.intp]:
-    """For each wanted image the done row made from the same bytes, or -1."""
-    done = np.flatnonzero(store.status == DONE)
-    stored = store.read_column("image_sha256")
-    row_of = {stored[row].tobytes(): row for row in done}
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = pool.map(lambda image_id: _hash_file(image_dir, image_id), cohort.image_ids)
-        rows = [row_of.get(digest, -1) for digest in digests]
-    return np.array(rows, dtype=np.intp)
-
-
-def _hash_file(image_dir: Path, image_id: str) -> bytes:
-    try:
-        return hashlib.sha256(read_bytes(image_dir, image_id)).digest()
-    except ImageError:
-        return b""  # extraction will meet it again, and say why
+    return cohort.take(slice(first, end)), described
 
 
 # -- filling it -------------------------------------------------------------------------
@@ -303,14 +229,23 @@ def _fill(
     """Decode in workers, encode here, write in one thread; the three overlap."""
     rows = np.flatnonzero(store.status != DONE)
     tolerated = config.tolerated_failures(len(store))
-    batches = _decode_batches(store.image_ids, rows, image_dir, encoder.preprocessing, config)
+    batches = decode_batches(
+        store.image_ids,
+        rows,
+        image_dir,
+        encoder.preprocessing,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
     n_failed = 0
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         try:
             for batch in _timed(batches, summary):
                 mark = time.perf_counter()
-                features = _encode(encoder, batch, flip=config.flip)
+                features = (
+                    encode_views(encoder, batch.pixels, flip=config.flip) if len(batch.rows) else {}
+                )
                 _set_aside_non_finite(batch, features)
                 summary.inference_s += time.perf_counter() - mark
 
@@ -345,27 +280,15 @@ def _give_up(store: FeatureStore, n_failed: int, tolerated: int) -> None:
     )
 
 
-def _write(store: FeatureStore, batch: _Batch, features: dict[str, NDArray[Any]]) -> None:
+def _write(store: FeatureStore, batch: Batch, features: dict[str, NDArray[Any]]) -> None:
     if len(batch.rows):
         store.commit(batch.rows, features, batch.sha256)
-    if batch.failures:
-        failed_rows, reasons = zip(*batch.failures, strict=True)
-        store.record_failures(failed_rows, reasons)
+    store.record_failures(
+        [row for row, _ in batch.failures], [reason for _, reason in batch.failures]
+    )
 
 
-def _encode(encoder: Encoder, batch: _Batch, *, flip: bool) -> dict[str, NDArray[Any]]:
-    if not len(batch.rows):
-        return {}
-    pixels = torch.from_numpy(batch.pixels)
-    views = [pixels, pixels.flip(-1)] if flip else [pixels]
-    pooled, embeddings = zip(*(encoder.encode(view) for view in views), strict=True)
-    return {
-        "embeddings": torch.stack(embeddings, dim=1).cpu().numpy(),  # (B, V, D)
-        "pooled": torch.stack(pooled, dim=1).cpu().numpy(),  # (B, V, P)
-    }
-
-
-def _set_aside_non_finite(batch: _Batch, features: dict[str, NDArray[Any]]) -> None:
+def _set_aside_non_finite(batch: Batch, features: dict[str, NDArray[Any]]) -> None:
     """Fail the rows for which the encoder gave NaN or infinity; never store them."""
     if not features:
         return
@@ -391,96 +314,7 @@ def _count(store: FeatureStore, summary: ExtractSummary) -> None:
     summary.failures = list(zip(image_ids, store.read_errors(failed), strict=True))
 
 
-# -- decoding ---------------------------------------------------------------------------
-
-
-@dataclass
-class _Batch:
-    """Decoded images of B rows, and the rows whose file cannot be used."""
-
-    rows: NDArray[np.intp]
-    pixels: NDArray[np.uint8]  # (B, 3, S, S)
-    sha256: NDArray[np.uint8]  # (B, 32)
-    failures: list[tuple[int, str]]
-
-
-class _Decoding(Dataset[tuple[int, Any]]):
-    """Row number to decoded image, or to the reason why there is none."""
-
-    def __init__(
-        self,
-        image_ids: NDArray[np.str_],
-        rows: NDArray[np.intp],
-        image_dir: Path,
-        preprocessing: Preprocessing,
-    ) -> None:
-        self._image_ids = image_ids
-        self._rows = rows
-        self._image_dir = image_dir
-        self._preprocessing = preprocessing
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> tuple[int, Any]:
-        row = int(self._rows[i])
-        image_id = str(self._image_ids[row])
-        try:
-            return row, read_image(self._image_dir, image_id, self._preprocessing)
-        except ImageError as error:
-            return row, str(error)
-
-
-def _collate(items: list[tuple[int, Any]]) -> _Batch:
-    """Stack what could be decoded.
-
-    numpy arrays travel through the worker's pipe; torch tensors would need shared memory, of
-    which containers often have 64 MB only.
-    """
-    decoded = [(row, image) for row, image in items if not isinstance(image, str)]
-    return _Batch(
-        rows=np.array([row for row, _ in decoded], dtype=np.intp),
-        pixels=np.stack([image.pixels for _, image in decoded])
-        if decoded
-        else np.empty((0, 3, 0, 0), np.uint8),
-        sha256=np.frombuffer(b"".join(image.sha256 for _, image in decoded), np.uint8).reshape(
-            -1, 32
-        ),
-        failures=[(row, image) for row, image in items if isinstance(image, str)],
-    )
-
-
-def _leave_interrupts_to_parent(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _decode_batches(
-    image_ids: NDArray[np.str_],
-    rows: NDArray[np.intp],
-    image_dir: Path,
-    preprocessing: Preprocessing,
-    config: ExtractConfig,
-) -> Iterator[_Batch]:
-    loader: DataLoader[Any] = DataLoader(
-        _Decoding(image_ids, rows, image_dir, preprocessing),
-        batch_size=config.batch_size,
-        num_workers=min(config.num_workers, len(rows)),
-        collate_fn=_collate,
-        worker_init_fn=_leave_interrupts_to_parent,
-    )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise CxrCacheError(
-            "A decoding process was killed, most likely for want of memory. What is done is kept; "
-            "run the same command again, with fewer --num-workers or a smaller --batch-size."
-        ) from error
-
-
-def _timed(batches: Iterator[_Batch], summary: ExtractSummary) -> Iterator[_Batch]:
+def _timed(batches: Iterator[Batch], summary: ExtractSummary) -> Iterator[Batch]:
     """Pass batches on, and count the time spent waiting for them."""
     while True:
         mark = time.perf_counter()
@@ -489,32 +323,3 @@ def _timed(batches: Iterator[_Batch], summary: ExtractSummary) -> Iterator[_Batc
         if batch is None:
             return
         yield batch
-
-
-# -- canaries ---------------------------------------------------------------------------
-
-
-def encode_canaries(encoder: Encoder) -> NDArray[np.float32]:
-    """Embeddings of eight generated images, ``(C, D)``: a fingerprint of what is computed.
-
-    Each image is a smooth random field with grain, unlike the others; they need no file and are
-    the same on every machine.
-    """
-    size_px = encoder.preprocessing.image_size_px
-    rng = np.random.default_rng(20170802)
-    axis = np.linspace(0, 2 * np.pi, size_px)
-    images = np.empty((N_CANARIES, 3, size_px, size_px), np.uint8)
-    for image in images:
-        waves = rng.uniform(0.5, 4.0, size=(2, 1))
-        phases = rng.uniform(0, 2 * np.pi, size=(2, 1))
-        rows, columns = np.sin(waves * axis + phases)
-        field_ = 110 + 60 * np.outer(rows, columns) + rng.normal(0, 12, (size_px, size_px))
-        image[:] = field_.clip(0, 255).astype(np.uint8)
-    _, embeddings = encoder.encode(torch.from_numpy(images))
-    return np.asarray(embeddings.cpu().numpy(), np.float32)
-
-
-def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    products = (a * b).sum(axis=-1)
-    return np.asarray(products / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickletools
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,19 @@ from cxr_cache.errors import ConfigError, TableError
 from cxr_cache.store import FeatureStore
 
 _ROWS_PER_COMMIT = 65_536
+_DAMAGED = (  # what zipfile and numpy raise on damaged or dishonest files
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -93,14 +107,15 @@ def import_embeddings(
     shapes = {"embeddings": (1, embeddings.shape[1])}
     present = np.flatnonzero(positions >= 0)
     absent = np.flatnonzero(positions < 0)
-    with FeatureStore.create(store_path, cohort, encoder=encoder, features=shapes) as store:
+
+    def fill(store: FeatureStore) -> None:
         for start in range(0, len(present), _ROWS_PER_COMMIT):
             rows = present[start : start + _ROWS_PER_COMMIT]
-            values = embeddings[positions[rows]].astype(np.float32)
             unknown = np.zeros((len(rows), 32), np.uint8)  # the images themselves are not at hand
-            store.commit(rows, {"embeddings": values[:, None]}, unknown)
-        if len(absent):
-            store.record_failures(absent, [f"no embedding in {npz_path.name}"] * len(absent))
+            store.commit(rows, {"embeddings": embeddings[positions[rows], None]}, unknown)
+        store.record_failures(absent, [f"no embedding in {npz_path.name}"] * len(absent))
+
+    FeatureStore.create(store_path, cohort, encoder=encoder, features=shapes, fill=fill).close()
     n_known = len(np.unique(positions[present]))
     return ImportSummary(
         store_path,
@@ -112,7 +127,7 @@ def import_embeddings(
     )
 
 
-def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.floating]]:
+def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in ("image_id", "embeddings") if key not in file]
@@ -126,7 +141,7 @@ def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.floating]]:
         raise TableError(f"There is no file {path}.") from error
     except TableError:
         raise
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+    except _DAMAGED as error:
         raise TableError(f"{path} cannot be read as an .npz file: {error}") from error
     if embeddings.ndim != 2 or image_ids.shape != embeddings.shape[:1] or not embeddings.size:
         raise TableError(
@@ -137,11 +152,13 @@ def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.floating]]:
         raise TableError(f"{path}: embeddings are of type {embeddings.dtype}, not floats.")
     if len(np.unique(image_ids)) != len(image_ids):
         raise TableError(f"{path} lists an image_id twice.")
+    with np.errstate(over="ignore"):  # too large a number becomes infinite, and is found
+        embeddings = embeddings.astype(np.float32)
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         raise TableError(
-            f"{path}: {(~finite).sum():,} embeddings hold NaN or infinity; the first is that of "
-            f"{image_ids[~finite][0]!r}."
+            f"{path}: {(~finite).sum():,} embeddings hold NaN, infinity or a number too large for "
+            f"float32; the first is that of {str(image_ids[~finite][0])!r}."
         )
     return image_ids, embeddings
 

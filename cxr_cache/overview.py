@@ -28,6 +28,7 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
         "versions": store.header.versions,
         "encoder": store.header.encoder,
         "cohort": store.header.cohort,
+        "part": store.header.part,
         "images": len(store),
         "studies": len(np.unique(cohort.study_uids)),
         "findings": len(store.findings),
@@ -35,10 +36,10 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
         "done": len(done),
         "failed": len(failed),
         "pending": int((status == PENDING).sum()),
-        "damaged": len(store.find_damaged(done)),
+        "damaged": len(store.find_damaged()),
         "reasons": dict(Counter(store.read_errors(failed)).most_common(5)),
         "columns": {
-            name: {"shape": [len(store), *column.shape], "dtype": column.dtype.name}
+            name: {"shape": [column.n_rows, *column.shape], "dtype": column.dtype.name}
             for name, column in store.columns.items()
         },
         "norm": [float(norms.min()), float(norms.mean()), float(norms.max())] if len(done) else [],
@@ -55,9 +56,11 @@ def format_store(summary: dict[str, Any]) -> str:
         f"images    {summary['images']:,} of {summary['studies']:,} studies = "
         f"{summary['done']:,} done + {summary['failed']:,} failed + {summary['pending']:,} pending",
     ]
+    if part := summary["part"]:
+        lines.append(f"          part {part['number']} of {part['of']}, to be merged")
     lines += [f"          {count:,} failed: {why}" for why, count in summary["reasons"].items()]
     damaged = summary["damaged"]
-    digests = "all done rows match" if not damaged else f"{damaged:,} rows are damaged"
+    digests = "all finished rows match" if not damaged else f"{damaged:,} rows are damaged"
     lines += [
         f"digests   {digests}",
         f"targets   {summary['findings']} findings, {summary['positives']:,} positives",

@@ -1,0 +1,80 @@
+"""Pixels to the feature columns of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxr_cache.encoder import Encoder, EncoderIdentity, load_encoder
+
+IMAGENET_STATISTICS: Final = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+"""Mean and standard deviation of the pixels that ``--normalize imagenet`` stands for."""
+
+
+def encode_views(
+    encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool
+) -> dict[str, NDArray[Any]]:
+    """Every feature column of some images.
+
+    Parameters
+    ----------
+    encoder
+        What computes them.
+    pixels
+        ``(B, 3, S, S)``, uint8.
+    flip
+        Also encode the mirror images, as a second view.
+
+    Returns
+    -------
+    dict
+        ``embeddings`` ``(B, V, D)`` and ``pooled`` ``(B, V, P)``, float32.
+    """
+    upright = torch.from_numpy(pixels)
+    views = [upright, upright.flip(-1)] if flip else [upright]
+    pooled, embeddings = zip(*(encoder.encode(view) for view in views), strict=True)
+    return {
+        "embeddings": torch.stack(embeddings, dim=1).cpu().numpy(),
+        "pooled": torch.stack(pooled, dim=1).cpu().numpy(),
+    }
+
+
+def reload_encoder(
+    recorded: Mapping[str, Any], *, model: str | None = None, device: str = "auto"
+) -> Encoder:
+    """Load the encoder that a store or a run says it was made with.
+
+    Parameters
+    ----------
+    recorded
+        An encoder's identity as :meth:`EncoderIdentity.to_dict` gives it.
+    model
+        Its name, where it lies elsewhere now; None takes the recorded one.
+    device
+        As for :func:`cxr_cache.encoder.load_encoder`.
+
+    Returns
+    -------
+    Encoder
+        It may still differ in its weights: compare the identities.
+
+    Raises
+    ------
+    EncoderError
+        `recorded` is no identity, or the encoder cannot be loaded.
+    """
+    identity = EncoderIdentity.from_dict(recorded)
+    preprocessing = identity.preprocessing
+    statistics = [list(preprocessing.get(name, ())) for name in ("mean", "std")]
+    return load_encoder(
+        model or identity.name,
+        device=device,
+        precision=identity.precision,
+        resize=preprocessing.get("resize"),
+        normalize="imagenet" if statistics == IMAGENET_STATISTICS else "encoder",
+        bits_stored=preprocessing.get("bits_stored"),
+    )

@@ -1,0 +1,207 @@
+"""The store that an extraction writes to: a new one, or the one that is there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_cache.canary import MIN_COSINE, cosines, encode_canaries
+from cxr_cache.cohort import Cohort
+from cxr_cache.differences import describe_differences, find_differences
+from cxr_cache.encoder import Encoder, EncoderIdentity
+from cxr_cache.errors import ImageError, StoreMismatchError
+from cxr_cache.images import read_bytes
+from cxr_cache.store import DONE, FeatureStore
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A store open for writing, and what became of the rows that it held."""
+
+    store: FeatureStore
+    n_taken_over: int = 0
+    """Rows that moved over because the image table is another one."""
+    n_damaged: int = 0
+    """Rows whose bytes did not match their digest; computed again."""
+    changed: tuple[str, ...] = ()
+    """Images whose file has changed since, with both digests; computed again."""
+
+
+def open_or_create(
+    path: Path,
+    cohort: Cohort,
+    image_dir: Path,
+    encoder: Encoder,
+    *,
+    n_views: int,
+    part: Mapping[str, int] | None,
+    recheck_images: bool,
+) -> Resumed:
+    """Open the store at `path` to continue it, or create it.
+
+    Done rows stay if their images' bytes are unchanged; every other row is pending then. Rows of
+    another image table are taken over by the same rule.
+
+    Raises
+    ------
+    StoreMismatchError
+        The store there holds other features; every difference is named with both values.
+    """
+    shapes = {
+        "embeddings": (n_views, encoder.identity.embedding_width),
+        "pooled": (n_views, encoder.identity.pooled_width or encoder.identity.embedding_width),
+    }
+    if not path.exists():
+        return Resumed(
+            FeatureStore.create(
+                path,
+                cohort,
+                encoder=encoder.identity.to_dict(),
+                features=shapes,
+                canary=encode_canaries(encoder),
+                part=part,
+            )
+        )
+    store = FeatureStore.open(path, "r+")
+    try:
+        require_same_encoder(store, encoder)
+        _require_same_shape(store, shapes, part)
+        return _continue(store, cohort, image_dir, part, recheck_images=recheck_images)
+    except BaseException:
+        store.close()
+        raise
+
+
+def require_same_encoder(store: FeatureStore, encoder: Encoder) -> None:
+    """Raise unless features of `encoder` may stand beside those in `store`.
+
+    The canaries are encoded and compared as well, since equal weights may still compute
+    something else (a driver, a library).
+
+    Raises
+    ------
+    StoreMismatchError
+        With every differing field and both its values.
+    """
+    if store.header.encoder.get("imported"):
+        raise StoreMismatchError(
+            f"{store.path} holds embeddings imported from {store.header.encoder['name']}, which no "
+            "encoder here can continue. Extract to another file."
+        )
+    identity = EncoderIdentity.from_dict(store.header.encoder)
+    if differences := identity.differences(encoder.identity):
+        raise StoreMismatchError(
+            f"{store.path} holds embeddings from another encoder:\n"
+            + describe_differences(differences, "in the store", "in this run")
+            + "\nThe two are not comparable. Write to another file, or use the store's encoder."
+        )
+    if store.canary is None:
+        return
+    worst = float(cosines(store.canary, encode_canaries(encoder)).min())
+    if not worst >= MIN_COSINE:
+        raise StoreMismatchError(
+            f"{store.path}: the encoder computes other embeddings than when the store "
+            f"was made: cosine {worst:.6f} on the worst of {len(store.canary)} test images, "
+            f"at least {MIN_COSINE} expected. Weights are the same, so compare the versions: "
+            f"{store.header.versions}. Write to another file, or restore those versions."
+        )
+
+
+def _require_same_shape(
+    store: FeatureStore, shapes: Mapping[str, tuple[int, ...]], part: Mapping[str, int] | None
+) -> None:
+    stored_part, wanted_part = dict(store.header.part or {}), dict(part or {})
+    stored: dict[str, Any] = {
+        "features": list(store.features),
+        "views": store.columns["embeddings"].shape[0],
+        "part": stored_part.get("number"),
+        "parts": stored_part.get("of"),
+    }
+    wanted = {
+        "features": list(shapes),
+        "views": shapes["embeddings"][0],
+        "part": wanted_part.get("number"),
+        "parts": wanted_part.get("of"),
+    }
+    if differences := find_differences(stored, wanted):
+        raise StoreMismatchError(
+            f"{store.path} holds other rows or views than this run makes:\n"
+            + describe_differences(differences, "in the store", "in this run")
+            + "\nGive the same --flip and --part as before, or write to another file."
+        )
+
+
+def _continue(
+    store: FeatureStore,
+    cohort: Cohort,
+    image_dir: Path,
+    part: Mapping[str, int] | None,
+    *,
+    recheck_images: bool,
+) -> Resumed:
+    damaged = store.find_damaged()
+    store.mark_pending(damaged)
+    same_table = store.header.part == part and _is_same_table(store.cohort, cohort)
+    if same_table and not recheck_images:
+        return Resumed(store, n_damaged=len(damaged))
+    digests = _hash_images(cohort.image_ids, image_dir)
+    rows, changed = _match_rows(store, cohort, digests)
+    if same_table:
+        stale = np.flatnonzero((rows != np.arange(len(rows))) & (store.status == DONE))
+        store.mark_pending(stale)
+        return Resumed(store, n_damaged=len(damaged), changed=changed)
+    n_taken_over = int((rows >= 0).sum())
+    return Resumed(
+        store.replace_cohort(cohort, rows, part=part), n_taken_over, len(damaged), changed
+    )
+
+
+def _is_same_table(stored: Cohort, wanted: Cohort) -> bool:
+    return (
+        stored.findings == wanted.findings
+        and np.array_equal(stored.image_ids, wanted.image_ids)
+        and np.array_equal(stored.study_uids, wanted.study_uids)
+        and np.array_equal(stored.patient_ids, wanted.patient_ids)
+        and np.array_equal(stored.projections, wanted.projections)
+        and np.array_equal(stored.targets, wanted.targets, equal_nan=True)
+    )
+
+
+def _match_rows(
+    store: FeatureStore, cohort: Cohort, digests: list[bytes | None]
+) -> tuple[NDArray[np.intp], tuple[str, ...]]:
+    """For each wanted image the done row made from the same bytes, or -1; and what has changed.
+
+    An image whose file cannot be read now keeps its row: nothing shows that it has changed.
+    """
+    done = np.flatnonzero(store.status == DONE)
+    stored = {int(row): store.read_column("image_sha256")[row].tobytes() for row in done}
+    row_of_id = {str(store.image_ids[row]): row for row in stored}
+    row_of_digest = {digest: row for row, digest in stored.items()}
+    rows, changed = np.full(len(cohort), -1, np.intp), []
+    for i, (image_id, now) in enumerate(zip(map(str, cohort.image_ids), digests, strict=True)):
+        own = row_of_id.get(image_id, -1)
+        rows[i] = own if now is None or stored.get(own) == now else row_of_digest.get(now, -1)
+        if own >= 0 and now is not None and stored[own] != now:
+            changed.append(
+                f"{image_id}: sha256 {stored[own].hex()[:12]}… in the store, {now.hex()[:12]}… now"
+            )
+    return rows, tuple(changed)
+
+
+def _hash_images(image_ids: NDArray[np.str_], image_dir: Path) -> list[bytes | None]:
+    def hash_one(image_id: str) -> bytes | None:
+        try:
+            return hashlib.sha256(read_bytes(image_dir, image_id)).digest()
+        except ImageError:
+            return None
+
+    with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter's lock
+        return list(pool.map(hash_one, map(str, image_ids)))

@@ -1,0 +1,164 @@
+"""Processes that die: at random moments, and at every single call that changes a file."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cxr_cache.merge import merge
+from cxr_cache.store import PENDING, FeatureStore
+from tests.faults.disk import CallCounter, die, die_half_way
+from tests.faults.oracle import (
+    Violations,
+    fails_by_rule,
+    fill,
+    inspect_after,
+    kill,
+    open_or_create,
+    run_in_child,
+    write_rows,
+)
+from tests.small_stores import ENCODER, SHAPES, make_cohort
+
+N_IMAGES = 120
+
+Acknowledge = Callable[[np.ndarray], None]
+Work = Callable[[Path, Acknowledge], None]
+
+
+def chain_of_kills(folder: Path, n_kills: int, seed: int) -> Violations:
+    """Kill and resume until a store is complete, then begin another, until n_kills are done."""
+    rng, found, acknowledged, path = np.random.default_rng(seed), Violations(), set(), None
+    n_done = 0
+    while n_done < n_kills:
+        if path is None:
+            path, acknowledged = folder / f"{n_done}.h5", set()
+
+        target, batches, patience = path, int(rng.integers(1 << 30)), float(rng.exponential(0.02))
+
+        def work(acknowledge: Acknowledge, path: Path = target, seed: int = batches) -> None:
+            fill(path, N_IMAGES, seed, acknowledge)
+
+        def stop(child: int, after_s: float = patience) -> None:
+            time.sleep(after_s)
+            kill(child)
+
+        reported, status = run_in_child(work, stop)
+        assert status in (0, -9), f"the writer ended with {status}"
+        acknowledged |= reported
+        state = inspect_after(path, acknowledged, found)
+        n_done += 1
+        if len(state) and (state != PENDING).all():
+            path.unlink()
+            path = None
+    return found
+
+
+def test_random_kills(fast_path, seed):
+    found = chain_of_kills(fast_path, 60, seed)
+    assert found.total == 0, found
+
+
+@pytest.mark.faults
+def test_a_thousand_random_kills(tmp_path, seed):
+    found = chain_of_kills(tmp_path, 1000, seed)
+    print(f"random kills: {found}")
+    assert found.total == 0, found
+
+
+# -- every call -------------------------------------------------------------------------
+
+
+N_FEW = 10
+
+
+def create_and_commit(folder: Path, acknowledge: Acknowledge) -> None:
+    fill(folder / "s.h5", N_FEW, 1, acknowledge)
+
+
+def repair_and_commit(folder: Path, acknowledge: Acknowledge) -> None:
+    with open_or_create(folder / "s.h5", N_FEW) as store:
+        store.mark_pending(np.array([3, 4]))
+        write_rows(store, np.array([3, 4, 5, 6]))
+        acknowledge(np.array([3, 4, 5, 6]))
+
+
+def replace_table(folder: Path, acknowledge: Acknowledge) -> None:
+    with open_or_create(folder / "s.h5", N_FEW) as store:
+        rows = np.concatenate([np.arange(6), np.full(N_FEW - 4, -1)])
+        store.replace_cohort(make_cohort(N_FEW + 2), rows).close()
+
+
+def merge_parts(folder: Path, acknowledge: Acknowledge) -> None:
+    if not (folder / "s.h5").exists():
+        merge([folder / "2.part", folder / "1.part"], folder / "s.h5")
+        acknowledge(np.arange(N_FEW))
+
+
+def prepare(work: Work, folder: Path) -> set[int]:
+    """What was there before, and the rows of it that must survive."""
+    if work in (repair_and_commit, replace_table):
+        with open_or_create(folder / "s.h5", N_FEW) as store:
+            write_rows(store, np.arange(6))
+        return {0, 1, 2, 5} if work is repair_and_commit else set(range(6))
+    if work is merge_parts:
+        write_parts(folder)
+    return set()
+
+
+def write_parts(folder: Path) -> None:
+    widths = ("revision", "n_blocks", "n_tokens", "token_width", "pooled_width")
+    encoder = {**ENCODER, **dict.fromkeys(widths), "preprocessing": {}, "precision": "fp32"}
+    encoder["embedding_width"] = SHAPES["embeddings"][-1]
+    with open_or_create(folder / "all.h5", N_FEW) as everything:
+        write_rows(everything, np.arange(N_FEW))
+        for number, rows in enumerate(np.array_split(np.arange(N_FEW), 2), 1):
+            part = {"number": number, "of": 2, "first_row": int(rows[0])}
+            part["n_rows_of_whole"] = N_FEW
+            with FeatureStore.create(
+                folder / f"{number}.part",
+                everything.cohort.take(rows),
+                encoder=encoder,
+                features=SHAPES,
+                part=part,
+            ) as store:
+                ok = rows[~fails_by_rule(rows)]
+                store.copy_rows(everything, ok, ok - rows[0])
+                failed = rows[fails_by_rule(rows)]
+                store.record_failures(failed - rows[0], everything.read_errors(failed))
+    (folder / "all.h5").unlink()
+
+
+@pytest.mark.parametrize("act", [pytest.param(die, marks=pytest.mark.faults), die_half_way])
+@pytest.mark.parametrize("work", [create_and_commit, repair_and_commit, replace_table, merge_parts])
+def test_a_kill_at_every_call(fast_path, work, act):
+    """Every write, fsync, truncation, reservation and renaming, and the middle of every write."""
+    before, folder = fast_path / "before", fast_path / "now"
+    before.mkdir()
+    survivors = prepare(work, before)
+    counter, found = CallCounter(), Violations()
+    shutil.copytree(before, folder)
+    with counter.installed():
+        work(folder, lambda _: None)
+    assert counter.n_calls > 5
+    for at in range(counter.n_calls):
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+
+        def run(acknowledge: Acknowledge, at: int = at) -> None:
+            with CallCounter(at, act).installed():
+                work(folder, acknowledge)
+
+        acknowledged, status = run_in_child(run)
+        assert status == -9, f"call {at} was not reached"
+        inspect_after(folder / "s.h5", acknowledged | survivors, found)
+        work(folder, lambda _: None)  # nothing is locked, and nothing is in the way
+        left = {file.name for file in folder.iterdir() if file.suffix not in (".part", ".lock")}
+        assert left == {"s.h5"}
+    print(f"{work.__name__}, {act.__name__}: {counter.n_calls} calls, {found}")
+    assert found.total == 0, found

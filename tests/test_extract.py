@@ -1,0 +1,412 @@
+"""Extraction: every image once, whatever interrupts it, and never with another encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cxr_cache.canary import cosines
+from cxr_cache.cli import main
+from cxr_cache.cohort import Cohort, load_cohort
+from cxr_cache.encoder import Encoder, load_encoder
+from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresError
+from cxr_cache.extract import ExtractConfig, extract_embeddings
+from cxr_cache.images import read_image
+from cxr_cache.phantoms import write_phantoms
+from cxr_cache.store import DONE, FAILED, FeatureStore
+
+MODEL = "random:test_vit"
+QUICK = ExtractConfig(batch_size=4, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    torch.set_num_threads(1)
+    return load_encoder(MODEL, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, n_studies=8, image_size_px=64, seed=3)
+    return folder
+
+
+@pytest.fixture
+def images(phantoms, tmp_path) -> Path:
+    """A copy of the images that a test may spoil."""
+    return shutil.copytree(phantoms / "images", tmp_path / "images")
+
+
+@pytest.fixture
+def cohort(phantoms) -> Cohort:
+    return load_cohort(phantoms)
+
+
+@pytest.fixture(scope="module")
+def reference(phantoms, encoder, tmp_path_factory) -> FeatureStore:
+    """An uninterrupted extraction of everything."""
+    path = tmp_path_factory.mktemp("reference") / "s.h5"
+    extract_embeddings(load_cohort(phantoms), phantoms / "images", path, encoder, QUICK)
+    return FeatureStore.open(path)
+
+
+@pytest.fixture
+def encoded(encoder, monkeypatch) -> list[int]:
+    """Sizes of the batches that were encoded since, canaries excluded."""
+    sizes: list[int] = []
+    encode = encoder.encode
+
+    def count(pixels):
+        sizes.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr("cxr_cache.canary.encode_canaries", lambda _: None)
+    monkeypatch.setattr(encoder, "encode", count)
+    monkeypatch.setattr("cxr_cache.resume.encode_canaries", _canaries_of(encode))
+    return sizes
+
+
+def _canaries_of(encode):
+    from cxr_cache.canary import draw_canaries
+
+    return lambda encoder: encode(
+        torch.from_numpy(draw_canaries(encoder.preprocessing.image_size_px))
+    )[1].numpy()
+
+
+def assert_same_store(path: Path, reference: FeatureStore) -> None:
+    with FeatureStore.open(path) as store:
+        np.testing.assert_array_equal(store.status, reference.status)
+        np.testing.assert_array_equal(store.image_ids, reference.image_ids)
+        assert len(store.find_damaged()) == 0
+        done = store.status == DONE
+        for name in store.features:
+            ours, theirs = store.read_column(name)[done], reference.read_column(name)[done]
+            assert cosines(ours, theirs).min() >= 0.9999
+
+
+# -- what is in the store ---------------------------------------------------------------
+
+
+def test_rows_are_what_the_encoder_gives(reference, phantoms, encoder):
+    pixels = [
+        read_image(phantoms / "images", image_id, encoder.preprocessing).pixels
+        for image_id in reference.image_ids
+    ]
+    pooled, embeddings = encoder.encode(torch.from_numpy(np.stack(pixels)))
+    np.testing.assert_allclose(reference.embeddings[:, 0], embeddings.numpy(), atol=1e-5)
+    np.testing.assert_allclose(reference.read_column("pooled")[:, 0], pooled.numpy(), atol=1e-5)
+
+
+def test_the_second_view_is_the_mirror_image(phantoms, cohort, encoder, tmp_path, reference):
+    config = dataclasses.replace(QUICK, flip=True)
+    extract_embeddings(
+        cohort.take(slice(3)), phantoms / "images", tmp_path / "s.h5", encoder, config
+    )
+    pixels = read_image(phantoms / "images", cohort.image_ids[1], encoder.preprocessing).pixels
+    mirrored = torch.from_numpy(pixels[..., ::-1].copy())[None]
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        assert store.embeddings.shape[:2] == (3, 2)
+        np.testing.assert_allclose(
+            store.embeddings[1, 1], encoder.encode(mirrored)[1][0].numpy(), atol=1e-5
+        )
+        np.testing.assert_allclose(store.embeddings[:, 0], reference.embeddings[:3, 0], atol=1e-5)
+
+
+def test_workers_change_nothing(phantoms, cohort, encoder, tmp_path, reference):
+    config = ExtractConfig(batch_size=4, num_workers=2)
+    extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    assert_same_store(tmp_path / "s.h5", reference)
+
+
+def test_the_summary_adds_up(cohort, images, encoder, tmp_path):
+    (images / cohort.image_ids[2]).unlink()
+    (images / cohort.image_ids[5]).write_bytes(b"")
+    summary = extract_embeddings(cohort, images, tmp_path / "s.h5", encoder, QUICK)
+    assert (summary.n_done, summary.n_failed, summary.n_pending) == (len(cohort) - 2, 2, 0)
+    assert summary.n_images == summary.n_done + summary.n_failed + summary.n_pending
+    text = summary.to_text()
+    assert f"{len(cohort)} images = {len(cohort) - 2} done + 2 failed + 0 pending" in text
+    assert f"1 failed: the file is empty (0 bytes) (first: {cohort.image_ids[5]})" in text
+    assert "images/s; time went to decode" in text
+
+
+# -- what cannot be used ----------------------------------------------------------------
+
+
+def test_a_bad_image_fails_alone_and_is_tried_again(cohort, images, encoder, tmp_path, reference):
+    good = (images / cohort.image_ids[1]).read_bytes()
+    (images / cohort.image_ids[1]).write_bytes(good[:300])
+    (images / cohort.image_ids[6]).write_text("<html>Not found</html>")
+    summary = extract_embeddings(cohort, images, tmp_path / "s.h5", encoder, QUICK)
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        assert np.flatnonzero(store.status == FAILED).tolist() == [1, 6]
+        assert (store.embeddings[[1, 6]] == 0).all()  # nothing stands in for them
+    assert [image_id for image_id, _ in summary.failures] == cohort.image_ids[[1, 6]].tolist()
+
+    shutil.copy(reference_image(cohort, images), images / cohort.image_ids[6])
+    (images / cohort.image_ids[1]).write_bytes(good)
+    assert extract_embeddings(cohort, images, tmp_path / "s.h5", encoder, QUICK).n_computed == 2
+
+
+def reference_image(cohort: Cohort, images: Path) -> Path:
+    return images / str(cohort.image_ids[0])
+
+
+def test_more_failures_than_tolerated_stop_it(cohort, images, encoder, tmp_path):
+    for image_id in cohort.image_ids[:3]:
+        (images / image_id).unlink()
+    config = dataclasses.replace(QUICK, max_failures=2)
+    with pytest.raises(TooManyFailuresError, match=r"3 images failed, more than the 2 tolerated"):
+        extract_embeddings(cohort, images, tmp_path / "s.h5", encoder, config)
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        assert (store.status[:4] == [FAILED] * 3 + [DONE]).all()
+    summary = extract_embeddings(
+        cohort, images, tmp_path / "s.h5", encoder, dataclasses.replace(QUICK, max_failures=3)
+    )
+    assert summary.n_failed == 3
+
+
+def test_an_embedding_of_nan_fails_its_row(phantoms, cohort, encoder, tmp_path, monkeypatch):
+    encode = encoder.encode
+
+    def spoil(pixels):
+        pooled, embeddings = (values.clone() for values in encode(pixels))
+        if len(pixels) != 8:  # not the canaries
+            embeddings[1] = torch.nan
+        return pooled, embeddings
+
+    monkeypatch.setattr(encoder, "encode", spoil)
+    extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, QUICK)
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        failed = np.flatnonzero(store.status == FAILED)
+        assert failed.tolist() == list(range(1, len(cohort), 4))
+        assert "NaN or infinity" in store.read_errors(failed)[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"num_workers": -1}, {"max_failures": -1}, {"part": (4, 3)}]
+)
+def test_options_out_of_range_are_named(options):
+    with pytest.raises(ConfigError, match="--" + next(iter(options)).replace("_", "-")):
+        ExtractConfig(**options)
+
+
+# -- interruptions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_before", [1, 2])
+def test_an_interrupted_extraction_goes_on(
+    phantoms, cohort, encoder, tmp_path, reference, encoded, n_before
+):
+    def stop(*_):
+        if sum(encoded) >= 4 * n_before:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "s.h5"
+    with pytest.raises(KeyboardInterrupt):
+        extract_embeddings(cohort, phantoms / "images", path, encoder, QUICK, on_progress=stop)
+    with FeatureStore.open(path) as store:
+        assert (store.status == DONE).sum() == 4 * n_before  # what was finished is there
+    encoded.clear()
+    summary = extract_embeddings(cohort, phantoms / "images", path, encoder, QUICK)
+    assert sum(encoded) == summary.n_computed == len(cohort) - 4 * n_before
+    assert_same_store(path, reference)
+
+
+FORK = multiprocessing.get_context("fork")  # spares the child the import of torch
+
+
+def run_command(arguments: list[str], log: Path) -> None:
+    """The console script, as a shell would run it: signals as they come by default."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["cxr-cache", *arguments]
+    with log.open("w") as sys.stderr:
+        main()
+
+
+def start_extraction(phantoms: Path, store: Path, log: Path, *options: str):
+    command = ["extract", "--csv-dir", phantoms, "--image-dir", phantoms / "images"]
+    command += ["--store", store, "--model", MODEL, "--precision", "fp32", "--batch-size", "1"]
+    process = FORK.Process(target=run_command, args=([*map(str, command), *options], log))
+    process.start()
+    return process
+
+
+def wait_for_rows(path: Path, n_rows: int) -> None:
+    """Until an extraction in another process has finished that many."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists():
+            with FeatureStore.open(path) as store:
+                if (store.status == DONE).sum() >= n_rows:
+                    return
+        time.sleep(0.002)
+    raise AssertionError("the extraction did not come so far in a minute")
+
+
+@pytest.mark.parametrize(
+    ("number", "workers", "status"),
+    [(signal.SIGINT, 0, 130), (signal.SIGTERM, 2, 143), (signal.SIGKILL, 2, -9)],
+)
+def test_signals_keep_what_is_finished(
+    phantoms, cohort, encoder, tmp_path, reference, number, workers, status
+):
+    path = tmp_path / "s.h5"
+    process = start_extraction(phantoms, path, tmp_path / "log", "--num-workers", str(workers))
+    wait_for_rows(path, random.Random(number).randrange(1, 4))
+    os.kill(process.pid, number)
+    process.join(60)
+    if process.exitcode == 0:
+        pytest.skip("the extraction was over before the signal")
+    assert process.exitcode == status
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    if number != signal.SIGKILL:
+        assert f"the same command continues:\n  cxr-cache extract --csv-dir {phantoms}" in log
+    with FeatureStore.open(path) as store:
+        n_done = int((store.status == DONE).sum())
+        assert len(store.find_damaged()) == 0
+    summary = extract_embeddings(cohort, phantoms / "images", path, encoder, QUICK)
+    assert summary.n_computed == len(cohort) - n_done
+    assert_same_store(path, reference)
+
+
+# -- continuing -------------------------------------------------------------------------
+
+
+def copy_of(reference: FeatureStore, tmp_path: Path) -> Path:
+    return Path(shutil.copy(reference.path, tmp_path / "s.h5"))
+
+
+def test_a_grown_table_encodes_only_what_is_new(
+    phantoms, cohort, encoder, tmp_path, reference, encoded
+):
+    path = tmp_path / "s.h5"
+    extract_embeddings(cohort.take(slice(9)), phantoms / "images", path, encoder, QUICK)
+    encoded.clear()
+    summary = extract_embeddings(cohort, phantoms / "images", path, encoder, QUICK)
+    assert sum(encoded) == summary.n_computed == len(cohort) - 9
+    assert summary.n_taken_over == 9
+    assert_same_store(path, reference)
+
+
+def test_other_labels_and_another_order_encode_nothing(
+    phantoms, cohort, encoder, tmp_path, reference, encoded
+):
+    path = copy_of(reference, tmp_path)
+    changed = cohort.take(np.arange(len(cohort))[::-1])
+    changed.targets[:, 0] = np.nan
+    summary = extract_embeddings(changed, phantoms / "images", path, encoder, QUICK)
+    assert encoded == []
+    assert summary.n_taken_over == len(cohort)
+    with FeatureStore.open(path) as store:
+        np.testing.assert_array_equal(store.embeddings, reference.embeddings[::-1])
+        assert np.isnan(store.cohort.targets[:, 0]).all()
+
+
+def test_a_changed_image_is_encoded_again(cohort, images, encoder, tmp_path, reference, encoded):
+    """Also when two files have changed places: both are known, but not there."""
+    path = copy_of(reference, tmp_path)
+    first, second, third = (images / image_id for image_id in cohort.image_ids[:3])
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    third.unlink()  # nothing shows that it has changed
+    summary = extract_embeddings(cohort, images, path, encoder, QUICK)
+    assert sum(encoded) == 2
+    assert [text.split(":")[0] for text in summary.changed] == cohort.image_ids[:2].tolist()
+    assert "2 image files have changed" in summary.to_text()
+    with FeatureStore.open(path) as store:
+        assert (store.status == DONE).all()
+        assert cosines(store.embeddings[:2], reference.embeddings[[1, 0]]).min() > 0.9999
+    one_again = dataclasses.replace(QUICK, recheck_images=False)
+    first.write_bytes(one)
+    assert extract_embeddings(cohort, images, path, encoder, one_again).n_computed == 0
+
+
+def test_a_damaged_row_is_encoded_again(phantoms, cohort, encoder, tmp_path, reference, encoded):
+    from tests.small_stores import flip_bit
+
+    path = copy_of(reference, tmp_path)
+    column = reference.columns["embeddings"]
+    flip_bit(path, column.offset + 4 * column.row_bytes)
+    summary = extract_embeddings(cohort, phantoms / "images", path, encoder, QUICK)
+    assert (summary.n_damaged, sum(encoded)) == (1, 1)
+    assert_same_store(path, reference)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "random:test_vit:7"}, "weights_sha256: '.*' in the store, '.*' in this run"),
+        ({"precision": "bf16"}, "precision: 'fp32' in the store, 'bf16' in this run"),
+        ({"normalize": "imagenet"}, r"mean: \[0.*\] in the store, \[0.485"),
+        ({"resize": "squash"}, "resize: 'crop' in the store, 'squash' in this run"),
+        ({"bits_stored": 12}, "bits_stored: None in the store, 12 in this run"),
+    ],
+)
+def test_another_encoder_is_refused(
+    phantoms, cohort, encoder, tmp_path, reference, options, message
+):
+    other = load_encoder(**{"name": MODEL, "precision": "fp32", **options})
+    path = copy_of(reference, tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(StoreMismatchError, match=message):
+        extract_embeddings(cohort, phantoms / "images", path, other, QUICK)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": True}, "views: 1 in the store, 2 in this run"),
+        ({"part": (1, 2)}, "part: None in the store, 1 in this run"),
+    ],
+)
+def test_other_rows_and_views_are_refused(
+    phantoms, cohort, encoder, tmp_path, reference, options, message
+):
+    config = dataclasses.replace(QUICK, **options)
+    with pytest.raises(StoreMismatchError, match=message):
+        extract_embeddings(
+            cohort, phantoms / "images", copy_of(reference, tmp_path), encoder, config
+        )
+
+
+def test_an_encoder_that_computes_something_else_is_refused(
+    phantoms, cohort, encoder, tmp_path, reference, monkeypatch
+):
+    """Same weights, other results: a driver, a library, a broken card. The canaries tell."""
+    encode = encoder.encode
+
+    def drift(pixels):
+        pooled, embeddings = encode(pixels)
+        return pooled, embeddings + 0.05 * embeddings.std() * torch.randn(embeddings.shape)
+
+    monkeypatch.setattr(encoder, "encode", drift)
+    with pytest.raises(StoreMismatchError, match=r"cosine 0\.99\d+ on the worst of 8 test images"):
+        extract_embeddings(
+            cohort, phantoms / "images", copy_of(reference, tmp_path), encoder, QUICK
+        )
+
+
+def test_a_table_without_rows_and_a_missing_folder_are_refused(phantoms, cohort, encoder, tmp_path):
+    with pytest.raises(ConfigError, match="no rows"):
+        extract_embeddings(
+            cohort.take(slice(0)), phantoms / "images", tmp_path / "s.h5", encoder, QUICK
+        )
+    with pytest.raises(ConfigError, match="is not a folder"):
+        extract_embeddings(cohort, phantoms / "nowhere", tmp_path / "s.h5", encoder, QUICK)
