@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -65,8 +66,18 @@ def decode_batches(
         collate_fn=_collate,
         worker_init_fn=_depend_on_parent,
     )
+    yield from loader
+
+
+@contextlib.contextmanager
+def dead_workers_explained() -> Iterator[None]:
+    """Turn the death of a decoding process into a message.
+
+    PyTorch raises it from a signal handler, so it can come out of any line of the main thread,
+    not only of the one that asks for the next batch.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -126,8 +137,8 @@ def _depend_on_parent(_worker: int) -> None:
     PyTorch's workers notice that their parent is gone, but then wait for ever to hand over a
     batch that nobody will fetch.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # both often go to the whole group
+        signal.signal(interrupt, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

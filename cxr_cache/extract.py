@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort
-from cxr_cache.decoding import Batch, decode_batches
+from cxr_cache.decoding import Batch, dead_workers_explained, decode_batches
 from cxr_cache.encoder import Encoder
 from cxr_cache.encoding import encode_views
 from cxr_cache.errors import ConfigError, TooManyFailuresError
@@ -238,7 +238,7 @@ def _fill(
         num_workers=config.num_workers,
     )
     n_failed = 0
-    with ThreadPoolExecutor(max_workers=1) as writer:
+    with dead_workers_explained(), ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         try:
             for batch in _timed(batches, summary):

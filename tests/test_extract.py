@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -410,3 +411,24 @@ def test_a_table_without_rows_and_a_missing_folder_are_refused(phantoms, cohort,
         )
     with pytest.raises(ConfigError, match="is not a folder"):
         extract_embeddings(cohort, phantoms / "nowhere", tmp_path / "s.h5", encoder, QUICK)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_is_one_message(tmp_path, signum, status):
+    """Terminals and schedulers signal the decoding workers too; they must not die of it."""
+    write_phantoms(tmp_path / "data", n_studies=60, image_size_px=96)
+    store = tmp_path / "f.h5"
+    command = [sys.executable, "-m", "cxr_cache", "extract", "--model", "random:test_vit"]
+    command += ["--csv-dir", "data", "--image-dir", "data/images", "--store", str(store)]
+    command += ["--batch-size", "1", "--num-workers", "2"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (store.exists() and (FeatureStore.open(store).status == DONE).sum() >= 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "the same command continues" in stderr
+    assert "Traceback" not in stderr
