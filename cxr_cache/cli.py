@@ -170,9 +170,10 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
     from cxr_cache.describe import describe_cohort
     from cxr_cache.images import find_missing
 
+    for folder in (image_dir, plot.parent if plot is not None else None):
+        if folder is not None:
+            _require_folder(folder)
     cohort = load_cohort(csv_dir)
-    if image_dir is not None:
-        _require_folder(image_dir)
     missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
     description = describe_cohort(cohort, missing)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
@@ -208,7 +209,7 @@ def inspect(store: Path, as_json: bool) -> None:
 @click.option("--sample", default=32, help="With --images: how many.")
 @click.option("--seed", default=0, help="With --images: chooses the sample.")
 @click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
-@click.option("--device", default="auto")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--repair", is_flag=True, help="Mark bad rows pending, for `extract` to heal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.pass_context
@@ -421,11 +422,11 @@ def _warn_if_random(is_random: bool) -> None:
     help="Candidates of the search.",
 )
 @click.option("--folds", "n_folds", default=TrainConfig.n_folds, help="Folds of the search.")
-@click.option("--batch-size", default=TrainConfig.batch_size)
+@click.option("--batch-size", default=TrainConfig.batch_size, help="Images per step.")
 @click.option(
     "--lr", "learning_rate", default=TrainConfig.learning_rate, help="Learning rate of AdamW."
 )
-@click.option("--weight-decay", default=TrainConfig.weight_decay)
+@click.option("--weight-decay", default=TrainConfig.weight_decay, help="Of AdamW.")
 @click.option(
     "--clip", "max_grad_norm", default=TrainConfig.max_grad_norm, help="Largest gradient norm."
 )
@@ -435,7 +436,7 @@ def _warn_if_random(is_random: bool) -> None:
     default=TrainConfig.schedule,
     help="plateau halves the rate when the validation loss stalls for --patience epochs.",
 )
-@click.option("--patience", default=TrainConfig.patience)
+@click.option("--patience", default=TrainConfig.patience, help="Epochs, for plateau.")
 @click.option("--early-stopping", type=int, help="Stop a fold after N epochs without progress.")
 @click.option(
     "--loss",
@@ -451,22 +452,27 @@ def _warn_if_random(is_random: bool) -> None:
     callback=_numbers("x"),
     help="Widths of the hidden layers.",
 )
-@click.option("--dropout", default=TrainConfig.dropout)
-@click.option("--input-norm", type=click.Choice(INPUT_NORMS), default=TrainConfig.input_norm)
+@click.option("--dropout", default=TrainConfig.dropout, help="Of hidden units.")
+@click.option(
+    "--input-norm",
+    type=click.Choice(INPUT_NORMS),
+    default=TrainConfig.input_norm,
+    help="l2 scales embeddings to length 1.",
+)
 @click.option(
     "--split-by",
     type=click.Choice(SPLITS),
     default=TrainConfig.split_by,
     help="study keeps patients, else studies, whole; image reproduces the reference's leak.",
 )
-@click.option("--test-fraction", default=TrainConfig.test_fraction)
+@click.option("--test-fraction", default=TrainConfig.test_fraction, help="Share of test.")
 @click.option(
     "--final",
     type=click.Choice(FINALS),
     default=TrainConfig.final,
     help="Final model: trained on all folds, their average, or the best of them (reference).",
 )
-@click.option("--seed", default=TrainConfig.seed)
+@click.option("--seed", default=TrainConfig.seed, help="Of split, weights, order and dropout.")
 @click.option("--device", default=TrainConfig.device, help="cpu, cuda, mps or auto.")
 @click.option(
     "--jobs", "n_jobs", default=TrainConfig.n_jobs, help="Processes on the CPU; -1 is one per core."
@@ -514,13 +520,17 @@ def _evaluate_and_report(run_dir: Path) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--store", type=FILE, help="Score the run on another store (an external test set).")
 @click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
-@click.option("--resamples", default=1000, help="Bootstrap resamples of studies.")
+@click.option(
+    "--resamples", type=click.IntRange(min=0), default=1000, help="Bootstrap resamples of studies."
+)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 def evaluate(run: Path, store: Path | None, out: Path | None, resamples: int, seed: int) -> None:
     """Score a run's predictions, with intervals; or the run on another store."""
     from cxr_cache.evaluate import evaluate_predictions, evaluate_run, format_summary
     from cxr_cache.run import Run
 
+    if out is not None and store is None:
+        raise click.UsageError("--out goes with --store; a run keeps its own metrics.json.")
     opened = Run.open(run)
     if store is None:
         click.echo(format_summary(evaluate_run(opened, n_resamples=resamples, seed=seed)))
@@ -530,6 +540,13 @@ def evaluate(run: Path, store: Path | None, out: Path | None, resamples: int, se
 
     with FeatureStore.open(store) as features:
         predictions, targets = predict_store(opened, features)
+    known = predictions["image_id"].isin(opened.read_table("splits")["image_id"])
+    if known.any():
+        click.echo(
+            f"Warning: {known.sum():,} of the {len(known):,} images belong to the run's own data; "
+            "figures on images that it was trained on are too good.",
+            err=True,
+        )
     evaluation = evaluate_predictions(
         predictions, targets, opened.thresholds, n_resamples=resamples, seed=seed
     )
@@ -556,13 +573,18 @@ def report(run: Path) -> None:
 @click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--out", type=FILE, help="Write a CSV instead of printing the likeliest findings.")
 @click.option("--model", help="The run's encoder, where it has moved.  [default: as recorded]")
-@click.option("--device", default="auto")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 def predict(
     run: Path, images: tuple[Path, ...], out: Path | None, model: str | None, device: str
 ) -> None:
     """Probabilities and decisions for image files (a folder means all its files)."""
     from cxr_cache.run import Run
 
+    paths = [path for image in images for path in _files_of(image)]
+    if not paths:
+        raise click.ClickException("There are no files in the folders given.")
+    if out is not None:
+        _require_folder(out.parent)
     opened = Run.open(run)
     recorded = opened.load_model().encoder
     from cxr_cache.encoding import reload_encoder
@@ -571,7 +593,6 @@ def predict(
     require_encoder_of_run(opened, recorded, None)
     encoder = reload_encoder(recorded, model=model, device=device)
     _warn_if_random(encoder.identity.is_random)
-    paths = [path for image in images for path in _files_of(image)]
     predictions = predict_images(opened, paths, encoder)
     if out is None:
         click.echo(predictions.to_text())
@@ -593,7 +614,7 @@ def _files_of(path: Path) -> list[Path]:
 @cli.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--studies", default=250, help="Phantom studies to draw.")
-@click.option("--seed", default=0)
+@click.option("--seed", default=0, help="Of phantoms and training.")
 def demo(folder: Path, studies: int, seed: int) -> None:
     """The whole job on synthetic chest X-rays: no data, no network, two minutes."""
     from cxr_cache.demo import run_demo

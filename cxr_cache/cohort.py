@@ -76,7 +76,17 @@ class Cohort:
         duplicates = find_duplicates(self.image_ids)
         if duplicates:
             raise TableError(f"image {duplicates[0]!r} is listed twice; image ids must be unique")
+        self._require_utf8()
         self._require_one_patient_per_study()
+
+    def _require_utf8(self) -> None:
+        """Names of files may be any bytes; Python reads those outside UTF-8 as surrogates."""
+        for image_id in self.image_ids.tolist():
+            if not _is_utf8(image_id):
+                raise TableError(
+                    f"image {image_id!r} has a name that is not UTF-8, in which stores and tables "
+                    "keep names. Rename the file."
+                )
 
     def _require_one_patient_per_study(self) -> None:
         """A study of two patients would end up on both sides of a split."""
@@ -314,3 +324,11 @@ def _take_or_nan(targets: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np
 
 def _to_array(cells: pd.Series[str]) -> NDArray[np.str_]:
     return np.asarray(cells.tolist(), np.str_)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -74,13 +75,17 @@ def dead_workers_explained() -> Iterator[None]:
     """Turn the death of a decoding process into a message.
 
     PyTorch raises it from a signal handler, so it can come out of any line of the main thread,
-    not only of the one that asks for the next batch.
+    not only of the one that asks for the next batch. The other workers are ended as well: they
+    would wait for ever to hand over a batch, and Python for them.
     """
+    others = set(multiprocessing.active_children())
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
         raise CxrCacheError(
             "A decoding process was killed, most likely for want of memory. What is done is kept; "
             "run the same command again, with fewer --num-workers or a smaller --batch-size."

@@ -304,7 +304,9 @@ def _locate(image_dir: str | Path, image_id: str) -> str:
     except ValueError as error:  # a NUL byte, or characters that no file name can hold
         raise ImageError("the path holds characters that no file name can hold") from error
     if not path.is_relative_to(root):
-        raise ImageError("the path leads out of the image folder")
+        by_link = ".." not in PurePosixPath(image_id).parts
+        how = ", by a symbolic link" if by_link else ""
+        raise ImageError(f"the path leads out of the image folder{how}")
     return str(path)
 
 

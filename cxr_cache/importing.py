@@ -94,7 +94,7 @@ def import_embeddings(
     if (positions < 0).all():
         raise TableError(
             f"{npz_path} names none of the {len(cohort):,} images: its first image_id is "
-            f"{image_ids[0]!r}, the table's {str(cohort.image_ids[0])!r}."
+            f"{str(image_ids[0])!r}, the table's {str(cohort.image_ids[0])!r}."
         )
     digest = hashlib.sha256(npz_path.read_bytes())
     encoder = {
@@ -128,6 +128,11 @@ def import_embeddings(
 
 
 def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise TableError(
+            f"{path} is not an .npz file. Save one with "
+            "np.savez(path, image_id=ids, embeddings=matrix)."
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in ("image_id", "embeddings") if key not in file]

@@ -72,7 +72,9 @@ class Predictions:
             for f in sorted(range(len(row)), key=lambda f: (not called[f], -row[f]))[:n_shown]:
                 mark = "*" if called[f] else " "
                 lines.append(f"  {mark} {row[f]:6.1%}  {self.findings[f]}")
-        return "\n".join([*lines, "* at or above the run's threshold. Not for clinical use."])
+        if self.n_failed < len(self.image_ids):
+            lines.append("* at or above the run's threshold. Not for clinical use.")
+        return "\n".join(lines)
 
 
 def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:

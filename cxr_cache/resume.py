@@ -157,10 +157,24 @@ def _continue(
         stale = np.flatnonzero((rows != np.arange(len(rows))) & (store.status == DONE))
         store.mark_pending(stale)
         return Resumed(store, n_damaged=len(damaged), changed=changed)
+    _require_nothing_lost(store, cohort, rows)
     n_taken_over = int((rows >= 0).sum())
     return Resumed(
         store.replace_cohort(cohort, rows, part=part), n_taken_over, len(damaged), changed
     )
+
+
+def _require_nothing_lost(store: FeatureStore, cohort: Cohort, rows: NDArray[np.intp]) -> None:
+    """Refuse a table that leaves finished images out: --limit, say, on a whole store."""
+    done = np.flatnonzero(store.status == DONE)
+    kept = np.isin(done, rows) | np.isin(store.image_ids[done], cohort.image_ids)
+    if not kept.all():
+        first = str(store.image_ids[done[~kept][0]])
+        raise StoreMismatchError(
+            f"{store.path} holds {(~kept).sum():,} finished images that this run's table of "
+            f"{len(cohort):,} leaves out; the first is {first!r}. They would be lost. Write to "
+            "another file, or give the whole table (without --limit)."
+        )
 
 
 def _is_same_table(stored: Cohort, wanted: Cohort) -> bool:

@@ -234,7 +234,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         config = json.loads((path / _CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise _damaged(path, "is not a run's configuration")

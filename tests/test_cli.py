@@ -178,6 +178,14 @@ def test_extract_warns_of_random_weights(data, tmp_path):
     assert "RANDOM WEIGHTS" in succeed(*extraction(data, tmp_path / "f.h5"), "--limit", 4)
 
 
+def test_a_shorter_table_does_not_drop_finished_images(data, store):
+    """One trial with --limit must not cost hours of extraction."""
+    before = store.read_bytes()
+    output = refuse(*extraction(data, store), "--limit", 5)
+    assert "finished images that this run's table of 5 leaves out" in output
+    assert store.read_bytes() == before
+
+
 def test_inspect_fits_a_screen(store):
     output = succeed("inspect", store)
     assert len(output.splitlines()) <= 50
@@ -223,6 +231,7 @@ def test_a_finished_run_is_not_replaced_unasked(store, run):
 def test_a_run_scores_on_another_store(store, run, tmp_path):
     out = tmp_path / "external.json"
     output = succeed("evaluate", run, "--store", store, "--out", out, "--resamples", 50)
+    assert re.search(r"Warning: (\d+) of the \1 images belong to the run's own data", output)
     assert "macro AUROC" in output
     assert json.loads(out.read_text())["test"]["macro_auroc"]["value"] is not None
 
@@ -248,6 +257,12 @@ def test_predict_names_files_that_cannot_be_used(run, data, tmp_path):
     output = refuse("predict", run, good, broken)
     assert "not usable: " in output
     assert "1 of 2 images could not be used" in output
+
+
+def test_predict_says_early_what_it_cannot_do(run, data, tmp_path):
+    assert "no files" in refuse("predict", run, tmp_path)
+    image = next((data / "images").iterdir())
+    assert "not a folder" in refuse("predict", run, image, "--out", tmp_path / "no" / "p.csv")
 
 
 def test_predict_refuses_another_encoder(run, data):

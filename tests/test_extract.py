@@ -432,3 +432,23 @@ def test_a_signal_to_the_whole_group_is_one_message(tmp_path, signum, status):
     assert process.returncode == status
     assert "the same command continues" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_killed_decoding_worker_ends_the_run_and_loses_nothing(tmp_path):
+    """Its sibling must not be waited for: it cannot hand over what nobody fetches."""
+    write_phantoms(tmp_path / "data", n_studies=60, image_size_px=96)
+    store = tmp_path / "f.h5"
+    command = [sys.executable, "-m", "cxr_cache", "extract", "--model", "random:test_vit"]
+    command += ["--csv-dir", "data", "--image-dir", "data/images", "--store", str(store)]
+    command += ["--batch-size", "1", "--num-workers", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (store.exists() and (FeatureStore.open(store).status == DONE).sum() >= 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "A decoding process was killed" in stderr
+    assert "Traceback" not in stderr
+    assert len(FeatureStore.open(store).find_damaged()) == 0

@@ -8,6 +8,7 @@ bit, without asking the store.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import struct
@@ -25,6 +26,14 @@ from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
 from tests.small_stores import ENCODER, SHAPES, make_batch, make_cohort
 
 FAILURE = "row {} cannot be read"
+PART_ENCODER = {
+    **ENCODER,
+    **dict.fromkeys(("revision", "n_blocks", "n_tokens", "token_width", "pooled_width")),
+    "embedding_width": SHAPES["embeddings"][-1],
+    "preprocessing": {},
+    "precision": "fp32",
+}
+"""Parts are compared before they are merged, so theirs is a whole identity."""
 
 
 @dataclass
@@ -55,12 +64,13 @@ def fails_by_rule(rows: NDArray[np.intp]) -> NDArray[np.bool_]:
     return np.asarray(rows % 7 == 6)
 
 
-def write_rows(store: FeatureStore, rows: NDArray[np.intp]) -> None:
-    """What an extraction does with one batch."""
+def write_rows(store: FeatureStore, rows: NDArray[np.intp], first_row: int = 0) -> None:
+    """What an extraction does with one batch; `first_row` is where a part begins."""
     failed = fails_by_rule(rows)
     if (~failed).any():
-        store.commit(rows[~failed], *make_batch(rows[~failed]))
-    store.record_failures(rows[failed], [FAILURE.format(row) for row in rows[failed]])
+        store.commit(rows[~failed] - first_row, *make_batch(rows[~failed]))
+    reasons = [FAILURE.format(row) for row in rows[failed]]
+    store.record_failures(rows[failed] - first_row, reasons)
 
 
 def open_or_create(path: Path, n_images: int) -> FeatureStore:
@@ -104,6 +114,7 @@ def run_in_child(
     child = os.fork()
     if not child:
         os.close(pipe)
+        gc.disable()  # a collection would copy every page that it looks at
 
         def acknowledge(rows: NDArray[np.intp]) -> None:
             now = time.monotonic_ns()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import tempfile
@@ -15,22 +16,32 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cxr_cache.errors import CxrCacheError, StoreBusyError, StoreFormatError
+from cxr_cache.errors import (
+    ConfigError,
+    CxrCacheError,
+    StoreBusyError,
+    StoreFormatError,
+    StoreMismatchError,
+)
+from cxr_cache.merge import merge
 from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
 from cxr_cache.verify import verify
 from tests.faults.disk import CallCounter, die_half_way
 from tests.faults.oracle import (
     FAILURE,
+    PART_ENCODER,
     count_wrong,
     fails_by_rule,
     open_or_create,
     run_in_child,
     write_rows,
 )
-from tests.small_stores import flip_bit, make_cohort
+from tests.small_stores import SHAPES, flip_bit, make_cohort
 
 N_IMAGES = 30
 ROWS = st.lists(st.integers(0, N_IMAGES - 1), min_size=1, max_size=8, unique=True)
+PARTS = (range(15), range(15, N_IMAGES))  # whose rows of the whole each part holds
+NUMBERS = st.integers(0, len(PARTS) - 1)
 
 
 class StoreHistory(RuleBasedStateMachine):
@@ -41,7 +52,9 @@ class StoreHistory(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "s.h5"
         self.kept: dict[int, int] = {}  # row -> its state, as acknowledged
-        self.n_images = N_IMAGES
+        self.parts = [Path(self.folder.name) / f"{number}.part" for number in range(len(PARTS))]
+        self.kept_of_part: list[dict[int, int]] = [{} for _ in PARTS]  # by row of the whole
+        self.broken_parts: set[int] = set()
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -103,6 +116,119 @@ class StoreHistory(RuleBasedStateMachine):
         with self.open(), pytest.raises(StoreBusyError):
             FeatureStore.open(self.path, "r+")
 
+    # Parts, which another machine could have made, and what becomes of them in a merge.
+
+    @rule(rows=ROWS)
+    def extract_parts(self, rows: list[int]) -> None:
+        for number, path in enumerate(self.parts):
+            if number in self.broken_parts:
+                with pytest.raises(StoreFormatError):
+                    FeatureStore.open(path, "r+")
+                self.delete_part(number)
+            first = PARTS[number][0]
+            with open_or_create_part(path, number) as part:
+                part.mark_pending(part.find_damaged())
+                wanted = np.array([row for row in rows if row in PARTS[number]], np.intp)
+                pending = wanted[part.status[wanted - first] == PENDING]
+                if len(pending):
+                    write_rows(part, pending, first)
+                    self.kept_of_part[number] |= self.states(pending)
+
+    @rule(number=NUMBERS)
+    def delete_part(self, number: int) -> None:
+        self.parts[number].unlink(missing_ok=True)
+        self.kept_of_part[number].clear()
+        self.broken_parts.discard(number)
+
+    def corrupt_row_of_part(self, choice: int, byte: int, bit: int) -> None:
+        """One finished row: it may not come out of a merge as finished."""
+        kept = [(n, row) for n, rows in enumerate(self.kept_of_part) for row in sorted(rows)]
+        if not kept:
+            return
+        number, row = kept[choice % len(kept)]
+        name = "embeddings" if self.kept_of_part[number].pop(row) == DONE else "error"
+        with FeatureStore.open(self.parts[number]) as part:
+            column = part.columns[name]
+        start = column.offset + (row - PARTS[number][0]) * column.row_bytes
+        flip_bit(self.parts[number], start + byte, bit)
+
+    def break_part(self, number: int, cut: bool, bit: int) -> None:
+        """Its image table, or its end."""
+        path = self.parts[number]
+        with FeatureStore.open(path) as part:
+            position = part.columns["image_id"].offset
+        if cut:
+            os.truncate(path, path.stat().st_size - 1000)
+        else:
+            flip_bit(path, position, bit)
+        self.broken_parts.add(number)
+
+    @rule(
+        rows=ROWS,
+        harm=st.sampled_from(["none", "row", "row", "table", "end", "missing"]),
+        overwrite=st.sampled_from([True, True, False]),
+        order=st.permutations(range(len(PARTS))),
+        choice=st.integers(0, 99),
+        bit=st.integers(0, 7),
+    )
+    def merge_parts(
+        self, rows: list[int], harm: str, overwrite: bool, order: list[int], choice: int, bit: int
+    ) -> None:
+        """A damaged row is pending in the merged store; any other harm is refused."""
+        self.extract_parts(rows)
+        if harm == "row":
+            self.corrupt_row_of_part(choice, choice % 31, bit)
+        elif harm == "missing":
+            self.delete_part(order[0])
+        elif harm != "none":
+            self.break_part(order[0], harm == "end", bit)
+        there = [self.parts[number] for number in order if self.parts[number].exists()]
+        before = self.path.read_bytes() if self.path.exists() else None
+        if before is not None and not overwrite:
+            refusal: type[CxrCacheError] | None = ConfigError
+        elif self.broken_parts:
+            refusal = StoreFormatError
+        else:
+            refusal = None if len(there) == len(PARTS) else StoreMismatchError
+        if refusal is not None:
+            with pytest.raises(refusal):
+                merge(there, self.path, overwrite=overwrite)
+            assert (self.path.read_bytes() if self.path.exists() else None) == before
+            return
+        summary = merge(there, self.path, overwrite=overwrite)
+        self.kept = self.kept_in_parts()
+        assert summary.n_done + summary.n_failed == len(self.kept)
+        assert self.finished() == self.kept
+
+    @precondition(lambda self: all(map(Path.exists, self.parts)) and not self.broken_parts)
+    @rule(at=st.integers(0, 40))
+    def be_killed_merging(self, at: int) -> None:
+        """The store is the old one or the merged one, and nothing between."""
+        before, merged = self.finished(), self.kept_in_parts()
+
+        def work(_) -> None:
+            with CallCounter(at, die_half_way).installed():
+                merge(self.parts, self.path, overwrite=True)
+
+        _, status = run_in_child(work)
+        assert status in (0, -signal.SIGKILL)
+        now = self.finished()
+        assert now == merged if status == 0 else now in (before, merged)
+        if now == merged:
+            self.kept = merged
+
+    def kept_in_parts(self) -> dict[int, int]:
+        return {row: state for rows in self.kept_of_part for row, state in rows.items()}
+
+    def finished(self) -> dict[int, int]:
+        """Finished rows of the store with their state."""
+        if not self.path.exists():
+            return {}
+        with FeatureStore.open(self.path) as store:
+            state = store.status
+            state[store.find_damaged()] = PENDING
+        return {int(row): int(state[row]) for row in np.flatnonzero(state != PENDING)}
+
     @invariant()
     def nothing_is_lost_or_wrong(self) -> None:
         if not self.path.exists():
@@ -115,9 +241,23 @@ class StoreHistory(RuleBasedStateMachine):
             assert all(state[row] == kept for row, kept in self.kept.items())
 
 
+def open_or_create_part(path: Path, number: int) -> FeatureStore:
+    if path.exists():
+        return FeatureStore.open(path, "r+")
+    rows = PARTS[number]
+    described = {"number": number + 1, "of": len(PARTS), "first_row": rows[0]}
+    return FeatureStore.create(
+        path,
+        make_cohort(N_IMAGES).take(slice(rows.start, rows.stop)),
+        encoder=PART_ENCODER,
+        features=SHAPES,
+        part={**described, "n_rows_of_whole": N_IMAGES},
+    )
+
+
 TestHistory = StoreHistory.TestCase
 TestHistory.settings = settings(
-    max_examples=15,
+    max_examples=12,
     stateful_step_count=10,
     deadline=None,
     derandomize=True,

@@ -14,8 +14,8 @@ from cxr_cache.merge import merge
 from cxr_cache.store import PENDING, FeatureStore
 from tests.faults.disk import CallCounter, die, die_half_way
 from tests.faults.oracle import (
+    PART_ENCODER,
     Violations,
-    fails_by_rule,
     fill,
     inspect_after,
     kill,
@@ -23,7 +23,7 @@ from tests.faults.oracle import (
     run_in_child,
     write_rows,
 )
-from tests.small_stores import ENCODER, SHAPES, make_cohort
+from tests.small_stores import SHAPES, make_cohort
 
 N_IMAGES = 120
 
@@ -112,32 +112,37 @@ def prepare(work: Work, folder: Path) -> set[int]:
 
 
 def write_parts(folder: Path) -> None:
-    widths = ("revision", "n_blocks", "n_tokens", "token_width", "pooled_width")
-    encoder = {**ENCODER, **dict.fromkeys(widths), "preprocessing": {}, "precision": "fp32"}
-    encoder["embedding_width"] = SHAPES["embeddings"][-1]
-    with open_or_create(folder / "all.h5", N_FEW) as everything:
-        write_rows(everything, np.arange(N_FEW))
-        for number, rows in enumerate(np.array_split(np.arange(N_FEW), 2), 1):
-            part = {"number": number, "of": 2, "first_row": int(rows[0])}
-            part["n_rows_of_whole"] = N_FEW
-            with FeatureStore.create(
-                folder / f"{number}.part",
-                everything.cohort.take(rows),
-                encoder=encoder,
-                features=SHAPES,
-                part=part,
-            ) as store:
-                ok = rows[~fails_by_rule(rows)]
-                store.copy_rows(everything, ok, ok - rows[0])
-                failed = rows[fails_by_rule(rows)]
-                store.record_failures(failed - rows[0], everything.read_errors(failed))
-    (folder / "all.h5").unlink()
+    for number, rows in enumerate(np.array_split(np.arange(N_FEW), 2), 1):
+        part = {"number": number, "of": 2, "first_row": int(rows[0]), "n_rows_of_whole": N_FEW}
+        with FeatureStore.create(
+            folder / f"{number}.part",
+            make_cohort(N_FEW).take(rows),
+            encoder=PART_ENCODER,
+            features=SHAPES,
+            part=part,
+        ) as store:
+            write_rows(store, rows, int(rows[0]))
 
 
-@pytest.mark.parametrize("act", [pytest.param(die, marks=pytest.mark.faults), die_half_way])
-@pytest.mark.parametrize("work", [create_and_commit, repair_and_commit, replace_table, merge_parts])
-def test_a_kill_at_every_call(fast_path, work, act):
-    """Every write, fsync, truncation, reservation and renaming, and the middle of every write."""
+ALL = (create_and_commit, repair_and_commit, replace_table, merge_parts)
+QUICK = [
+    (create_and_commit, die_half_way, 1),
+    (repair_and_commit, die_half_way, 1),
+    (replace_table, die_half_way, 4),  # these two begin with the calls of a creation
+    (merge_parts, die_half_way, 4),
+]
+LONG = [case for work in ALL for case in ((work, die, 1), (work, die_half_way, 1))]
+
+
+@pytest.mark.parametrize(
+    ("work", "act", "step"),
+    [
+        *QUICK,
+        *(pytest.param(*case, marks=pytest.mark.faults) for case in LONG if case not in QUICK),
+    ],
+)
+def test_a_kill_at_every_call(fast_path, seed, work, act, step):
+    """Every `step`-th write, fsync, truncation, reservation and renaming, or the middle of one."""
     before, folder = fast_path / "before", fast_path / "now"
     before.mkdir()
     survivors = prepare(work, before)
@@ -146,7 +151,7 @@ def test_a_kill_at_every_call(fast_path, work, act):
     with counter.installed():
         work(folder, lambda _: None)
     assert counter.n_calls > 5
-    for at in range(counter.n_calls):
+    for at in range(seed % step, counter.n_calls, step):
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
 
