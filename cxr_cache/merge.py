@@ -75,14 +75,13 @@ def merge(
         raise ConfigError(
             f"{store_path} exists already. Choose another file, or replace it with --overwrite."
         )
-    part_paths = [Path(path) for path in part_paths]
-    paths = [path.resolve() for path in part_paths]
+    paths = [Path(path).resolve() for path in part_paths]
     if repeated := {path for path in paths if paths.count(path) > 1}:
         raise StoreMismatchError(f"{min(repeated)} is given twice. Give each part once.")
     if store_path.resolve() in paths:
         raise ConfigError(f"{store_path} is one of the parts. Write the whole to another file.")
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(FeatureStore.open(path, "r+")) for path in part_paths]
+        opened = [stack.enter_context(FeatureStore.open(path, "r+")) for path in paths]
         parts = _in_order(opened)
         for part in parts[1:]:
             _require_same_kind(parts[0], part)
