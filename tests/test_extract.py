@@ -416,13 +416,19 @@ def test_a_table_without_rows_and_a_missing_folder_are_refused(phantoms, cohort,
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_is_one_message(tmp_path, signum, status):
     """Terminals and schedulers signal the decoding workers too; they must not die of it."""
-    write_phantoms(tmp_path / "data", n_studies=60, image_size_px=96)
+    write_phantoms(tmp_path / "data", n_studies=100, image_size_px=96)
     store = tmp_path / "f.h5"
     command = [sys.executable, "-m", "cxr_cache", "extract", "--model", "random:test_vit"]
     command += ["--csv-dir", "data", "--image-dir", "data/images", "--store", str(store)]
     command += ["--batch-size", "1", "--num-workers", "2"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background, a shell has made them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not (store.exists() and (FeatureStore.open(store).status == DONE).sum() >= 3):
         assert process.poll() is None, process.stderr.read()

@@ -282,7 +282,7 @@ def test_a_head_that_stopped_counts_as_it_was_when_it_stopped():
     data = make_data()
     tasks = make_tasks(len(data.cohort))
     config = replace(QUICK, schedule="constant", learning_rate=0.03)
-    n_epochs, patience = 25, 2
+    n_epochs, patience = 60, 2
 
     whole = fit(data, tasks, config, n_epochs)
     stopping = fit(data, tasks, replace(config, early_stopping=patience), n_epochs)
