@@ -121,7 +121,7 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
     cohort
         The images.
     missing
-        Those without a file, from :func:`find_missing_files`; None where that
+        Those without a file, from :func:`cxr_cache.images.find_missing`; None where that
         was not looked up.
     """
     labelled = ~np.isnan(cohort.targets)
