@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
+from click.core import ParameterSource
 
 from cxr_cache import __version__
 from cxr_cache.config import (
@@ -24,8 +27,14 @@ from cxr_cache.config import (
     FINALS,
     INPUT_NORMS,
     LOSSES,
+    PLACES,
     SCHEDULES,
+    SOURCES,
     SPLITS,
+    TRAINING_PRECISIONS,
+    Augmentation,
+    FinetuneConfig,
+    Recipe,
     TrainConfig,
 )
 from cxr_cache.errors import CxrCacheError, StoreFormatError, StoreMismatchError
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
     from cxr_cache.cohort import Cohort
     from cxr_cache.encoder import Encoder
 
+Command: TypeAlias = Callable[..., Any]
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 STORE = click.argument("store", type=FILE)
@@ -63,7 +73,7 @@ class ErrorsAsMessages(click.Group):
             command = shlex.join(["cxr-cache", *sys.argv[1:]])
             what = (
                 "What was finished is kept; the same command continues:"
-                if ctx.invoked_subcommand == "extract"
+                if ctx.invoked_subcommand in ("extract", "finetune")
                 else "The same command starts again:"
             )
             click.echo(f"\nStopped. {what}\n  {command}", err=True)
@@ -276,6 +286,15 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     help="hf-hub:ORG/REPO, local-dir:FOLDER, an open_clip name, or random:TIMM_NAME[:SEED].",
 )
 @click.option("--flip", is_flag=True, help="Also embed each image's mirror image.")
+@click.option(
+    "--tokens", is_flag=True, help="Also cache what fine-tuning the last blocks starts from."
+)
+@click.option(
+    "--unfreeze-layers",
+    type=click.IntRange(min=1),
+    help="With --tokens: how many blocks will be fine-tuned.  "
+    f"[default: {FinetuneConfig.unfreeze_layers}]",
+)
 @click.option("--batch-size", default=32, help="Images per forward pass.")
 @click.option("--num-workers", type=int, help="Decoding processes.  [default: one per core, max 8]")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
@@ -317,6 +336,8 @@ def extract(
     store: Path,
     model: str,
     flip: bool,
+    tokens: bool,
+    unfreeze_layers: int | None,
     batch_size: int,
     num_workers: int | None,
     device: str,
@@ -330,6 +351,8 @@ def extract(
     recheck_images: bool,
 ) -> None:
     """Embed every image once; the same command again continues where it stopped."""
+    if unfreeze_layers is not None and not tokens:
+        raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
     cohort = _load_cohort(csv_dir, limit)
     _require_folder(image_dir)
     from cxr_cache.encoder import load_encoder
@@ -339,6 +362,7 @@ def extract(
     config = ExtractConfig(
         batch_size=batch_size,
         flip=flip,
+        unfreeze_layers=(unfreeze_layers or FinetuneConfig.unfreeze_layers) if tokens else None,
         max_failures=max_failures,
         part=part,
         recheck_images=recheck_images,
@@ -355,7 +379,13 @@ def extract(
     _warn_if_random(encoder.identity.is_random)
     with _progress_bar(len(cohort), "img") as bar:
         summary = extract_embeddings(
-            cohort, image_dir, store, encoder, config, on_progress=_image_progress(bar)
+            cohort,
+            image_dir,
+            store,
+            encoder,
+            config,
+            on_progress=_image_progress(bar),
+            on_space=lambda space: bar.write(space.to_text(), file=sys.stderr),
         )
     click.echo(summary.to_text())
     if summary.n_failed > config.tolerated_failures(summary.n_images):
@@ -411,74 +441,95 @@ def _warn_if_random(is_random: bool) -> None:
 # -- training ---------------------------------------------------------------------------
 
 
+def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
+    """The options that `train` and `finetune` share, with the defaults of their config."""
+    options = [
+        click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to."),
+        click.option("--labels", type=FILE, help="CSV whose targets replace the store's."),
+        click.option(
+            "--epochs",
+            default=",".join(map(str, defaults.epochs)),
+            callback=_numbers(","),
+            help="Candidates of the search.",
+        ),
+        click.option("--folds", "n_folds", default=defaults.n_folds, help="Folds of the search."),
+        click.option("--batch-size", default=defaults.batch_size, help="Images per step."),
+        click.option("--weight-decay", default=defaults.weight_decay, help="Of AdamW."),
+        click.option(
+            "--clip", "max_grad_norm", default=defaults.max_grad_norm, help="Largest gradient norm."
+        ),
+        click.option(
+            "--schedule",
+            type=click.Choice(SCHEDULES),
+            default=defaults.schedule,
+            help="plateau halves the rate when the validation loss stalls for --patience epochs.",
+        ),
+        click.option("--patience", default=defaults.patience, help="Epochs, for plateau."),
+        click.option(
+            "--early-stopping", type=int, help="Stop a fold after N epochs without progress."
+        ),
+        click.option(
+            "--loss",
+            type=click.Choice(LOSSES),
+            default=defaults.loss,
+            help="focal weighs every term by alpha, as the reference; focal-balanced is the "
+            "paper's.",
+        ),
+        click.option("--alpha", default=defaults.alpha, help="Alpha of the focal losses."),
+        click.option("--gamma", default=defaults.gamma, help="Gamma of the focal losses."),
+        click.option(
+            "--hidden",
+            default="x".join(map(str, defaults.hidden)),
+            callback=_numbers("x"),
+            help="Widths of the hidden layers.",
+        ),
+        click.option("--dropout", default=defaults.dropout, help="Of hidden units."),
+        click.option(
+            "--input-norm",
+            type=click.Choice(INPUT_NORMS),
+            default=defaults.input_norm,
+            help="l2 scales embeddings to length 1.",
+        ),
+        click.option(
+            "--split-by",
+            type=click.Choice(SPLITS),
+            default=defaults.split_by,
+            help="study keeps patients, else studies, whole; image reproduces the reference's "
+            "leak.",
+        ),
+        click.option("--test-fraction", default=defaults.test_fraction, help="Share of test."),
+        click.option(
+            "--final",
+            type=click.Choice(FINALS),
+            default=defaults.final,
+            help="Final model: trained on all folds, their average, or the best of them "
+            "(reference).",
+        ),
+        click.option("--seed", default=defaults.seed, help="Of split, weights, order and dropout."),
+        click.option("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1, mps."),
+        click.option(
+            "--allow-pending", is_flag=True, help="Train although rows are still pending."
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace a finished run."),
+    ]
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @cli.command()
 @STORE
-@click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to.")
-@click.option("--labels", type=FILE, help="CSV whose targets replace the store's.")
-@click.option(
-    "--epochs",
-    default=",".join(map(str, TrainConfig.epochs)),
-    callback=_numbers(","),
-    help="Candidates of the search.",
-)
-@click.option("--folds", "n_folds", default=TrainConfig.n_folds, help="Folds of the search.")
-@click.option("--batch-size", default=TrainConfig.batch_size, help="Images per step.")
+@_recipe_options(TrainConfig)
 @click.option(
     "--lr", "learning_rate", default=TrainConfig.learning_rate, help="Learning rate of AdamW."
 )
-@click.option("--weight-decay", default=TrainConfig.weight_decay, help="Of AdamW.")
-@click.option(
-    "--clip", "max_grad_norm", default=TrainConfig.max_grad_norm, help="Largest gradient norm."
-)
-@click.option(
-    "--schedule",
-    type=click.Choice(SCHEDULES),
-    default=TrainConfig.schedule,
-    help="plateau halves the rate when the validation loss stalls for --patience epochs.",
-)
-@click.option("--patience", default=TrainConfig.patience, help="Epochs, for plateau.")
-@click.option("--early-stopping", type=int, help="Stop a fold after N epochs without progress.")
-@click.option(
-    "--loss",
-    type=click.Choice(LOSSES),
-    default=TrainConfig.loss,
-    help="focal weighs every term by alpha, as the reference; focal-balanced is the paper's.",
-)
-@click.option("--alpha", default=TrainConfig.alpha, help="Alpha of the focal losses.")
-@click.option("--gamma", default=TrainConfig.gamma, help="Gamma of the focal losses.")
-@click.option(
-    "--hidden",
-    default="x".join(map(str, TrainConfig.hidden)),
-    callback=_numbers("x"),
-    help="Widths of the hidden layers.",
-)
-@click.option("--dropout", default=TrainConfig.dropout, help="Of hidden units.")
-@click.option(
-    "--input-norm",
-    type=click.Choice(INPUT_NORMS),
-    default=TrainConfig.input_norm,
-    help="l2 scales embeddings to length 1.",
-)
-@click.option(
-    "--split-by",
-    type=click.Choice(SPLITS),
-    default=TrainConfig.split_by,
-    help="study keeps patients, else studies, whole; image reproduces the reference's leak.",
-)
-@click.option("--test-fraction", default=TrainConfig.test_fraction, help="Share of test.")
-@click.option(
-    "--final",
-    type=click.Choice(FINALS),
-    default=TrainConfig.final,
-    help="Final model: trained on all folds, their average, or the best of them (reference).",
-)
-@click.option("--seed", default=TrainConfig.seed, help="Of split, weights, order and dropout.")
-@click.option("--device", default=TrainConfig.device, help="cpu, cuda, mps or auto.")
 @click.option(
     "--jobs", "n_jobs", default=TrainConfig.n_jobs, help="Processes on the CPU; -1 is one per core."
 )
-@click.option("--allow-pending", is_flag=True, help="Train although rows are still pending.")
-@click.option("--overwrite", is_flag=True, help="Replace a finished run.")
 def train(
     store: Path,
     run_dir: Path,
@@ -506,6 +557,146 @@ def train(
     _evaluate_and_report(run_dir)
 
 
+@cli.command()
+@STORE
+@_recipe_options(FinetuneConfig)
+@click.option(
+    "--unfreeze-layers",
+    default=FinetuneConfig.unfreeze_layers,
+    help="Blocks of the encoder to train, counted from the end.",
+)
+@click.option(
+    "--from-run",
+    type=FOLDER,
+    help="A run of `train` on this store: takes its split, its number of epochs, and its heads to "
+    "start from.",
+)
+@click.option(
+    "--source",
+    type=click.Choice(SOURCES),
+    default=FinetuneConfig.source,
+    help="auto is tokens where the store has them, else images.",
+)
+@click.option("--image-dir", type=FOLDER, help="Folder with the images, to train from images.")
+@click.option(
+    "--lr",
+    "learning_rate",
+    default=FinetuneConfig.learning_rate,
+    help="Learning rate of the blocks.",
+)
+@click.option(
+    "--head-lr",
+    "head_learning_rate",
+    default=FinetuneConfig.head_learning_rate,
+    help="Learning rate of the head.",
+)
+@click.option(
+    "--warmup-steps",
+    default=FinetuneConfig.warmup_steps,
+    help="Steps over which the learning rates rise from zero.",
+)
+@click.option(
+    "--decay-norms/--no-decay-norms",
+    default=FinetuneConfig.decay_norms,
+    help="Whether weight decay applies to norms and biases too.",
+)
+@click.option(
+    "--accumulate", default=FinetuneConfig.accumulate, help="Batches averaged into one step."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(TRAINING_PRECISIONS),
+    default=FinetuneConfig.precision,
+    help="Of the blocks; auto is bf16 where the processor computes it natively, else fp32.",
+)
+@click.option(
+    "--grad-checkpointing",
+    is_flag=True,
+    help="For small GPUs: compute activations again instead of keeping them.",
+)
+@click.option(
+    "--tokens-in",
+    type=click.Choice(PLACES),
+    default=FinetuneConfig.tokens_in,
+    help="Where cached tokens wait; auto is the fastest place that they fit into.",
+)
+@click.option("--flip", is_flag=True, help="From images: mirror half of them.")
+@click.option(
+    "--crop-scale", type=float, help="From images: random crops of at least this share of the area."
+)
+@click.option(
+    "--rotation", "rotation_deg", default=Augmentation.rotation_deg, help="From images: in degrees."
+)
+@click.option("--brightness", default=Augmentation.brightness, help="From images: 0.2 is ± 20 %.")
+@click.option("--contrast", default=Augmentation.contrast, help="From images: 0.2 is ± 20 %.")
+@click.option(
+    "--num-workers",
+    type=int,
+    help="From images: decoding processes.  [default: one per core, max 8]",
+)
+@click.option("--half", is_flag=True, help="Save the trained blocks in float16: half the file.")
+@click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
+@click.pass_context
+def finetune(
+    ctx: click.Context,
+    /,
+    store: Path,
+    run_dir: Path,
+    labels: Path | None,
+    from_run: Path | None,
+    image_dir: Path | None,
+    model: str | None,
+    allow_pending: bool,
+    overwrite: bool,
+    **recipe: Any,
+) -> None:
+    """Train the last blocks of the encoder with the head, from tokens or images.
+
+    One number of --epochs is taken without a search. Under torchrun
+    (`torchrun --nproc-per-node N -m cxr_cache finetune ...`) N processes share every batch.
+    """
+    from cxr_cache.finetune import finetune_tail
+    from cxr_cache.frozen_start import config_from_run
+    from cxr_cache.run import Run
+
+    given = {
+        name: value
+        for name, value in recipe.items()
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    changes = {field.name for field in fields(Augmentation)}
+    pixels = {name: given.pop(name) for name in changes & given.keys()}
+    given["augmentation"] = Augmentation(**pixels)
+    config = (
+        FinetuneConfig(**given)
+        if from_run is None
+        else config_from_run(Run.open(from_run), **given)
+    )
+    with _progress_bar(None, "epoch") as bar:
+        result = finetune_tail(
+            store,
+            run_dir,
+            config,
+            image_dir=image_dir,
+            from_run=from_run,
+            labels=labels,
+            model=model,
+            allow_pending=allow_pending,
+            overwrite=overwrite,
+            echo=lambda line: click.echo(line, err=True),
+            on_progress=_count_progress(bar),
+        )
+    if int(os.environ.get("RANK", "0")):  # of several processes, the first one reports
+        return
+    _warn_if_random(result.run.config["random_encoder"])
+    click.echo(result.to_text())
+    _evaluate_and_report(run_dir)
+    if from_run is not None:
+        from cxr_cache.compare import compare_runs
+
+        click.echo(compare_runs(Run.open(from_run), Run.open(run_dir)).to_text())
+
+
 def _evaluate_and_report(run_dir: Path) -> None:
     from cxr_cache.evaluate import evaluate_run, format_summary
     from cxr_cache.report import write_report
@@ -524,7 +715,21 @@ def _evaluate_and_report(run_dir: Path) -> None:
     "--resamples", type=click.IntRange(min=0), default=1000, help="Bootstrap resamples of studies."
 )
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
-def evaluate(run: Path, store: Path | None, out: Path | None, resamples: int, seed: int) -> None:
+@click.option(
+    "--model",
+    help="With --store, for a fine-tuned run: the encoder, where it has moved.  "
+    "[default: as recorded]",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+def evaluate(
+    run: Path,
+    store: Path | None,
+    out: Path | None,
+    resamples: int,
+    seed: int,
+    model: str | None,
+    device: str,
+) -> None:
     """Score a run's predictions, with intervals; or the run on another store."""
     from cxr_cache.evaluate import evaluate_predictions, evaluate_run, format_summary
     from cxr_cache.run import Run
@@ -538,8 +743,11 @@ def evaluate(run: Path, store: Path | None, out: Path | None, resamples: int, se
     from cxr_cache.predict import predict_store
     from cxr_cache.store import FeatureStore
 
+    encoder = None
+    if opened.load_model().tail is not None:
+        encoder = _load_encoder_of_store(store, model, device)
     with FeatureStore.open(store) as features:
-        predictions, targets = predict_store(opened, features)
+        predictions, targets = predict_store(opened, features, encoder)
     known = predictions["image_id"].isin(opened.read_table("splits")["image_id"])
     if known.any():
         click.echo(

@@ -5,8 +5,10 @@ Nothing here imports torch, so that the command line can show the defaults at on
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from cxr_cache.errors import ConfigError
 
@@ -19,11 +21,15 @@ HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 SPLITS: Final = ("study", "image")
 FINALS: Final = ("refit", "ensemble", "best-fold")
 INPUT_NORMS: Final = ("l2", "none")
+SOURCES: Final = ("auto", "tokens", "images")
+PLACES: Final = ("auto", "device", "ram", "disk")
+TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
+Rule: TypeAlias = tuple[bool, str]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to search and train; the defaults are the reference system's."""
+class Recipe:
+    """What training a head and fine-tuning have in common; the defaults are the reference's."""
 
     epochs: tuple[int, ...] = (30, 50, 75, 90, 100)
     """Candidates of the search."""
@@ -48,13 +54,15 @@ class TrainConfig:
     dropout: float = 0.5
     input_norm: Literal["l2", "none"] = "l2"
     device: str = "cpu"
-    n_jobs: int = -1
-    """Processes that share the folds on the CPU; -1 is one per core."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
         object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists
-        rules: list[tuple[bool, str]] = [
+        if broken := [text for holds, text in self._rules() if not holds]:
+            raise ConfigError("; ".join(broken) + ".")
+
+    def _rules(self) -> list[Rule]:
+        return [
             (bool(self.epochs) and self.epochs[0] >= 1, "--epochs must be 1 or more"),
             (self.n_folds >= 2, "--folds must be 2 or more"),
             (0 < self.test_fraction < 1, "--test-fraction must lie between 0 and 1"),
@@ -75,10 +83,107 @@ class TrainConfig:
             (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
             (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
         ]
-        if broken := [text for holds, text in rules if not holds]:
-            raise ConfigError("; ".join(broken) + ".")
 
     @property
     def has_horizon(self) -> bool:
         """Whether an epoch's learning rate depends on how many epochs will follow."""
         return self.schedule in HORIZON_SCHEDULES
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
+    """How to search and train a head on cached embeddings."""
+
+    n_jobs: int = -1
+    """Processes that share the folds on the CPU; -1 is one per core."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes to the pixels of an image, for training end to end; none by default."""
+
+    crop_scale: float | None = None
+    """Smallest share of the image's area that a random crop keeps; None crops nothing."""
+    rotation_deg: float = 0.0
+    """Largest turn to either side, in degrees."""
+    brightness: float = 0.0
+    """0.2 multiplies by a factor from 0.8 to 1.2."""
+    contrast: float = 0.0
+    """As brightness, around the image's mean."""
+
+    def __post_init__(self) -> None:
+        rules: list[Rule] = [
+            (
+                self.crop_scale is None or 0 < self.crop_scale <= 1,
+                "--crop-scale must lie in (0, 1]",
+            ),
+            (0 <= self.rotation_deg <= 180, "--rotation must lie between 0 and 180 degrees"),
+            (0 <= self.brightness < 1, "--brightness must lie in [0, 1)"),
+            (0 <= self.contrast < 1, "--contrast must lie in [0, 1)"),
+        ]
+        if broken := [text for holds, text in rules if not holds]:
+            raise ConfigError("; ".join(broken) + ".")
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether any option is on."""
+        return self != Augmentation()
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Recipe):
+    """How to fine-tune the last blocks together with the head."""
+
+    epochs: tuple[int, ...] = (5, 10, 15)
+    """Candidates of the search; a single one is taken without a search."""
+    device: str = "auto"
+    unfreeze_layers: int = 2
+    """Blocks that train, counted from the end."""
+    head_learning_rate: float = 2e-4
+    """Of the head; `learning_rate` is that of the blocks."""
+    warmup_steps: int = 0
+    """Steps over which both rates rise from zero."""
+    decay_norms: bool = True
+    """Whether weight decay applies to norms and biases too, as the reference has it."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step; batch norm sees each by itself."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the blocks compute in; weights, head and optimiser stay float32."""
+    grad_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, a third more work."""
+    source: Literal["auto", "tokens", "images"] = "auto"
+    """Cached tokens, or end to end from the images; auto takes tokens where the store has them."""
+    tokens_in: Literal["auto", "device", "ram", "disk"] = "auto"
+    """Where tokens wait for their turn; auto is the fastest place that they fit into."""
+    flip: bool = False
+    """From images: show the mirror image half of the time (a store of two views always does)."""
+    augmentation: Augmentation = Augmentation()
+    """From images only."""
+    num_workers: int = min(8, os.cpu_count() or 1)
+    """From images: decoding processes."""
+    half: bool = False
+    """Round the trained weights to float16: half the file."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.augmentation, Mapping):  # as JSON has it
+            object.__setattr__(self, "augmentation", Augmentation(**self.augmentation))
+        super().__post_init__()
+
+    def _rules(self) -> list[Rule]:
+        precisions = ", ".join(TRAINING_PRECISIONS)
+        return [
+            *super()._rules(),
+            (self.unfreeze_layers >= 1, "--unfreeze-layers must be 1 or more"),
+            (self.head_learning_rate > 0, "--head-lr must be positive"),
+            (self.warmup_steps >= 0, "--warmup-steps must not be negative"),
+            (self.accumulate >= 1, "--accumulate must be 1 or more"),
+            (self.precision in TRAINING_PRECISIONS, f"--precision is one of {precisions}"),
+            (self.source in SOURCES, f"--source is one of {', '.join(SOURCES)}"),
+            (self.tokens_in in PLACES, f"--tokens-in is one of {', '.join(PLACES)}"),
+            (self.num_workers >= 0, "--num-workers must be 0 or more"),
+        ]
+
+    @property
+    def searches(self) -> bool:
+        """Whether the number of epochs is looked for in all folds, or given."""
+        return len(self.epochs) > 1

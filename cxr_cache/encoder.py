@@ -160,7 +160,14 @@ class Encoder(nn.Module):
         with self._autocast():
             return split.stem(pixels.to(self.device), n_unfrozen).float()
 
-    def tail(self, tokens: Tensor, n_unfrozen: int) -> tuple[Tensor, Tensor]:
+    def tail(
+        self,
+        tokens: Tensor,
+        n_unfrozen: int,
+        *,
+        precision: Precision | None = None,
+        keeps_activations: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         """The end of the tower: the last `n_unfrozen` blocks, pooling and projection.
 
         Gradients flow to whatever parameters ask for them. Where the tower pools its class
@@ -172,6 +179,10 @@ class Encoder(nn.Module):
             Output of :meth:`stem` for the same `n_unfrozen`, any float type.
         n_unfrozen
             Blocks that are left, from 1 to all.
+        precision
+            What matrix products are computed in; None for the encoder's own.
+        keeps_activations
+            Off, a backward pass computes each block again: less memory, more work.
 
         Returns
         -------
@@ -186,8 +197,9 @@ class Encoder(nn.Module):
             The tower cannot be split, or has fewer blocks.
         """
         split = self._require_split(n_unfrozen)
-        with self._autocast():
-            pooled, embedding = split.tail(tokens.to(self.device, torch.float32), n_unfrozen)
+        tokens = tokens.to(self.device, torch.float32)
+        with self._autocast(precision):
+            pooled, embedding = split.tail(tokens, n_unfrozen, keeps_activations=keeps_activations)
         return pooled.float(), embedding.float()
 
     @torch.inference_mode()
@@ -211,7 +223,7 @@ class Encoder(nn.Module):
         if self.is_splittable:
             return self.encode_with_tokens(pixels, 1)[1:]
         with self._autocast():
-            pooled, embedding = run_whole(self.visual, self._prepare(pixels))
+            pooled, embedding = run_whole(self.visual, self.prepare(pixels))
         return pooled.float(), embedding.float()
 
     @torch.inference_mode()
@@ -220,15 +232,16 @@ class Encoder(nn.Module):
 
         Parameters and shapes are those of :meth:`encode`, :meth:`stem` and :meth:`tail`.
         """
-        tokens = self.stem(self._prepare(pixels), n_unfrozen)
+        tokens = self.stem(self.prepare(pixels), n_unfrozen)
         return tokens, *self.tail(tokens, n_unfrozen)
 
-    def _prepare(self, pixels: Tensor) -> Tensor:
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Images as :meth:`encode` takes them -> the input of :meth:`stem`."""
         assert pixels.dtype == torch.uint8, f"pixels are {pixels.dtype}, not uint8"
         return normalise(pixels.to(self.device, non_blocking=True), self.preprocessing)
 
-    def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST_DTYPES.get(self.precision)
+    def _autocast(self, precision: Precision | None = None) -> torch.autocast:
+        dtype = _AUTOCAST_DTYPES.get(precision or self.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _require_split(self, n_unfrozen: int) -> SplitTower:

@@ -14,13 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_cache.canary import MIN_COSINE, cosines
 from cxr_cache.cohort import Cohort
 from cxr_cache.decoding import Batch, dead_workers_explained, decode_batches
-from cxr_cache.encoder import Encoder
-from cxr_cache.encoding import encode_views
-from cxr_cache.errors import ConfigError, TooManyFailuresError
+from cxr_cache.encoder import Encoder, trainable_parameter_names
+from cxr_cache.encoding import encode_views, largest_token
+from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.resume import open_or_create
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.store import (
+    DONE,
+    FAILED,
+    PENDING,
+    WITHOUT_TOKENS,
+    FeatureStore,
+    Space,
+    are_finite,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class ExtractConfig:
     """Decoding processes; 0 decodes in the main process."""
     flip: bool = False
     """Also embed each image's mirror image, as a second view."""
+    unfreeze_layers: int | None = None
+    """Also cache the tokens that enter the first of so many last blocks; None caches none."""
     max_failures: int | None = None
     """Failed rows that are tolerated; None means 1 % of the rows, at least 100."""
     part: tuple[int, int] | None = None
@@ -46,6 +57,10 @@ class ExtractConfig:
             raise ConfigError(f"--num-workers is {self.num_workers}; it must be 0 or more.")
         if self.max_failures is not None and self.max_failures < 0:
             raise ConfigError(f"--max-failures is {self.max_failures}; it must be 0 or more.")
+        if self.unfreeze_layers is not None and self.unfreeze_layers < 1:
+            raise ConfigError(
+                f"--unfreeze-layers is {self.unfreeze_layers}; it must be at least 1."
+            )
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             raise ConfigError(
                 f"--part is {self.part[0]}/{self.part[1]}; it must be one of 1/N, 2/N ... N/N."
@@ -65,6 +80,9 @@ class ExtractSummary:
     n_done: int = 0
     n_failed: int = 0
     n_pending: int = 0
+    """Rows still to do, those without tokens among them."""
+    n_without_tokens: int = 0
+    """Pending rows that hold an embedding and lack only their tokens."""
     n_computed: int = 0
     """Rows encoded by this call; the others were there already."""
     n_taken_over: int = 0
@@ -74,6 +92,8 @@ class ExtractSummary:
     """Images whose file had changed; computed again."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Image id and reason of every failed row."""
+    tokenless: list[tuple[str, str]] = field(default_factory=list)
+    """Image id and reason of rows that got no tokens in this call, and keep their embedding."""
     decode_s: float = 0.0
     """Time the encoder waited for pixels."""
     inference_s: float = 0.0
@@ -87,6 +107,8 @@ class ExtractSummary:
             f"{self.store_path}: {self.n_images:,} images = {self.n_done:,} done + "
             f"{self.n_failed:,} failed + {self.n_pending:,} pending"
         ]
+        if self.n_without_tokens:
+            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
         if self.n_taken_over:
             lines.append(f"  {self.n_taken_over:,} rows taken over from the store as it was")
         if self.n_damaged:
@@ -96,9 +118,8 @@ class ExtractSummary:
                 f"  {len(self.changed):,} image files have changed, to be computed again "
                 f"(first: {self.changed[0]})"
             )
-        for reason, count in Counter(reason for _, reason in self.failures).most_common(8):
-            first = next(image_id for image_id, why in self.failures if why == reason)
-            lines.append(f"  {count:,} failed: {reason} (first: {first})")
+        lines += _by_reason("failed", self.failures)
+        lines += _by_reason("got no tokens and keep their embedding", self.tokenless)
         if not self.n_computed:
             return "\n".join([*lines, "  nothing was left to compute"])
         waits = {
@@ -115,6 +136,16 @@ class ExtractSummary:
         return "\n".join(lines)
 
 
+def _by_reason(what: str, images: list[tuple[str, str]]) -> list[str]:
+    """One line for each of the commonest reasons."""
+    counts = Counter(reason for _, reason in images)
+    first = {reason: image_id for image_id, reason in reversed(images)}
+    return [
+        f"  {count:,} {what}: {reason} (first: {first[reason]})"
+        for reason, count in counts.most_common(8)
+    ]
+
+
 def extract_embeddings(
     cohort: Cohort,
     image_dir: str | Path,
@@ -123,13 +154,14 @@ def extract_embeddings(
     config: ExtractConfig | None = None,
     *,
     on_progress: Callable[[int, int, int], None] | None = None,
+    on_space: Callable[[Space], None] | None = None,
 ) -> ExtractSummary:
     """Embed every image of a cohort that the store does not hold yet.
 
     Where the store does not exist it is created; where it does, extraction continues. Rows of
     another cohort are taken over if their image bytes are the same; rows whose image has changed
-    are computed again. Whatever ends the call (an error, Ctrl-C), rows that were finished are in
-    the store.
+    are computed again. A store without tokens can be given them: its embeddings stay as they are.
+    Whatever ends the call (an error, Ctrl-C), rows that were finished are in the store.
 
     Parameters
     ----------
@@ -146,6 +178,8 @@ def extract_embeddings(
     on_progress
         Called with (rows done now, rows failed now, rows still to do at the start) after each
         batch.
+    on_space
+        Called with what the file takes and what is free, before one is written or replaced.
 
     Returns
     -------
@@ -154,9 +188,11 @@ def extract_embeddings(
 
     Raises
     ------
+    EncoderError
+        Tokens are wanted of a tower that cannot be split, or at a block that it does not have.
     StoreMismatchError
-        The store holds features of another encoder, preprocessing, precision or set of views, or
-        another part.
+        The store holds features of another encoder, preprocessing, precision or set of views,
+        tokens of another block, or another part.
     TooManyFailuresError
         More images failed than `config` tolerates; everything done so far is kept.
     StoreBusyError
@@ -170,6 +206,8 @@ def extract_embeddings(
         raise ConfigError(f"{image_dir} is not a folder; give the one with the images.")
     if not len(cohort):
         raise ConfigError("The image table has no rows, so there is nothing to extract.")
+    if config.unfreeze_layers is not None:
+        trainable_parameter_names(encoder, config.unfreeze_layers)  # raises where there are none
     cohort, part = _take_part(cohort, config.part)
     summary = ExtractSummary(store_path)
     started = time.perf_counter()
@@ -179,8 +217,10 @@ def extract_embeddings(
         image_dir,
         encoder,
         n_views=2 if config.flip else 1,
+        n_unfrozen=config.unfreeze_layers,
         part=part,
         recheck_images=config.recheck_images,
+        on_space=on_space,
     )
     summary.n_taken_over, summary.n_damaged = resumed.n_taken_over, resumed.n_damaged
     summary.changed = resumed.changed
@@ -226,7 +266,10 @@ def _fill(
     summary: ExtractSummary,
     on_progress: Callable[[int, int, int], None] | None,
 ) -> None:
-    """Decode in workers, encode here, write in one thread; the three overlap."""
+    """Decode in workers, encode here, write in one thread; the three overlap.
+
+    At most two batches of features are in memory, however many rows there are.
+    """
     rows = np.flatnonzero(store.status != DONE)
     tolerated = config.tolerated_failures(len(store))
     batches = decode_batches(
@@ -237,31 +280,28 @@ def _fill(
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
-    n_failed = 0
+    failures: list[tuple[int, str]] = []
     with dead_workers_explained(), ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         try:
             for batch in _timed(batches, summary):
                 mark = time.perf_counter()
-                features = (
-                    encode_views(encoder, batch.pixels, flip=config.flip) if len(batch.rows) else {}
-                )
-                _set_aside_non_finite(batch, features)
+                features = _encode(store, batch, encoder, config)
+                failures += batch.failures
                 summary.inference_s += time.perf_counter() - mark
 
                 mark = time.perf_counter()
                 if writing is not None:
                     writing.result()  # at most one batch waits for the disk
-                writing = writer.submit(_write, store, batch, features)
+                writing = writer.submit(_write, store, batch, features, summary)
                 summary.write_s += time.perf_counter() - mark
 
-                n_failed += len(batch.failures)
                 summary.n_computed += len(batch.rows)
                 if on_progress is not None:
                     on_progress(len(batch.rows), len(batch.failures), len(rows))
-                if n_failed > tolerated:
+                if len(failures) > tolerated:
                     writing.result()
-                    _give_up(store, n_failed, tolerated)
+                    _give_up(store, failures, tolerated)
         finally:
             mark = time.perf_counter()
             if writing is not None:
@@ -269,38 +309,108 @@ def _fill(
             summary.write_s += time.perf_counter() - mark
 
 
-def _give_up(store: FeatureStore, n_failed: int, tolerated: int) -> None:
-    failed = np.flatnonzero(store.status == FAILED)[:5]
-    reasons = zip(store.image_ids[failed], store.read_errors(failed), strict=True)
+def _give_up(store: FeatureStore, failures: list[tuple[int, str]], tolerated: int) -> None:
+    first = [f"  {store.image_ids[row]}: {reason}" for row, reason in failures[:5]]
     raise TooManyFailuresError(
-        f"{n_failed:,} images failed, more than the {tolerated:,} tolerated (--max-failures). "
-        f"The first:\n"
-        + "\n".join(f"  {image_id}: {reason}" for image_id, reason in reasons)
+        f"{len(failures):,} images failed, more than the {tolerated:,} tolerated "
+        "(--max-failures). The first:\n"
+        + "\n".join(first)
         + f"\nWhat is done is kept in {store.path}; the same command continues there."
     )
 
 
-def _write(store: FeatureStore, batch: Batch, features: dict[str, NDArray[Any]]) -> None:
+def _encode(
+    store: FeatureStore, batch: Batch, encoder: Encoder, config: ExtractConfig
+) -> dict[str, NDArray[Any]]:
+    """The features of a batch as they are to be stored."""
+    if not len(batch.rows):
+        return {}
+    features = encode_views(
+        encoder, batch.pixels, flip=config.flip, n_unfrozen=config.unfreeze_layers
+    )
+    if reasons := _find_unusable(batch, features, encoder, config):
+        batch.failures += [(int(batch.rows[i]), reason) for i, reason in reasons.items()]
+        usable = ~np.isin(np.arange(len(batch.rows)), list(reasons))
+        batch.rows, batch.sha256 = batch.rows[usable], batch.sha256[usable]
+        features = {name: values[usable] for name, values in features.items()}
+    _keep_embeddings(store, batch, features)
+    return features
+
+
+def _find_unusable(
+    batch: Batch, features: dict[str, NDArray[Any]], encoder: Encoder, config: ExtractConfig
+) -> dict[int, str]:
+    """Positions in the batch of what must not be stored, NaN and infinity, and why."""
+    finite = are_finite(features["embeddings"]) & are_finite(features["pooled"])
+    reason = "the encoder gave NaN or infinity for this image; try --precision fp32"
+    reasons = {int(i): reason for i in np.flatnonzero(~finite)}
+    if config.unfreeze_layers is None:
+        return reasons
+    for i in map(int, np.flatnonzero(finite & ~are_finite(features["tokens"]))):
+        largest = largest_token(
+            encoder, batch.pixels[i : i + 1], flip=config.flip, n_unfrozen=config.unfreeze_layers
+        )
+        reasons[i] = (
+            f"its tokens reach {largest:,.0f}, beyond the 65,504 of float16, their type in the "
+            "store; those that enter an earlier block (a larger --unfreeze-layers) may fit"
+        )
+    return reasons
+
+
+def _keep_embeddings(store: FeatureStore, batch: Batch, features: dict[str, NDArray[Any]]) -> None:
+    """Put what rows without tokens hold in the place of what was computed again, bit for bit.
+
+    Where the image is another one by now, or the bytes are damaged, the row is written anew.
+
+    Raises
+    ------
+    StoreMismatchError
+        The same image gives other embeddings than those stored, so its tokens would not be theirs.
+    """
+    lacking = batch.rows[store.read_rows("status", batch.rows) == WITHOUT_TOKENS]
+    for rows, stored, intact in store.check_rows(lacking, WITHOUT_TOKENS):
+        at = np.searchsorted(batch.rows, rows)
+        kept = intact & (stored["image_sha256"] == batch.sha256[at]).all(axis=1)
+        for name in store.features_of(WITHOUT_TOKENS):
+            values = stored[name][kept]
+            _require_agreement(store, name, rows[kept], values, features[name][at[kept]])
+            features[name][at[kept]] = values
+
+
+def _require_agreement(
+    store: FeatureStore,
+    name: str,
+    rows: NDArray[np.intp],
+    stored: NDArray[np.float32],
+    computed: NDArray[np.float32],
+) -> None:
+    agreement = cosines(stored, computed).min(axis=1)  # (B, V) -> (B,)
+    for row, value in zip(rows, agreement, strict=True):
+        if not value >= MIN_COSINE:
+            raise StoreMismatchError(
+                f"{store.path} holds other {name} of {store.image_ids[row]} than the encoder gives "
+                f"now: cosine {value:.6f}, at least {MIN_COSINE} expected of the same file. Tokens "
+                f"would not belong to them. Compare the versions: {store.header.versions}. "
+                f"`cxr-cache verify {store.path} --images DIR --sample {len(store)} --repair` "
+                "finds all such rows, and `cxr-cache extract` then computes them anew; or write to "
+                "another file."
+            )
+
+
+def _write(
+    store: FeatureStore, batch: Batch, features: dict[str, NDArray[Any]], summary: ExtractSummary
+) -> None:
+    """Commit a batch; a row that has an embedding already keeps it when its image fails now."""
     if len(batch.rows):
         store.commit(batch.rows, features, batch.sha256)
-    store.record_failures(
-        [row for row, _ in batch.failures], [reason for _, reason in batch.failures]
-    )
-
-
-def _set_aside_non_finite(batch: Batch, features: dict[str, NDArray[Any]]) -> None:
-    """Fail the rows for which the encoder gave NaN or infinity; never store them."""
-    if not features:
-        return
-    usable = np.isfinite(features["embeddings"]).all(axis=(1, 2))
-    usable &= np.isfinite(features["pooled"]).all(axis=(1, 2))
-    if usable.all():
-        return
-    reason = "the encoder gave NaN or infinity for this image; try --precision fp32"
-    batch.failures += [(int(row), reason) for row in batch.rows[~usable]]
-    batch.rows, batch.sha256 = batch.rows[usable], batch.sha256[usable]
-    for name in features:
-        features[name] = features[name][usable]
+    status = store.status
+    lost = [failure for failure in batch.failures if status[failure[0]] != WITHOUT_TOKENS]
+    store.record_failures([row for row, _ in lost], [reason for _, reason in lost])
+    summary.tokenless += [
+        (str(store.image_ids[row]), reason)
+        for row, reason in batch.failures
+        if status[row] == WITHOUT_TOKENS
+    ]
 
 
 def _count(store: FeatureStore, summary: ExtractSummary) -> None:
@@ -308,7 +418,8 @@ def _count(store: FeatureStore, summary: ExtractSummary) -> None:
     summary.n_images = len(status)
     summary.n_done = int((status == DONE).sum())
     summary.n_failed = int((status == FAILED).sum())
-    summary.n_pending = int((status == PENDING).sum())
+    summary.n_without_tokens = int((status == WITHOUT_TOKENS).sum())
+    summary.n_pending = int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum())
     failed = np.flatnonzero(status == FAILED)
     image_ids = store.image_ids[failed].tolist()
     summary.failures = list(zip(image_ids, store.read_errors(failed), strict=True))

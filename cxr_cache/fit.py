@@ -125,7 +125,7 @@ def fit_heads(
             rows, probabilities = trainer.run_epoch(epoch)
             for h in sorted(running):
                 trajectories[h].history.append(rows[h])
-                stops = _has_stopped(trajectories[h].history, config.early_stopping)
+                stops = has_stopped(trajectories[h].history, config.early_stopping)
                 for kept in (e for e in keep if e == epoch or (stops and e > epoch)):
                     trajectories[h].probabilities[kept] = probabilities[h]
                     trajectories[h].weights[kept] = trainer.bank.snapshot([h])
@@ -231,7 +231,7 @@ class _Trainer:
                 "epoch": epoch,
                 "lr": rates[h],
                 "train_loss": float(train_losses[h]),
-                **_score_held_out(self.held_out_targets[h], probabilities[h], val_losses[h]),
+                **score_held_out(self.held_out_targets[h], probabilities[h], val_losses[h]),
                 "seconds": seconds,
             }
             for h in range(self.bank.n_heads)
@@ -286,7 +286,7 @@ def _pad(rows: Sequence[NDArray[np.int64]]) -> Tensor:
     )
 
 
-def _score_held_out(
+def score_held_out(
     targets: NDArray[np.float32], probabilities: NDArray[np.float32], loss: Tensor
 ) -> dict[str, float]:
     """Validation columns of the history; NaN where nothing is held out."""
@@ -295,7 +295,7 @@ def _score_held_out(
     return {"val_loss": float(loss), "val_auroc": float(macro_mean(auroc(targets, probabilities)))}
 
 
-def _has_stopped(history: Sequence[dict[str, float]], patience: int | None) -> bool:
+def has_stopped(history: Sequence[dict[str, float]], patience: int | None) -> bool:
     """Whether the validation loss has not improved for `patience` epochs."""
     if patience is None:
         return False

@@ -201,13 +201,21 @@ class HeadBank(nn.Module):
         return {name: tensor[chosen].clone() for name, tensor in self.state_dict().items()}
 
     @classmethod
-    def from_snapshot(cls, state: Mapping[str, Tensor], *, dropout: float = 0.5) -> HeadBank:
+    def from_snapshot(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        dropout: float = 0.5,
+        device: torch.device | str = "cpu",
+    ) -> HeadBank:
         """Heads as :meth:`snapshot` left them, in evaluation mode."""
         n_layers = sum(name.startswith("weight_") for name in state)
         shapes = [state[f"weight_{i}"].shape for i in range(n_layers)]
         n_heads, n_inputs, _ = shapes[0]
         widths = [int(shape[2]) for shape in shapes]
-        bank = cls(n_heads, n_inputs, widths[-1], hidden=widths[:-1], dropout=dropout)
+        bank = cls(
+            n_heads, n_inputs, widths[-1], hidden=widths[:-1], dropout=dropout, device=device
+        )
         bank.load_state_dict(dict(state))
         return bank.eval()
 

@@ -383,6 +383,7 @@ def _require_columns(path: Path, layout: Layout) -> None:
     if missing := sorted(required - columns.keys()):
         raise StoreFormatError(f"{path} is not a whole feature store: it lacks {missing}.")
     N, F = layout.n_images, len(layout.header.findings)
+    V, D = columns["embeddings"].shape[:1] or (0,), columns["embeddings"].shape[-1:] or (0,)
     widths = {name: min(columns[name].dtype.itemsize, _MAX_TEXT_BYTES) for name in TEXT_COLUMNS}
     expected: dict[str, tuple[str, int | None, tuple[int | None, ...]]] = {
         **{name: (f"S{width}", N, ()) for name, width in widths.items()},
@@ -392,9 +393,9 @@ def _require_columns(path: Path, layout: Layout) -> None:
         "image_sha256": ("u1", N, (32,)),
         "row_digest": ("u1", N, (16,)),
         "embeddings": ("<f4", N, (None, None)),
-        "pooled": ("<f4", N, (None, None)),
-        "tokens": ("<f2", N, (None, None, None)),
-        "canary": ("<f4", None, (columns["embeddings"].shape[-1:] or (0,))),
+        "pooled": ("<f4", N, (*V, None)),
+        "tokens": ("<f2", N, (*V, None, None)),
+        "canary": ("<f4", None, D),
         _FIXED_DIGEST: ("u1", 1, (16,)),
     }
     for name, column in columns.items():

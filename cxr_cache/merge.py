@@ -16,7 +16,7 @@ from cxr_cache.cohort import Cohort
 from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.encoder import EncoderIdentity
 from cxr_cache.errors import ConfigError, StoreMismatchError
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.store import DONE, EMBEDDED, FAILED, PENDING, WITHOUT_TOKENS, FeatureStore
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class MergeSummary:
     n_done: int
     n_failed: int
     n_pending: int
+    """Rows still to do, those without tokens among them."""
+    n_without_tokens: int
+    """Pending rows that hold an embedding and lack only their tokens."""
     n_damaged: int
     """Rows whose bytes did not match their digest; they are pending now."""
 
@@ -38,6 +41,8 @@ class MergeSummary:
             f"{self.store_path}: {n_images:,} images of {self.n_parts} parts = {self.n_done:,} "
             f"done + {self.n_failed:,} failed + {self.n_pending:,} pending"
         ]
+        if self.n_without_tokens:
+            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
         if self.n_damaged:
             lines.append(f"  {self.n_damaged:,} rows were damaged in their part; they are pending")
         if self.n_pending:
@@ -102,7 +107,8 @@ def merge(
         n_parts=len(parts),
         n_done=int((status == DONE).sum()),
         n_failed=int((status == FAILED).sum()),
-        n_pending=int((status == PENDING).sum()),
+        n_pending=int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum()),
+        n_without_tokens=int((status == WITHOUT_TOKENS).sum()),
         n_damaged=sum(map(len, damaged)),
     )
 
@@ -189,7 +195,8 @@ def _copy(
     for part, bad in zip(parts, damaged, strict=True):
         status = part.status
         status[bad] = PENDING
-        done, failed = np.flatnonzero(status == DONE), np.flatnonzero(status == FAILED)
-        whole.copy_rows(part, done, first_row + done)
+        embedded = np.flatnonzero(np.isin(status, EMBEDDED))
+        failed = np.flatnonzero(status == FAILED)
+        whole.copy_rows(part, embedded, first_row + embedded)
         whole.record_failures(first_row + failed, part.read_errors(failed))
         first_row += len(part)

@@ -53,7 +53,7 @@ class BankOptimizer:
             for row in rows
         ]
         self._schedulers = [
-            _make_scheduler(schedule, optimizer, patience, n_epochs)
+            make_scheduler(schedule, optimizer, patience, n_epochs)
             for optimizer in self._optimizers
         ]
 
@@ -77,10 +77,7 @@ class BankOptimizer:
     def end_epoch(self, validation_losses: Tensor) -> None:
         """Advance the schedules; `validation_losses` has shape ``(H,)``."""
         for scheduler, loss in zip(self._schedulers, validation_losses.tolist(), strict=True):
-            if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(loss)
-            elif scheduler is not None:
-                scheduler.step()
+            advance(scheduler, loss)
 
 
 def clip_per_head(flat_grad: Tensor, max_norm: float) -> None:
@@ -89,17 +86,25 @@ def clip_per_head(flat_grad: Tensor, max_norm: float) -> None:
     flat_grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0))
 
 
-def _make_scheduler(
+def advance(scheduler: Any, validation_loss: float) -> None:
+    """Set the rates of the next epoch."""
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(validation_loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def make_scheduler(
     name: str, optimizer: torch.optim.Optimizer, patience: int, n_epochs: int
 ) -> Any:
-    """The torch scheduler called `name`, stepped once an epoch; None keeps the rate constant."""
-    peak = float(optimizer.param_groups[0]["lr"])
+    """The torch scheduler called `name`, stepped once an epoch; None keeps the rates constant."""
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
     if name == "plateau":
         return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)
     if name == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_epochs)
     if name == "one-cycle":
         return lr_scheduler.OneCycleLR(
-            optimizer, max_lr=peak, total_steps=n_epochs + 1, cycle_momentum=False
+            optimizer, max_lr=peaks, total_steps=n_epochs + 1, cycle_momentum=False
         )
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.store import DONE, FAILED, PENDING, WITHOUT_TOKENS, FeatureStore
 
 
 def summarise_store(store: FeatureStore) -> dict[str, Any]:
@@ -16,10 +16,9 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
     Digests are checked, so that ``damaged`` counts rows whose bytes have changed.
     """
     status = store.status
-    done = np.flatnonzero(status == DONE)
     failed = np.flatnonzero(status == FAILED)
     cohort = store.cohort
-    sample = store.embeddings[done[:2000]]  # (n, V, D)
+    sample = store.embeddings[store.embedded_rows[:2000]]  # (n, V, D)
     norms = np.linalg.norm(sample, axis=-1)
     return {
         "path": str(store.path),
@@ -33,16 +32,20 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
         "studies": len(np.unique(cohort.study_uids)),
         "findings": len(store.findings),
         "positives": int((cohort.targets == 1).sum()),
-        "done": len(done),
+        "done": int((status == DONE).sum()),
         "failed": len(failed),
-        "pending": int((status == PENDING).sum()),
+        "pending": int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum()),
+        "without_tokens": int((status == WITHOUT_TOKENS).sum()),
+        "boundary_block": store.header.boundary_block,
         "damaged": len(store.find_damaged()),
         "reasons": dict(Counter(store.read_errors(failed)).most_common(5)),
         "columns": {
             name: {"shape": [column.n_rows, *column.shape], "dtype": column.dtype.name}
             for name, column in store.columns.items()
         },
-        "norm": [float(norms.min()), float(norms.mean()), float(norms.max())] if len(done) else [],
+        "norm": [float(norms.min()), float(norms.mean()), float(norms.max())]
+        if len(sample)
+        else [],
     }
 
 
@@ -56,6 +59,8 @@ def format_store(summary: dict[str, Any]) -> str:
         f"images    {summary['images']:,} of {summary['studies']:,} studies = "
         f"{summary['done']:,} done + {summary['failed']:,} failed + {summary['pending']:,} pending",
     ]
+    if n_rows := summary["without_tokens"]:
+        lines.append(f"          {n_rows:,} pending rows lack nothing but their tokens")
     if part := summary["part"]:
         lines.append(f"          part {part['number']} of {part['of']}, to be merged")
     lines += [f"          {count:,} failed: {why}" for why, count in summary["reasons"].items()]
@@ -76,6 +81,8 @@ def format_store(summary: dict[str, Any]) -> str:
     for key, value in dict(encoder.get("preprocessing", {})).items():
         if key != "decode_rule":
             lines.append(f"  {key.replace('_', ' '):<15} {value}")
+    if (block := summary["boundary_block"]) is not None:
+        lines.append(f"  tokens enter    block {block}, counted from 0")
     lines += ["", "columns"]
     for name, column in summary["columns"].items():
         shape = " x ".join(f"{n:,}" for n in column["shape"])

@@ -11,16 +11,24 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.encoder import Encoder, EncoderIdentity
-from cxr_cache.errors import ImageError, RunError, StoreMismatchError
+from cxr_cache.errors import (
+    ImageError,
+    RunError,
+    StoreIncompleteError,
+    StoreMismatchError,
+)
 from cxr_cache.fit import prepare_embeddings
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.images import read_image
+from cxr_cache.outcome import finding_table
 from cxr_cache.run import Run, SavedModel
-from cxr_cache.store import FeatureStore
-from cxr_cache.train import find_done_rows, finding_table
+from cxr_cache.store import DONE, FeatureStore
+from cxr_cache.training_rows import find_done_rows
+from cxr_cache.tuned_model import as_cached, load_members
 
 _IMAGES_AT_ONCE = 32
 
@@ -96,7 +104,7 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     """
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
-    embeddings = np.full((len(paths), encoder.identity.embedding_width), np.nan, np.float32)
+    probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
     errors = [""] * len(paths)
     for start in range(0, len(paths), _IMAGES_AT_ONCE):
         decoded = {}
@@ -107,11 +115,9 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
                 errors[i] = str(error)
         if decoded:
             pixels = torch.from_numpy(np.stack(list(decoded.values())))
-            embeddings[list(decoded)] = encoder.encode(pixels)[1].cpu().numpy()
-    for row in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-        embeddings[row] = np.nan
+            probabilities[list(decoded)] = predict_pixels(model, encoder, pixels)
+    for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
-    probabilities = predict_embeddings(model, embeddings)
     return Predictions(
         tuple(map(str, paths)),
         model.findings,
@@ -142,12 +148,42 @@ def require_encoder_of_run(
         )
 
 
+@torch.inference_mode()
+def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArray[np.float32]:
+    """Probabilities of a trained model, frozen or fine-tuned, ``(B, F)``; a row may be NaN.
+
+    Parameters
+    ----------
+    model
+        What a run saved.
+    encoder
+        The run's, as it is before fine-tuning.
+    pixels
+        As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
+    """
+    if model.tail is None:
+        return predict_embeddings(model, encoder.encode(pixels)[1].cpu().numpy())
+    tokens = encoder.stem(encoder.prepare(pixels), model.tail["unfreeze_layers"])
+    return predict_tokens(model, encoder, as_cached(tokens, model))
+
+
+@torch.inference_mode()
+def predict_tokens(model: SavedModel, encoder: Encoder, tokens: Tensor) -> NDArray[np.float32]:
+    """Probabilities of a fine-tuned model for tokens ``(B, T, W)``; its members are averaged."""
+    members = [torch.sigmoid(member(tokens)) for member in load_members(model, encoder)]
+    mean = torch.stack(members).mean(dim=0)
+    finite = mean.isfinite().all(dim=1, keepdim=True)
+    probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
+    return probabilities
+
+
 def predict_embeddings(model: SavedModel, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Probabilities of a trained model, ``(N, D)`` encoder-scale embeddings to ``(N, F)``.
 
     The members of an ensemble are averaged; a row of NaN stays NaN.
     """
-    bank = HeadBank.from_snapshot(model.tensors)
+    bank = HeadBank.from_snapshot(model.head_tensors)
+    embeddings = np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.nan)
     prepared = prepare_embeddings(embeddings, model.head["input_norm"])
     probabilities: NDArray[np.float32] = (
         predict_probabilities(bank, torch.from_numpy(prepared)).mean(dim=0).numpy()
@@ -155,8 +191,19 @@ def predict_embeddings(model: SavedModel, embeddings: NDArray[np.float32]) -> ND
     return probabilities
 
 
-def predict_store(run: Run, store: FeatureStore) -> tuple[pd.DataFrame, pd.DataFrame]:
+def predict_store(
+    run: Run, store: FeatureStore, encoder: Encoder | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions of a run for the finished rows of a store, and their targets.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    store
+        With the run's findings; for a fine-tuned run also with tokens that enter its blocks.
+    encoder
+        The store's, for a fine-tuned run; a frozen one needs none.
 
     Returns
     -------
@@ -170,10 +217,10 @@ def predict_store(run: Run, store: FeatureStore) -> tuple[pd.DataFrame, pd.DataF
     StoreMismatchError
         The store's embeddings come from another encoder, or it lacks a finding of the run.
     StoreIncompleteError, StoreFormatError
-        Rows are pending or damaged; see :func:`cxr_cache.train.find_done_rows`.
+        Rows are pending or damaged; see :func:`cxr_cache.training_rows.find_done_rows`.
     """
     model = run.load_model()
-    _require_same_features(run, model.encoder, store)
+    _require_same_features(run, model, store)
     missing = [finding for finding in model.findings if finding not in store.findings]
     if missing:
         raise StoreMismatchError(
@@ -184,15 +231,36 @@ def predict_store(run: Run, store: FeatureStore) -> tuple[pd.DataFrame, pd.DataF
     cohort = store.cohort.take(rows)
     columns = [store.findings.index(finding) for finding in model.findings]
     cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
-    probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
+    if model.tail is None:
+        probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
+    else:
+        assert encoder is not None, "fine-tuned blocks belong to an encoder"
+        probabilities = _predict_cached(model, encoder, store, rows)
     return (
         finding_table(cohort, probabilities, ("image_id", "study_uid", "projection")),
         finding_table(cohort, cohort.targets, ("image_id",)),
     )
 
 
-def _require_same_features(run: Run, trained_with: Mapping[str, Any], store: FeatureStore) -> None:
-    stored = store.header.encoder
+def _predict_cached(
+    model: SavedModel, encoder: Encoder, store: FeatureStore, rows: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    lacking = rows[store.status[rows] != DONE]
+    if len(lacking):
+        raise StoreIncompleteError(
+            f"{store.path} lacks the tokens of {len(lacking):,} images, the first is "
+            f"{str(store.image_ids[lacking[0]])!r}. Run the `cxr-cache extract --tokens` command "
+            "again."
+        )
+    parts = []
+    for chosen in np.array_split(rows, -(-len(rows) // _IMAGES_AT_ONCE)):
+        tokens = store.read_views("tokens", chosen, np.zeros_like(chosen))
+        parts.append(predict_tokens(model, encoder, torch.from_numpy(tokens)))
+    return np.concatenate(parts)
+
+
+def _require_same_features(run: Run, model: SavedModel, store: FeatureStore) -> None:
+    stored, trained_with = store.header.encoder, model.encoder
     if trained_with.get("imported") or stored.get("imported"):
         # A second import has another digest even if the same network made it: only widths tell.
         keys = ("imported", "embedding_width")
@@ -209,6 +277,16 @@ def _require_same_features(run: Run, trained_with: Mapping[str, Any], store: Fea
             + describe_differences(differences, "in the store", "in the run")
             + "\nExtract the images with the run's encoder."
         )
+    if model.tail is not None:
+        needed = {"boundary_block": model.tail["boundary_block"]}
+        there = {"boundary_block": store.header.boundary_block}
+        if differences := find_differences(there, needed):
+            raise StoreMismatchError(
+                f"{store.path} has no tokens for the blocks that {run.path} fine-tuned:\n"
+                + describe_differences(differences, "in the store", "in the run")
+                + "\nAdd them with `cxr-cache extract --tokens --unfreeze-layers "
+                f"{model.tail['unfreeze_layers']}`."
+            )
 
 
 def _thresholds(model: SavedModel) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.encoder import Encoder, EncoderIdentity
 from cxr_cache.errors import ImageError, StoreMismatchError
 from cxr_cache.images import read_bytes
-from cxr_cache.store import DONE, FeatureStore
+from cxr_cache.store import FeatureStore, Space
 
 
 @dataclass(frozen=True)
@@ -41,42 +41,75 @@ def open_or_create(
     encoder: Encoder,
     *,
     n_views: int,
+    n_unfrozen: int | None,
     part: Mapping[str, int] | None,
     recheck_images: bool,
+    on_space: Callable[[Space], None] | None,
 ) -> Resumed:
     """Open the store at `path` to continue it, or create it.
 
-    Done rows stay if their images' bytes are unchanged; every other row is pending then. Rows of
-    another image table are taken over by the same rule.
+    Embedded rows stay if their images' bytes are unchanged; every other row is pending then. Rows
+    of another image table are taken over by the same rule, and where the store has no tokens yet
+    but `n_unfrozen` asks for them, as rows that lack only these.
 
     Raises
     ------
     StoreMismatchError
         The store there holds other features; every difference is named with both values.
+    DiskFullError
+        There is no room for the store, or for the one that takes its place.
     """
-    shapes = {
-        "embeddings": (n_views, encoder.identity.embedding_width),
-        "pooled": (n_views, encoder.identity.pooled_width or encoder.identity.embedding_width),
-    }
+    wanted = _plan_features(encoder.identity, n_views, n_unfrozen)
     if not path.exists():
         return Resumed(
             FeatureStore.create(
                 path,
                 cohort,
                 encoder=encoder.identity.to_dict(),
-                features=shapes,
+                features=wanted.shapes,
                 canary=encode_canaries(encoder),
+                boundary_block=wanted.boundary_block,
                 part=part,
+                on_space=on_space,
             )
         )
     store = FeatureStore.open(path, "r+")
     try:
         require_same_encoder(store, encoder)
-        _require_same_shape(store, shapes, part)
-        return _continue(store, cohort, image_dir, part, recheck_images=recheck_images)
+        _require_same_shape(store, wanted, part)
+        return _continue(
+            store,
+            cohort,
+            image_dir,
+            wanted,
+            part,
+            recheck_images=recheck_images,
+            on_space=on_space,
+        )
     except BaseException:
         store.close()
         raise
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What an extraction computes of each image."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    n_unfrozen: int | None
+    boundary_block: int | None
+
+
+def _plan_features(identity: EncoderIdentity, n_views: int, n_unfrozen: int | None) -> _Features:
+    D, P = identity.embedding_width, identity.pooled_width or identity.embedding_width
+    shapes: dict[str, tuple[int, ...]] = {"embeddings": (n_views, D), "pooled": (n_views, P)}
+    if n_unfrozen is None:
+        return _Features(shapes, None, None)
+    T, W, L = identity.n_tokens, identity.token_width, identity.n_blocks
+    assert T is not None  # a tower that cannot be split was refused before
+    assert W is not None
+    assert L is not None
+    return _Features({**shapes, "tokens": (n_views, T, W)}, n_unfrozen, L - n_unfrozen)
 
 
 def require_same_encoder(store: FeatureStore, encoder: Encoder) -> None:
@@ -115,61 +148,80 @@ def require_same_encoder(store: FeatureStore, encoder: Encoder) -> None:
 
 
 def _require_same_shape(
-    store: FeatureStore, shapes: Mapping[str, tuple[int, ...]], part: Mapping[str, int] | None
+    store: FeatureStore, wanted: _Features, part: Mapping[str, int] | None
 ) -> None:
+    """Raise unless the store holds what is wanted, or lacks nothing of it but the tokens."""
     stored_part, wanted_part = dict(store.header.part or {}), dict(part or {})
-    stored: dict[str, Any] = {
+    boundary, n_blocks = store.header.boundary_block, store.header.encoder["n_blocks"]
+    n_unfrozen = None if boundary is None or n_blocks is None else n_blocks - boundary
+    there: dict[str, Any] = {
         "features": list(store.features),
+        "unfreeze_layers": n_unfrozen,
         "views": store.columns["embeddings"].shape[0],
         "part": stored_part.get("number"),
         "parts": stored_part.get("of"),
     }
-    wanted = {
-        "features": list(shapes),
-        "views": shapes["embeddings"][0],
+    here = {
+        "features": list(wanted.shapes),
+        "unfreeze_layers": wanted.n_unfrozen,
+        "views": wanted.shapes["embeddings"][0],
         "part": wanted_part.get("number"),
         "parts": wanted_part.get("of"),
     }
-    if differences := find_differences(stored, wanted):
+    if _lacks_tokens(store, wanted):
+        there |= {name: here[name] for name in ("features", "unfreeze_layers")}
+    if differences := find_differences(there, here):
         raise StoreMismatchError(
-            f"{store.path} holds other rows or views than this run makes:\n"
+            f"{store.path} holds other rows, views or tokens than this run makes:\n"
             + describe_differences(differences, "in the store", "in this run")
-            + "\nGive the same --flip and --part as before, or write to another file."
+            + "\nGive the same --tokens, --unfreeze-layers, --flip and --part as before, or write "
+            "to another file."
         )
+
+
+def _lacks_tokens(store: FeatureStore, wanted: _Features) -> bool:
+    return [*store.features, "tokens"] == list(wanted.shapes)
 
 
 def _continue(
     store: FeatureStore,
     cohort: Cohort,
     image_dir: Path,
+    wanted: _Features,
     part: Mapping[str, int] | None,
     *,
     recheck_images: bool,
+    on_space: Callable[[Space], None] | None,
 ) -> Resumed:
+    same_table = store.header.part == part and _is_same_table(store.cohort, cohort)
+    same_file = same_table and not _lacks_tokens(store, wanted)
+    if not same_file:
+        store.require_space(cohort, wanted.shapes, on_space)  # before the images are read
     damaged = store.find_damaged()
     store.mark_pending(damaged)
-    same_table = store.header.part == part and _is_same_table(store.cohort, cohort)
-    if same_table and not recheck_images:
+    if same_file and not recheck_images:
         return Resumed(store, n_damaged=len(damaged))
-    digests = _hash_images(cohort.image_ids, image_dir)
+    digests: list[bytes | None] = [None] * len(cohort)
+    if recheck_images or not same_table:
+        digests = _hash_images(cohort.image_ids, image_dir)
     rows, changed = _match_rows(store, cohort, digests)
-    if same_table:
-        stale = np.flatnonzero((rows != np.arange(len(rows))) & (store.status == DONE))
-        store.mark_pending(stale)
+    if same_file:
+        embedded = store.embedded_rows
+        store.mark_pending(embedded[rows[embedded] != embedded])
         return Resumed(store, n_damaged=len(damaged), changed=changed)
     _require_nothing_lost(store, cohort, rows)
-    n_taken_over = int((rows >= 0).sum())
-    return Resumed(
-        store.replace_cohort(cohort, rows, part=part), n_taken_over, len(damaged), changed
+    replaced = store.replace(
+        cohort, rows, features=wanted.shapes, boundary_block=wanted.boundary_block, part=part
     )
+    return Resumed(replaced, int((rows >= 0).sum()), len(damaged), changed)
 
 
 def _require_nothing_lost(store: FeatureStore, cohort: Cohort, rows: NDArray[np.intp]) -> None:
     """Refuse a table that leaves finished images out: --limit, say, on a whole store."""
-    done = np.flatnonzero(store.status == DONE)
-    kept = np.isin(done, rows) | np.isin(store.image_ids[done], cohort.image_ids)
+    embedded = store.embedded_rows
+    kept = np.isin(embedded, rows) | np.isin(store.image_ids[embedded], cohort.image_ids)
     if not kept.all():
-        first = str(store.image_ids[done[~kept][0]])
+        first = str(store.image_ids[embedded[~kept][0]])
         raise StoreMismatchError(
             f"{store.path} holds {(~kept).sum():,} finished images that this run's table of "
             f"{len(cohort):,} leaves out; the first is {first!r}. They would be lost. Write to "
@@ -191,12 +243,12 @@ def _is_same_table(stored: Cohort, wanted: Cohort) -> bool:
 def _match_rows(
     store: FeatureStore, cohort: Cohort, digests: list[bytes | None]
 ) -> tuple[NDArray[np.intp], tuple[str, ...]]:
-    """For each wanted image the done row made from the same bytes, or -1; and what has changed.
+    """For each wanted image the embedded row of the same bytes, or -1; and what has changed.
 
     An image whose file cannot be read now keeps its row: nothing shows that it has changed.
     """
-    done = np.flatnonzero(store.status == DONE)
-    stored = {int(row): store.read_column("image_sha256")[row].tobytes() for row in done}
+    sha256 = store.read_column("image_sha256")
+    stored = {int(row): sha256[row].tobytes() for row in store.embedded_rows}
     row_of_id = {str(store.image_ids[row]): row for row in stored}
     row_of_digest = {digest: row for row, digest in stored.items()}
     rows, changed = np.full(len(cohort), -1, np.intp), []

@@ -7,14 +7,16 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.errors import RunError
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
@@ -34,10 +36,13 @@ TableName = Literal[
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
 _MODEL: Final = "model.safetensors"
+_FOLD_HEADS: Final = "fold_heads.safetensors"
+_STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
 _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
-_MODEL_FIELDS: Final = ("findings", "thresholds", "encoder", "head")
+_MODEL_FIELDS: Final = ("findings", "thresholds", "encoder", "head", "tail")
+_ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = {"image_id": str, "study_uid": str, "projection": str, "split": str}
 
 
@@ -54,6 +59,18 @@ class SavedModel:
     """Identity of the encoder whose embeddings the head reads."""
     head: dict[str, Any]
     """How embeddings are prepared and what the head looks like."""
+    tail: dict[str, Any] | None = None
+    """Of a fine-tuned run: which blocks were trained, and how they compute."""
+
+    @property
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Weights of the heads."""
+        return {k: v.float() for k, v in self.tensors.items() if not k.startswith(_ENCODER_PREFIX)}
+
+    @property
+    def tail_tensors(self) -> dict[str, Tensor]:
+        """Weights of the encoder's fine-tuned blocks, by their names in the checkpoint."""
+        return {k: v.float() for k, v in self.tensors.items() if k.startswith(_ENCODER_PREFIX)}
 
 
 class Run:
@@ -81,10 +98,49 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
         run._write_config("running")  # first: whatever is left of an old run is not taken for one
-        for name in (_METRICS, _MODEL, _REPORT, *(f"{table}.csv" for table in get_args(TableName))):
+        tables = (f"{table}.csv" for table in get_args(TableName))
+        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, *tables):
             (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path / _PLOTS, ignore_errors=True)
+        for folder in (_PLOTS, _STATES):
+            shutil.rmtree(path / folder, ignore_errors=True)
         return run
+
+    @classmethod
+    def resume(
+        cls, path: str | Path, config: Mapping[str, Any], *, incidental: Collection[str] = ()
+    ) -> Run | None:
+        """The unfinished run at `path`, to be continued; None where there is nothing to continue.
+
+        Parameters
+        ----------
+        path
+            Run folder, which may not exist.
+        config
+            What decides the run's results, a part of what :meth:`create` was given.
+        incidental
+            Settings (``"store.path"``) that are named beside others that differ, but may differ
+            alone.
+
+        Raises
+        ------
+        RunError
+            The run there was started with other options, or from another store.
+        """
+        path = Path(path)
+        found = _read_config(path)
+        if found is None or found.get("status") == "finished" or not (path / _STATES).is_dir():
+            return None
+        given = json.loads(json.dumps(config, default=_jsonable))  # tuples are lists in JSON
+        before, now = _flatten(found), _flatten(given)
+        differences = find_differences({name: before.get(name) for name in now}, now)
+        if differences.keys() - set(incidental):
+            raise RunError(
+                f"{path} holds an unfinished run that was started differently:\n"
+                + describe_differences(differences, "in the run", "now")
+                + "\nContinue it with the same options and store, choose another folder, or start "
+                "it anew with --overwrite."
+            )
+        return cls(path, found)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -116,6 +172,7 @@ class Run:
     def finish(self) -> None:
         """Declare the run complete; from here on it is not overwritten unasked."""
         self._write_config("finished")
+        shutil.rmtree(self.path / _STATES, ignore_errors=True)
 
     def _write_config(self, status: str) -> None:
         self.config = {**self.config, "status": status}
@@ -169,6 +226,41 @@ class Run:
         _write(self.report_path, html.encode())
         return self.report_path
 
+    # -- what an interrupted training continues from ------------------------------------
+
+    def save_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Keep the state of a training: tensors, numbers and text, in nested containers."""
+        import torch
+
+        (self.path / _STATES).mkdir(exist_ok=True)
+        with _replacing(self._state_path(name)) as file:
+            torch.save(dict(state), file)
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`save_state` kept under `name`; None if there is nothing.
+
+        Raises
+        ------
+        RunError
+            The file is damaged.
+        """
+        import torch
+
+        path = self._state_path(name)
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes can raise anything
+            raise RunError(
+                f"{path} is damaged, so the training cannot continue from it. Delete this file; "
+                "the same command then trains that part again."
+            ) from error
+        return state
+
+    def _state_path(self, name: str) -> Path:
+        return self.path / _STATES / f"{name}.pt"
+
     # -- model --------------------------------------------------------------------------
 
     def save_model(self, model: SavedModel) -> None:
@@ -178,8 +270,32 @@ class Run:
         description = {field: getattr(model, field) for field in _MODEL_FIELDS}
         # One entry: safetensors writes several in an order that changes from call to call.
         metadata = {_MODEL_ENTRY: json.dumps(description, default=_jsonable)}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in model.tensors.items()}
-        _write(self.path / _MODEL, save(tensors, metadata))
+        _write(self.path / _MODEL, save(_plain(model.tensors), metadata))
+
+    def save_fold_heads(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the K heads of the search, after the chosen epochs; axis 0 is the folds."""
+        from safetensors.torch import save
+
+        _write(self.path / _FOLD_HEADS, save(_plain(tensors)))
+
+    def load_fold_heads(self) -> dict[str, Tensor]:
+        """Read what :meth:`save_fold_heads` wrote.
+
+        Raises
+        ------
+        RunError
+            The file is missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path / _FOLD_HEADS
+        if not path.is_file():
+            raise RunError(f"{path} is missing. Train the run again with `cxr-cache train`.")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise RunError(f"{path} is damaged: {error}. Train the run again.") from error
 
     def load_model(self) -> SavedModel:
         """Read ``model.safetensors``.
@@ -211,6 +327,7 @@ class Run:
         try:
             with safe_open(path, framework="np") as file:
                 description = json.loads((file.metadata() or {})[_MODEL_ENTRY])
+            description.setdefault("tail", None)  # heads of versions that could not fine-tune
             return {field: description[field] for field in _MODEL_FIELDS}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
@@ -248,12 +365,33 @@ def _damaged(path: Path, reason: str) -> RunError:
     )
 
 
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under one name each, so that a difference names the setting."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+
 def _write(path: Path, content: bytes) -> None:
+    with _replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Write under a temporary name, then rename: readers see the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

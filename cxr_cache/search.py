@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed
+from numpy.typing import NDArray
+from torch import Tensor
 
-from cxr_cache.config import TrainConfig
+from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.errors import TrainingError
 from cxr_cache.fit import HeadTask, TrainingData, Trajectory, count_steps, fit_heads
@@ -57,26 +59,39 @@ def search_epochs(
     ConfigError, TrainingError
         As :func:`require_trainable_folds`; and TrainingError where a loss diverges.
     """
-    require_trainable_folds(data, split, config)
-    tasks = _fold_tasks(split, config.seed)
-    horizons = config.epochs if config.has_horizon else config.epochs[-1:]
+    require_trainable_folds(data.cohort.targets, split, config)
+    tasks = fold_tasks(split, config.seed)
+    n_total = len(tasks) * (len(config.epochs) if config.has_horizon else 1)
+    n_trained = 0
+
+    def count(n_now: int) -> None:
+        if on_progress is not None:
+            on_progress(n_trained + n_now, n_total)
+
+    def fit(tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]) -> list[Trajectory]:
+        nonlocal n_trained
+        trained = _train_over_cores(data, tasks, config, horizon, keep, count)
+        n_trained += len(trained)
+        return trained
+
+    return search_with(fit, tasks, config)
+
+
+FitTasks: TypeAlias = Callable[[Sequence[HeadTask], int, Collection[int]], list[Trajectory]]
+"""Trains tasks for so many epochs, keeping what each is after some of them."""
+
+
+def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> EpochSearch:
+    """Score every candidate on every task's held-out rows, whatever it is that trains."""
     trajectories: dict[int, list[Trajectory]] = {}
-    for i, horizon in enumerate(horizons):
+    for horizon in config.epochs if config.has_horizon else config.epochs[-1:]:
         keep = (horizon,) if config.has_horizon else config.epochs
-        trained = _train_over_cores(
-            data,
-            tasks,
-            config,
-            horizon,
-            keep,
-            _shifted(on_progress, i * len(tasks), len(horizons) * len(tasks)),
-        )
-        trajectories |= dict.fromkeys(keep, trained)
+        trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
     table = _tabulate(trajectories)
     return EpochSearch(trajectories, table, _choose(table))
 
 
-def require_trainable_folds(data: TrainingData, split: Split, config: TrainConfig) -> None:
+def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: Recipe) -> None:
     """Raise unless every fold can be trained and scored; called before the long work.
 
     Raises
@@ -86,22 +101,28 @@ def require_trainable_folds(data: TrainingData, split: Split, config: TrainConfi
     TrainingError
         No finding has both a positive and a negative among the rows that a fold holds out.
     """
-    tasks = _fold_tasks(split, config.seed)
+    tasks = fold_tasks(split, config.seed)
     count_steps(tasks, config.batch_size)
     for k, task in enumerate(tasks, start=1):
-        targets = data.cohort.targets[task.held_out_rows]
-        if not ((targets == 1).any(axis=0) & (targets == 0).any(axis=0)).any():
+        held_out = targets[task.held_out_rows]
+        if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
             raise TrainingError(
-                f"Among the {len(targets):,} images of fold {k}, no finding has both a positive "
+                f"Among the {len(held_out):,} images of fold {k}, no finding has both a positive "
                 "and a negative one, so no AUROC is defined. Use fewer --folds, or more images."
             )
 
 
-def _fold_tasks(split: Split, seed: int) -> list[HeadTask]:
+def fold_tasks(split: Split, seed: int) -> list[HeadTask]:
+    """One task per fold: trained on the others, scored on it."""
     return [
         HeadTask(split.trained_on(k), split.held_out(k), _head_seed(seed, k))
         for k in range(split.n_folds)
     ]
+
+
+def final_task(split: Split, seed: int) -> HeadTask:
+    """Training on everything but test, with nothing left to score."""
+    return HeadTask(np.flatnonzero(~split.is_test), np.empty(0, np.int64), _head_seed(seed, -1))
 
 
 def _head_seed(seed: int, fold: int) -> int:
@@ -115,7 +136,7 @@ def _train_over_cores(
     config: TrainConfig,
     n_epochs: int,
     keep: Collection[int],
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[int], None],
 ) -> list[Trajectory]:
     """Train the tasks as one bank, or, on a CPU with enough to do, one per core at a time."""
     n_steps = count_steps(tasks, config.batch_size)
@@ -123,14 +144,14 @@ def _train_over_cores(
     work = n_epochs * n_steps * len(tasks)
     if n_jobs <= 1 or work < _WORTH_PROCESSES or resolve_device(config.device).type != "cpu":
         trained = fit_heads(data, tasks, config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)
-        on_progress(len(tasks), len(tasks))
+        on_progress(len(tasks))
         return trained
     pool = Parallel(n_jobs=n_jobs, return_as="generator", mmap_mode="c")
     jobs = (delayed(_train_alone)(data, task, config, n_epochs, n_steps, keep) for task in tasks)
     trained = []
     for trajectory in pool(jobs):
         trained.append(trajectory)
-        on_progress(len(trained), len(tasks))
+        on_progress(len(trained))
     return trained
 
 
@@ -145,12 +166,6 @@ def _train_alone(
     return fit_heads(data, [task], config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)[0]
 
 
-def _shifted(
-    on_progress: Callable[[int, int], None] | None, done_before: int, total: int
-) -> Callable[[int, int], None]:
-    return lambda done, _: on_progress and on_progress(done_before + done, total)
-
-
 def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
     rows = []
     for epochs, folds in trajectories.items():
@@ -159,7 +174,7 @@ def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
             {
                 "epochs": epochs,
                 "mean_auroc": np.mean(scores),
-                "std_auroc": np.std(scores, ddof=1),
+                "std_auroc": np.std(scores, ddof=1) if len(scores) > 1 else np.nan,
                 **{f"fold_{k}": score for k, score in enumerate(scores, start=1)},
             }
         )
@@ -179,17 +194,11 @@ def train_final(
     data: TrainingData, split: Split, search: EpochSearch, config: TrainConfig
 ) -> tuple[HeadBank, list[dict[str, float]]]:
     """The model that test will see, and its history (empty unless it was trained anew)."""
-    folds = search.trajectories[search.chosen]
     if config.final != "refit":
-        scores = [trajectory.auroc_after(search.chosen) for trajectory in folds]
-        members = folds if config.final == "ensemble" else [folds[int(np.argmax(scores))]]
-        states = [member.weights[search.chosen] for member in members]
-        stacked = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+        stacked = stack_members(final_members(search, config), search.chosen)
         return HeadBank.from_snapshot(stacked, dropout=config.dropout), []
-    rates = _replay_rates(folds, search.chosen)
-    task = HeadTask(
-        np.flatnonzero(~split.is_test), np.empty(0, np.int64), _head_seed(config.seed, -1)
-    )
+    rates = replay_rates(search)
+    task = final_task(split, config.seed)
     trajectory = fit_heads(
         data,
         [task],
@@ -203,11 +212,26 @@ def train_final(
     return HeadBank.from_snapshot(weights, dropout=config.dropout), trajectory.history
 
 
-def _replay_rates(folds: Sequence[Trajectory], chosen: int) -> list[float]:
+def final_members(search: EpochSearch, config: Recipe) -> list[Trajectory]:
+    """The folds whose models are the final one: all, averaged, or the best."""
+    folds = search.trajectories[search.chosen]
+    if config.final == "ensemble":
+        return folds
+    return [max(folds, key=lambda fold: fold.auroc_after(search.chosen))]
+
+
+def stack_members(members: Sequence[Trajectory], epoch: int) -> dict[str, Tensor]:
+    """Weights of several models after `epoch`, as one set of tensors with the models on axis 0."""
+    states = [member.weights[epoch] for member in members]
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+def replay_rates(search: EpochSearch) -> list[float]:
     """Learning rate of every epoch: the folds' geometric mean, for a refit has no held-out rows.
 
     Where folds stopped early, the refit stops after their mean number of epochs.
     """
+    folds, chosen = search.trajectories[search.chosen], search.chosen
     histories = [trajectory.history[:chosen] for trajectory in folds]
     n_epochs = round(np.mean([len(history) for history in histories]))
     rates = [

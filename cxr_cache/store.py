@@ -16,7 +16,9 @@ import importlib.metadata
 import itertools
 import mmap
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +39,7 @@ from cxr_cache.durable import (
     sync_folder,
     write_at,
 )
-from cxr_cache.errors import DiskError, StoreNotFoundError
+from cxr_cache.errors import DiskError, StoreFormatError, StoreNotFoundError
 from cxr_cache.layout import (
     ERROR_WIDTH,
     FEATURES,
@@ -51,8 +53,28 @@ from cxr_cache.layout import (
 )
 from cxr_cache.locks import WriterLock
 
-PENDING, DONE, FAILED = 0, 1, 2
+PENDING, DONE, FAILED, WITHOUT_TOKENS = 0, 1, 2, 3
+"""What the status of a row may be; one without tokens holds everything but these."""
+EMBEDDED: Final = (DONE, WITHOUT_TOKENS)
+"""States of rows that hold an embedding."""
 _BYTES_AT_ONCE: Final = 1 << 22  # of many rows that are checked or copied
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes on the disk that a store is about to take, and those that are free."""
+
+    path: Path
+    n_bytes: int
+    n_token_bytes: int
+    """How many of these are for tokens."""
+    n_free: int
+
+    def to_text(self) -> str:
+        """One line for a terminal."""
+        tokens = f" (tokens {_in_words(self.n_token_bytes)})" if self.n_token_bytes else ""
+        free = _in_words(self.n_free)
+        return f"{self.path} takes {_in_words(self.n_bytes)}{tokens}; {free} are free."
 
 
 class FeatureStore:
@@ -97,6 +119,7 @@ class FeatureStore:
         boundary_block: int | None = None,
         part: Mapping[str, int] | None = None,
         fill: Callable[[FeatureStore], None] | None = None,
+        on_space: Callable[[Space], None] | None = None,
     ) -> FeatureStore:
         """Write a new store in which every row is pending, and open it for writing.
 
@@ -123,6 +146,8 @@ class FeatureStore:
         fill
             Called with the new store before it gets its name, to commit rows that are there
             already.
+        on_space
+            Called with the space that the store takes, before it is refused or written.
 
         Raises
         ------
@@ -142,7 +167,8 @@ class FeatureStore:
             versions=_versions(),
         )
         try:
-            _publish(path, header, _encode_table(cohort), features, canary, fill)
+            _remove_abandoned(path)
+            _publish(path, header, _encode_table(cohort), features, canary, fill, on_space)
             return cls._open_file(path, os.O_RDWR, lock)
         except BaseException:
             lock.release()
@@ -182,6 +208,7 @@ class FeatureStore:
             return cls._open_file(path, os.O_RDONLY, None)
         lock = WriterLock.acquire(path)
         try:
+            _remove_abandoned(path)
             return cls._open_file(path, os.O_RDWR, lock)
         except BaseException:
             lock.release()
@@ -239,11 +266,64 @@ class FeatureStore:
         """
         column = self.columns[name]
         values = np.empty((len(rows), *column.shape), column.dtype)
-        buffer = values.reshape(-1).view(np.uint8).data
-        for start, end in _runs(rows):
-            wanted = buffer[start * column.row_bytes : end * column.row_bytes]
-            read_at(self._fd, wanted, column.offset + int(rows[start]) * column.row_bytes)
+        self._read_runs(column, column.row_bytes, rows, values)
         return values
+
+    def read_views(
+        self,
+        name: str,
+        rows: NDArray[np.intp],
+        views: NDArray[np.intp],
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
+        """One view of each of some rows of a feature column, ``(B, ...)``; nothing else is read.
+
+        Parameters
+        ----------
+        name
+            A feature column.
+        rows
+            Row numbers, ``(B,)``.
+        views
+            Which view of each row, ``(B,)``.
+        out
+            Filled and returned, where it is given: C-contiguous, of the column's type.
+
+        Raises
+        ------
+        IndexError
+            The store has no such row or view.
+        StoreFormatError
+            The file has been cut short since it was opened.
+        """
+        column = self.columns[name]
+        n_views, *shape = column.shape
+        for numbers, n_there in ((rows, column.n_rows), (views, n_views)):
+            if len(numbers) and not 0 <= numbers.min() <= numbers.max() < n_there:
+                raise IndexError(f"{self.path} has {column.n_rows:,} rows of {n_views} views")
+        wanted = (len(rows), *shape)
+        values = np.empty(wanted, column.dtype) if out is None else out
+        if (values.shape, values.dtype) != (wanted, column.dtype) or not values.flags.c_contiguous:
+            raise ValueError(
+                f"out is {values.dtype} {values.shape}, not {column.dtype} {wanted} in one piece"
+            )
+        self._read_runs(column, column.row_bytes // n_views, rows * n_views + views, values)
+        return values
+
+    def _read_runs(
+        self, column: Column, unit_bytes: int, units: NDArray[np.intp], values: NDArray[Any]
+    ) -> None:
+        """Fill `values` with units of a column (rows, or views of rows), neighbours in one call."""
+        buffer = values.reshape(-1).view(np.uint8).data
+        for start, end in _runs(units):
+            wanted = buffer[start * unit_bytes : end * unit_bytes]
+            n_read = read_at(self._fd, wanted, column.offset + int(units[start]) * unit_bytes)
+            if n_read < len(wanted):
+                raise StoreFormatError(
+                    f"{self.path} was cut short while it was read: {n_read:,} bytes of "
+                    f"{column.name} are there where {len(wanted):,} were wanted. Restore a copy, "
+                    "or delete it and extract again."
+                )
 
     @property
     def embeddings(self) -> NDArray[np.float32]:
@@ -254,6 +334,10 @@ class FeatureStore:
     def features(self) -> tuple[str, ...]:
         """Names of the feature columns that this store has."""
         return tuple(name for name in FEATURES if name in self.columns)
+
+    def features_of(self, state: int) -> tuple[str, ...]:
+        """Names of the feature columns that rows of one state, done or without tokens, hold."""
+        return tuple(name for name in self.features if name != "tokens" or state == DONE)
 
     @property
     def feature_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -267,8 +351,23 @@ class FeatureStore:
 
     @property
     def status(self) -> NDArray[np.uint8]:
-        """State of each row now, ``(N,)``: 0 pending, 1 done, 2 failed."""
+        """State of each row now, ``(N,)``: 0 pending, 1 done, 2 failed, 3 without its tokens."""
         return np.array(self.read_column("status"))
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """What a row's status may be here: only a store with tokens has rows without them."""
+        return (PENDING, DONE, FAILED, *((WITHOUT_TOKENS,) if "tokens" in self.columns else ()))
+
+    @property
+    def done_rows(self) -> NDArray[np.intp]:
+        """Rows that hold every feature now; whether their bytes are sound is another question."""
+        return np.flatnonzero(self.status == DONE)
+
+    @property
+    def embedded_rows(self) -> NDArray[np.intp]:
+        """Rows that hold an embedding now: the done ones, and those whose tokens are to come."""
+        return np.flatnonzero(np.isin(self.status, EMBEDDED))
 
     @cached_property
     def image_ids(self) -> NDArray[np.str_]:
@@ -300,7 +399,7 @@ class FeatureStore:
         return [bytes(reason).decode("utf-8", "replace") for reason in reasons]
 
     def find_damaged(self, rows: NDArray[np.intp] | None = None) -> NDArray[np.intp]:
-        """Done or failed rows whose bytes do not match their digest, and rows of unknown status.
+        """Finished rows whose bytes do not match their digest, and rows of unknown status.
 
         Parameters
         ----------
@@ -309,8 +408,8 @@ class FeatureStore:
         """
         status = self.status
         chosen = np.arange(len(self)) if rows is None else np.asarray(rows, np.intp)
-        damaged = [chosen[~np.isin(status[chosen], (PENDING, DONE, FAILED))]]
-        for state in (DONE, FAILED):
+        damaged = [chosen[~np.isin(status[chosen], self.states)]]
+        for state in self.states[1:]:
             for chunk, _, intact in self.check_rows(chosen[status[chosen] == state], state):
                 damaged.append(chunk[~intact])
         return np.sort(np.concatenate(damaged))
@@ -349,7 +448,7 @@ class FeatureStore:
         """The datasets that the digest of a row covers, in this order."""
         if state == FAILED:
             return "image_id", "error"
-        return "image_id", "image_sha256", *self.features
+        return "image_id", "image_sha256", *self.features_of(state)
 
     def _read_text(self, name: str) -> NDArray[np.str_]:
         return np.char.decode(np.array(self.read_column(name)), "utf-8")
@@ -369,7 +468,8 @@ class FeatureStore:
         rows
             B row numbers.
         features
-            Every feature column of the store, ``(B, V, ...)`` each.
+            Every feature column of the store, ``(B, V, ...)`` each. Tokens may be left out: then
+            the rows lack them, and nothing else.
         image_sha256
             SHA-256 of each image file's bytes, ``(B, 32)``.
 
@@ -379,9 +479,10 @@ class FeatureStore:
             The disk did not take the rows: they count as pending, all earlier ones stay. Only
             opening the store again, after a look at the disk, allows another try.
         """
-        if set(features) != set(self.features):
+        state = DONE if set(features) == set(self.features) else WITHOUT_TOKENS
+        if set(features) != set(self.features_of(state)):
             raise ValueError(f"the store has {self.features}, the batch {tuple(features)}")
-        self._write(rows, DONE, {"image_sha256": image_sha256, **features})
+        self._write(rows, state, {"image_sha256": image_sha256, **features})
 
     def record_failures(
         self, rows: Sequence[int] | NDArray[np.intp], reasons: Sequence[str]
@@ -394,8 +495,14 @@ class FeatureStore:
         """Forget rows, so that the next extraction computes them again."""
         self._write(rows, PENDING, {})
 
-    def replace_cohort(
-        self, cohort: Cohort, rows: NDArray[np.intp], *, part: Mapping[str, int] | None = None
+    def replace(
+        self,
+        cohort: Cohort,
+        rows: NDArray[np.intp],
+        *,
+        features: Mapping[str, tuple[int, ...]],
+        boundary_block: int | None = None,
+        part: Mapping[str, int] | None = None,
     ) -> FeatureStore:
         """Replace the file by one for another image table, and return it open for writing.
 
@@ -407,8 +514,9 @@ class FeatureStore:
             The new image table, of M images.
         rows
             For each new image the row of this store to take over, or -1; shape ``(M,)``.
-        part
-            As in :meth:`create`, of the new table.
+        features, boundary_block, part
+            As in :meth:`create`, of the new table. Where this store has no tokens and the new one
+            has, the rows taken over lack them, and nothing else.
         """
         lock, self._lock = self._lock, None
         assert lock is not None, "only a store opened for writing is replaced"
@@ -417,6 +525,7 @@ class FeatureStore:
                 **vars(self.header),
                 "findings": cohort.findings,
                 "cohort": dict(cohort.source),
+                "boundary_block": boundary_block,
                 "part": None if part is None else dict(part),
                 "versions": _versions(),
             }
@@ -427,7 +536,7 @@ class FeatureStore:
                 self.path,
                 header,
                 _encode_table(cohort),
-                self.feature_shapes,
+                features,
                 self.canary,
                 lambda new: new.copy_rows(self, rows[taken], taken),
             )
@@ -438,15 +547,38 @@ class FeatureStore:
         self.close()
         return new
 
+    def require_space(
+        self,
+        cohort: Cohort,
+        features: Mapping[str, tuple[int, ...]],
+        on_space: Callable[[Space], None] | None = None,
+    ) -> None:
+        """Raise unless there is room for what :meth:`replace` would write beside this file.
+
+        Parameters are those of :meth:`replace` and :meth:`create`.
+
+        Raises
+        ------
+        DiskFullError
+            With the bytes needed and those free.
+        """
+        columns = plan_columns(_encode_table(cohort), features, self.canary)
+        _require_space(self.path, columns, on_space)
+
     def copy_rows(
         self, source: FeatureStore, from_rows: NDArray[np.intp], to_rows: NDArray[np.intp]
     ) -> None:
-        """Commit done rows of another store of the same identity, B each."""
-        names = ("image_sha256", *self.features)
-        for chunk in source.split_rows(np.arange(len(from_rows)), names):
-            values = {name: source.read_rows(name, from_rows[chunk]) for name in names}
-            sha256 = values.pop("image_sha256")
-            self.commit(to_rows[chunk], values, sha256)
+        """Commit embedded rows of another store of the same identity, B each.
+
+        Those that have no tokens there have none here.
+        """
+        status = source.status[from_rows]
+        for state in EMBEDDED:
+            names = ("image_sha256", *source.features_of(state))
+            for chunk in source.split_rows(np.flatnonzero(status == state), names):
+                values = {name: source.read_rows(name, from_rows[chunk]) for name in names}
+                sha256 = values.pop("image_sha256")
+                self.commit(to_rows[chunk], values, sha256)
 
     def _write(
         self, rows: Sequence[int] | NDArray[np.intp], state: int, batch: Mapping[str, NDArray[Any]]
@@ -478,12 +610,19 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _durably(self, rows: NDArray[np.intp], n_bytes: int) -> Iterator[None]:
-        """Do writes, then fsync; whatever fails, the rows are pending and not half there."""
+        """Do writes, then fsync; whatever fails, the rows are pending and not half there.
+
+        Those that lacked only tokens lack them still: their old digest tells whether the rest of
+        their bytes is what it was.
+        """
         if self._lock is None:
             raise ValueError(f"{self.path} was opened for reading; open it with mode 'r+'")
         if self._disk_failed:
             # After a failed fsync the system drops what it could not write, and says so once.
             raise DiskError(f"{self.path}: an earlier write failed; open the store again.")
+        before = self.read_rows("status", rows)
+        lacking = rows[before == WITHOUT_TOKENS]
+        digests = self.read_rows("row_digest", lacking)
         try:
             with disk_errors_named(self.path, n_bytes):
                 yield
@@ -491,7 +630,9 @@ class FeatureStore:
         except BaseException as error:
             self._disk_failed = isinstance(error, OSError)
             with contextlib.suppress(OSError):
-                self._put("status", rows, np.full(len(rows), PENDING, np.uint8))
+                self._put("row_digest", lacking, digests)
+                before[before != WITHOUT_TOKENS] = PENDING
+                self._put("status", rows, before)
             raise
 
     def _put(self, name: str, rows: NDArray[np.intp], values: NDArray[Any]) -> None:
@@ -515,14 +656,13 @@ def _publish(
     features: Mapping[str, tuple[int, ...]],
     canary: NDArray[np.float32] | None,
     fill: Callable[[FeatureStore], None] | None,
+    on_space: Callable[[Space], None] | None = None,
 ) -> None:
     """Write the file under a temporary name and give it its own only when it is on disk."""
     target = Path(os.path.realpath(path))  # a link to a store stays a link
     columns = plan_columns(table, features, canary)
-    needed = sum(column.n_bytes for column in columns.values())
+    needed = _require_space(path, columns, on_space)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    _remove_abandoned(target)
-    require_space(path, needed)
     fixed = dict(table) if canary is None else {**table, "canary": canary}
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -545,8 +685,22 @@ def _fill_unnamed(path: Path, temporary: Path, fill: Callable[[FeatureStore], No
         fill(store)
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Delete what a killed creation left; the caller holds the lock, so nobody works on it."""
+def _require_space(
+    path: Path, columns: Mapping[str, Column], on_space: Callable[[Space], None] | None
+) -> int:
+    """State what a new file takes, raise unless it is free, and return it in bytes."""
+    n_bytes = {name: column.n_bytes for name, column in columns.items()}
+    needed = sum(n_bytes.values())
+    if on_space is not None:
+        free = shutil.disk_usage(path.parent).free
+        on_space(Space(path, needed, n_bytes.get("tokens", 0), free))
+    require_space(path, needed)
+    return needed
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what a killed writer left; the caller holds the lock, so nobody works on it."""
+    target = Path(os.path.realpath(path))
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp*"):
         left.unlink()
 
@@ -582,6 +736,17 @@ def _digest_rows(columns: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
         for start in range(0, n_rows * width, width)
     )
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+
+
+def _in_words(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def are_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each row is free of NaN and infinity, ``(B,)``; numpy's own is slow in float16."""
+    kind, exponent = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}[values.itemsize]
+    bits = values.reshape(len(values), -1).view(kind)
+    return np.asarray(((bits & exponent) != exponent).all(axis=1))
 
 
 def _cut_utf8(text: str, width: int) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class SplitTower(ABC):
@@ -40,13 +41,21 @@ class SplitTower(ABC):
             tokens = block(tokens)
         return tokens  # (B, T, W)
 
-    def tail(self, tokens: Tensor, n_unfrozen: int) -> tuple[Tensor, Tensor]:
-        """Those tokens -> pooled, embedding."""
-        for block in self.blocks[len(self.blocks) - n_unfrozen : -1]:
-            tokens = block(tokens)
-        if self.reads_class_token_only:
-            return self.finish(self.class_token_block(tokens))
-        return self.finish(self.blocks[-1](tokens))
+    def tail(
+        self, tokens: Tensor, n_unfrozen: int, *, keeps_activations: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Those tokens -> pooled, embedding.
+
+        Without its activations, each block is computed again when its gradient is asked for
+        (Chen et al. 2016).
+        """
+        last = self.class_token_block if self.reads_class_token_only else self.blocks[-1]
+        for block in (*self.blocks[len(self.blocks) - n_unfrozen : -1], last):
+            if keeps_activations:
+                tokens = block(tokens)
+            else:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+        return self.finish(tokens)
 
 
 class _TimmTower(SplitTower):

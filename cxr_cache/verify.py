@@ -12,7 +12,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from cxr_cache.errors import ImageError, StoreMismatchError
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.store import (
+    DONE,
+    EMBEDDED,
+    FAILED,
+    PENDING,
+    WITHOUT_TOKENS,
+    FeatureStore,
+    are_finite,
+)
 
 if TYPE_CHECKING:
     from cxr_cache.encoder import Encoder
@@ -41,6 +49,9 @@ class Verification:
     n_done: int = 0
     n_failed: int = 0
     n_pending: int = 0
+    """Rows still to do, those without tokens among them."""
+    n_without_tokens: int = 0
+    """Pending rows that hold an embedding and lack only their tokens."""
     bad_rows: list[BadRow] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of images with equal embeddings though their files differ."""
@@ -70,6 +81,7 @@ class Verification:
             "done": self.n_done,
             "failed": self.n_failed,
             "pending": self.n_pending,
+            "without_tokens": self.n_without_tokens,
             "bad_rows": [vars(bad) for bad in self.bad_rows],
             "repaired": self.is_repaired,
             "duplicates": [list(pair) for pair in self.duplicates],
@@ -83,6 +95,8 @@ class Verification:
             f"{self.path}: {self.n_images:,} images = {self.n_done:,} done + "
             f"{self.n_failed:,} failed + {self.n_pending:,} pending"
         ]
+        if self.n_without_tokens:
+            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
         lines += [f"  row {bad.row}, {bad.image_id}: {bad.reason}" for bad in self.bad_rows]
         for first, second in self.duplicates[:10]:
             lines.append(f"  note: {first} and {second} are different files of equal embeddings")
@@ -129,8 +143,8 @@ def verify(
     encoder
         What the sample is encoded with.
     n_sampled
-        Done rows, chosen at random by `seed`, whose image is encoded again; their embeddings must
-        agree with the stored ones to a cosine of 0.9999.
+        Embedded rows, chosen at random by `seed`, whose image is encoded again; their features
+        must agree with the stored ones to a cosine of 0.9999.
     repair
         Mark bad rows pending, so that the next extraction computes them.
     on_progress
@@ -148,7 +162,7 @@ def verify(
         found.bad_rows = _check_values(store, found, on_progress)
         if image_dir is not None and encoder is not None:
             bad = {row.row for row in found.bad_rows}
-            good = np.setdiff1d(np.flatnonzero(store.status == DONE), list(bad))
+            good = np.setdiff1d(store.embedded_rows, list(bad))
             rng = np.random.default_rng(seed)
             sample = np.sort(rng.permutation(good)[:n_sampled])
             found.bad_rows += _compare(store, sample, Path(image_dir), encoder, found)
@@ -164,7 +178,8 @@ def _count(store: FeatureStore, found: Verification) -> None:
     found.n_images = len(store)
     found.n_done = int((status == DONE).sum())
     found.n_failed = int((status == FAILED).sum())
-    found.n_pending = int((status == PENDING).sum())
+    found.n_without_tokens = int((status == WITHOUT_TOKENS).sum())
+    found.n_pending = int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum())
 
 
 def _check_values(
@@ -173,48 +188,37 @@ def _check_values(
     status = store.status
     reasons: dict[int, str] = {
         int(row): f"its status is {status[row]}, which means nothing"
-        for row in np.flatnonzero(~np.isin(status, (PENDING, DONE, FAILED)))
+        for row in np.flatnonzero(~np.isin(status, store.states))
     }
-    failed, done = np.flatnonzero(status == FAILED), np.flatnonzero(status == DONE)
-    for row in store.find_damaged(failed):
+    for row in store.find_damaged(np.flatnonzero(status == FAILED)):
         reasons[int(row)] = "the bytes of its failure do not match their digest"
+    embedded = np.flatnonzero(np.isin(status, EMBEDDED))
     fingerprints, n_checked = np.zeros(len(store), np.uint64), 0
-    for chunk, values, intact in store.check_rows(done):
-        for row, reason in _find_bad_values(store, chunk, values, intact):
-            reasons.setdefault(row, reason)
-        embeddings = values["embeddings"].reshape(len(chunk), -1)
-        fingerprints[chunk] = [xxhash.xxh3_64_intdigest(row.data) for row in embeddings]
-        n_checked += len(chunk)
-        if on_progress is not None:
-            on_progress(n_checked, len(done))
-    sound = done[~np.isin(done, list(reasons))]
+    for state in EMBEDDED:
+        for chunk, values, intact in store.check_rows(np.flatnonzero(status == state), state):
+            features = {name: values[name] for name in store.features_of(state)}
+            for row, reason in _find_bad_values(chunk, features, intact):
+                reasons.setdefault(row, reason)
+            embeddings = features["embeddings"].reshape(len(chunk), -1)
+            fingerprints[chunk] = [xxhash.xxh3_64_intdigest(row.data) for row in embeddings]
+            n_checked += len(chunk)
+            if on_progress is not None:
+                on_progress(n_checked, len(embedded))
+    sound = embedded[~np.isin(embedded, list(reasons))]
     found.duplicates = _find_duplicates(store, sound, fingerprints[sound])
     return [BadRow(row, str(store.image_ids[row]), reasons[row]) for row in sorted(reasons)]
 
 
 def _find_bad_values(
-    store: FeatureStore,
-    rows: NDArray[np.intp],
-    values: dict[str, NDArray[Any]],
-    intact: NDArray[np.bool_],
+    rows: NDArray[np.intp], features: dict[str, NDArray[Any]], intact: NDArray[np.bool_]
 ) -> list[tuple[int, str]]:
     bad = [(int(row), "its bytes do not match their digest") for row in rows[~intact]]
-    for name in store.features:
-        column = values[name]
-        bad += [
-            (int(row), f"its {name} hold NaN or infinity") for row in rows[~_are_finite(column)]
-        ]
+    for name, column in features.items():
+        bad += [(int(row), f"its {name} hold NaN or infinity") for row in rows[~are_finite(column)]]
         if name != "tokens":
             constant = (column == column[..., :1]).all(axis=-1).any(axis=-1)  # in any view
             bad += [(int(row), f"its {name} are one number repeated") for row in rows[constant]]
     return bad
-
-
-def _are_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each row is free of NaN and infinity, ``(B,)``; numpy's own is slow in float16."""
-    kind, exponent = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}[values.itemsize]
-    bits = values.reshape(len(values), -1).view(kind)
-    return np.asarray(((bits & exponent) != exponent).all(axis=1))
 
 
 def _find_duplicates(
@@ -285,14 +289,30 @@ def _compare_batch(
         pixels[row] = image.pixels
     if not pixels:
         return bad
-    n_views = store.columns["embeddings"].shape[0]
-    features = encode_views(encoder, np.stack(list(pixels.values())), flip=n_views == 2)
+    features = encode_views(
+        encoder,
+        np.stack(list(pixels.values())),
+        flip=store.columns["embeddings"].shape[0] == 2,
+        n_unfrozen=_count_unfrozen(store, encoder),
+    )
     chosen = np.array(list(pixels))
+    has_tokens = store.read_rows("status", chosen) == DONE
     for name, values in features.items():
-        worst = cosines(values, store.read_rows(name, chosen)).min(axis=1)  # (B, V) -> (B,)
+        held = has_tokens if name == "tokens" else np.full(len(chosen), True)
+        now, stored = values[held], store.read_rows(name, chosen[held])
+        flat = (*now.shape[:2], -1)  # one vector per view, whatever a feature's shape
+        worst = cosines(now.reshape(flat), stored.reshape(flat)).min(axis=1)  # (B, V) -> (B,)
         bad += [
             (int(row), f"its {name} have cosine {value:.6f} with those encoded now")
-            for row, value in zip(chosen, worst, strict=True)
+            for row, value in zip(chosen[held], worst, strict=True)
             if not value >= MIN_COSINE
         ]
     return bad
+
+
+def _count_unfrozen(store: FeatureStore, encoder: Encoder) -> int | None:
+    """Blocks behind the store's tokens; None where it has none to compare."""
+    boundary, n_blocks = store.header.boundary_block, encoder.identity.n_blocks
+    if "tokens" not in store.features or boundary is None or n_blocks is None:
+        return None
+    return n_blocks - boundary

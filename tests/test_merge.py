@@ -97,6 +97,50 @@ def test_pending_and_damaged_rows_stay_pending(data, parts, tmp_path):
         assert (store.status != PENDING).all()
 
 
+def test_parts_that_have_half_their_tokens_are_merged_as_they_are(data, parts, tmp_path):
+    root, cohort, encoder = data
+    merge(parts, tmp_path / "plain.h5")
+    with FeatureStore.open(tmp_path / "plain.h5") as store:
+        plain, usable = np.array(store.embeddings), store.done_rows
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    config = dataclasses.replace(QUICK, batch_size=2, unfreeze_layers=2)
+    for number, part in enumerate(parts, 1):
+        with pytest.raises(KeyboardInterrupt):
+            extract_embeddings(
+                cohort,
+                root / "images",
+                part,
+                encoder,
+                dataclasses.replace(config, part=(number, 3)),
+                on_progress=stop,
+            )
+    summary = merge(parts, tmp_path / "s.h5")
+    assert summary.n_done + summary.n_without_tokens == len(usable)
+    assert summary.n_without_tokens > 0
+    assert f"{summary.n_without_tokens} pending rows lack nothing but" in summary.to_text()
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        np.testing.assert_array_equal(store.embedded_rows, usable)
+        np.testing.assert_array_equal(store.embeddings[usable], plain[usable])
+        assert store.header.boundary_block == encoder.identity.n_blocks - 2
+        assert len(store.find_damaged()) == 0
+    extract_embeddings(cohort, root / "images", tmp_path / "s.h5", encoder, config)
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        np.testing.assert_array_equal(store.done_rows, usable)
+        np.testing.assert_array_equal(store.embeddings[usable], plain[usable])
+
+
+def test_parts_with_other_tokens_are_named(data, parts, tmp_path):
+    with_tokens = make_part(data, tmp_path / "two", 2, 3, unfreeze_layers=2)
+    with pytest.raises(StoreMismatchError, match=r"features: .* in the first, .*tokens.* in the"):
+        merge([parts[0], with_tokens, parts[2]], tmp_path / "s.h5")
+    others = [make_part(data, tmp_path / "three", n, 3, unfreeze_layers=3) for n in (1, 3)]
+    with pytest.raises(StoreMismatchError, match="boundary_block: 3 in the first, 4 in the other"):
+        merge([others[0], with_tokens, others[1]], tmp_path / "s.h5")
+
+
 def test_missing_double_and_foreign_parts_are_named(data, parts, tmp_path):
     target = tmp_path / "s.h5"
     with pytest.raises(StoreMismatchError, match=r"Part 2 of 3 is missing.*--part 2/3"):

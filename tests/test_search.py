@@ -270,7 +270,7 @@ def test_a_batch_larger_than_a_fold_is_named_before_training(data, split, monkey
     monkeypatch.setattr(search_module, "fit_heads", refuse_to_train)
     fewest = min(len(split.trained_on(k)) for k in range(split.n_folds))
 
-    require_trainable_folds(data, split, replace(QUICK, batch_size=fewest))
+    require_trainable_folds(data.cohort.targets, split, replace(QUICK, batch_size=fewest))
     with pytest.raises(ConfigError, match=f"{fewest} images .* batch size {fewest + 1}"):
         search_epochs(data, split, replace(QUICK, batch_size=fewest + 1))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import re
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from cxr_cache.errors import (
     StoreNotFoundError,
 )
 from cxr_cache.layout import ERROR_WIDTH, FEATURES
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.store import DONE, FAILED, PENDING, WITHOUT_TOKENS, FeatureStore
 from tests.small_stores import (
     ENCODER,
     SHAPES,
@@ -53,6 +55,61 @@ def test_what_is_committed_comes_back(tmp_path, seed):
         np.testing.assert_array_equal(file["image_sha256"][:][rows], sha256)
         np.testing.assert_array_equal(file["status"][:], store.status)
         assert len(store.find_damaged()) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_single_views_are_read_alone(tmp_path, seed):
+    """Any rows and views, repeated and out of order, and as neighbours in one call."""
+    rng = np.random.default_rng(seed)
+    rows, views = rng.integers(0, 20, 50), rng.integers(0, 2, 50)
+    rows[10:20], views[10:20] = np.arange(10) // 2, np.arange(10) % 2
+    with make_store(tmp_path / "s.h5", 20, shapes=WITH_TOKENS) as store:
+        for name in FEATURES:
+            expected = store.read_column(name)[rows, views]
+            np.testing.assert_array_equal(store.read_views(name, rows, views), expected)
+            buffer = np.full_like(expected, 7)
+            assert store.read_views(name, rows, views, out=buffer) is buffer
+            np.testing.assert_array_equal(buffer, expected)
+        assert store.read_views("tokens", rows[:0], views[:0]).shape == (0, 5, 6)
+
+
+def test_neighbouring_views_are_one_read_and_nothing_else_is_read(tmp_path, monkeypatch):
+    with make_store(tmp_path / "s.h5", 20, shapes=WITH_TOKENS) as store:
+        sizes, preadv = [], os.preadv
+
+        def count(fd, buffers, offset):
+            sizes.append(sum(map(len, buffers)))
+            return preadv(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", count)
+        store.read_views("tokens", np.array([3, 3, 4, 9]), np.array([0, 1, 0, 1]))
+    view = 5 * 6 * 2  # bytes
+    assert sizes == [3 * view, view]
+
+
+def test_rows_views_and_buffers_that_do_not_fit_are_refused(tmp_path):
+    with make_store(tmp_path / "s.h5", 20, shapes=WITH_TOKENS) as store:
+        for row, view in ((20, 0), (-1, 0), (3, 2), (3, -1)):
+            with pytest.raises(IndexError, match=r"s\.h5 has 20 rows of 2 views"):
+                store.read_views("tokens", np.array([0, row]), np.array([0, view]))
+        one = (np.array([0]), np.array([0]))
+        sliced = np.empty((1, 5, 12), np.float16)[..., ::2]
+        for out in (np.empty((1, 5, 6), np.float32), np.empty((2, 5, 6), np.float16), sliced):
+            with pytest.raises(ValueError, match=r"not float16 \(1, 5, 6\) in one piece"):
+                store.read_views("tokens", *one, out=out)
+
+
+def test_a_file_cut_short_while_it_is_open_is_no_garbage(tmp_path):
+    path = tmp_path / "s.h5"
+    with make_store(path, 20, shapes=WITH_TOKENS) as store:
+        column = store.columns["tokens"]
+        os.truncate(path, column.offset + column.n_bytes - 50)
+        rows = np.arange(20)
+        with pytest.raises(StoreFormatError, match=r"s\.h5 was cut short .* bytes of tokens"):
+            store.read_rows("tokens", rows)
+        with pytest.raises(StoreFormatError, match="was cut short"):
+            store.read_views("tokens", rows, rows % 2)
+        store.read_rows("embeddings", rows)  # before the cut
 
 
 def test_the_image_table_comes_back(tmp_path):
@@ -183,7 +240,7 @@ def test_another_table_takes_rows_over(tmp_path):
     path, old, new = tmp_path / "s.h5", make_cohort(10), make_cohort(14, seed=1)
     with make_store(path, 10, done=slice(8)) as store:
         rows = np.array([*range(7, -1, -1), *[-1] * 6])
-        replaced = store.replace_cohort(new, rows)
+        replaced = store.replace(new, rows, features=SHAPES)
         with pytest.raises(StoreBusyError):  # still held
             FeatureStore.open(path, "r+")
         replaced.close()
@@ -198,12 +255,91 @@ def test_another_table_takes_rows_over(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["s.h5"]
 
 
+def test_a_store_can_be_given_tokens_later(tmp_path):
+    """Its embeddings stay bit for bit, and count as before, while the tokens come."""
+    path, rows = tmp_path / "s.h5", np.arange(10)
+    old = {name: WITH_TOKENS[name] for name in SHAPES}
+    everything, sha256 = make_batch(rows, WITH_TOKENS)
+    with make_store(path, 10, done=slice(8), shapes=old) as store:
+        store.record_failures([8], ["missing"])
+        taken = np.where(store.status == DONE, rows, -1)
+        given = store.replace(make_cohort(10), taken, features=WITH_TOKENS, boundary_block=10)
+    with given as store:
+        assert store.header.boundary_block == 10
+        assert store.status.tolist() == [WITHOUT_TOKENS] * 8 + [PENDING] * 2
+        store.commit([2, 5], {k: v[[2, 5]] for k, v in everything.items()}, sha256[[2, 5]])
+        assert store.done_rows.tolist() == [2, 5]
+        assert store.embedded_rows.tolist() == list(range(8))
+        assert len(store.find_damaged()) == 0
+        for name in old:
+            np.testing.assert_array_equal(store.read_column(name)[:8], everything[name][:8])
+        np.testing.assert_array_equal(store.read_rows("image_sha256", rows[:8]), sha256[:8])
+
+        again = store.replace(make_cohort(8), rows[7::-1], features=WITH_TOKENS, boundary_block=10)
+    with again as store:  # half-way: rows move with what they have
+        assert store.done_rows.tolist() == [2, 5]
+        assert (store.status[[0, 1, 3, 4, 6, 7]] == WITHOUT_TOKENS).all()
+        np.testing.assert_array_equal(store.embeddings, everything["embeddings"][7::-1])
+        np.testing.assert_array_equal(store.read_column("tokens")[2], everything["tokens"][5])
+        assert len(store.find_damaged()) == 0
+
+
+def test_a_row_without_tokens_has_a_digest_over_the_rest(tmp_path):
+    path, rows = tmp_path / "s.h5", np.arange(6)
+    features, sha256 = make_batch(rows, {name: WITH_TOKENS[name] for name in SHAPES})
+    with make_store(path, 6, done=slice(0), shapes=WITH_TOKENS) as store:
+        store.commit(rows, features, sha256)
+        columns = {name: store.columns[name] for name in ("pooled", "tokens", "status")}
+    flip_bit(path, columns["tokens"].offset + 2 * columns["tokens"].row_bytes)  # not there yet
+    flip_bit(path, columns["pooled"].offset + 3 * columns["pooled"].row_bytes)
+    flip_bit(path, columns["status"].offset + 4, 1)  # done, it says
+    with FeatureStore.open(path) as store:
+        assert store.find_damaged().tolist() == [3, 4]
+
+
+def test_no_row_lacks_tokens_where_no_row_has_them(tmp_path):
+    path = tmp_path / "s.h5"
+    with make_store(path, 6) as store:
+        status = store.columns["status"]
+    flip_bit(path, status.offset + 3, 1)  # 1 -> 3
+    with FeatureStore.open(path) as store:
+        assert store.find_damaged().tolist() == [3]
+
+
+def test_tokens_that_could_not_be_written_cost_no_embedding(tmp_path, monkeypatch):
+    """A disk without reserved space (copy-on-write) is full: at any of the writes."""
+    rows = np.arange(6)
+    everything, sha256 = make_batch(rows, WITH_TOKENS)
+    old = {name: everything[name] for name in SHAPES}
+    pwrite = os.pwrite
+    for n_before in range(6):
+        path = tmp_path / f"{n_before}.h5"
+        with make_store(path, 6, done=slice(0), shapes=WITH_TOKENS) as store:
+            store.commit(rows, old, sha256)
+            n_left = [n_before]
+
+            def write(fd, data, offset, n_left=n_left):
+                n_left[0] -= 1
+                if n_left[0] == -1:
+                    raise OSError(errno.ENOSPC, "no space")
+                return pwrite(fd, data, offset)
+
+            monkeypatch.setattr(os, "pwrite", write)
+            with pytest.raises(DiskFullError):
+                store.commit(rows, everything, sha256)
+            monkeypatch.undo()
+        with FeatureStore.open(path) as store:
+            assert (store.status == WITHOUT_TOKENS).all()
+            assert len(store.find_damaged()) == 0
+            np.testing.assert_array_equal(store.embeddings, everything["embeddings"])
+
+
 def test_a_reader_keeps_the_file_that_it_opened(tmp_path):
     """A writer that replaces the table must not shift rows under a training."""
     path = tmp_path / "s.h5"
     with make_store(path, 10) as store, FeatureStore.open(path) as reader:
         before = np.array(reader.embeddings)
-        store.replace_cohort(make_cohort(30, seed=2), np.full(30, -1)).close()
+        store.replace(make_cohort(30, seed=2), np.full(30, -1), features=SHAPES).close()
         np.testing.assert_array_equal(reader.embeddings, before)
         assert len(reader.find_damaged()) == 0
 
@@ -242,6 +378,8 @@ def test_a_batch_of_the_wrong_shape_writes_nothing(tmp_path):
             store.commit([0, 1, 2], features, sha256)
         with pytest.raises(ValueError, match="the store has"):
             store.commit([0, 1], {"embeddings": features["embeddings"]}, sha256)
+        with pytest.raises(ValueError, match="the store has"):
+            store.commit([0, 1], make_batch(np.arange(2), WITH_TOKENS)[0], sha256)
         assert (store.status == PENDING).all()
 
 
@@ -279,6 +417,33 @@ def test_a_full_disk_is_met_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(DiskFullError, match=r"s\.h5 needs [\d,]+ bytes, .* has 1,000 free"):
         FeatureStore.create(tmp_path / "s.h5", make_cohort(9), encoder=ENCODER, features=SHAPES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_space_is_stated_before_it_is_taken_or_refused(tmp_path, monkeypatch):
+    stated = []
+    usage = namedtuple("usage", "total used free")
+    shapes = {"embeddings": (1, 8), "tokens": (1, 197, 768)}
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: usage(0, 0, 2_500_000_000))
+    with make_store(
+        tmp_path / "s.h5", 9, done=slice(0), shapes=shapes, on_space=stated.append
+    ) as store:
+        columns = store.columns.values()
+        assert stated[0].n_bytes == sum(column.n_bytes for column in columns)
+        assert stated[0].n_token_bytes == 9 * 197 * 768 * 2
+        monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: usage(0, 0, 1000))
+        with pytest.raises(DiskFullError, match=r"needs [\d,]+ bytes, .* has 1,000 free"):
+            store.require_space(make_cohort(9), shapes, stated.append)
+    assert re.fullmatch(
+        r".*s\.h5 takes 2\.7 MB \(tokens 2\.7 MB\); 2\.5 GB are free\.", stated[0].to_text()
+    )
+    assert stated[1].n_free == 1000
+
+
+def test_what_a_killed_writer_left_is_gone_before_space_is_counted(tmp_path):
+    make_store(tmp_path / "s.h5").close()
+    (tmp_path / ".s.h5.4711.tmp").write_bytes(b"half of a new file")
+    FeatureStore.open(tmp_path / "s.h5", "r+").close()
+    assert [file.name for file in tmp_path.iterdir()] == ["s.h5"]
 
 
 def test_reading_needs_no_permission_to_write(tmp_path):

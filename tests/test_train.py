@@ -82,7 +82,9 @@ def read_bytes(run: Run, *names: str) -> dict[str, bytes]:
 def trained_files(*except_for: str) -> set[str]:
     """What training leaves, before evaluation."""
     tables = {f"{name}.csv" for name in TABLES if name != "per_finding"}
-    return (tables | {"config.json", "model.safetensors"}) - set(except_for)
+    return (tables | {"config.json", "model.safetensors", "fold_heads.safetensors"}) - set(
+        except_for
+    )
 
 
 def score(targets: pd.Series, probabilities: pd.Series) -> float:

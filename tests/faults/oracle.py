@@ -22,10 +22,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
+from cxr_cache.store import DONE, EMBEDDED, FAILED, PENDING, FeatureStore
 from tests.small_stores import ENCODER, SHAPES, make_batch, make_cohort
 
 FAILURE = "row {} cannot be read"
+TOKEN_SHAPES = {**SHAPES, "tokens": (1, 5, 6)}
+BEGUN = 1 << 20
+"""Added to the number of a row that is reported before it is written, not after."""
 PART_ENCODER = {
     **ENCODER,
     **dict.fromkeys(("revision", "n_blocks", "n_tokens", "token_width", "pooled_width")),
@@ -68,7 +71,7 @@ def write_rows(store: FeatureStore, rows: NDArray[np.intp], first_row: int = 0) 
     """What an extraction does with one batch; `first_row` is where a part begins."""
     failed = fails_by_rule(rows)
     if (~failed).any():
-        store.commit(rows[~failed] - first_row, *make_batch(rows[~failed]))
+        store.commit(rows[~failed] - first_row, *make_batch(rows[~failed], store.feature_shapes))
     reasons = [FAILURE.format(row) for row in rows[failed]]
     store.record_failures(rows[failed] - first_row, reasons)
 
@@ -91,6 +94,24 @@ def fill(path: Path, n_images: int, seed: int, acknowledge: Callable[[NDArray], 
             pending = rng.permutation(pending)
         while len(pending):
             batch, pending = np.split(pending, [int(rng.integers(1, 9))])
+            write_rows(store, batch)
+            acknowledge(batch)
+
+
+def give_tokens(
+    path: Path, n_images: int, seed: int, acknowledge: Callable[[NDArray], None]
+) -> None:
+    """Add tokens to a store that has none yet, or go on with it."""
+    rng = np.random.default_rng(seed)
+    store = open_or_create(path, n_images)
+    if "tokens" not in store.features:
+        rows = np.where(np.isin(store.status, EMBEDDED), np.arange(n_images), -1)
+        store = store.replace(store.cohort, rows, features=TOKEN_SHAPES, boundary_block=10)
+    with store:
+        rows = np.flatnonzero(np.isin(store.status, (DONE, FAILED), invert=True))
+        while len(rows):
+            batch, rows = np.split(rows, [int(rng.integers(1, 9))])
+            acknowledge(batch + BEGUN)
             write_rows(store, batch)
             acknowledge(batch)
 
@@ -143,9 +164,17 @@ def kill(child: int) -> None:
     os.kill(child, signal.SIGKILL)
 
 
-def inspect_after(path: Path, acknowledged: set[int], found: Violations) -> NDArray[np.uint8]:
-    """Compare a store with what is known, and return the state of each row."""
+def inspect_after(
+    path: Path, acknowledged: set[int], found: Violations, embedded: set[int] = frozenset()
+) -> NDArray[np.uint8]:
+    """Compare a store with what is known, and return the state of each row.
+
+    Rows in `embedded` must hold an embedding, but for those that were just being given tokens.
+    """
     found.n_trials += 1
+    begun = {row - BEGUN for row in acknowledged if row >= BEGUN}
+    acknowledged = {row for row in acknowledged if row < BEGUN}
+    embedded = embedded - (begun - acknowledged)
     if not path.exists():
         found.lost += len(acknowledged)
         return np.zeros(0, np.uint8)
@@ -160,6 +189,7 @@ def inspect_after(path: Path, acknowledged: set[int], found: Violations) -> NDAr
         state[store.find_damaged()] = PENDING
         failed = fails_by_rule(np.arange(len(store)))
         lost = [row for row in acknowledged if state[row] != (FAILED if failed[row] else DONE)]
+        lost += [row for row in embedded if state[row] not in EMBEDDED]
         found.lost += len(lost)
         found.wrong += count_wrong(store, state)
         if lost:
@@ -169,16 +199,20 @@ def inspect_after(path: Path, acknowledged: set[int], found: Violations) -> NDAr
 
 def count_wrong(store: FeatureStore, state: NDArray[np.uint8]) -> int:
     """Finished rows that are not, bit for bit, what was written."""
-    done, failed = np.flatnonzero(state == DONE), np.flatnonzero(state == FAILED)
+    failed = np.flatnonzero(state == FAILED)
     n_wrong = sum(
         reason != FAILURE.format(row)
         for row, reason in zip(failed, store.read_errors(failed), strict=True)
     )
-    if len(done):
-        features, sha256 = make_batch(done)
-        equal = (store.read_column("image_sha256")[done] == sha256).all(axis=1)
+    for kind in EMBEDDED:
+        rows = np.flatnonzero(state == kind)
+        if not len(rows):
+            continue
+        shapes = {name: store.columns[name].shape for name in store.features_of(kind)}
+        features, sha256 = make_batch(rows, shapes)
+        equal = (store.read_column("image_sha256")[rows] == sha256).all(axis=1)
         for name, values in features.items():
-            stored = store.read_column(name)[done]
-            equal &= (stored == values).reshape(len(done), -1).all(axis=1)
+            stored = store.read_column(name)[rows]
+            equal &= (stored == values).reshape(len(rows), -1).all(axis=1)
         n_wrong += int((~equal).sum())
     return n_wrong

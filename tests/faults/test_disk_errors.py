@@ -26,7 +26,7 @@ from tests.faults.oracle import (
     run_in_child,
     write_rows,
 )
-from tests.small_stores import make_batch, make_cohort
+from tests.small_stores import SHAPES, make_batch, make_cohort
 
 N_IMAGES = 400
 Usage = namedtuple("Usage", "total used free")
@@ -81,7 +81,7 @@ def test_a_disk_too_full_for_another_table_keeps_the_store(small_disk, tmp_path)
     fill(disk / "s.h5", N_IMAGES, 0, lambda _: None)
     with FeatureStore.open(disk / "s.h5", "r+") as store:
         with pytest.raises(DiskFullError):
-            store.replace_cohort(make_cohort(N_IMAGES + 5), np.full(N_IMAGES + 5, -1))
+            store.replace(make_cohort(N_IMAGES + 5), np.full(N_IMAGES + 5, -1), features=SHAPES)
         store.mark_pending(np.array([0]))  # it can still be written
         write_rows(store, np.array([0]))
     found = Violations()

@@ -108,7 +108,7 @@ class StoreHistory(RuleBasedStateMachine):
         """Other labels, the same images in the same order."""
         with self.open() as store:
             rows = np.where(store.status == DONE, np.arange(N_IMAGES), -1)
-            store.replace_cohort(make_cohort(N_IMAGES, seed), rows).close()
+            store.replace(make_cohort(N_IMAGES, seed), rows, features=SHAPES).close()
         self.kept = {row: state for row, state in self.kept.items() if state == DONE}
 
     @rule()

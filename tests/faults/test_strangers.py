@@ -123,6 +123,10 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "wide rows": (wide_rows, "no rows, or no place"),
     "other endianness": (retyped("targets", np.zeros((20, 3), ">f4")), "expected <f4"),
     "other width": (retyped("image_sha256", np.zeros((20, 31), "u1")), "expected u1 and 20 x 32"),
+    "other views": (
+        retyped("tokens", np.zeros((20, 2, 5, 6), "<f2")),
+        "expected <f2 and 20 x 1 x any x any",
+    ),
     "other length": (retyped("status", np.zeros(19, "u1")), "expected u1 and 20"),
     "no rows": (retyped("image_id", np.zeros(0, "S4")), "no rows"),
     "scalar": (retyped("status", np.uint8(1)), "no rows"),

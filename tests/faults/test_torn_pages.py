@@ -17,7 +17,15 @@ import pytest
 
 from cxr_cache.store import FeatureStore
 from tests.faults.disk import RecordedFile, Recorder, recorded
-from tests.faults.oracle import Violations, inspect_after, open_or_create, write_rows
+from tests.faults.oracle import (
+    BEGUN,
+    TOKEN_SHAPES,
+    Violations,
+    fails_by_rule,
+    inspect_after,
+    open_or_create,
+    write_rows,
+)
 from tests.small_stores import make_batch
 
 N_IMAGES = 200
@@ -25,10 +33,25 @@ State = tuple[bytes, set[int]]
 """A file as a crash may leave it, and the rows that had been acknowledged."""
 
 
-def our_states(path: Path, rng: np.random.Generator, n_states: int) -> Iterator[State]:
+EMBEDDED_ROWS = set(np.flatnonzero(~fails_by_rule(np.arange(N_IMAGES))).tolist())
+
+
+def open_without_tokens(path: Path) -> FeatureStore:
+    """A store in which every usable row has an embedding, and none its tokens."""
+    store = open_or_create(path, N_IMAGES)
+    rows = np.array(sorted(EMBEDDED_ROWS))
+    write_rows(store, rows)
+    taken = np.full(N_IMAGES, -1)
+    taken[rows] = rows
+    return store.replace(store.cohort, taken, features=TOKEN_SHAPES, boundary_block=10)
+
+
+def our_states(
+    path: Path, rng: np.random.Generator, n_states: int, *, tokens: bool = False
+) -> Iterator[State]:
     """Commit batch after batch; before each fsync, cut the power in several ways."""
     recorder, acknowledged = Recorder(), set()
-    with open_or_create(path, N_IMAGES) as store:
+    with open_without_tokens(path) if tokens else open_or_create(path, N_IMAGES) as store:
         recorder.base = path.read_bytes()
         pending = rng.permutation(N_IMAGES)
         batches = np.array_split(pending, 20)
@@ -40,24 +63,30 @@ def our_states(path: Path, rng: np.random.Generator, n_states: int) -> Iterator[
             del recorder.sync
             pending_writes.writes = list(recorder.writes)
             for _ in range(n_states // len(batches)):
-                yield pending_writes.torn(rng), set(acknowledged)
+                yield pending_writes.torn(rng), acknowledged | set((batch + BEGUN).tolist())
             recorder.sync()
             acknowledged |= set(batch.tolist())
         yield recorder.base, acknowledged
 
 
-def count_violations(path: Path, states: Iterator[State]) -> Violations:
+def count_violations(
+    path: Path, states: Iterator[State], embedded: set[int] = frozenset()
+) -> Violations:
     found = Violations()
     for content, acknowledged in states:
         path.write_bytes(content)
-        inspect_after(path, acknowledged, found)
+        inspect_after(path, acknowledged, found, embedded)
     return found
 
 
 @pytest.mark.parametrize("n_states", [100, pytest.param(400, marks=pytest.mark.faults)])
-def test_torn_pages_are_never_taken_for_rows(fast_path, seed, n_states):
+@pytest.mark.parametrize("tokens", [False, True], ids=["embeddings", "tokens"])
+def test_torn_pages_are_never_taken_for_rows(fast_path, seed, n_states, tokens):
+    """Tokens that come later put no other embeddings at risk than those of their batch."""
     rng = np.random.default_rng(seed)
-    found = count_violations(fast_path / "torn.h5", our_states(fast_path / "s.h5", rng, n_states))
+    states = our_states(fast_path / "s.h5", rng, n_states, tokens=tokens)
+    embedded = EMBEDDED_ROWS if tokens else set()
+    found = count_violations(fast_path / "torn.h5", states, embedded)
     print(f"torn pages: {found}")
     assert found.n_trials > n_states
     assert found.total == 0, found
