@@ -165,7 +165,7 @@ class Run:
         if config.get("status") != "finished":
             raise RunError(
                 f"{path} is not finished: its training was interrupted or is still running. "
-                "Run the same `cxr-cache train` command again."
+                f"Run the same `cxr-cache {config.get('kind', 'train')}` command again."
             )
         return cls(path, config)
 
