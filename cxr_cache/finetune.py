@@ -229,36 +229,38 @@ def finetune_tail(
             found.cohort.targets,
             tail,
         )
-        echo(describe_trainable(build_model(data, config)))
+        if is_main():
+            echo(describe_trainable(build_model(data, config)))
         with dead_workers_explained():
             job = _Job(run, data, split, config, start, on_progress)
             search = search_with(job.fit, job.tasks, config)
             members, history = job.train_final(search)
             predictions = job.predict(members)
-    described = {
-        "unfreeze_layers": config.unfreeze_layers,
-        "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
-        "precision": precision,
-        "tokens": "float16" if source == "tokens" else "float32",
-    }
-    if is_main():
-        write_outcome(
-            run,
-            found.cohort,
-            split,
-            search,
-            config,
-            predictions=predictions,
-            final_history=history,
-            make_model=lambda thresholds: SavedModel(
-                _to_save(members, half=config.half),
-                found.cohort.findings,
-                thresholds,
-                encoder.identity.to_dict(),
-                {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout")},
-                described,
-            ),
-        )
+        described = {
+            "unfreeze_layers": config.unfreeze_layers,
+            "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
+            "precision": precision,
+            "tokens": "float16" if source == "tokens" else "float32",
+        }
+        if is_main():
+            write_outcome(
+                run,
+                found.cohort,
+                split,
+                search,
+                config,
+                predictions=predictions,
+                final_history=history,
+                make_model=lambda thresholds: SavedModel(
+                    _to_save(members, half=config.half),
+                    found.cohort.findings,
+                    thresholds,
+                    encoder.identity.to_dict(),
+                    {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout")},
+                    described,
+                ),
+            )
+        barrier()  # nobody leaves before the run is written
     return TrainResult(run, search, notes)
 
 

@@ -185,7 +185,7 @@ class _Trainer:
         self.model = build_model(data, config, seed=task.seed, head=head)
         self.parallel: nn.Module = self.model
         if world_size() > 1:
-            self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.model)
         device = data.encoder.device
         self.targets = torch.from_numpy(data.targets).to(device)  # (N, F)
         self.held_out_targets = data.targets[task.held_out_rows]
