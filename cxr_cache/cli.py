@@ -821,7 +821,7 @@ def _files_of(path: Path) -> list[Path]:
 
 @cli.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--studies", default=250, help="Phantom studies to draw.")
+@click.option("--studies", default=450, help="Phantom studies to draw.")
 @click.option("--seed", default=0, help="Of phantoms and training.")
 def demo(folder: Path, studies: int, seed: int) -> None:
     """The whole job on synthetic chest X-rays: no data, no network, two minutes."""

@@ -288,8 +288,11 @@ def test_imported_features_train_and_cannot_predict(data, tmp_path):
 
 def test_the_demo_runs_twice(tmp_path):
     command = ["demo", tmp_path / "demo", "--studies", 40]
-    assert "RANDOM WEIGHTS" in succeed(*command)
-    assert (tmp_path / "demo" / "run" / "report.html").is_file()
+    output = succeed(*command)
+    assert "RANDOM WEIGHTS" in output
+    assert re.search(r"frozen +finetuned +difference\n  macro AUROC ", output)
+    assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
+    assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
     assert "nothing was left to compute" in succeed(*command)
 
 

@@ -16,7 +16,6 @@ from cxr_cache.run import Run
 from cxr_cache.train import train_head
 from tests.synthetic import QUICK, make_cohort, make_embeddings, make_store
 
-
 FIGURES = (roc_auc_score, average_precision_score)
 
 
