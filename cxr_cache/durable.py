@@ -13,7 +13,7 @@ from typing import Final
 
 from cxr_cache.errors import DiskError, DiskFullError
 
-_OUT_OF_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OUT_OF_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -100,7 +100,7 @@ def disk_errors_named(path: Path, needed: int) -> Iterator[None]:
     except (DiskError, DiskFullError):
         raise
     except OSError as error:
-        if error.errno in _OUT_OF_SPACE:
+        if error.errno in OUT_OF_SPACE:
             raise _disk_full(path, needed) from error
         raise DiskError(
             f"{path} could not be written: {error.strerror or error}. What was finished before is "

@@ -59,3 +59,7 @@ class TrainingError(CxrCacheError, ArithmeticError):
 
 class RunError(CxrCacheError, ValueError):
     """A run folder that is missing, unfinished, finished already, or of another store."""
+
+
+class ExportError(CxrCacheError, RuntimeError):
+    """A model that cannot be written in a format, or whose file would compute something else."""

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from cxr_cache.differences import describe_differences, find_differences
-from cxr_cache.errors import RunError
+from cxr_cache.durable import OUT_OF_SPACE
+from cxr_cache.errors import DiskFullError, RunError
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
@@ -395,6 +396,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+        free = shutil.disk_usage(path.parent).free
+        number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
+        if number not in OUT_OF_SPACE:
+            raise
+        raise DiskFullError(
+            f"{path} could not be written: {path.parent} has {free:,} bytes free (or a quota or a "
+            "limit on file sizes allows less). Free some space and run the same command again; "
+            "what was finished before is kept."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -21,8 +21,10 @@ _VISION_PREFIX = "visual."
 
 def load_weights(visual: nn.Module, path: Path) -> None:
     """Copy the checkpoint's vision tensors into the tower; every one must have its place."""
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    tensors = read(path)
+    tensors = {
+        name.removeprefix(_VISION_PREFIX): tensor
+        for name, tensor in read_tensors(path, _VISION_PREFIX).items()
+    }
     if not tensors:
         raise EncoderError(
             f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
@@ -49,16 +51,28 @@ def load_weights(visual: nn.Module, path: Path) -> None:
     visual.load_state_dict(tensors)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The vision tensors by their names inside the tower; no other byte is read."""
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with `prefix`, read without running its code.
+
+    Raises
+    ------
+    EncoderError
+        The file is damaged, of another kind, or holds more than tensors.
+    """
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    return read(path, prefix)
+
+
+def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Those tensors; no other byte is read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return {
-                name.removeprefix(_VISION_PREFIX): file.get_tensor(name)
+                name: file.get_tensor(name)
                 for name in file.keys()  # noqa: SIM118 -- the file is no mapping
-                if name.startswith(_VISION_PREFIX)
+                if name.startswith(prefix)
             }
     except (SafetensorError, OSError) as error:
         raise EncoderError(
@@ -66,8 +80,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The vision tensors of a checkpoint written by torch, read without running its code."""
+def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Those tensors of a checkpoint written by torch; mapped, so that others are not read."""
     try:
         checkpoint = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -86,9 +100,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
     named = {str(name).removeprefix("module."): value for name, value in state.items()}
     return {
-        name.removeprefix(_VISION_PREFIX): value
+        name: value
         for name, value in named.items()
-        if name.startswith(_VISION_PREFIX) and isinstance(value, Tensor)
+        if name.startswith(prefix) and isinstance(value, Tensor)
     }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +296,79 @@ def test_the_demo_runs_twice(tmp_path):
     assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
     assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
     assert "nothing was left to compute" in succeed(*command)
+
+
+# ----------------------------------------------------------------------- fine-tuning
+
+TUNING = [
+    *("--epochs", "2", "--batch-size", "16", "--lr", "1e-3", "--precision", "fp32"),
+    *("--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def with_tokens(data, store) -> Path:
+    """The store of before, given its tokens."""
+    path = Path(shutil.copy(store, data.parent / "tokens.h5"))
+    output = succeed(*extraction(data, path), "--tokens")
+    assert re.search(r"tokens.h5 takes .* MB \(tokens .* MB\); .* GB are free\.", output)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(with_tokens, run) -> Path:
+    path = with_tokens.parent / "tuned"
+    command = ["finetune", with_tokens, "--run-dir", path, "--from-run", run, *TUNING]
+    output = succeed(*command)
+    assert "Training 83,456 parameters of visual.trunk.blocks.4, visual.trunk.blocks.5" in output
+    assert "RANDOM WEIGHTS" in output
+    assert re.search(r"run +tuned +difference\n  macro AUROC  ", output)
+    return path
+
+
+def test_a_fine_tuned_run_is_used_as_any_other(tuned, with_tokens, data, tmp_path):
+    image = next(iter(sorted((data / "images").iterdir())))
+    out = tmp_path / "predictions.csv"
+    succeed("predict", tuned, image, "--out", out)
+    stored = pd.read_csv(tuned / "predictions.csv").set_index("image_id")
+    predicted = pd.read_csv(out).set_index("image").loc[str(image), "Cardiomegaly"]
+    assert predicted == pytest.approx(stored.loc[image.name, "Cardiomegaly"], abs=2e-4)
+    output = succeed("evaluate", tuned, "--store", with_tokens, "--resamples", 20)
+    assert "belong to the run's own data" in output
+    assert "Report: " in succeed("report", tuned)
+
+
+def test_fine_tuning_refuses_in_one_message(store, with_tokens, tuned, tmp_path):
+    path = tmp_path / "run"
+    command = ["finetune", store, "--run-dir", path, *TUNING]
+    assert "has no tokens to train from. Add them with" in refuse(*command)
+    command[1] = with_tokens
+    assert "unfreeze_layers: 2 in the store, 3 in this run" in refuse(
+        *command, "--unfreeze-layers", 3
+    )
+    assert "is a run of `cxr-cache finetune`" in refuse(*command, "--from-run", tuned)
+    assert "--accumulate must be 1 or more" in refuse(*command, "--accumulate", 0)
+    assert "--crop-scale must lie in (0, 1]" in refuse(*command, "--crop-scale", 2)
+    assert not path.exists()
+
+
+def test_ctrl_c_keeps_the_finished_epochs(with_tokens, tmp_path):
+    """The real process, the real signal; the same command continues."""
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "cxr_cache", "finetune", str(with_tokens)]
+    command += ["--run-dir", str(path), *TUNING[2:], "--epochs", "300"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Stopped. What was finished is kept; the same command continues:" in said
+    assert "Traceback" not in said
+    assert list(path.glob("unfinished/fold-1-of-300-epochs.pt"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["status"] == "running"
 
 
 # ----------------------------------------------------------------------- the README

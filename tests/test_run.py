@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +185,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name, failing
 
     with monkeypatch.context() as patch:
         patch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="could not be written: .* bytes free"):
             WRITES[name](run)
 
     assert contents(run.path) == before
@@ -336,3 +339,50 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(RunError, match=r"model\.safetensors is missing.*Train again"):
         run.load_model()
+
+
+# --- What an interrupted training continues from --------------------------------------------------
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    run = Run.create(tmp_path / "run", {"kind": "finetune"})
+    weights = {2: {"w": torch.arange(3)}}
+    state = {"epoch": 3, "history": [{"lr": 1e-3}], "weights": weights, "scheduler": None}
+    run.save_state("fold-1", state)
+    loaded = run.load_state("fold-1")
+    assert torch.equal(loaded["weights"][2].pop("w"), state["weights"][2].pop("w"))
+    assert loaded == state
+    assert run.load_state("fold-2") is None
+    assert [path.name for path in (run.path / "unfinished").iterdir()] == ["fold-1.pt"]
+    run.finish()
+    assert not (run.path / "unfinished").exists()
+
+
+def test_a_state_that_could_run_code_is_refused(tmp_path):
+    run = Run.create(tmp_path / "run", {"kind": "finetune"})
+    run.save_state("fold-1", {})
+    with (run.path / "unfinished" / "fold-1.pt").open("wb") as file:
+        torch.save({"path": Path("x")}, file)
+    with pytest.raises(RunError, match=r"fold-1\.pt is damaged.*Delete this file"):
+        run.load_state("fold-1")
+
+
+def test_a_full_disk_is_named_and_the_last_state_stays(tmp_path):
+    """A file size limit in a child is a full disk in small."""
+    run = Run.create(tmp_path / "run", {"kind": "finetune"})
+    run.save_state("fold-1", {"epoch": 1})
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from cxr_cache.run import Run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try: Run(Path(sys.argv[1]), {}).save_state('fold-1', {'w': torch.zeros(10_000)})\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    assert re.match(r"DiskFullError .*fold-1\.pt could not be written: .* bytes free", said)
+    assert "Free some space and run the same command again" in said
+    assert run.load_state("fold-1") == {"epoch": 1}
+    assert [path.name for path in (run.path / "unfinished").iterdir()] == ["fold-1.pt"]

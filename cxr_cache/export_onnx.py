@@ -1,0 +1,158 @@
+"""A run -> one ONNX file, pixels to probabilities, compared with torch before it is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cxr_cache.canary import draw_canaries
+from cxr_cache.encoder import Encoder
+from cxr_cache.errors import ExportError
+from cxr_cache.predict import predict_pixels
+from cxr_cache.run import Run, SavedModel
+from cxr_cache.whole_model import build_whole_model, in_full_precision
+
+OPSET: Final = 18
+MAX_DIFFERENCE: Final = 1e-4
+"""Between probabilities of the file and of torch, both in float32."""
+
+_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
+_MAX_BYTES: Final = 2 * 10**9  # protobuf holds 2 GiB
+_HOW_TO_USE: Final = (
+    "Input pixels: uint8 (B, 3, S, S), RGB from 0 to 255, decoded, resized and cropped as "
+    "preprocessing says; normalisation is inside. Output probabilities: float32 (B, F), in the "
+    "order of findings; a finding counts as present from its threshold on."
+)
+
+
+def require_onnx(run: Run, model: SavedModel) -> None:
+    """Raise ExportError unless the packages of the extra are there; any run will do."""
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
+    if missing:
+        raise ExportError(
+            f"--format onnx needs {', '.join(missing)}, which cxr-cache does without otherwise. "
+            "Install with: pip install 'cxr-cache[onnx]'"
+        )
+
+
+def write_onnx(
+    model: SavedModel, encoder: Encoder, description: Mapping[str, Any], path: Path
+) -> tuple[str, ...]:
+    """Write the file, check it, and compare it with torch on generated images.
+
+    Parameters
+    ----------
+    model
+        Frozen or fine-tuned; the members of an ensemble are averaged inside the file.
+    encoder
+        The run's, computing in float32.
+    description
+        Goes into the file's ``metadata_props``; what is not text, as JSON.
+    path
+        Written only here.
+
+    Returns
+    -------
+    tuple
+        How far the probabilities are from torch's.
+
+    Raises
+    ------
+    ExportError
+        The model is too large for one file, or the file computes something else than torch.
+    """
+    import onnx
+
+    whole = build_whole_model(model, encoder)
+    _require_size(whole)
+    images = draw_canaries(encoder.preprocessing.image_size_px)
+    content = _convert(whole, images)
+    texts = {**description, "how_to_use": _HOW_TO_USE}
+    onnx.helper.set_model_props(
+        content,
+        {key: text if isinstance(text, str) else json.dumps(text) for key, text in texts.items()},
+    )
+    onnx.save(content, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    expected = predict_pixels(in_full_precision(model), encoder, torch.from_numpy(images))
+    difference = float(np.abs(_run_file(path, images) - expected).max())
+    _require_equal(difference)
+    return (
+        f"Checked with onnxruntime: probabilities of {len(images)} generated images are within "
+        f"{difference:.1e} of torch's.",
+    )
+
+
+def _require_size(whole: nn.Module) -> None:
+    tensors = {id(tensor): tensor for tensor in whole.state_dict(keep_vars=True).values()}
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if n_bytes > _MAX_BYTES:
+        raise ExportError(
+            f"The model has {n_bytes / 1e9:.1f} GB of weights, and an ONNX file holds at most "
+            f"{_MAX_BYTES / 1e9:.0f} GB. Use --format open-clip, or a run with fewer members."
+        )
+
+
+def _require_equal(difference: float) -> None:
+    if difference <= MAX_DIFFERENCE:  # NaN is not
+        return
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", *_PACKAGES))
+    raise ExportError(
+        f"The ONNX file gives probabilities that differ from torch's by {difference:.2g}, more "
+        f"than {MAX_DIFFERENCE:g}, so it was not kept. Try other versions than {versions}."
+    )
+
+
+def _convert(whole: nn.Module, images: NDArray[np.uint8]) -> Any:
+    """The module as an ``onnx.ModelProto`` with its weights inside, for any number of images."""
+    with _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        program = torch.onnx.export(
+            whole,
+            (torch.from_numpy(images[:2]),),  # two, for one would be taken for a constant
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    content = program.model_proto
+    for node in content.graph.node:  # traces of this machine's files, a fifth of a small model
+        del node.metadata_props[:]
+    return content
+
+
+def _run_file(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Probabilities by onnxruntime, in batches of two sizes, neither of which was traced."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {"pixels": part})[0] for part in (images[:1], images[1:])]
+    return np.concatenate(parts)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Silence what converters tell about their own work."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

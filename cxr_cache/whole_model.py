@@ -1,0 +1,101 @@
+"""A run and its encoder as one torch module: pixels -> probabilities."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cxr_cache.encoder import Encoder, trainable_parameter_names
+from cxr_cache.heads import HeadBank
+from cxr_cache.run import SavedModel
+from cxr_cache.towers import run_whole
+from cxr_cache.tuned_model import as_cached, load_members
+
+
+def build_whole_model(model: SavedModel, encoder: Encoder) -> nn.Module:
+    """The module that gives what :func:`cxr_cache.predict.predict_pixels` gives.
+
+    Parameters
+    ----------
+    model
+        What a run saved, frozen or fine-tuned.
+    encoder
+        The run's, as it is before fine-tuning, which it stays.
+
+    Returns
+    -------
+    nn.Module
+        In evaluation mode and without gradients: uint8 pixels ``(B, 3, S, S)`` to probabilities
+        ``(B, F)``, the members averaged. Plain layers only, for exporters.
+    """
+    build = _FrozenModel if model.tail is None else _TunedModel
+    return build(model, encoder).eval().requires_grad_(False)
+
+
+def plain_heads(model: SavedModel) -> nn.ModuleList:
+    """The members' heads as plain ``nn.Sequential``, in evaluation mode."""
+    bank = HeadBank.from_snapshot(model.head_tensors)
+    return nn.ModuleList([bank.as_sequential(k) for k in range(bank.n_heads)])
+
+
+def in_full_precision(model: SavedModel) -> SavedModel:
+    """The same model with blocks that compute in float32, whatever they were trained in."""
+    return model if model.tail is None else replace(model, tail=model.tail | {"precision": "fp32"})
+
+
+class _FrozenModel(nn.Module):
+    """One encoder, and every member's head on its embedding."""
+
+    def __init__(self, model: SavedModel, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder, self.heads = encoder, plain_heads(model)
+        self._input_norm = model.head["input_norm"]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        _, embeddings = run_whole(self.encoder.visual, self.encoder.prepare(pixels))
+        if self._input_norm == "l2":
+            embeddings = F.normalize(embeddings, dim=-1)
+        return _average([head(embeddings) for head in self.heads])
+
+
+class _TunedModel(nn.Module):
+    """One stem, and every member's blocks and head on its tokens."""
+
+    def __init__(self, model: SavedModel, encoder: Encoder) -> None:
+        super().__init__()
+        assert model.tail is not None
+        self._model, self._n_unfrozen = replace(model, tensors={}), model.tail["unfreeze_layers"]
+        self.encoder, self.heads = encoder, plain_heads(model)
+        members = load_members(in_full_precision(model), encoder)
+        self.tails = nn.ModuleList(
+            [_copy_with_own_blocks(member.encoder, self._n_unfrozen) for member in members]
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.encoder.stem(self.encoder.prepare(pixels), self._n_unfrozen)
+        tokens = as_cached(tokens, self._model).float()
+        logits = []
+        for tail, head in zip(self.tails, self.heads, strict=True):
+            _, embeddings = cast(Encoder, tail).tail(tokens, self._n_unfrozen)
+            if self._model.head["input_norm"] == "l2":
+                embeddings = F.normalize(embeddings, dim=-1)
+            logits.append(head(embeddings))
+        return _average(logits)
+
+
+def _average(logits: list[Tensor]) -> Tensor:
+    """Probabilities, averaged over the members."""
+    return torch.stack([torch.sigmoid(one) for one in logits]).mean(dim=0)
+
+
+def _copy_with_own_blocks(encoder: Encoder, n_unfrozen: int) -> Encoder:
+    """A copy that shares every tensor but those of the last blocks."""
+    own = set(trainable_parameter_names(encoder, n_unfrozen))
+    tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    shared = {id(tensor): tensor for name, tensor in tensors.items() if name not in own}
+    return copy.deepcopy(encoder, memo=dict(shared))
