@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, name, failing
 
     with monkeypatch.context() as patch:
         patch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
-        with pytest.raises(OSError, match="could not be written: .* bytes free"):
+        with pytest.raises(OSError, match=r"could not be written: .* bytes free"):
             WRITES[name](run)
 
     assert contents(run.path) == before

@@ -193,6 +193,36 @@ def test_every_frozen_tensor_is_bit_identical_afterwards(data):
     assert moved == set(data.tail)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit2",  # pools by average over patches: the last block is computed in full
+        "test_vit3",  # pools by attention
+        "vit_xsmall_patch16_clip_224",  # another depth and width, a norm before the blocks
+    ],
+)
+def test_other_towers_train_their_last_blocks_too(name):
+    other = load_encoder(f"random:{name}", precision="fp32")
+    size_px = other.preprocessing.image_size_px
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (12, 3, size_px, size_px), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        cached = other.stem(other.prepare(images), 3)[:, None]
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    labels = (np.arange(36).reshape(12, 3) % 2).astype(np.float32)
+    data = TuningData(other, ResidentTokens(cached), labels, copy_tail(other, 3))
+    task = HeadTask(np.arange(12), np.empty(0, np.int64), seed=0)
+    config = replace(CONFIG, unfreeze_layers=3, batch_size=6, dropout=0.0)
+
+    trajectory = tune(data, task, config, n_epochs=4, keep=[], keep_weights=False)
+
+    losses = [row["train_loss"] for row in trajectory.history]
+    assert losses[-1] < losses[0]
+    after = other.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == set(data.tail)
+
+
 # -- recipe -----------------------------------------------------------------------------
 
 
