@@ -813,6 +813,32 @@ def predict(
         )
 
 
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["open-clip", "onnx"]),
+    required=True,
+    help="open-clip: a folder for local-dir:, with the head beside it. onnx: one file, pixels to "
+    "probabilities.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder or file to write."
+)
+@click.option("--model", help="The run's encoder, where it has moved.  [default: as recorded]")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+def export(run: Path, file_format: str, out: Path, model: str | None, overwrite: bool) -> None:
+    """Write the whole model, encoder included, for use without cxr-cache."""
+    from cxr_cache.export import export_run
+    from cxr_cache.run import Run
+
+    opened = Run.open(run)
+    summary = export_run(opened, out, file_format, model=model, overwrite=overwrite)
+    _warn_if_random(opened.config["random_encoder"])
+    click.echo(summary.to_text())
+
+
 def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]

@@ -197,7 +197,7 @@ class Encoder(nn.Module):
             The tower cannot be split, or has fewer blocks.
         """
         split = self._require_split(n_unfrozen)
-        tokens = tokens.to(self.device, torch.float32)
+        tokens = tokens.to(self.device, non_blocking=True).float()  # float16 travels, not float32
         with self._autocast(precision):
             pooled, embedding = split.tail(tokens, n_unfrozen, keeps_activations=keeps_activations)
         return pooled.float(), embedding.float()

@@ -99,6 +99,8 @@ def export_run(
         raise ConfigError(f"{out} is the run's own encoder. Choose another folder.")
     with _replacing(out) as temporary:
         notes = chosen.write(saved, encoder, describe_model(run, saved), temporary)
+    if not _computes_in_fp32(saved):
+        notes += (f"{_describe_precision(saved)} Its own probabilities differ by that rounding.",)
     return ExportSummary(out, sum(file.stat().st_size for file in _files(out)), notes)
 
 
@@ -108,7 +110,6 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
     if model.encoder["is_random"]:
         notice += " The encoder has RANDOM WEIGHTS: results have no medical meaning."
     blocks = [match[0] for name in model.tail_tensors if (match := re.match(r".*?\.\d+", name))]
-    tail = model.tail or {}
     return {
         "notice": notice,
         "findings": list(model.findings),
@@ -119,12 +120,21 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "n_members": len(model.tensors["weight_0"]),
         "fine_tuned_blocks": list(dict.fromkeys(blocks)),
         "encoder": model.encoder,
-        "precision": "Exported in float32. Encoder and blocks computed in "
-        f"{model.encoder['precision']} and {tail.get('precision', model.encoder['precision'])} "
-        f"in the run, and tokens were kept in {tail.get('tokens', 'no file')}.",
+        "precision": _describe_precision(model),
         "run": {"name": run.path.resolve().name}
         | {key: run.config.get(key) for key in ("kind", "seed", "versions")},
     }
+
+
+def _describe_precision(model: SavedModel) -> str:
+    used = {"encoder": model.encoder["precision"]}
+    if model.tail is not None:
+        used |= {"blocks": model.tail["precision"], "tokens": model.tail["tokens"]}
+    return "Exported in fp32; in the run: " + ", ".join(f"{k} {v}" for k, v in used.items()) + "."
+
+
+def _computes_in_fp32(model: SavedModel) -> bool:
+    return {model.encoder["precision"], (model.tail or {}).get("precision", "fp32")} == {"fp32"}
 
 
 def _require_free(out: Path, *, is_folder: bool, overwrite: bool) -> None:
@@ -157,6 +167,8 @@ def _replacing(out: Path) -> Iterator[Path]:
         temporary.replace(out)
         sync_folder(out.parent)
     finally:
+        if former.exists() and not out.exists():
+            former.rename(out)
         for path in (temporary, former):
             _remove(path)
 

@@ -427,7 +427,7 @@ class _Job:
     def _tune(self, name: str, task: HeadTask, **options: Any) -> Trajectory:
         keeper = Keeper(
             load=partial(self._run.load_state, name),
-            save=partial(self._run.save_state, name) if is_main() else lambda _: None,
+            save=partial(self._run.save_state, name) if is_main() else None,
         )
         config = self._config
         if "learning_rates" in options:  # nothing is held out: the folds decided when to stop

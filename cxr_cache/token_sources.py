@@ -62,15 +62,23 @@ class ResidentTokens:
     ----------
     tokens
         ``(N, V, T, W)``.
+    pins
+        A thread puts batches into page-locked memory, from which they get to a GPU while that is
+        at work on another.
     """
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: Tensor, *, pins: bool = False) -> None:
+        self.tokens, self._pins = tokens, pins
         self.n_views = tokens.shape[1]
 
     @classmethod
     def load(
-        cls, store: FeatureStore, store_rows: NDArray[np.intp], device: torch.device
+        cls,
+        store: FeatureStore,
+        store_rows: NDArray[np.intp],
+        device: torch.device,
+        *,
+        pins: bool = False,
     ) -> ResidentTokens:
         """Read the tokens of some rows of a store."""
         column = store.columns["tokens"]
@@ -78,12 +86,16 @@ class ResidentTokens:
         for places in store.split_rows(np.arange(len(store_rows)), ("tokens",)):
             values = torch.from_numpy(store.read_rows("tokens", store_rows[places]))
             tokens[int(places[0]) : int(places[-1]) + 1] = values.to(device)
-        return cls(tokens)
+        return cls(tokens, pins=pins)
 
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`."""
+        batches = self._gather(rows, views, batch_size)
+        return _read_ahead(batches, pins=True) if self._pins else batches
+
+    def _gather(self, rows: Tensor, views: Tensor, batch_size: int) -> Iterator[Tensor]:
         rows, views = rows.to(self.tokens.device), views.to(self.tokens.device)
         for chosen, view in zip(
             torch.split(rows, batch_size), torch.split(views, batch_size), strict=True
@@ -100,17 +112,21 @@ class StoredTokens:
         Open as long as this is used.
     store_rows
         Row of the store of each of the N images.
+    pins
+        As in :class:`ResidentTokens`.
     """
 
-    def __init__(self, store: FeatureStore, store_rows: NDArray[np.intp]) -> None:
-        self._store, self._store_rows = store, store_rows
+    def __init__(
+        self, store: FeatureStore, store_rows: NDArray[np.intp], *, pins: bool = False
+    ) -> None:
+        self._store, self._store_rows, self._pins = store, store_rows, pins
         self.n_views = store.columns["tokens"].shape[0]
 
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`."""
-        return _read_ahead(self._read(rows.numpy(), views.numpy(), batch_size))
+        return _read_ahead(self._read(rows.numpy(), views.numpy(), batch_size), pins=self._pins)
 
     def _read(
         self, rows: NDArray[np.int64], views: NDArray[np.int64], batch_size: int
@@ -231,9 +247,11 @@ def open_tokens(
     """
     if place == "auto":
         place = _choose_place(len(store_rows) * store.columns["tokens"].row_bytes, device)
+    travels = device.type == "cuda" and place != "device"
     if place == "disk":
-        return StoredTokens(store, store_rows)
-    return ResidentTokens.load(store, store_rows, device if place == "device" else _CPU)
+        return StoredTokens(store, store_rows, pins=travels)
+    where = device if place == "device" else _CPU
+    return ResidentTokens.load(store, store_rows, where, pins=travels)
 
 
 _CPU: Final = torch.device("cpu")
@@ -265,13 +283,18 @@ def _read_numbers(path: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for words in lines}
 
 
-def _read_ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+def _read_ahead(batches: Iterator[Tensor], *, pins: bool) -> Iterator[Tensor]:
     """The same batches, a few of them fetched by a thread while the current one is used."""
+
+    def fetch() -> Tensor | None:
+        batch = next(batches, None)
+        return batch.pin_memory() if pins and batch is not None else batch
+
     with ThreadPoolExecutor(max_workers=1) as reader:
         waiting: deque[Future[Tensor | None]] = deque()
         while True:
             while len(waiting) <= _BATCHES_AHEAD:
-                waiting.append(reader.submit(next, batches, None))
+                waiting.append(reader.submit(fetch))
             batch = waiting.popleft().result()
             if batch is None:
                 return

@@ -44,10 +44,11 @@ class Keeper:
     """Where the state of a fold survives an interruption."""
 
     load: Callable[[], dict[str, Any] | None]
-    save: Callable[[dict[str, Any]], None]
+    save: Callable[[dict[str, Any]], None] | None
+    """None where another process keeps it."""
 
 
-NOT_KEPT: Final = Keeper(load=lambda: None, save=lambda _: None)
+NOT_KEPT: Final = Keeper(load=lambda: None, save=None)
 
 
 def build_model(
@@ -129,18 +130,15 @@ def tune(
     TrainingError
         A loss is no longer finite.
     """
-    trajectory, state = Trajectory(), keeper.load()
-    if state is not None:
-        trajectory = _unpack(state["trajectory"])
-    if state is not None and state["trainer"] is None:
-        for _ in trajectory.history:
-            on_epoch()
+    state = keeper.load()
+    trajectory = Trajectory() if state is None else _unpack(state["trajectory"])
+    for _ in trajectory.history:
+        on_epoch()
+    if state is not None and state["trainer"] is None:  # it had ended
         return trajectory
     trainer = _Trainer(data, task, config, n_epochs, head, learning_rates)
     if state is not None:
         trainer.load_state(state["trainer"])
-        for _ in trajectory.history:
-            on_epoch()
     for epoch in range(len(trajectory.history) + 1, n_epochs + 1):
         row, probabilities = trainer.run_epoch(epoch)
         trajectory.history.append(row)
@@ -150,7 +148,9 @@ def tune(
             if keep_weights:
                 trajectory.weights[kept] = trainer.model.snapshot()
         ends = stops or epoch == n_epochs
-        keeper.save({"trajectory": _pack(trajectory), "trainer": None if ends else trainer.state()})
+        if keeper.save is not None:
+            left = None if ends else trainer.state()
+            keeper.save({"trajectory": _pack(trajectory), "trainer": left})
         on_epoch()
         if stops:
             break
