@@ -147,13 +147,13 @@ class FinetuneConfig(Recipe):
     """Whether weight decay applies to norms and biases too, as the reference has it."""
     accumulate: int = 1
     """Batches whose gradients are averaged into one step; batch norm sees each by itself."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: str = "auto"
     """What the blocks compute in; weights, head and optimiser stay float32."""
     grad_checkpointing: bool = False
     """Compute activations again instead of keeping them: less memory, a third more work."""
-    source: Literal["auto", "tokens", "images"] = "auto"
+    source: str = "auto"
     """Cached tokens, or end to end from the images; auto takes tokens where the store has them."""
-    tokens_in: Literal["auto", "device", "ram", "disk"] = "auto"
+    tokens_in: str = "auto"
     """Where tokens wait for their turn; auto is the fastest place that they fit into."""
     flip: bool = False
     """From images: show the mirror image half of the time (a store of two views always does)."""

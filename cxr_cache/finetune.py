@@ -119,14 +119,13 @@ def _find_rows(
 
 
 def _open_source(
-    source: str,
     store: FeatureStore,
     rows: NDArray[np.intp],
     encoder: Encoder,
     config: FinetuneConfig,
     image_dir: Path | None,
 ) -> TokenSource:
-    if source == "tokens":
+    if config.source == "tokens":
         return open_tokens(store, rows, encoder.device, config.tokens_in)
     assert image_dir is not None
     return ImageTokens(
@@ -211,7 +210,6 @@ def finetune_tail(
     ):
         _require_whole_parts(config)
         source = choose_source(store, config, image_dir)
-        _note_ignored(source, config, echo)
         found = _find_rows(store, source, labels, allow_pending=allow_pending)
         start = None if from_run is None else load_start(Run.open(from_run), found, store, config)
         split = start.split if start else _split(found.cohort, config)
@@ -219,60 +217,52 @@ def finetune_tail(
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
         require_same_encoder(store, encoder)
         tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
-        precision = resolve_precision(config.precision, device)
-        notes = found.notes + note_split(split, found.cohort)
-        decisive = _decisive(config, store, found, source, precision, labels, from_run, start)
-        run = _open_run(run_dir, decisive, config, notes, overwrite=overwrite)
-        data = TuningData(
-            encoder,
-            _open_source(source, store, found.rows, encoder, config, image_dir),
-            found.cohort.targets,
-            tail,
+        settled = replace(
+            config, precision=resolve_precision(config.precision, device), source=source
         )
+        notes = found.notes + note_split(split, found.cohort)
+        decisive = _decisive(settled, store, found, labels, from_run, start)
+        run = _open_run(run_dir, decisive, settled, notes, overwrite=overwrite)
+        tokens = _open_source(store, found.rows, encoder, settled, image_dir)
+        data = TuningData(encoder, tokens, found.cohort.targets, tail)
         if is_main():
-            echo(describe_trainable(build_model(data, config)))
+            echo(_describe(build_model(data, settled), tokens, settled))
         with dead_workers_explained():
-            job = _Job(run, data, split, config, start, on_progress)
-            search = search_with(job.fit, job.tasks, config)
+            job = _Job(run, data, split, settled, start, on_progress)
+            search = search_with(job.fit, job.tasks, settled)
             members, history = job.train_final(search)
             predictions = job.predict(members)
-        described = {
-            "unfreeze_layers": config.unfreeze_layers,
-            "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
-            "precision": precision,
-            "tokens": "float16" if source == "tokens" else "float32",
-        }
         if is_main():
             write_outcome(
                 run,
                 found.cohort,
                 split,
                 search,
-                config,
+                settled,
                 predictions=predictions,
                 final_history=history,
-                make_model=lambda thresholds: SavedModel(
-                    _to_save(members, half=config.half),
-                    found.cohort.findings,
-                    thresholds,
-                    encoder.identity.to_dict(),
-                    {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout")},
-                    described,
-                ),
+                make_model=partial(_to_model, members, found.cohort.findings, encoder, settled),
             )
         barrier()  # nobody leaves before the run is written
     return TrainResult(run, search, notes)
 
 
-def describe_trainable(model: TailAndHead) -> str:
-    """One line: which blocks train, how many parameters, and how many do not."""
+def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -> str:
+    """What trains and what does not, by name and number, and what from."""
     n_tail = sum(p.numel() for p in model.tail.values())
     n_encoder = sum(p.numel() for p in model.encoder.parameters())
-    prefixes = dict.fromkeys(_block_of(name) for name in model.tail)
-    return (
-        f"Training {n_tail:,} parameters of {', '.join(prefixes)} and {model.bank.n_parameters:,} "
-        f"of the head; {n_encoder - n_tail:,} of the encoder stay frozen."
-    )
+    blocks = dict.fromkeys(_block_of(name) for name in model.tail)
+    lines = [
+        f"Training {n_tail:,} parameters of {', '.join(blocks)} and {model.bank.n_parameters:,} "
+        f"of the head; {n_encoder - n_tail:,} of the encoder stay frozen.",
+        f"From {source.description}.",
+    ]
+    if config.source == "tokens" and (config.flip or config.augmentation.changes_pixels):
+        lines.append(
+            "--flip and the changes to pixels are for --source images; a store made with `extract "
+            "--tokens --flip` shows mirror images by itself."
+        )
+    return "\n".join(lines)
 
 
 def _block_of(name: str) -> str:
@@ -302,20 +292,10 @@ def _require_whole_parts(config: FinetuneConfig) -> None:
         )
 
 
-def _note_ignored(source: str, config: FinetuneConfig, echo: Callable[[str], object]) -> None:
-    if source == "tokens" and (config.flip or config.augmentation.changes_pixels):
-        echo(
-            "Training from cached tokens: --flip and the changes to pixels are for --source images "
-            "(a store made with `extract --tokens --flip` shows mirror images by itself)."
-        )
-
-
 def _decisive(
     config: FinetuneConfig,
     store: FeatureStore,
     found: LabelledRows,
-    source: str,
-    precision: str,
     labels: Path | None,
     from_run: str | Path | None,
     start: Start | None,
@@ -326,7 +306,7 @@ def _decisive(
     encoder = store.header.encoder
     return {
         "kind": "finetune",
-        "finetune": options | {"precision": precision, "source": source},
+        "finetune": options,
         "seed": config.seed,
         "findings": list(found.cohort.findings),
         "store": {
@@ -453,6 +433,24 @@ class _Job:
             parts.append(model.probabilities(self._data.source, rows))
         mean: NDArray[np.float32] = np.mean(parts, axis=0, dtype=np.float32)
         return mean
+
+
+def _to_model(
+    members: dict[str, Tensor],
+    findings: tuple[str, ...],
+    encoder: Encoder,
+    config: FinetuneConfig,
+    thresholds: dict[str, float],
+) -> SavedModel:
+    tail = {
+        "unfreeze_layers": config.unfreeze_layers,
+        "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
+        "precision": config.precision,
+        "tokens": "float16" if config.source == "tokens" else "float32",
+    }
+    head = {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout")}
+    tensors = _to_save(members, half=config.half)
+    return SavedModel(tensors, findings, thresholds, encoder.identity.to_dict(), head, tail)
 
 
 def _to_save(members: dict[str, Tensor], *, half: bool) -> dict[str, Tensor]:

@@ -33,6 +33,11 @@ class TokenSource(Protocol):
 
     n_views: int
 
+    @property
+    def description(self) -> str:
+        """What this is, to end a sentence that begins with "from"."""
+        ...
+
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
     ) -> Iterator[Tensor]:
@@ -88,6 +93,15 @@ class ResidentTokens:
             tokens[int(places[0]) : int(places[-1]) + 1] = values.to(device)
         return cls(tokens, pins=pins)
 
+    @property
+    def description(self) -> str:
+        """See :class:`TokenSource`."""
+        n_images, n_views = self.tokens.shape[:2]
+        return (
+            f"the tokens of {n_images:,} images ({n_views} per image, "
+            f"{self.tokens.nbytes / 1e9:,.2f} GB) in the memory of {self.tokens.device}"
+        )
+
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
     ) -> Iterator[Tensor]:
@@ -121,6 +135,15 @@ class StoredTokens:
     ) -> None:
         self._store, self._store_rows, self._pins = store, store_rows, pins
         self.n_views = store.columns["tokens"].shape[0]
+
+    @property
+    def description(self) -> str:
+        """See :class:`TokenSource`."""
+        n_bytes = len(self._store_rows) * self._store.columns["tokens"].row_bytes
+        return (
+            f"the tokens of {len(self._store_rows):,} images ({self.n_views} per image, "
+            f"{n_bytes / 1e9:,.2f} GB), read from {self._store.path}"
+        )
 
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
@@ -177,6 +200,11 @@ class ImageTokens:
         self._augmentation = augmentation or Augmentation()
         self._num_workers = num_workers
         self.n_views = 2 if flip else 1
+
+    @property
+    def description(self) -> str:
+        """See :class:`TokenSource`."""
+        return f"{len(self._store_rows):,} images in {self._image_dir}, decoded in every epoch"
 
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None

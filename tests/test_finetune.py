@@ -132,11 +132,14 @@ def test_a_fine_tuned_run_is_a_run_like_any_other(tuned, tmp_path):
 def test_what_trains_is_said_once(store, tmp_path):
     said = []
     finetune_tail(store, tmp_path / "run", replace(TUNED, epochs=(1,)), echo=said.append)
-    (line,) = said
-    assert line == (
+    (text,) = said
+    with FeatureStore.open(store) as features:
+        n_images = len(features)
+    assert text.splitlines() == [
         "Training 83,456 parameters of visual.trunk.blocks.4, visual.trunk.blocks.5 and 8,835 of "
-        "the head; 255,552 of the encoder stay frozen."
-    )
+        "the head; 255,552 of the encoder stay frozen.",
+        f"From the tokens of {n_images} images (2 per image, 0.00 GB) in the memory of cpu.",
+    ]
 
 
 def test_the_model_file_holds_what_was_trained_and_nothing_else(tuned, encoder):
