@@ -764,6 +764,22 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("first", type=FOLDER)
+@click.argument("second", type=FOLDER)
+@click.option(
+    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
+)
+@click.option("--seed", default=0, help="Seed of the bootstrap.")
+def compare(first: Path, second: Path, resamples: int, seed: int) -> None:
+    """How much better the SECOND run is than the FIRST, on the same test studies."""
+    from cxr_cache.compare import compare_runs
+    from cxr_cache.run import Run
+
+    runs = Run.open(first), Run.open(second)
+    click.echo(compare_runs(*runs, n_resamples=resamples, seed=seed).to_text())
+
+
+@cli.command()
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
     """Draw the plots of a run and write its report.html."""

@@ -188,8 +188,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.touch()
+    usual_mode = path.stat().st_mode & 0o777  # safetensors lets nobody but the owner read
     try:
         save_file(_unshared(tensors), path, metadata={"format": "pt"})
+        path.chmod(usual_mode)
     except SafetensorError as error:
         raise ExportError(f"{path.name} could not be written: {error}. Free some space.") from error
 

@@ -338,6 +338,14 @@ def test_a_fine_tuned_run_is_used_as_any_other(tuned, with_tokens, data, tmp_pat
     assert "Report: " in succeed("report", tuned)
 
 
+def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path):
+    output = succeed("compare", run, tuned, "--resamples", 50)
+    assert re.search(r"macro AUROC .* [+-]0\.\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", output)
+    other = tmp_path / "other"
+    succeed("train", with_tokens, "--run-dir", other, *QUICK, "--seed", 1)
+    assert "Only runs with the same split can be compared" in refuse("compare", run, other)
+
+
 def test_fine_tuning_refuses_in_one_message(store, with_tokens, tuned, tmp_path):
     path = tmp_path / "run"
     command = ["finetune", store, "--run-dir", path, *TUNING]

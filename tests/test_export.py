@@ -254,6 +254,8 @@ def test_tokenizer_and_licence_are_copied_and_nothing_else(tmp_path):
     assert names == ours | {"tokenizer.json", "vocab.txt", "LICENSE.md"}
     assert (tmp_path / "out" / "vocab.txt").read_text() == "vocab.txt"
     assert len(summary.notes) == 1, "the tokenizer is there"
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "a colleague can read all or none"
     assert summary.n_bytes == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
 
 
