@@ -21,7 +21,7 @@ def roomy(preprocessing: Preprocessing, augmentation: Augmentation) -> Preproces
     return replace(preprocessing, image_size_px=size_px)
 
 
-def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seed: int) -> Tensor:
+def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seeds: Tensor) -> Tensor:
     """Change every image of a batch in its own way: turn, crop, brightness, contrast.
 
     Parameters
@@ -32,8 +32,9 @@ def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seed: int)
         What may change, and how much.
     size_px
         S, what the encoder takes.
-    seed
-        The same seed gives the same changes; the global random state stays as it was.
+    seeds
+        One per image, ``(B,)``; the same seed gives the same changes, whatever else is in the
+        batch. The global random state stays as it was.
 
     Returns
     -------
@@ -54,5 +55,8 @@ def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seed: int)
         return pixels
     change = v2.Compose(steps)
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        torch.default_generator.manual_seed(seed)
-        return torch.stack([change(image) for image in pixels])
+        changed = []
+        for image, seed in zip(pixels, seeds.tolist(), strict=True):
+            torch.default_generator.manual_seed(seed)
+            changed.append(change(image))
+        return torch.stack(changed)

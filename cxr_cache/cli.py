@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cxr_cache.cohort import Cohort
     from cxr_cache.encoder import Encoder
 
+_AFTER_TRAINING = ("evaluate", "report")
 Command: TypeAlias = Callable[..., Any]
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -70,14 +71,20 @@ class ErrorsAsMessages(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror}.") from error
         except KeyboardInterrupt as stop:
-            command = shlex.join(["cxr-cache", *sys.argv[1:]])
+            given = [word for word in sys.argv[1:] if word != "--overwrite"]  # it starts anew
+            command = shlex.join(["cxr-cache", *given])
             what = (
                 "What was finished is kept; the same command continues:"
                 if ctx.invoked_subcommand in ("extract", "finetune")
                 else "The same command starts again:"
             )
             click.echo(f"\nStopped. {what}\n  {command}", err=True)
-            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+            ctx.exit(_exit_status(stop))
+
+
+def _exit_status(stop: KeyboardInterrupt) -> int:
+    """128 and the number of the signal."""
+    return 143 if isinstance(stop, Terminated) else 130
 
 
 def _numbers(separator: str) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
@@ -686,7 +693,7 @@ def finetune(
             echo=lambda line: click.echo(line, err=True),
             on_progress=_count_progress(bar),
         )
-    if int(os.environ.get("RANK", "0")):  # of several processes, the first one reports
+    if _is_another_process():  # of several, the first one reports
         return
     _warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
@@ -697,14 +704,24 @@ def finetune(
         click.echo(compare_runs(Run.open(from_run), Run.open(run_dir)).to_text())
 
 
+def _is_another_process() -> bool:
+    """Whether torchrun started this one beside the first."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
 def _evaluate_and_report(run_dir: Path) -> None:
     from cxr_cache.evaluate import evaluate_run, format_summary
     from cxr_cache.report import write_report
     from cxr_cache.run import Run
 
     run = Run.open(run_dir)
-    click.echo(format_summary(evaluate_run(run)))
-    click.echo(f"Report: {write_report(run)}")
+    try:
+        click.echo(format_summary(evaluate_run(run)))
+        click.echo(f"Report: {write_report(run)}")
+    except KeyboardInterrupt as stop:
+        left = "\n".join(shlex.join(["cxr-cache", verb, str(run_dir)]) for verb in _AFTER_TRAINING)
+        click.echo(f"\nStopped. {run_dir} is trained; what is left to do:\n{left}", err=True)
+        click.get_current_context().exit(_exit_status(stop))
 
 
 @cli.command()
@@ -743,10 +760,12 @@ def evaluate(
     from cxr_cache.predict import predict_store
     from cxr_cache.store import FeatureStore
 
-    encoder = None
-    if opened.load_model().tail is not None:
-        encoder = _load_encoder_of_store(store, model, device)
     with FeatureStore.open(store) as features:
+        encoder = None
+        if opened.load_model().tail is not None and not features.header.encoder.get("imported"):
+            from cxr_cache.encoding import reload_encoder
+
+            encoder = reload_encoder(features.header.encoder, model=model, device=device)
         predictions, targets = predict_store(opened, features, encoder)
     known = predictions["image_id"].isin(opened.read_table("splits")["image_id"])
     if known.any():

@@ -32,11 +32,17 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     Raises
     ------
     ConfigError
-        More processes than GPUs, or another kind of device than CPU and CUDA.
+        More processes than GPUs, another kind of device than CPU and CUDA, or half of torchrun's
+        environment.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device
         return
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and RANK is not set. Start several "
+            "processes with torchrun, or unset WORLD_SIZE."
+        )
     if device.type == "cuda":
         local_rank, n_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= n_devices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,9 +15,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from cxr_cache.canary import draw_canaries
+from cxr_cache.checkpoints import first_line
 from cxr_cache.encoder import Encoder
 from cxr_cache.errors import ExportError
 from cxr_cache.predict import predict_pixels
@@ -29,10 +31,20 @@ MAX_DIFFERENCE: Final = 1e-4
 
 _PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 _MAX_BYTES: Final = 2 * 10**9  # protobuf holds 2 GiB
+_EXPORTERS: Final[tuple[dict[str, Any], ...]] = (
+    {
+        "dynamo": True,
+        "external_data": False,
+        # torch 2.6 fails at a size without a limit; the file itself holds none
+        "dynamic_shapes": ({0: torch.export.Dim("batch", max=2**30)},),
+    },
+    # The older one, where the newer cannot: fine-tuned blocks in torch 2.6
+    {"dynamo": False, "dynamic_axes": {name: {0: "batch"} for name in ("pixels", "probabilities")}},
+)
 _HOW_TO_USE: Final = (
     "Input pixels: uint8 (B, 3, S, S), RGB from 0 to 255, decoded, resized and cropped as "
     "preprocessing says; normalisation is inside. Output probabilities: float32 (B, F), in the "
-    "order of findings; a finding counts as present from its threshold on."
+    "order of findings; a finding counts as present from its threshold on (above 1: never)."
 )
 
 
@@ -77,7 +89,7 @@ def write_onnx(
     whole = build_whole_model(model, encoder)
     _require_size(whole)
     images = draw_canaries(encoder.preprocessing.image_size_px)
-    content = _convert(whole, images)
+    content = _convert(whole, images, path)
     texts = {**description, "how_to_use": _HOW_TO_USE}
     onnx.helper.set_model_props(
         content,
@@ -114,25 +126,40 @@ def _require_equal(difference: float) -> None:
     )
 
 
-def _convert(whole: nn.Module, images: NDArray[np.uint8]) -> Any:
+def _convert(whole: nn.Module, images: NDArray[np.uint8], path: Path) -> Any:
     """The module as an ``onnx.ModelProto`` with its weights inside, for any number of images."""
-    with _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        program = torch.onnx.export(
-            whole,
-            (torch.from_numpy(images[:2]),),  # two, for one would be taken for a constant
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["pixels"],
-            output_names=["probabilities"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    content = program.model_proto
+    import onnx
+
+    content = onnx.load(_export_somehow(whole, torch.from_numpy(images[:2]), path))
     for node in content.graph.node:  # traces of this machine's files, a fifth of a small model
         del node.metadata_props[:]
+        node.doc_string = ""
     return content
+
+
+def _export_somehow(whole: nn.Module, pixels: Tensor, path: Path) -> Path:
+    """Write by the first exporter that can, which depends on torch's version."""
+    reasons = []
+    for exporter in _EXPORTERS:
+        try:
+            with _quiet(), _plain_attention():
+                torch.onnx.export(
+                    whole,
+                    (pixels,),  # two, for one would be taken for a constant
+                    path,
+                    opset_version=OPSET,
+                    input_names=["pixels"],
+                    output_names=["probabilities"],
+                    verbose=False,
+                    **exporter,
+                )
+            return path
+        except Exception as error:  # converters raise anything
+            reasons.append(f"{type(error).__name__}: {first_line(error)}")
+    raise ExportError(
+        f"torch {torch.__version__} cannot convert this model to ONNX ({'; '.join(reasons)}). Use "
+        "another version of torch and onnxscript, or --format open-clip."
+    )
 
 
 def _run_file(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -145,14 +172,24 @@ def _run_file(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silence what converters tell about their own work."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Silence what converters tell about their own work; what they raise is kept."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep ``nn.MultiheadAttention`` from its fused kernel, for which ONNX has no word."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(enabled)

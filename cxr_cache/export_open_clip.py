@@ -147,7 +147,7 @@ def _how_to_use(model: SavedModel, n_heads: int) -> list[str]:
         f"mode. {HEAD_WEIGHTS_FILE} is the state_dict of torch.nn.ModuleList of {n_heads} such "
         "heads ('0.0.weight' is the first layer of the first).",
         "probabilities = mean over the heads of torch.sigmoid(head(embedding)), in the order of "
-        "findings; a finding counts as present from its threshold on.",
+        "findings; a finding counts as present from its threshold on (above 1: never).",
         "Files of more than 8 bits must be scaled to 8 bits as preprocessing.decode_rule says.",
     ]
 

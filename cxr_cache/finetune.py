@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,16 @@ from cxr_cache.differences import describe_differences
 from cxr_cache.distributed import barrier, is_main, process_group, world_size
 from cxr_cache.encoder import Encoder
 from cxr_cache.encoding import reload_encoder
-from cxr_cache.errors import ConfigError, StoreIncompleteError, StoreMismatchError
+from cxr_cache.errors import (
+    ConfigError,
+    RunError,
+    StoreIncompleteError,
+    StoreMismatchError,
+    TrainingError,
+)
 from cxr_cache.fit import HeadTask, Trajectory
 from cxr_cache.frozen_start import Start, load_start
+from cxr_cache.images import find_missing
 from cxr_cache.outcome import TrainResult, describe_labels, note_split, write_outcome
 from cxr_cache.resume import require_same_encoder
 from cxr_cache.run import Run, SavedModel, require_free
@@ -204,13 +212,18 @@ def finetune_tail(
     run_dir, store_path = Path(run_dir), Path(store_path)
     image_dir, labels = (None if p is None else Path(p) for p in (image_dir, labels))
     require_free(run_dir, overwrite=overwrite)
+    if from_run is not None and run_dir.resolve() == Path(from_run).resolve():
+        raise RunError(f"{run_dir} is the run to start from; --run-dir needs another folder.")
     with (
+        _memory_explained(),
         FeatureStore.open(store_path) as store,
         process_group(resolve_device(config.device)) as device,
     ):
         _require_whole_parts(config)
         source = choose_source(store, config, image_dir)
         found = _find_rows(store, source, labels, allow_pending=allow_pending)
+        if source == "images":
+            _require_images(found.cohort, image_dir)
         start = None if from_run is None else load_start(Run.open(from_run), found, store, config)
         split = start.split if start else _split(found.cohort, config)
         require_trainable_folds(found.cohort.targets, split, config)
@@ -284,6 +297,29 @@ def _split(cohort: Cohort, config: FinetuneConfig) -> Split:
     )
 
 
+def _require_images(cohort: Cohort, image_dir: Path | None) -> None:
+    """Raise unless every file is there, before an old run gives way."""
+    assert image_dir is not None, "choose_source has seen to that"
+    if missing := find_missing(image_dir, cohort.image_ids):
+        raise TrainingError(
+            f"{len(missing):,} of {len(cohort):,} images are not in {image_dir}; the first is "
+            f"{missing[0]!r}. Give the folder that they were extracted from."
+        )
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn a GPU that is full into a message."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"The GPU has too little memory: {str(error).splitlines()[0]} What was finished is "
+            "kept. Continue with --grad-checkpointing or --tokens-in ram; or start again with a "
+            "smaller --batch-size and as much more --accumulate."
+        ) from error
+
+
 def _require_whole_parts(config: FinetuneConfig) -> None:
     if config.batch_size % world_size():
         raise ConfigError(
@@ -331,19 +367,26 @@ def _open_run(
     *,
     overwrite: bool,
 ) -> Run:
-    """Continue what is there, or begin; the main process does, and the others wait."""
+    """Continue what is there, or begin: all processes look, the main one writes."""
     free = {name: getattr(config, name) for name in _FREE}
     whole = decisive | {
         "finetune": decisive["finetune"] | free,
         "warnings": list(notes),
         "processes": world_size(),
     }
-    if is_main():
-        incidental = ("store.path", "labels.path", "from_run.path")
-        resumed = None if overwrite else Run.resume(run_dir, decisive, incidental=incidental)
-        run = resumed or Run.create(run_dir, whole, overwrite=overwrite)
+    run = None
+    if not overwrite:
+        run = Run.resume(
+            run_dir,
+            decisive,
+            free=[f"finetune.{name}" for name in _FREE],
+            incidental=("store.path", "labels.path", "from_run.path"),
+        )
+    barrier()  # nobody writes while another still looks
+    if run is None and is_main():
+        run = Run.create(run_dir, whole, overwrite=overwrite)
     barrier()
-    return run if is_main() else Run(run_dir, whole)
+    return run or Run(run_dir, whole)
 
 
 class _Job:
@@ -361,7 +404,8 @@ class _Job:
         self._run, self._data, self._split, self._config = run, data, split, config
         self._start, self._on_progress = start, on_progress
         tasks = fold_tasks(split, config.seed)
-        self.tasks = tasks if config.searches else tasks[:1]
+        one_will_do = not config.searches and config.final == "refit"  # for the thresholds
+        self.tasks = tasks[:1] if one_will_do else tasks
         horizons = config.epochs if config.has_horizon else config.epochs[-1:]
         self._n_epochs_in_all = sum(horizons) * len(self.tasks)
         if config.final == "refit":

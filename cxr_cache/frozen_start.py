@@ -75,6 +75,7 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
         "input_norm": model.head["input_norm"],
         "n_folds": run.config["train"]["n_folds"],
         "split_by": run.config["train"]["split_by"],
+        "test_fraction": run.config["train"]["test_fraction"],
     }
     now = {
         "findings": list(cohort.findings),
@@ -82,6 +83,7 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
         "input_norm": config.input_norm,
         "n_folds": config.n_folds,
         "split_by": config.split_by,
+        "test_fraction": config.test_fraction,
     }
     differences = find_differences(before, now) | _encoder_differences(model.encoder, store)
     if differences:

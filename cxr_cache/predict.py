@@ -235,6 +235,7 @@ def predict_store(
         probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
+        require_encoder_of_run(run, model.encoder, encoder)
         probabilities = _predict_cached(model, encoder, store, rows)
     return (
         finding_table(cohort, probabilities, ("image_id", "study_uid", "projection")),

@@ -108,7 +108,12 @@ class Run:
 
     @classmethod
     def resume(
-        cls, path: str | Path, config: Mapping[str, Any], *, incidental: Collection[str] = ()
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        free: Collection[str] = (),
+        incidental: Collection[str] = (),
     ) -> Run | None:
         """The unfinished run at `path`, to be continued; None where there is nothing to continue.
 
@@ -117,7 +122,9 @@ class Run:
         path
             Run folder, which may not exist.
         config
-            What decides the run's results, a part of what :meth:`create` was given.
+            What decides the run's results: some of the entries that :meth:`create` was given.
+        free
+            Settings (``"finetune.device"``) that may differ.
         incidental
             Settings (``"store.path"``) that are named beside others that differ, but may differ
             alone.
@@ -132,8 +139,12 @@ class Run:
         if found is None or found.get("status") == "finished" or not (path / _STATES).is_dir():
             return None
         given = json.loads(json.dumps(config, default=_jsonable))  # tuples are lists in JSON
-        before, now = _flatten(found), _flatten(given)
-        differences = find_differences({name: before.get(name) for name in now}, now)
+        before, now = _flatten({key: found.get(key) for key in given}), _flatten(given)
+        differences = {
+            name: values
+            for name, values in find_differences(before, now).items()
+            if name not in free
+        }
         if differences.keys() - set(incidental):
             raise RunError(
                 f"{path} holds an unfinished run that was started differently:\n"

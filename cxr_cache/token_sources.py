@@ -39,7 +39,7 @@ class TokenSource(Protocol):
         ...
 
     def batches(
-        self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
+        self, rows: Tensor, views: Tensor, batch_size: int, *, seeds: Tensor | None = None
     ) -> Iterator[Tensor]:
         """Tokens of some images, in the order given.
 
@@ -49,8 +49,9 @@ class TokenSource(Protocol):
             Which image, and which view of it, ``(n,)`` int64 each.
         batch_size
             B; the last batch may be smaller.
-        seed
-            Of random changes to pixels; None makes none. Cached tokens have no pixels.
+        seeds
+            Of the random changes to each image's pixels, ``(n,)``; None makes none. Cached tokens
+            have no pixels.
 
         Yields
         ------
@@ -103,7 +104,7 @@ class ResidentTokens:
         )
 
     def batches(
-        self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
+        self, rows: Tensor, views: Tensor, batch_size: int, *, seeds: Tensor | None = None
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`."""
         batches = self._gather(rows, views, batch_size)
@@ -146,7 +147,7 @@ class StoredTokens:
         )
 
     def batches(
-        self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
+        self, rows: Tensor, views: Tensor, batch_size: int, *, seeds: Tensor | None = None
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`."""
         return _read_ahead(self._read(rows.numpy(), views.numpy(), batch_size), pins=self._pins)
@@ -207,7 +208,7 @@ class ImageTokens:
         return f"{len(self._store_rows):,} images in {self._image_dir}, decoded in every epoch"
 
     def batches(
-        self, rows: Tensor, views: Tensor, batch_size: int, *, seed: int | None = None
+        self, rows: Tensor, views: Tensor, batch_size: int, *, seeds: Tensor | None = None
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`.
 
@@ -217,7 +218,9 @@ class ImageTokens:
             An image cannot be read any more, or is another one than that of the store.
         """
         preprocessing = self._encoder.preprocessing
-        augmentation = Augmentation() if seed is None else self._augmentation
+        if not len(rows):
+            return
+        augmentation = Augmentation() if seeds is None else self._augmentation
         decoded = decode_batches(
             self._image_ids,
             self._store_rows[rows.numpy()],
@@ -231,9 +234,9 @@ class ImageTokens:
         ):
             self._require_same_images(batch)
             pixels = torch.from_numpy(batch.pixels)
-            if seed is not None:
-                size_px = preprocessing.image_size_px
-                pixels = augment(pixels, augmentation, size_px, (seed + i) % 2**63)
+            if seeds is not None:
+                chosen = seeds[i * batch_size : i * batch_size + len(pixels)]
+                pixels = augment(pixels, augmentation, preprocessing.image_size_px, chosen)
             pixels = torch.where(view[:, None, None, None] == 1, pixels.flip(-1), pixels)
             with torch.no_grad():  # must end before the yield, or it would hold for the reader too
                 tokens = self._encoder.stem(self._encoder.prepare(pixels), self._n_unfrozen)

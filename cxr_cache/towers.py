@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,8 +16,8 @@ class SplitTower(ABC):
     """A vision transformer taken apart: embed, blocks, finish.
 
     Where the class token alone is pooled, nothing after the last block reads the other tokens.
-    That block then needs the query, projection and MLP of the class token only; keys and values
-    are needed for all. The arithmetic of what remains is unchanged.
+    That block then needs the query, projection and MLP of the class token only, and its keys and
+    values only as sums over tokens. This is algebra, not an approximation.
     """
 
     blocks: Sequence[nn.Module]
@@ -161,18 +162,51 @@ def _attend_with_class_token(attn: Any, tokens: Tensor) -> Tensor:
     """``attn(tokens)[:, :1]`` of timm's attention, without the other tokens' queries.
 
     The fused projection stacks the weights of queries, keys and values, A rows each; its first A
-    rows are applied to the class token, the others to all tokens.
+    rows are applied to the class token only.
     """
-    B, T, _ = tokens.shape
+    B = len(tokens)
     A = attn.num_heads * attn.head_dim
-    heads = (attn.num_heads, attn.head_dim)
-    weight_q, weight_kv = attn.qkv.weight.split([A, 2 * A])
-    bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([A, 2 * A])
-    q = F.linear(tokens[:, :1], weight_q, bias_q).view(B, 1, *heads).transpose(1, 2)
-    k, v = F.linear(tokens, weight_kv, bias_kv).view(B, T, 2, *heads).permute(2, 0, 3, 1, 4)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    mixed = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout)
-    mixed = mixed.transpose(1, 2).reshape(B, 1, A)  # (B, heads, 1, head_dim) -> (B, 1, A)
+    weights = attn.qkv.weight.split(A)
+    biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.split(A)
+    q = F.linear(tokens[:, :1], weights[0], biases[0]).view(B, attn.num_heads, attn.head_dim)
+    is_linear = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    drops = attn.training and attn.attn_drop.p > 0
+    mix = _mix_tokens if is_linear and not drops else _mix_values
+    mixed = mix(attn, q, tokens, weights[1:], biases[1:]).reshape(B, 1, A)
     mixed = attn.norm(mixed) if hasattr(attn, "norm") else mixed
     attended: Tensor = attn.proj_drop(attn.proj(mixed))
     return attended
+
+
+def _mix_tokens(
+    attn: Any, q: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """What one query per head attends to, ``(B, heads, head_dim)``, with no key or value computed.
+
+    With one query q, tokens x_t and per head the matrices K, V and biases b, c:
+
+        q . (K x_t + b) = (K^T q) . x_t + const,  and softmax does not notice the constant
+        sum_t a_t (V x_t + c) = V (sum_t a_t x_t) + c,  for the a_t sum to one
+
+    so the two projections of all tokens become two of one vector per head.
+    """
+    heads, head_dim = attn.num_heads, attn.head_dim
+    weight_k, weight_v = (weight.view(heads, head_dim, -1) for weight in weights)
+    direction = torch.einsum("bhd,hdw->bhw", q * head_dim**-0.5, weight_k)  # (B, heads, W)
+    attention = torch.softmax(direction @ x.transpose(1, 2), dim=-1)  # (B, heads, T)
+    mixed = torch.einsum("bhw,hdw->bhd", attention.to(x.dtype) @ x, weight_v)
+    return mixed if biases[1] is None else mixed + biases[1].view(heads, head_dim)
+
+
+def _mix_values(
+    attn: Any, q: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """The same where keys are normalised, or attention is dropped out: keys and values of all."""
+    heads = (len(x), x.shape[1], attn.num_heads, attn.head_dim)
+    k, v = (
+        F.linear(x, weight, bias).view(heads).transpose(1, 2)  # (B, heads, T, head_dim)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    q = attn.q_norm(q[:, :, None])
+    return F.scaled_dot_product_attention(q, attn.k_norm(k), v, dropout_p=dropout)

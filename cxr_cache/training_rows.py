@@ -96,8 +96,8 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
     if n_pending and not allow_pending:
         raise StoreIncompleteError(
             f"{store.path} is not complete: {n_pending:,} of {len(store):,} rows are pending. "
-            "Run the `cxr-cache extract` command again to finish them; `cxr-cache train "
-            "--allow-pending` trains on the rest."
+            "Run the `cxr-cache extract` command again to finish them; with --allow-pending, "
+            "training takes what is there."
         )
     if len(damaged := store.find_damaged(done)):
         command = "import --overwrite" if store.header.encoder.get("imported") else "extract"

@@ -229,13 +229,13 @@ class _Trainer:
 
     def _train(self, epoch: int) -> float:
         """One epoch; the mean loss."""
-        order, views = self._draw(epoch)
+        order, views, seeds = self._draw(epoch)
         rows = order.to(self.targets.device).view(self.n_batches, -1)
         self.model.train()
         self.model.bank.generators[0].manual_seed(_seed(self.task.seed, epoch, "dropout"))
         total = torch.zeros((), device=self.targets.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        for i, tokens in enumerate(self._own_batches(order, views, epoch)):
+        for i, tokens in enumerate(self._own_batches(order, views, seeds)):
             group = _accumulated(i, self.n_batches, self.config.accumulate)
             with self._syncing(is_last=group.is_last):
                 loss = self.loss(self.parallel(tokens), self.targets[rows[i]])
@@ -247,20 +247,20 @@ class _Trainer:
             group_["lr"] = rate
         return float(total) / self.n_batches
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Rows in the order of this epoch, and the view of each."""
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in the order of this epoch; of each, its view and the seed of its changes."""
         generator = torch.Generator().manual_seed(_seed(self.task.seed, epoch, "order"))
         n_rows = self.n_batches * self.config.batch_size
         order = torch.randperm(len(self.task.train_rows), generator=generator)[:n_rows]
         views = torch.randint(self.source.n_views, (n_rows,), generator=generator)
-        return torch.from_numpy(self.task.train_rows)[order], views
+        seeds = torch.randint(2**62, (n_rows,), generator=generator)
+        return torch.from_numpy(self.task.train_rows)[order], views, seeds
 
-    def _own_batches(self, order: Tensor, views: Tensor, epoch: int) -> Iterator[Tensor]:
+    def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor]:
         """What this process does of every batch."""
         part = own_part(self.config.batch_size)
-        rows, seen = (x.view(self.n_batches, -1)[:, part].flatten() for x in (order, views))
-        seed = _seed(self.task.seed, epoch, f"augmentation {part.start}")
-        return self.source.batches(rows, seen, part.stop - part.start, seed=seed)
+        rows, views, seeds = (x.view(self.n_batches, -1)[:, part].flatten() for x in drawn)
+        return self.source.batches(rows, views, part.stop - part.start, seeds=seeds)
 
     def _syncing(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Processes exchange gradients once a step, not once a batch."""

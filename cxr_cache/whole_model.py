@@ -9,9 +9,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from cxr_cache.encoder import Encoder, trainable_parameter_names
 from cxr_cache.heads import HeadBank
+from cxr_cache.images import Preprocessing
 from cxr_cache.run import SavedModel
 from cxr_cache.towers import run_whole
 from cxr_cache.tuned_model import as_cached, load_members
@@ -48,16 +50,33 @@ def in_full_precision(model: SavedModel) -> SavedModel:
     return model if model.tail is None else replace(model, tail=model.tail | {"precision": "fp32"})
 
 
+class _Normalise(nn.Module):
+    """:func:`cxr_cache.images.normalise` with nothing computed in place, for exporters."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1)
+            self.register_buffer(name, values)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
 class _FrozenModel(nn.Module):
     """One encoder, and every member's head on its embedding."""
 
     def __init__(self, model: SavedModel, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder, self.heads = encoder, plain_heads(model)
+        self.encoder, self.heads = encoder, _folded_heads(model)
+        self.normalise = _Normalise(encoder.preprocessing)
         self._input_norm = model.head["input_norm"]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        _, embeddings = run_whole(self.encoder.visual, self.encoder.prepare(pixels))
+        _, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))
         if self._input_norm == "l2":
             embeddings = F.normalize(embeddings, dim=-1)
         return _average([head(embeddings) for head in self.heads])
@@ -70,14 +89,15 @@ class _TunedModel(nn.Module):
         super().__init__()
         assert model.tail is not None
         self._model, self._n_unfrozen = replace(model, tensors={}), model.tail["unfreeze_layers"]
-        self.encoder, self.heads = encoder, plain_heads(model)
+        self.encoder, self.heads = encoder, _folded_heads(model)
+        self.normalise = _Normalise(encoder.preprocessing)
         members = load_members(in_full_precision(model), encoder)
         self.tails = nn.ModuleList(
             [_copy_with_own_blocks(member.encoder, self._n_unfrozen) for member in members]
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        tokens = self.encoder.stem(self.encoder.prepare(pixels), self._n_unfrozen)
+        tokens = self.encoder.stem(self.normalise(pixels), self._n_unfrozen)
         tokens = as_cached(tokens, self._model).float()
         logits = []
         for tail, head in zip(self.tails, self.heads, strict=True):
@@ -86,6 +106,23 @@ class _TunedModel(nn.Module):
                 embeddings = F.normalize(embeddings, dim=-1)
             logits.append(head(embeddings))
         return _average(logits)
+
+
+def _folded_heads(model: SavedModel) -> nn.ModuleList:
+    """The heads with each batch norm in the layer before it, without dropout.
+
+    In evaluation a norm is a scale and a shift; the exporter of torch 2.6 stumbles over it.
+    """
+    heads = nn.ModuleList()
+    for head in plain_heads(model):
+        layers: list[nn.Module] = []
+        for layer in head.children():
+            if isinstance(layer, nn.BatchNorm1d):
+                layers[-1] = fuse_linear_bn_eval(cast(nn.Linear, layers[-1]), layer)
+            elif not isinstance(layer, nn.Dropout):
+                layers.append(layer)
+        heads.append(nn.Sequential(*layers))
+    return heads
 
 
 def _average(logits: list[Tensor]) -> Tensor:

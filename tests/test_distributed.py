@@ -99,6 +99,10 @@ def test_alone_nothing_is_started():
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    message = r"WORLD_SIZE is 4 and RANK is not set\. Start several"
+    with pytest.raises(ConfigError, match=message), process_group(torch.device("cpu")):
+        pass
+    monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (

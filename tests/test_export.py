@@ -423,24 +423,30 @@ def test_an_onnx_file_averages_fine_tuned_members_for_any_number_of_images(expor
         np.testing.assert_allclose(given, expected[:n_images], atol=1e-5)
 
 
-def slow(*values: object) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)  # each takes ten seconds
+NEWER, OLDER = export_onnx._EXPORTERS
 
 
 @pytest.mark.parametrize(
+    "exporter",
+    [pytest.param(NEWER, marks=pytest.mark.slow, id="newer"), pytest.param(OLDER, id="older")],
+)
+@pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("random:test_vit:5", {}),
         ("random:test_vit:5", {"n_members": 3, "input_norm": "none"}),
-        slow("random:test_vit:5", {}),
-        slow("random:test_vit:5", {"n_unfrozen": 2, "tokens": "float16"}),
-        slow("random:test_vit3:5", {"n_unfrozen": 1}),  # attention pooling
-        slow("random:test_resnet:5", {}),
-        slow("open_clip", {"n_unfrozen": 2}),
+        ("random:test_vit:5", {"n_unfrozen": 2, "tokens": "float16"}),
+        ("random:test_vit3:5", {"n_unfrozen": 1}),  # attention pooling
+        ("random:test_resnet:5", {}),
+        ("open_clip", {"n_unfrozen": 2}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
-def test_an_onnx_file_gives_the_probabilities_of_predict(tmp_path, name, options):
-    """Any number of images; every kind of run, tower and average."""
+def test_an_onnx_file_gives_the_probabilities_of_predict(
+    tmp_path, monkeypatch, exporter, name, options
+):
+    """Every kind of run and tower, by each of torch's exporters (the newer takes ten seconds)."""
+    monkeypatch.setattr(export_onnx, "_EXPORTERS", (exporter,))
     if name == "open_clip":
         name = write_open_clip_model(tmp_path / "m", TINY_VIT)
     encoder = load_encoder(name, precision="fp32")
@@ -456,6 +462,29 @@ def test_an_onnx_file_gives_the_probabilities_of_predict(tmp_path, name, options
         np.testing.assert_allclose(given, expected[:n_images], atol=1e-5)
     assert summary.notes[0].startswith("Checked with onnxruntime: probabilities of 8 ")
     assert {path.name for path in tmp_path.iterdir()} <= {"m", "run", "model.onnx"}, "one file"
+
+
+def test_where_the_newer_exporter_fails_the_older_is_asked(tmp_path, tiny, monkeypatch):
+    """Which of the two can, depends on torch's version and the model."""
+    export, asked = torch.onnx.export, []
+
+    def refuse_the_newer(*arguments: Any, dynamo: bool, **options: Any) -> None:
+        asked.append(dynamo)
+        if dynamo:
+            raise RuntimeError("no such\nlowering")
+        export(*arguments, dynamo=dynamo, **options)
+
+    run = save_run(tmp_path / "run", tiny)
+    monkeypatch.setattr(torch.onnx, "export", refuse_the_newer)
+    export_run(run, tmp_path / "model.onnx", "onnx")
+    assert asked == [True, False]
+
+    monkeypatch.setattr(export_onnx, "_EXPORTERS", (NEWER,))
+    with pytest.raises(
+        ExportError, match=r"cannot convert .* \(RuntimeError: no such\)\. Use anoth"
+    ):
+        export_run(run, tmp_path / "other.onnx", "onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "model.onnx"}
 
 
 def test_an_onnx_file_explains_itself(exported, tiny):
@@ -510,7 +539,7 @@ def test_exporting_leaves_the_encoder_as_it_was(tmp_path, tiny):
         assert torch.equal(tensor, before[name]), name
     tensors = {id(p): p for p in whole.parameters()}
     n_tail = sum(tiny.get_parameter(n).numel() for n in trainable_parameter_names(tiny, 2))
-    n_heads = sum(p.numel() for p in whole.heads.parameters())
+    n_heads = sum(p.numel() for p in whole.heads.parameters())  # norms are folded in
     n_encoder = sum(p.numel() for p in tiny.parameters())
     assert sum(p.numel() for p in tensors.values()) == n_encoder + 2 * n_tail + n_heads
     assert not any(p.requires_grad for p in tensors.values())

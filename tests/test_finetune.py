@@ -188,6 +188,10 @@ def test_fold_models_can_be_the_final_one(store, images, encoder, tmp_path, fina
     n_members = {"ensemble": 2, "best-fold": 1}[final]
     assert len(weights(run)["weight_0"]) == n_members
     assert_predicts_images(run, images, encoder)
+    one_number = replace(TUNED, final=final, epochs=(1,))
+    run = finetune_tail(store, tmp_path / "one", one_number).run
+    assert len(weights(run)["weight_0"]) == n_members
+    assert set(run.read_table("history")["fold"]) == {"1", "2"}
 
 
 def test_a_schedule_with_a_horizon_trains_every_candidate_by_itself(store, tmp_path):
@@ -239,6 +243,13 @@ def test_the_run_is_evaluated_on_a_store_with_tokens(tuned, store, encoder):
     np.testing.assert_allclose(found, expected.loc[found.index], atol=1e-5)
 
 
+def test_another_encoder_is_refused_for_evaluation(tuned, store):
+    other = load_encoder("random:test_vit:7", precision="fp32")
+    message = r"trained on embeddings of another encoder"
+    with FeatureStore.open(store) as features, pytest.raises(RunError, match=message):
+        predict_store(tuned, features, other)
+
+
 def test_a_store_without_the_tokens_is_refused_for_evaluation(tuned, without_tokens, encoder):
     message = r"(?s)no tokens for the blocks .* boundary_block: None in the store, 4 in the run"
     with (
@@ -288,9 +299,19 @@ def test_an_image_that_has_changed_since_is_named(without_tokens, images, tmp_pa
     shutil.copy(second, first)
     with pytest.raises(TrainingError, match=rf"{first.name} has changed .* in the store, .* now"):
         finetune_tail(without_tokens, tmp_path / "run", TUNED, image_dir=copies)
+
+
+def test_missing_images_are_counted_before_an_old_run_gives_way(
+    without_tokens, images, tuned, tmp_path
+):
+    copies = shutil.copytree(images, tmp_path / "images")
+    old = shutil.copytree(tuned.path, tmp_path / "run")
+    first, second, *_ = sorted(copies.iterdir())
     first.unlink()
-    with pytest.raises(TrainingError, match=rf"{first.name} cannot be used any more: the f"):
-        finetune_tail(without_tokens, tmp_path / "run", TUNED, image_dir=copies)
+    second.unlink()
+    with pytest.raises(TrainingError, match=rf"2 of \d+ images are not in .*'{first.name}'"):
+        finetune_tail(without_tokens, old, TUNED, image_dir=copies, overwrite=True)
+    assert Run.open(old).load_model().tensors.keys() == weights(tuned).keys()
 
 
 # -- from a frozen run ------------------------------------------------------------------
@@ -335,6 +356,22 @@ def test_a_frozen_run_that_does_not_fit_is_refused_with_both_values(
     with pytest.raises(RunError, match=r"weights_sha256: '\w+' in the run, '\w+' now"):
         finetune_tail(elsewhere, tmp_path / "r", config, from_run=frozen.path)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_is_not_fine_tuned_into_its_own_place(store, frozen):
+    config = config_from_run(frozen, batch_size=8)
+    with pytest.raises(RunError, match="is the run to start from; --run-dir needs another folder"):
+        finetune_tail(store, frozen.path, config, from_run=frozen.path, overwrite=True)
+    assert Run.open(frozen.path).config["status"] == "finished"
+
+
+def test_a_full_gpu_is_one_message(store, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr(finetune_module, "tune", fail)
+    with pytest.raises(TrainingError, match=r"too little memory: CUDA .*--grad-checkpointing"):
+        finetune_tail(store, tmp_path / "run", TUNED)
 
 
 def test_a_fine_tuned_run_is_no_start(store, tuned, tmp_path):
@@ -397,6 +434,28 @@ def test_an_unfinished_run_of_another_store_is_refused(store, images, tmp_path):
         finetune_tail(elsewhere, path, TUNED)
     moved = shutil.copy(store, tmp_path / "moved.h5")
     finetune_tail(moved, path, TUNED)  # the same rows under another name
+
+
+def test_labels_and_start_cannot_be_dropped_on_the_way(store, frozen, tmp_path):
+    """Other targets make another split, and test rows would have been trained on."""
+    path, labels = tmp_path / "run", tmp_path / "labels.csv"
+    frozen.read_table("targets").to_csv(labels, index=False)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_tail(store, path, TUNED, labels=labels, on_progress=_StopAfter(1))
+    with pytest.raises(RunError, match=r"labels\.sha256: '\w+' in the run, None now"):
+        finetune_tail(store, path, TUNED)
+    config = config_from_run(frozen, batch_size=8, device="cpu", precision="fp32")
+    with pytest.raises(KeyboardInterrupt):
+        finetune_tail(
+            store,
+            path,
+            config,
+            from_run=frozen.path,
+            overwrite=True,
+            on_progress=_StopAfter(1),
+        )
+    with pytest.raises(RunError, match=r"from_run\.head_sha256: '\w+' in the run, None now"):
+        finetune_tail(store, path, config)
 
 
 def test_a_damaged_state_is_named(store, tmp_path):

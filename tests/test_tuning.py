@@ -83,7 +83,7 @@ class PixelTokens:
     def __init__(self, encoder, pixels):
         self.encoder, self.pixels = encoder, pixels
 
-    def batches(self, rows, views, batch_size, *, seed=None):
+    def batches(self, rows, views, batch_size, *, seeds=None):
         for chosen, view in zip(rows.split(batch_size), views.split(batch_size), strict=True):
             images = self.pixels[chosen]
             images = torch.where(view[:, None, None, None] == 1, images.flip(-1), images)
@@ -177,10 +177,10 @@ class _Recorded:
     def __init__(self, source):
         self._source, self.n_views, self.asked = source, source.n_views, []
 
-    def batches(self, rows, views, batch_size, *, seed=None):
-        if seed is not None:  # training, not scoring
+    def batches(self, rows, views, batch_size, *, seeds=None):
+        if seeds is not None:  # training, not scoring
             self.asked += list(zip(rows.split(batch_size), views.split(batch_size), strict=True))
-        return self._source.batches(rows, views, batch_size, seed=seed)
+        return self._source.batches(rows, views, batch_size, seeds=seeds)
 
 
 def test_every_frozen_tensor_is_bit_identical_afterwards(data):
@@ -338,3 +338,55 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(data, schedule, af
     np.testing.assert_array_equal(whole.probabilities[3], continued.probabilities[3])
     for ours, theirs in zip(whole.history, continued.history, strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+# -- full size --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_at_full_size_tokens_train_the_model_that_images_train(tmp_path):
+    """ViT-B/16 as in BiomedCLIP: trajectory, weights, frozen tensors, and the size of the file."""
+    encoder = load_encoder("random:vit_base_patch16_224", precision="fp32")
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (16, 3, 224, 224), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        stem = [encoder.stem(encoder.prepare(p), 2) for p in (images, images.flip(-1))]
+    cached = torch.stack(stem, dim=1)
+    labels = (np.random.default_rng(0).random((16, 35)) < 0.2).astype(np.float32)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    config = FinetuneConfig(batch_size=4, learning_rate=1e-4, device="cpu", precision="fp32")
+    tail = copy_tail(encoder, 2)
+    sources = {
+        "tokens": ResidentTokens(cached),
+        "images": PixelTokens(encoder, images),
+        "float16": ResidentTokens(cached.half()),
+    }
+    task = HeadTask(np.arange(16), np.empty(0, np.int64), seed=3)
+    ended = {
+        name: tune(
+            TuningData(encoder, source, labels, tail),
+            task,
+            config,
+            n_epochs=2,
+            keep=[2],
+            keep_weights=True,
+        )
+        for name, source in sources.items()
+    }
+    losses = {name: [row["train_loss"] for row in t.history] for name, t in ended.items()}
+    apart = {
+        name: distance(ended["images"].weights[2], ended[name].weights[2], tail)
+        for name in ("tokens", "float16")
+    }
+    print(f"losses {losses}, distance from training end to end {apart}")
+    np.testing.assert_allclose(losses["tokens"], losses["images"], rtol=1e-4)
+    np.testing.assert_allclose(losses["float16"], losses["images"], rtol=5e-3)
+    assert apart["tokens"] <= 1e-4
+    assert apart["float16"] <= 0.2  # of the way that eight steps go
+
+    after = encoder.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == set(tail)
+    assert sum(tensor.numel() for tensor in tail.values()) == 14_175_744
+    n_bytes = sum(tensor.nbytes for tensor in ended["tokens"].weights[2].values())
+    assert n_bytes == pytest.approx(58.3e6, rel=0.01)
