@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow faults check format clean
+.PHONY: setup demo test test-slow faults bench check format clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,11 @@ test-slow: setup
 
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults tests/faults
+
+# About ten minutes, on a machine that does nothing else; figures also go to benchmarks/*.json.
+bench: setup
+	$(BIN)/python scripts/bench_finetune.py
+	$(BIN)/python scripts/bench_tokens.py
 
 check: setup
 	$(BIN)/ruff format --check .

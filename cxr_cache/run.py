@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, get_args
@@ -430,8 +430,8 @@ def _jsonable(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("cxr-cache", "torch", "numpy", "scikit-learn")
-    return {
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
+    versions = {"python": platform.python_version()}
+    for package in ("cxr-cache", "torch", "numpy", "scikit-learn"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # used from its folder
+            versions[package] = importlib.metadata.version(package)
+    return versions

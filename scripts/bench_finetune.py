@@ -86,9 +86,9 @@ def prepare(bench: Bench, image_size_px: int) -> float:
         rng = np.random.default_rng(row)
         picture, _ = draw_phantom([], "Frontal", rng, image_size_px)
         Image.fromarray(picture).save(bench.image_path(row))
-    pixels = np.stack(
-        [read_image(bench.image_path(row), encoder.preprocessing) for row in range(N_IMAGES)]
-    )
+    names = [bench.image_path(row).name for row in range(N_IMAGES)]
+    decoded = [read_image(bench.folder, name, encoder.preprocessing) for name in names]
+    pixels = np.stack([image.pixels for image in decoded])
     with torch.no_grad():
         tokens = encoder.stem(encoder.prepare(torch.from_numpy(pixels)), N_UNFROZEN).numpy()
     for name, values in {"pixels": pixels, "tokens": tokens, "targets": cohort.targets}.items():
@@ -254,9 +254,7 @@ def train_with_product(bench: Bench, turns: Turns, n_steps: int, place: Any) -> 
         task = HeadTask(rows, np.empty(0, np.int64), seed=0)
         n_epochs = bench.n_rounds + 1
         turns.wait()
-        tune(
-            data, task, config, n_epochs=n_epochs, keep=[], keep_weights=False, on_epoch=end_turn
-        )
+        tune(data, task, config, n_epochs=n_epochs, keep=[], keep_weights=False, on_epoch=end_turn)
 
 
 # -- together ---------------------------------------------------------------------------
@@ -309,7 +307,8 @@ def _compete(contestant: Contestant, bench: Bench, pipe: Connection) -> None:
 
 def run_rounds(bench: Bench) -> dict[str, list[dict[str, Any]]]:
     """Reports of every contestant; the first, of the warm-up, included."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once, before anything computes
+    context.set_forkserver_preload(["__main__", "open_clip"])
     pipes = {}
     for name, contestant in CONTESTANTS.items():
         pipes[name], theirs = context.Pipe()
