@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/cxr-cache demo demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m 'not slow and not faults'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not faults'
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from cxr_cache.canary import draw_canaries
 from cxr_cache.checkpoints import first_line
@@ -38,7 +38,7 @@ _EXPORTERS: Final[tuple[dict[str, Any], ...]] = (
         # torch 2.6 fails at a size without a limit; the file itself holds none
         "dynamic_shapes": ({0: torch.export.Dim("batch", max=2**30)},),
     },
-    # The older one, where the newer cannot: fine-tuned blocks in torch 2.6
+    # The older one, where the newer cannot, as in torch 2.6 with fine-tuned blocks
     {"dynamo": False, "dynamic_axes": {name: {0: "batch"} for name in ("pixels", "probabilities")}},
 )
 _HOW_TO_USE: Final = (
@@ -82,27 +82,31 @@ def write_onnx(
     Raises
     ------
     ExportError
-        The model is too large for one file, or the file computes something else than torch.
+        The model is too large for one file, or no exporter's file computes what torch does.
     """
-    import onnx
-
     whole = build_whole_model(model, encoder)
     _require_size(whole)
     images = draw_canaries(encoder.preprocessing.image_size_px)
-    content = _convert(whole, images, path)
-    texts = {**description, "how_to_use": _HOW_TO_USE}
-    onnx.helper.set_model_props(
-        content,
-        {key: text if isinstance(text, str) else json.dumps(text) for key, text in texts.items()},
-    )
-    onnx.save(content, path)
-    onnx.checker.check_model(str(path), full_check=True)
     expected = predict_pixels(in_full_precision(model), encoder, torch.from_numpy(images))
-    difference = float(np.abs(_run_file(path, images) - expected).max())
-    _require_equal(difference)
-    return (
-        f"Checked with onnxruntime: probabilities of {len(images)} generated images are within "
-        f"{difference:.1e} of torch's.",
+    texts = {**description, "how_to_use": _HOW_TO_USE}
+    reasons = []
+    for exporter in _EXPORTERS:
+        try:
+            _convert(whole, images, exporter, texts, path)
+            difference = float(np.abs(_run_file(path, images) - expected).max())
+            _require_equal(difference)
+        except Exception as error:  # converters raise anything
+            reasons.append(f"{type(error).__name__}: {first_line(error)}")
+            continue
+        return (
+            f"Checked with onnxruntime: probabilities of {len(images)} generated images are "
+            f"within {difference:.1e} of torch's.",
+        )
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", *_PACKAGES))
+    raise ExportError(
+        "No ONNX file that computes what the run computes could be made, so none was kept:\n"
+        + "\n".join(f"  {reason}" for reason in reasons)
+        + f"\nTry other versions than {versions}."
     )
 
 
@@ -117,49 +121,44 @@ def _require_size(whole: nn.Module) -> None:
 
 
 def _require_equal(difference: float) -> None:
-    if difference <= MAX_DIFFERENCE:  # NaN is not
-        return
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", *_PACKAGES))
-    raise ExportError(
-        f"The ONNX file gives probabilities that differ from torch's by {difference:.2g}, more "
-        f"than {MAX_DIFFERENCE:g}, so it was not kept. Try other versions than {versions}."
-    )
+    if not difference <= MAX_DIFFERENCE:  # NaN is not
+        raise ExportError(
+            f"its probabilities differ from torch's by {difference:.2g}, more than "
+            f"{MAX_DIFFERENCE:g}"
+        )
 
 
-def _convert(whole: nn.Module, images: NDArray[np.uint8], path: Path) -> Any:
-    """The module as an ``onnx.ModelProto`` with its weights inside, for any number of images."""
+def _convert(
+    whole: nn.Module,
+    images: NDArray[np.uint8],
+    exporter: Mapping[str, Any],
+    texts: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Write the module with its weights and its description, for any number of images."""
     import onnx
 
-    content = onnx.load(_export_somehow(whole, torch.from_numpy(images[:2]), path))
+    with _quiet(), _plain_attention():
+        torch.onnx.export(
+            whole,
+            (torch.from_numpy(images[:2]),),  # two, for one would be taken for a constant
+            path,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=["probabilities"],
+            verbose=False,
+            **exporter,
+        )
+    content = onnx.load(path)
     for node in content.graph.node:  # traces of this machine's files, a fifth of a small model
         del node.metadata_props[:]
         node.doc_string = ""
-    return content
-
-
-def _export_somehow(whole: nn.Module, pixels: Tensor, path: Path) -> Path:
-    """Write by the first exporter that can, which depends on torch's version."""
-    reasons = []
-    for exporter in _EXPORTERS:
-        try:
-            with _quiet(), _plain_attention():
-                torch.onnx.export(
-                    whole,
-                    (pixels,),  # two, for one would be taken for a constant
-                    path,
-                    opset_version=OPSET,
-                    input_names=["pixels"],
-                    output_names=["probabilities"],
-                    verbose=False,
-                    **exporter,
-                )
-            return path
-        except Exception as error:  # converters raise anything
-            reasons.append(f"{type(error).__name__}: {first_line(error)}")
-    raise ExportError(
-        f"torch {torch.__version__} cannot convert this model to ONNX ({'; '.join(reasons)}). Use "
-        "another version of torch and onnxscript, or --format open-clip."
+    onnx.helper.set_model_props(
+        content,
+        {key: text if isinstance(text, str) else json.dumps(text) for key, text in texts.items()},
     )
+    onnx.save(content, path)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def _run_file(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:

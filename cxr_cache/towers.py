@@ -164,7 +164,7 @@ def _attend_with_class_token(attn: Any, tokens: Tensor) -> Tensor:
     The fused projection stacks the weights of queries, keys and values, A rows each; its first A
     rows are applied to the class token only.
     """
-    B = len(tokens)
+    B = tokens.shape[0]  # len() would be a constant in an exported graph
     A = attn.num_heads * attn.head_dim
     weights = attn.qkv.weight.split(A)
     biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.split(A)
@@ -202,7 +202,7 @@ def _mix_values(
     attn: Any, q: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> Tensor:
     """The same where keys are normalised, or attention is dropped out: keys and values of all."""
-    heads = (len(x), x.shape[1], attn.num_heads, attn.head_dim)
+    heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
     k, v = (
         F.linear(x, weight, bias).view(heads).transpose(1, 2)  # (B, heads, T, head_dim)
         for weight, bias in zip(weights, biases, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -481,7 +482,7 @@ def test_where_the_newer_exporter_fails_the_older_is_asked(tmp_path, tiny, monke
 
     monkeypatch.setattr(export_onnx, "_EXPORTERS", (NEWER,))
     with pytest.raises(
-        ExportError, match=r"cannot convert .* \(RuntimeError: no such\)\. Use anoth"
+        ExportError, match=r"kept:\n  RuntimeError: no such\nTry other versions than torch"
     ):
         export_run(run, tmp_path / "other.onnx", "onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "model.onnx"}
@@ -545,17 +546,16 @@ def test_exporting_leaves_the_encoder_as_it_was(tmp_path, tiny):
     assert not any(p.requires_grad for p in tensors.values())
 
 
-@pytest.mark.parametrize(("error", "shown"), [(3e-4, r"0\.0003"), (np.nan, "nan")])
+@pytest.mark.parametrize(("error", "shown"), [(3e-4, r"0\.0003, more"), (np.nan, "nan, more")])
 def test_a_file_that_computes_something_else_is_not_kept(
     exported, tmp_path, monkeypatch, error, shown
 ):
     run, path = exported
-    onnx = pytest.importorskip("onnx")
-    monkeypatch.setattr(export_onnx, "_convert", lambda *_: onnx.load(path))
+    monkeypatch.setattr(export_onnx, "_convert", lambda *given: shutil.copy(path, given[-1]))
     monkeypatch.setattr(
         export_onnx, "predict_pixels", lambda *given: predict_pixels(*given) + np.float32(error)
     )
-    with pytest.raises(ExportError, match=rf"differ from torch's by {shown}.*not kept.*torch 2"):
+    with pytest.raises(ExportError, match=rf"none was kept:\n.*torch's by {shown}[\s\S]*torch 2"):
         export_run(run, tmp_path / "model.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
 
