@@ -80,6 +80,7 @@ def check_gpu(out: Path, sections: str, *more: str) -> dict[str, dict]:
     return json.loads((out / "gpu_check.json").read_text())["sections"]
 
 
+@pytest.mark.slow
 def test_the_gpu_check_goes_through_every_section_on_the_cpu(tmp_path):
     sections = check_gpu(tmp_path, "exactness,extraction,tuning,heads")
 

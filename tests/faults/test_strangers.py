@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import pickle
 import resource
 import sys
@@ -284,6 +285,7 @@ def test_nothing_in_the_package_unpickles():
     for file in package.glob("*.py"):
         text = file.read_text()
         for call in ("pickle.load", "Unpickler(", "allow_pickle=True", "eval(", "exec("):
-            found = [line for line in text.splitlines() if call in line and ".eval(" not in line]
+            found = [line for line in text.splitlines() if call in line]
+            found = [line for line in found if not re.search(r"[.\w]eval\(", line)]  # model.eval()
             assert not found, f"{file.name}: {found}"
         assert text.count("torch.load(") == text.count("weights_only=True"), file.name
