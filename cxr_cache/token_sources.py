@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ class TokenSource(Protocol):
         Yields
         ------
         Tensor
-            ``(B, T, W)``, float16 or float32, on any device.
+            ``(B, T, W)``, float16 or float32, on any device; its memory may be filled
+            anew once the next batch is taken.
         """
         ...
 
@@ -155,9 +157,16 @@ class StoredTokens:
     def _read(
         self, rows: NDArray[np.int64], views: NDArray[np.int64], batch_size: int
     ) -> Iterator[Tensor]:
-        for start in range(0, len(rows), batch_size):
-            chosen = slice(start, start + batch_size)
-            read = self._store.read_views("tokens", self._store_rows[rows[chosen]], views[chosen])
+        column = self._store.columns["tokens"]
+        shape = (min(batch_size, len(rows)), *column.shape[1:])
+        # One in use, the others read or being read; new memory for each would cost as much again.
+        buffers = [np.empty(shape, column.dtype) for _ in range(_BATCHES_AHEAD + 2)]
+        for start, buffer in zip(
+            range(0, len(rows), batch_size), itertools.cycle(buffers), strict=False
+        ):
+            chosen = self._store_rows[rows[start : start + batch_size]]
+            seen = views[start : start + batch_size]
+            read = self._store.read_views("tokens", chosen, seen, out=buffer[: len(chosen)])
             yield torch.from_numpy(read)
 
 

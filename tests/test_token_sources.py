@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def draw(seed):
 def test_batches_are_the_rows_and_views_asked_for(store, place, batch_size):
     rows, views = draw(batch_size)
     source = open_tokens(store, STORE_ROWS, CPU, place)
-    batches = list(source.batches(rows, views, batch_size))
+    batches = [batch.clone() for batch in source.batches(rows, views, batch_size)]
     assert source.n_views == 2
     assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     expected = store.read_column("tokens")[STORE_ROWS[rows.numpy()], views.numpy()]
@@ -44,10 +46,19 @@ def test_batches_are_the_rows_and_views_asked_for(store, place, batch_size):
 def test_a_reader_that_stops_early_leaves_nothing_behind(store):
     rows, views = draw(0)
     batches = StoredTokens(store, STORE_ROWS).batches(rows, views, 3)
-    first = next(batches)
+    first = next(batches).clone()
     batches.close()
     again = next(StoredTokens(store, STORE_ROWS).batches(rows, views, 3))
     assert torch.equal(first, again)
+
+
+def test_a_batch_stays_what_it_is_while_it_is_used(store):
+    """Its memory is filled anew only when the next one has been asked for."""
+    rows, views = draw(3)
+    expected = store.read_column("tokens")[STORE_ROWS[rows.numpy()], views.numpy()]
+    for i, batch in enumerate(StoredTokens(store, STORE_ROWS).batches(rows, views, 2)):
+        time.sleep(0.01)  # the reading thread has time to be ahead
+        np.testing.assert_array_equal(batch.numpy(), expected[2 * i : 2 * i + 2])
 
 
 def test_an_error_of_the_reading_thread_reaches_the_training(store):
