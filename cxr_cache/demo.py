@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from cxr_cache.cohort import load_cohort
@@ -87,7 +88,7 @@ def run_demo(
             config_from_run(frozen, **TUNED),
             from_run=frozen.path,
             overwrite=True,
-            echo=lambda line: echo(f"   {line}"),
+            echo=lambda text: echo(indent(text, "   ")),
         ),
         echo,
     )
