@@ -44,9 +44,10 @@ from cxr_cache.search import (
     replay_rates,
     require_trainable_folds,
     search_with,
+    split_cohort,
     stack_members,
 )
-from cxr_cache.splits import Split, make_split
+from cxr_cache.splits import Split
 from cxr_cache.store import DONE, FeatureStore
 from cxr_cache.token_sources import ImageTokens, TokenSource, open_tokens
 from cxr_cache.training_rows import LabelledRows, find_labelled_rows
@@ -225,7 +226,7 @@ def finetune_tail(
         if source == "images":
             _require_images(found.cohort, image_dir)
         start = None if from_run is None else load_start(Run.open(from_run), found, store, config)
-        split = start.split if start else _split(found.cohort, config)
+        split = start.split if start else split_cohort(found.cohort, config)
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
         require_same_encoder(store, encoder)
@@ -283,18 +284,6 @@ def _block_of(name: str) -> str:
     words = name.split(".")
     number = next(i for i, word in enumerate(words) if word.isdecimal())
     return ".".join(words[: number + 1])
-
-
-def _split(cohort: Cohort, config: FinetuneConfig) -> Split:
-    return make_split(
-        cohort.targets,
-        cohort.groups,
-        cohort.findings,
-        by=config.split_by,
-        n_folds=config.n_folds,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-    )
 
 
 def _require_images(cohort: Cohort, image_dir: Path | None) -> None:

@@ -13,12 +13,13 @@ from joblib import Parallel, cpu_count, delayed
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxr_cache.cohort import Cohort
 from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.errors import TrainingError
 from cxr_cache.fit import HeadTask, TrainingData, Trajectory, count_steps, fit_heads
 from cxr_cache.heads import HeadBank
-from cxr_cache.splits import Split
+from cxr_cache.splits import Split, make_split
 
 _WORTH_PROCESSES: Final = 20_000
 """Steps of all heads together from which on starting processes pays."""
@@ -110,6 +111,19 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
                 f"Among the {len(held_out):,} images of fold {k}, no finding has both a positive "
                 "and a negative one, so no AUROC is defined. Use fewer --folds, or more images."
             )
+
+
+def split_cohort(cohort: Cohort, config: Recipe) -> Split:
+    """Test and folds as a recipe asks for them."""
+    return make_split(
+        cohort.targets,
+        cohort.groups,
+        cohort.findings,
+        by=config.split_by,
+        n_folds=config.n_folds,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+    )
 
 
 def fold_tasks(split: Split, seed: int) -> list[HeadTask]:

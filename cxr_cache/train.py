@@ -23,10 +23,10 @@ from cxr_cache.run import Run, SavedModel, require_free
 from cxr_cache.search import (
     require_trainable_folds,
     search_epochs,
+    split_cohort,
     stack_members,
     train_final,
 )
-from cxr_cache.splits import make_split
 from cxr_cache.store import FeatureStore
 from cxr_cache.training_rows import find_labelled_rows
 
@@ -83,15 +83,7 @@ def train_head(
         encoder = store.header.encoder
         cohort_source = store.header.cohort
     cohort = data.cohort
-    split = make_split(
-        cohort.targets,
-        cohort.groups,
-        cohort.findings,
-        by=config.split_by,
-        n_folds=config.n_folds,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-    )
+    split = split_cohort(cohort, config)
     require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
     notes = data.notes + note_split(split, cohort)
     run = Run.create(
