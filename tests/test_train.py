@@ -15,7 +15,7 @@ import torch
 from sklearn import metrics as reference
 from sklearn.model_selection import train_test_split
 
-from cxr_cache import train as train_module
+from cxr_cache import search as search_module
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import (
     ConfigError,
@@ -359,11 +359,11 @@ def test_the_test_rows_influence_nothing_but_their_own_predictions(tmp_path, mon
     embeddings = make_embeddings(cohort)
     run = train_head(make_store(tmp_path / "a.h5", cohort), tmp_path / "a", QUICK).run
     is_test = (read(run, "splits")["split"] == "test").to_numpy()
-    split = train_module.make_split(
+    split = search_module.make_split(
         cohort.targets, cohort.groups, cohort.findings, n_folds=3, seed=QUICK.seed
     )
     np.testing.assert_array_equal(split.is_test, is_test)
-    monkeypatch.setattr(train_module, "make_split", lambda *_, **__: split)
+    monkeypatch.setattr(search_module, "make_split", lambda *_, **__: split)
     targets, changed = cohort.targets.copy(), embeddings.copy()
     targets[is_test] = 1 - targets[is_test]
     changed[is_test] += 1
