@@ -59,6 +59,7 @@ def render_page(
         has_pictures=pictures is not None,
         problems=problems or [],
         charts=charts,
+        warnings=_collect_warnings(views),
         program=program,
         program_hash=base64.b64encode(hashlib.sha256(program.encode()).digest()).decode(),
         is_indiana=tuple(views[0].config["findings"]) == FINDINGS,
@@ -89,6 +90,15 @@ def make_environment() -> jinja2.Environment:
     return environment
 
 
+def _collect_warnings(views: list[RunView]) -> dict[str, list[str]]:
+    """What to know about the runs, and which of them it concerns."""
+    warnings: dict[str, list[str]] = {}
+    for view in views:
+        for warning in view.config["warnings"]:
+            warnings.setdefault(warning, []).append(view.name)
+    return warnings
+
+
 def _source(environment: jinja2.Environment, name: str) -> str:
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
@@ -99,7 +109,7 @@ def _fixed(value: float | None, digits: int = 3) -> str:
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
-    return UNDEFINED if value is None else f"{100 * value:.{digits}f} %"
+    return UNDEFINED if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def _count(value: float | None) -> str:

@@ -44,7 +44,7 @@
   /* spec: x and y {min, max, label, ticks?}, lines [{points, style}], dots [{at, style, words}],
      rules [{points}] for baselines; words for those who cannot see it. */
   function chart(spec) {
-    const width = spec.width || 320, height = spec.height || 280;
+    const width = 320, height = 260;
     const left = 46, right = 12, top = 10, bottom = 42;
     const x = (value) => left + ((value - spec.x.min) / (spec.x.max - spec.x.min)) * (width - left - right);
     const y = (value) => height - bottom - ((value - spec.y.min) / (spec.y.max - spec.y.min)) * (height - top - bottom);
@@ -81,7 +81,7 @@
   }
 
   function figure(title, remark, svg) {
-    return make("figure", { class: "chart" }, make("figcaption", {}, title + " ", make("span", {}, remark)), svg);
+    return make("figure", { class: "chart" }, make("figcaption", {}, title, make("span", {}, remark)), svg);
   }
 
   const unit = (label) => ({ min: 0, max: 1, label, ticks: [0, 0.2, 0.4, 0.6, 0.8, 1] });
@@ -147,7 +147,7 @@
     const stages = data.calibration.map((of) => of[f]);
     const first = points[0];
     const box = make("div", { class: "panel" });
-    box.append(make("h3", {}, data.findings[f] || "All findings pooled"));
+    if (data.findings[f]) box.append(make("h3", {}, data.findings[f]));
     if (several) box.append(legend());
     if (curves.some((curve) => curve !== null)) {
       const prevalence = first ? first.prevalence_test : data.pooled_prevalence;
@@ -230,7 +230,7 @@
     const shown = source
       ? make("img", { src: source, alt: `${one.image_id}: ${words.split(":")[0].toLowerCase()} for ${name}, probability ${fixed(one.probability)}`, width: 144, height: 144 })
       : make("div", { class: "blank" }, "no picture");
-    return make("figure", {}, shown, make("b", {}, fixed(one.probability)), ` ${one.image_id}`);
+    return make("figure", {}, shown, make("b", {}, fixed(one.probability)), make("span", { title: one.image_id }, one.image_id));
   }
 
   function setUpCases() {
@@ -325,10 +325,10 @@
     const { epochs, mean, folds, chosen } = data.runs[run].search;
     const [low, high] = extent(epochs), k = epochs.indexOf(chosen);
     place.append(figure("Search", "thin: folds, thick: their mean, dashed: chosen", chart({
-      width: 420, x: { min: low, max: high, label: "epochs", ticks: epochs.length < 9 ? epochs : null },
+      x: { min: low, max: high, label: "epochs", ticks: epochs.length < 9 ? epochs : null },
       y: axis([...mean, ...folds.flat()], "macro AUROC, held-out fold"), words: "Macro AUROC of the held-out folds against epochs",
       rules: k < 0 ? [] : [{ points: [[chosen, axis([...mean, ...folds.flat()]).min], [chosen, axis([...mean, ...folds.flat()]).max]] }],
-      lines: [...folds.map((fold) => ({ style: "thin s5", points: zip(epochs, fold) })), { style: "s0", points: zip(epochs, mean) }],
+      lines: [...folds.map((fold) => ({ style: "fold", points: zip(epochs, fold) })), { style: "s0", points: zip(epochs, mean) }],
       dots: zip(epochs, mean).map((at) => ({ style: "f0", at, words: `${at[0]} epochs: ${fixed(at[1], 4)}` })),
     })));
   }
@@ -341,13 +341,13 @@
     const x = { min: Math.min(...epochs, 0), max: Math.max(...epochs), label: "epoch" };
     const losses = history.flatMap((fold) => [...fold.train_loss, ...fold.val_loss]);
     place.append(figure("Loss", "line: train, dotted: held out, dashed: final model", chart({
-      width: 420, x, y: axis(losses, "loss"), words: "Loss of train and held-out folds against epochs",
+      x, y: axis(losses, "loss"), words: "Loss of train and held-out folds against epochs",
       lines: [...line("train_loss", "s0"), ...line("val_loss", "s2")],
     })));
     const aurocs = history.flatMap((fold) => fold.val_auroc);
     if (aurocs.some((value) => value !== null)) {
       place.append(figure("Macro AUROC", "of every held-out fold", chart({
-        width: 420, x, y: axis(aurocs, "macro AUROC"), words: "Macro AUROC of held-out folds against epochs", lines: line("val_auroc", "s0"),
+      x, y: axis(aurocs, "macro AUROC"), words: "Macro AUROC of held-out folds against epochs", lines: line("val_auroc", "s0"),
       })));
     }
   }
