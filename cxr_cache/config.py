@@ -13,14 +13,16 @@ from typing import Final, Literal, TypeAlias
 from cxr_cache.errors import ConfigError
 
 DEFAULT_ENCODER: Final = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
-LOSSES: Final = ("focal", "focal-balanced", "bce", "weighted-bce")
+LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-bce", "asymmetric")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
 SPLITS: Final = ("study", "image")
 FINALS: Final = ("refit", "ensemble", "best-fold")
-INPUT_NORMS: Final = ("l2", "none")
+INPUT_NORMS: Final = ("l2", "standard", "none")
+"""Each embedding to length 1, each of its numbers to mean 0 and spread 1 over images, or as is."""
+NORMS: Final = ("batch", "layer")
 SOURCES: Final = ("auto", "tokens", "images")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
@@ -52,7 +54,8 @@ class Recipe:
     gamma: float = 2.0
     hidden: tuple[int, ...] = (512, 256)
     dropout: float = 0.5
-    input_norm: Literal["l2", "none"] = "l2"
+    norm: Literal["batch", "layer"] = "batch"
+    input_norm: Literal["l2", "standard", "none"] = "l2"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class Recipe:
             (self.gamma >= 0, "--gamma must not be negative"),
             (all(width >= 1 for width in self.hidden), "--hidden widths must be 1 or more"),
             (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
+            (self.norm in NORMS, f"--norm is one of {', '.join(NORMS)}"),
             (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
         ]
 

@@ -39,7 +39,7 @@ def train_head(
     labels: str | Path | None = None,
     allow_pending: bool = False,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> TrainResult:
     """Split, search the number of epochs, train the final head and write the run folder.
 
@@ -61,7 +61,7 @@ def train_head(
     overwrite
         Replace a finished run.
     on_progress
-        Called with (heads trained, heads to train).
+        Called with (epochs trained, epochs to train), over all folds.
 
     Raises
     ------
