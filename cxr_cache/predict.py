@@ -30,7 +30,7 @@ from cxr_cache.store import DONE, FeatureStore
 from cxr_cache.training_rows import find_done_rows
 from cxr_cache.tuned_model import as_cached, load_members
 
-_IMAGES_AT_ONCE = 32
+_IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,13 @@ def predict_embeddings(model: SavedModel, embeddings: NDArray[np.float32]) -> ND
     The members of an ensemble are averaged; a row of NaN stays NaN.
     """
     bank = HeadBank.from_snapshot(model.head_tensors)
-    embeddings = np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.nan)
-    prepared = prepare_embeddings(embeddings, model.head["input_norm"])
-    probabilities: NDArray[np.float32] = (
-        predict_probabilities(bank, torch.from_numpy(prepared)).mean(dim=0).numpy()
-    )
+    probabilities = np.empty((len(embeddings), len(model.findings)), np.float32)
+    for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+        part = embeddings[start : start + _ROWS_AT_ONCE]
+        part = np.where(np.isfinite(part).all(axis=1, keepdims=True), part, np.nan)
+        prepared = torch.from_numpy(prepare_embeddings(part, model.head["input_norm"]))
+        members = predict_probabilities(bank, prepared)  # (H, B, F)
+        probabilities[start : start + len(part)] = members.mean(dim=0).numpy()
     return probabilities
 
 
@@ -232,7 +234,7 @@ def predict_store(
     columns = [store.findings.index(finding) for finding in model.findings]
     cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
     if model.tail is None:
-        probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
+        probabilities = predict_embeddings(model, store.embeddings[rows, 0])
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)

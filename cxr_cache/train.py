@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from cxr_cache.search import (
 )
 from cxr_cache.store import FeatureStore
 from cxr_cache.training_rows import find_labelled_rows
+
+_ROWS_AT_ONCE: Final = 8192
 
 
 def train_head(
@@ -132,6 +135,10 @@ def load_training_data(
     Parameters and errors are those of :func:`cxr_cache.training_rows.find_labelled_rows`.
     """
     found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
-    embeddings = np.ascontiguousarray(store.embeddings[found.rows].swapaxes(0, 1))  # (V, N, D)
-    prepared = prepare_embeddings(embeddings, config.input_norm)
-    return TrainingData(prepared, found.cohort, found.notes)
+    n_views, width = store.feature_shapes["embeddings"]
+    embeddings = np.empty((n_views, len(found.rows), width), np.float32)
+    for start in range(0, len(found.rows), _ROWS_AT_ONCE):  # so that they are in memory once
+        end = start + _ROWS_AT_ONCE
+        part = store.read_rows("embeddings", found.rows[start:end]).swapaxes(0, 1)
+        embeddings[:, start:end] = prepare_embeddings(part, config.input_norm)
+    return TrainingData(embeddings, found.cohort, found.notes)
