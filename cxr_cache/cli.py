@@ -23,6 +23,7 @@ from click.core import ParameterSource
 
 from cxr_cache import __version__
 from cxr_cache.config import (
+    CALIBRATIONS,
     DEFAULT_ENCODER,
     FINALS,
     INPUT_NORMS,
@@ -31,6 +32,7 @@ from cxr_cache.config import (
     SCHEDULES,
     SOURCES,
     SPLITS,
+    THRESHOLD_RULES,
     TRAINING_PRECISIONS,
     Augmentation,
     FinetuneConfig,
@@ -448,9 +450,39 @@ def _warn_if_random(is_random: bool) -> None:
 # -- training ---------------------------------------------------------------------------
 
 
+def _threshold_rule(default: str | None) -> Callable[[Command], Command]:
+    kept = "" if default else "  [default: as stored]"
+    return click.option(
+        "--threshold-rule",
+        default=default,
+        metavar="RULE",
+        help=f"How thresholds are chosen, out of fold: {', '.join(THRESHOLD_RULES)}.{kept}",
+    )
+
+
+def _calibration(default: str | None) -> Callable[[Command], Command]:
+    kept = "" if default else "  [default: as stored]"
+    return click.option(
+        "--calibration",
+        type=click.Choice(CALIBRATIONS),
+        default=default,
+        help="Map of probabilities, fitted out of fold: one temperature for all findings, or "
+        f"Platt's slope and intercept for each.{kept}",
+    )
+
+
+def _resamples(least: int) -> Callable[[Command], Command]:
+    return click.option(
+        "--resamples",
+        type=click.IntRange(min=least),
+        default=2000,
+        help="Bootstrap resamples of studies.",
+    )
+
+
 def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
     """The options that `train` and `finetune` share, with the defaults of their config."""
-    options = [
+    options: list[Callable[[Command], Command]] = [
         click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to."),
         click.option("--labels", type=FILE, help="CSV whose targets replace the store's."),
         click.option(
@@ -514,6 +546,8 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
         ),
         click.option("--seed", default=defaults.seed, help="Of split, weights, order and dropout."),
         click.option("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1, mps."),
+        _threshold_rule(defaults.threshold_rule),
+        _calibration(defaults.calibration),
         click.option(
             "--allow-pending", is_flag=True, help="Train although rows are still pending."
         ),
@@ -728,9 +762,14 @@ def _evaluate_and_report(run_dir: Path) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--store", type=FILE, help="Score the run on another store (an external test set).")
 @click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
+@_threshold_rule(None)
+@_calibration(None)
 @click.option(
-    "--resamples", type=click.IntRange(min=0), default=1000, help="Bootstrap resamples of studies."
+    "--groups",
+    type=FILE,
+    help="CSV with image_id or study_uid and columns such as sex and age: figures for each group.",
 )
+@_resamples(0)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @click.option(
     "--model",
@@ -742,20 +781,40 @@ def evaluate(
     run: Path,
     store: Path | None,
     out: Path | None,
+    threshold_rule: str | None,
+    calibration: str | None,
+    groups: Path | None,
     resamples: int,
     seed: int,
     model: str | None,
     device: str,
 ) -> None:
-    """Score a run's predictions, with intervals; or the run on another store."""
+    """Score a run's predictions, with intervals; or the run on another store.
+
+    --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
+    stored with its model.
+    """
     from cxr_cache.evaluate import evaluate_predictions, evaluate_run, format_summary
     from cxr_cache.run import Run
 
     if out is not None and store is None:
         raise click.UsageError("--out goes with --store; a run keeps its own metrics.json.")
+    if store is not None and (threshold_rule or calibration):
+        raise click.UsageError(
+            "--threshold-rule and --calibration are chosen on the run's own out-of-fold "
+            "predictions, never on another store. Evaluate the run with them first."
+        )
     opened = Run.open(run)
     if store is None:
-        click.echo(format_summary(evaluate_run(opened, n_resamples=resamples, seed=seed)))
+        metrics = evaluate_run(
+            opened,
+            threshold_rule=threshold_rule,
+            calibration=calibration,
+            groups=groups,
+            n_resamples=resamples,
+            seed=seed,
+        )
+        click.echo(format_summary(metrics))
         return
     from cxr_cache.predict import predict_store
     from cxr_cache.store import FeatureStore
@@ -775,7 +834,14 @@ def evaluate(
             err=True,
         )
     evaluation = evaluate_predictions(
-        predictions, targets, opened.thresholds, n_resamples=resamples, seed=seed
+        predictions,
+        targets,
+        opened.thresholds,
+        calibration=opened.calibration,
+        rule=opened.threshold_rule,
+        groups=groups,
+        n_resamples=resamples,
+        seed=seed,
     )
     click.echo(format_summary(evaluation.metrics))
     if out is not None:
@@ -783,19 +849,24 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("first", type=FOLDER)
-@click.argument("second", type=FOLDER)
-@click.option(
-    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
-)
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, help="Folder for comparison.csv and comparison.png.")
+@_resamples(2)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
-def compare(first: Path, second: Path, resamples: int, seed: int) -> None:
-    """How much better the SECOND run is than the FIRST, on the same test studies."""
+def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int) -> None:
+    """How much better RUNS are than the first of them, on the same test studies."""
     from cxr_cache.compare import compare_runs
     from cxr_cache.run import Run
 
-    runs = Run.open(first), Run.open(second)
-    click.echo(compare_runs(*runs, n_resamples=resamples, seed=seed).to_text())
+    if len(runs) < 2:
+        raise click.UsageError("Give two runs or more; the others are compared with the first.")
+    comparison = compare_runs(*map(Run.open, runs), n_resamples=resamples, seed=seed)
+    click.echo(comparison.to_text())
+    if out is not None:
+        from cxr_cache.comparison_plot import write_comparison
+
+        for path in write_comparison(comparison, out):
+            click.echo(f"{path} written")
 
 
 @cli.command()

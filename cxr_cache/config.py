@@ -5,6 +5,7 @@ Nothing here imports torch, so that the command line can show the defaults at on
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,33 @@ NORMS: Final = ("batch", "layer")
 SOURCES: Final = ("auto", "tokens", "images")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
+THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
+"""How thresholds may be chosen; the targets are examples."""
+CALIBRATIONS: Final = ("none", "temperature", "platt")
 Rule: TypeAlias = tuple[bool, str]
+
+
+def parse_threshold_rule(rule: str) -> tuple[str, float]:
+    """``"ppv=0.5"`` -> ``("ppv", 0.5)``; rules without a target get NaN.
+
+    Raises
+    ------
+    ConfigError
+        There is no such rule, or the target does not lie in (0, 1].
+    """
+    name, is_target, text = rule.partition("=")
+    for known in THRESHOLD_RULES:
+        if known.partition("=")[:2] == (name, is_target):
+            try:
+                target = float(text) if is_target else math.nan
+            except ValueError:
+                break
+            if is_target and not 0 < target <= 1:
+                raise ConfigError(f"--threshold-rule {rule}: the target must lie in (0, 1].")
+            return name, target
+    raise ConfigError(
+        f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -57,14 +84,20 @@ class Recipe:
     norm: Literal["batch", "layer"] = "batch"
     input_norm: Literal["l2", "standard", "none"] = "l2"
     device: str = "cpu"
+    threshold_rule: str = "f1"
+    """How thresholds are chosen on out-of-fold predictions."""
+    calibration: Literal["none", "temperature", "platt"] = "none"
+    """How probabilities are calibrated on out-of-fold predictions."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
         object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists
         if broken := [text for holds, text in self._rules() if not holds]:
             raise ConfigError("; ".join(broken) + ".")
+        parse_threshold_rule(self.threshold_rule)
 
     def _rules(self) -> list[Rule]:
+        calibrations = ", ".join(CALIBRATIONS)
         return [
             (bool(self.epochs) and self.epochs[0] >= 1, "--epochs must be 1 or more"),
             (self.n_folds >= 2, "--folds must be 2 or more"),
@@ -86,6 +119,7 @@ class Recipe:
             (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
             (self.norm in NORMS, f"--norm is one of {', '.join(NORMS)}"),
             (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
+            (self.calibration in CALIBRATIONS, f"--calibration is one of {calibrations}"),
         ]
 
     @property

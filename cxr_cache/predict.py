@@ -25,7 +25,7 @@ from cxr_cache.fit import prepare_embeddings
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.images import read_image
 from cxr_cache.outcome import finding_table
-from cxr_cache.run import Run, SavedModel
+from cxr_cache.run import Run, SavedModel, read_calibration
 from cxr_cache.store import DONE, FeatureStore
 from cxr_cache.training_rows import find_done_rows
 from cxr_cache.tuned_model import as_cached, load_members
@@ -40,7 +40,7 @@ class Predictions:
     image_ids: tuple[str, ...]
     findings: tuple[str, ...]
     probabilities: NDArray[np.float32]
-    """``(N, F)``; NaN for an image that could not be used."""
+    """Calibrated, ``(N, F)``; NaN for an image that could not be used."""
     decisions: NDArray[np.bool_]
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
@@ -86,7 +86,7 @@ class Predictions:
 
 
 def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:
-    """Probabilities for image files.
+    """Probabilities for image files, calibrated as the run says.
 
     Parameters
     ----------
@@ -118,11 +118,12 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
             probabilities[list(decoded)] = predict_pixels(model, encoder, pixels)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
+    calibrated = read_calibration(model.calibration, len(model.findings)).apply(probabilities)
     return Predictions(
         tuple(map(str, paths)),
         model.findings,
-        probabilities,
-        probabilities >= _thresholds(model),
+        calibrated.astype(np.float32),
+        calibrated >= _thresholds(model),
         tuple(errors),
     )
 
@@ -150,7 +151,7 @@ def require_encoder_of_run(
 
 @torch.inference_mode()
 def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArray[np.float32]:
-    """Probabilities of a trained model, frozen or fine-tuned, ``(B, F)``; a row may be NaN.
+    """What a trained model says, not calibrated, ``(B, F)``; a row may be NaN.
 
     Parameters
     ----------
@@ -210,7 +211,7 @@ def predict_store(
     Returns
     -------
     predictions
-        Columns image_id, study_uid, projection and one probability per finding.
+        Columns image_id, study_uid, projection and one probability per finding, not calibrated.
     targets
         Columns image_id and one target per finding of the run.
 
