@@ -24,6 +24,8 @@ FINALS: Final = ("refit", "ensemble", "best-fold")
 INPUT_NORMS: Final = ("l2", "standard", "none")
 """Each embedding to length 1, each of its numbers to mean 0 and spread 1 over images, or as is."""
 NORMS: Final = ("batch", "layer")
+FEATURES: Final = ("projected", "pooled", "both")
+"""What the head reads: the embedding, what it is projected from, or the two side by side."""
 SOURCES: Final = ("auto", "tokens", "images")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
@@ -132,8 +134,18 @@ class Recipe:
 class TrainConfig(Recipe):
     """How to search and train a head on cached embeddings."""
 
+    features: Literal["projected", "pooled", "both"] = "projected"
+    flip: bool = True
+    """Train on the mirror images too, where the store has them."""
     n_jobs: int = -1
     """Processes that share the folds on the CPU; -1 is one per core."""
+
+    def _rules(self) -> list[Rule]:
+        features = ", ".join(FEATURES)
+        return [
+            *super()._rules(),
+            (self.features in FEATURES, f"--features is one of {features}"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,11 @@ class FinetuneConfig(Recipe):
         return [
             *super()._rules(),
             (self.unfreeze_layers >= 1, "--unfreeze-layers must be 1 or more"),
+            (
+                self.input_norm != "standard",
+                "--input-norm standard needs embeddings that stay as they are; fine-tuning takes "
+                "l2 or none",
+            ),
             (self.head_learning_rate > 0, "--head-lr must be positive"),
             (self.warmup_steps >= 0, "--warmup-steps must not be negative"),
             (self.accumulate >= 1, "--accumulate must be 1 or more"),

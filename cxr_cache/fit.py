@@ -34,20 +34,11 @@ class TrainingData:
     """Rows that can be trained on: done in the store, undamaged, and labelled at all."""
 
     embeddings: NDArray[np.float32]
-    """``(V, N, D)``, prepared by :func:`prepare_embeddings`."""
+    """``(V, N, D)``, prepared by :func:`cxr_cache.features.prepare_features`."""
     cohort: Cohort
     """The N images; targets are NaN where unlabelled."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know about the rows left out."""
-
-
-def prepare_embeddings(embeddings: NDArray[np.float32], input_norm: str) -> NDArray[np.float32]:
-    """Embeddings as the head reads them: L2-normalised along the last axis, or as they are."""
-    if input_norm == "none":
-        return embeddings
-    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    prepared: NDArray[np.float32] = embeddings / np.maximum(norms, np.float32(1e-12))
-    return prepared
 
 
 # -- heads side by side -----------------------------------------------------------------

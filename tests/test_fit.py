@@ -14,6 +14,7 @@ from torch import nn
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, TrainingError
+from cxr_cache.features import prepare_embeddings
 from cxr_cache.fit import (
     HeadFit,
     HeadTask,
@@ -22,7 +23,6 @@ from cxr_cache.fit import (
     can_share_a_bank,
     count_steps,
     fit_heads,
-    prepare_embeddings,
 )
 from cxr_cache.heads import HeadBank
 from tests.synthetic import FINDINGS, QUICK, WIDTH, make_data

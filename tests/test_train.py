@@ -28,7 +28,7 @@ from cxr_cache.errors import (
     TrainingError,
 )
 from cxr_cache.evaluate import evaluate_run
-from cxr_cache.fit import prepare_embeddings
+from cxr_cache.features import prepare_embeddings
 from cxr_cache.heads import HeadBank
 from cxr_cache.report import write_report
 from cxr_cache.run import Run
