@@ -583,7 +583,7 @@ def train(
     from cxr_cache.train import train_head
 
     config = TrainConfig(**recipe)
-    with _progress_bar(None, "head") as bar:
+    with _progress_bar(None, "epoch") as bar:
         result = train_head(
             store,
             run_dir,

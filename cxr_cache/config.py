@@ -14,14 +14,18 @@ from typing import Final, Literal, TypeAlias
 from cxr_cache.errors import ConfigError
 
 DEFAULT_ENCODER: Final = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
-LOSSES: Final = ("focal", "focal-balanced", "bce", "weighted-bce")
+LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-bce", "asymmetric")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
 SPLITS: Final = ("study", "image")
 FINALS: Final = ("refit", "ensemble", "best-fold")
-INPUT_NORMS: Final = ("l2", "none")
+INPUT_NORMS: Final = ("l2", "standard", "none")
+"""Each embedding to length 1, each of its numbers to mean 0 and spread 1 over images, or as is."""
+NORMS: Final = ("batch", "layer")
+FEATURES: Final = ("projected", "pooled", "both")
+"""What the head reads: the embedding, what it is projected from, or the two side by side."""
 SOURCES: Final = ("auto", "tokens", "images")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
@@ -79,7 +83,8 @@ class Recipe:
     gamma: float = 2.0
     hidden: tuple[int, ...] = (512, 256)
     dropout: float = 0.5
-    input_norm: Literal["l2", "none"] = "l2"
+    norm: Literal["batch", "layer"] = "batch"
+    input_norm: Literal["l2", "standard", "none"] = "l2"
     device: str = "cpu"
     threshold_rule: str = "f1"
     """How thresholds are chosen on out-of-fold predictions."""
@@ -114,6 +119,7 @@ class Recipe:
             (self.gamma >= 0, "--gamma must not be negative"),
             (all(width >= 1 for width in self.hidden), "--hidden widths must be 1 or more"),
             (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
+            (self.norm in NORMS, f"--norm is one of {', '.join(NORMS)}"),
             (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
             (self.calibration in CALIBRATIONS, f"--calibration is one of {calibrations}"),
         ]
@@ -128,8 +134,18 @@ class Recipe:
 class TrainConfig(Recipe):
     """How to search and train a head on cached embeddings."""
 
+    features: Literal["projected", "pooled", "both"] = "projected"
+    flip: bool = True
+    """Train on the mirror images too, where the store has them."""
     n_jobs: int = -1
     """Processes that share the folds on the CPU; -1 is one per core."""
+
+    def _rules(self) -> list[Rule]:
+        features = ", ".join(FEATURES)
+        return [
+            *super()._rules(),
+            (self.features in FEATURES, f"--features is one of {features}"),
+        ]
 
 
 @dataclass(frozen=True)
@@ -208,6 +224,11 @@ class FinetuneConfig(Recipe):
         return [
             *super()._rules(),
             (self.unfreeze_layers >= 1, "--unfreeze-layers must be 1 or more"),
+            (
+                self.input_norm != "standard",
+                "--input-norm standard needs embeddings that stay as they are; fine-tuning takes "
+                "l2 or none",
+            ),
             (self.head_learning_rate > 0, "--head-lr must be positive"),
             (self.warmup_steps >= 0, "--warmup-steps must not be negative"),
             (self.accumulate >= 1, "--accumulate must be 1 or more"),
