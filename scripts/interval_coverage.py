@@ -80,12 +80,14 @@ def draw_scores(
 def fewer_of_both(targets: Array, groups: Array) -> Array:
     """Groups with a positive or with a negative, whichever are fewer, ``(F,)``."""
     counts = [[len(np.unique(groups[column == value])) for column in targets.T] for value in (0, 1)]
-    return np.min(counts, axis=0)
+    fewer: Array = np.min(counts, axis=0)
+    return fewer
 
 
 def covers(interval: Interval, truth: Array | float) -> Array:
     """Where the truth lies inside."""
-    return np.asarray((interval.low <= truth) & (truth <= interval.high))
+    covered: Array = np.logical_and(interval.low <= truth, truth <= interval.high)
+    return covered
 
 
 # --- 35 findings ---------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def cover_many_findings(repeats: int, n_resamples: int) -> list[dict[str, Any]]:
         for (measure, method), intervals in split["intervals"].items():
             for target, truth in truths.items():
                 of_findings = truth[MEASURES.index(measure)]
-                for what, covered in judge(split["n"], *intervals, of_findings):
+                for what, covered in judge(split["n"], intervals, of_findings):
                     results[measure, target, method, what].append(covered)
     return [
         dict(zip(("measure", "truth", "method", "of"), key, strict=True))
@@ -178,8 +180,11 @@ def cover_many_findings(repeats: int, n_resamples: int) -> list[dict[str, Any]]:
     ]
 
 
-def judge(n: Array, single: Interval, macro: Interval, truth: Array) -> Iterator[tuple[str, bool]]:
+def judge(
+    n: Array, intervals: tuple[Interval, Interval], truth: Array
+) -> Iterator[tuple[str, bool]]:
     """What an interval is of, and whether it covers."""
+    single, macro = intervals
     for first, last in CLASSES:
         chosen = (n >= first) & (n <= last) & ~np.isnan(single.low)
         for covered in covers(single, truth)[chosen]:
