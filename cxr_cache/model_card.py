@@ -13,6 +13,7 @@ from cxr_cache.page_data import RunView
 UNKNOWN: Final = "unknown"
 
 _TAGS: Final = ("chest-x-ray", "radiology", "medical", "multi-label-classification", "cxr-cache")
+_DIGITS: Final = 4
 _HUB_PREFIX: Final = "hf-hub:"
 
 # Figure in metrics.json, metric of the Hub, name.
@@ -25,14 +26,14 @@ _METRICS: Final = (
 )
 
 
-def render_card(view: RunView, *, license: str = UNKNOWN, dataset: str = UNKNOWN) -> str:
+def render_card(view: RunView, *, license_id: str = UNKNOWN, dataset_id: str = UNKNOWN) -> str:
     """The card as Markdown with a YAML header.
 
     Parameters
     ----------
     view
         An evaluated run.
-    license, dataset
+    license_id, dataset_id
         Identifiers of the Hub; what a run does not know of itself.
 
     Returns
@@ -47,17 +48,17 @@ def render_card(view: RunView, *, license: str = UNKNOWN, dataset: str = UNKNOWN
         config=view.config,
         metrics=view.metrics,
         test=view.metrics["test"],
-        license=license,
-        dataset=dataset,
+        license_id=license_id,
+        dataset_id=dataset_id,
         unknown=UNKNOWN,
         is_indiana=tuple(view.config["findings"]) == FINDINGS,
         few_positives=FEW_POSITIVES,
         level=LEVEL,
     )
-    return f"---\n{_header(view, license, dataset)}\n---\n\n{body.strip()}\n"
+    return f"---\n{_header(view, license_id, dataset_id)}\n---\n\n{body.strip()}\n"
 
 
-def _header(view: RunView, license: str, dataset: str) -> str:
+def _header(view: RunView, license_id: str, dataset_id: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # takes half a second
 
     metrics, encoder = view.metrics, str(view.config["store"]["encoder"]["name"])
@@ -65,24 +66,24 @@ def _header(view: RunView, license: str, dataset: str) -> str:
         EvalResult(
             task_type="image-classification",
             task_name="multi-label findings on chest X-rays",
-            dataset_type=dataset,
-            dataset_name=f"{dataset} ({metrics['n_test_images']} test images of "
+            dataset_type=dataset_id,
+            dataset_name=f"{dataset_id} ({metrics['n_test_images']} test images of "
             f"{metrics['n_test_studies']} studies)",
             dataset_split="test",
             metric_type=kind,
             metric_name=name,
-            metric_value=metrics["test"][key]["value"],
+            metric_value=round(metrics["test"][key]["value"], _DIGITS),
             metric_args=_interval(metrics["test"][key]),
         )
         for key, kind, name in _METRICS
         if metrics["test"][key]["value"] is not None
     ]
     card = ModelCardData(
-        license=license,
+        license=license_id,
         library_name="cxr-cache",
         pipeline_tag="image-classification",
         tags=list(_TAGS),
-        datasets=[dataset],
+        datasets=None if dataset_id == UNKNOWN else [dataset_id],
         metrics=sorted({kind for _, kind, _ in _METRICS}),
         base_model=encoder.removeprefix(_HUB_PREFIX) if encoder.startswith(_HUB_PREFIX) else None,
         model_name=view.name,
@@ -94,7 +95,8 @@ def _header(view: RunView, license: str, dataset: str) -> str:
 def _interval(entry: dict[str, Any]) -> dict[str, float] | None:
     if entry.get("low") is None:
         return None
-    return {"interval_level": LEVEL, "interval_low": entry["low"], "interval_high": entry["high"]}
+    low, high = (round(entry[bound], _DIGITS) for bound in ("low", "high"))
+    return {"interval_level": LEVEL, "interval_low": low, "interval_high": high}
 
 
 def _cell(text: object) -> str:

@@ -192,7 +192,7 @@ def _calibration(view: RunView, findings: Sequence[str]) -> list[Record | None]:
         return [None] * len(findings)
     entries: dict[str, Record] = {}
     for (finding, stage), bins in view.tables["calibration"].groupby(["finding", "stage"]):
-        entries.setdefault(finding, {})[stage] = _columns(bins, _BIN_COLUMNS)
+        entries.setdefault(str(finding), {})[str(stage)] = _columns(bins, _BIN_COLUMNS)
     return [entries.get(finding) for finding in findings]
 
 
@@ -219,7 +219,9 @@ def _thin(table: pd.DataFrame, n_rows: int) -> pd.DataFrame:
     """At most so many rows, evenly spaced, the first and the last among them."""
     if len(table) <= n_rows:
         return table
-    return table.iloc[np.linspace(0, len(table) - 1, n_rows).round().astype(int)]
+    rows = np.linspace(0, len(table) - 1, n_rows).round().astype(int)
+    thinned: pd.DataFrame = table.iloc[rows]
+    return thinned
 
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> dict[str, list[float | None]]:

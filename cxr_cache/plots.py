@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cxr_cache.curves import POOLED
 from cxr_cache.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.metrics import CONFUSION_COLUMNS
 from cxr_cache.run import FINAL_FOLD, Run, write_whole
@@ -29,6 +30,7 @@ PLOTS = (
     "class_vs_performance",
     "confusion_matrices",
     "confusion_matrices_six",
+    "curves",
 )
 MAX_MATRICES = 35
 N_COMMON_MATRICES = 6
@@ -285,13 +287,46 @@ def _draw_confusion_matrix(axes: Axes, row: pd.Series[Any]) -> None:
     axes.set_title(title, fontsize=8, loc="center")
 
 
+def _draw_curves(curves: pd.DataFrame, calibration: pd.DataFrame, path: Path) -> None:
+    """ROC, precision-recall and calibration: a thin line per finding, thick for all pooled."""
+    stage = "after" if (calibration["stage"] == "after").any() else "before"
+    bins = calibration[calibration["stage"] == stage]
+    with _figure(path, 10.5, 3.7) as figure:
+        roc, ranked, reliability = figure.subplots(1, 3)
+        for finding, rows in curves.groupby("finding"):
+            style = _curve_style(str(finding))
+            roc.plot(1 - rows["specificity"], rows["sensitivity"], **style)
+            ranked.plot(rows["sensitivity"], rows["ppv"], **style)
+        for finding, rows in bins.groupby("finding"):
+            marker = {"marker": "o", "markersize": 4} if finding == POOLED else {}
+            reliability.plot(
+                rows["mean_probability"], rows["observed"], **_curve_style(str(finding)), **marker
+            )
+        for axes in (roc, reliability):
+            axes.plot([0, 1], [0, 1], color=ORANGE, linestyle="--", linewidth=1.2)
+        roc.set(xlabel="1 − specificity", ylabel="sensitivity", title="ROC")
+        ranked.set(xlabel="recall", ylabel="precision", title="Precision and recall")
+        reliability.set(xlabel="stated probability", ylabel="share", title="Calibration")
+        for axes in (roc, ranked, reliability):
+            axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        roc.plot([], [], **_curve_style("one"), label="one finding")
+        roc.plot([], [], **_curve_style(POOLED), label="all pooled")
+        roc.legend(loc="lower right")
+
+
+def _curve_style(finding: str) -> dict[str, Any]:
+    if finding == POOLED:
+        return {"color": BLUE, "linewidth": 2.2, "zorder": 3}
+    return {"color": GREY, "linewidth": 0.7, "alpha": 0.6}
+
+
 def draw_plots(run: Run) -> dict[str, Path]:
     """Draw every plot of a run that has been evaluated, into its ``plots`` folder.
 
     Returns
     -------
     dict[str, Path]
-        PNG file by the plot's name.
+        PNG file by the plot's name; ``curves`` only where the evaluation kept them.
     """
     per_finding = run.read_table("per_finding")
     occurring = per_finding[per_finding["n_positive_test"] > 0]
@@ -306,4 +341,8 @@ def draw_plots(run: Run) -> dict[str, Path]:
     _draw_class_vs_performance(per_finding, paths["class_vs_performance"])
     _draw_confusion_matrices(common, 5, paths["confusion_matrices"])
     _draw_confusion_matrices(common[:N_COMMON_MATRICES], 3, paths["confusion_matrices_six"])
+    if run.has_table("curves") and run.has_table("calibration"):
+        _draw_curves(run.read_table("curves"), run.read_table("calibration"), paths["curves"])
+    else:
+        del paths["curves"]
     return paths

@@ -25,8 +25,8 @@ def write_report(
     run: Run,
     *,
     image_dir: str | Path | None = None,
-    license: str = UNKNOWN,
-    dataset: str = UNKNOWN,
+    license_id: str = UNKNOWN,
+    dataset_id: str = UNKNOWN,
 ) -> Path:
     """Draw the plots of an evaluated run, and write its page and model card into its folder.
 
@@ -37,7 +37,7 @@ def write_report(
     image_dir
         Folder of its images: small pictures of the surest hits, misses and false alarms go into
         the page, which may then not be shared if the images may not. None leaves them out.
-    license, dataset
+    license_id, dataset_id
         What the model card states, as identifiers of the Hugging Face Hub.
 
     Returns
@@ -55,7 +55,7 @@ def write_report(
     view = read_view(run)  # fails before anything is drawn
     shown = {} if image_dir is None else _show_cases([run], image_dir)
     draw_plots(run)
-    run.write_model_card(render_card(view, license=license, dataset=dataset))
+    run.write_model_card(render_card(view, license_id=license_id, dataset_id=dataset_id))
     return run.write_report(render_page([view], **shown))
 
 
