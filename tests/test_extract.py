@@ -20,7 +20,7 @@ import torch
 from cxr_cache.canary import cosines
 from cxr_cache.cli import main
 from cxr_cache.cohort import Cohort, load_cohort
-from cxr_cache.encoder import Encoder, load_encoder
+from cxr_cache.encoder import load_encoder
 from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.extract import ExtractConfig, extract_embeddings
 from cxr_cache.images import read_image
@@ -29,30 +29,6 @@ from cxr_cache.store import DONE, FAILED, FeatureStore
 
 MODEL = "random:test_vit"
 QUICK = ExtractConfig(batch_size=4, num_workers=0)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    torch.set_num_threads(1)
-    return load_encoder(MODEL, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(folder, n_studies=8, image_size_px=64, seed=3)
-    return folder
-
-
-@pytest.fixture
-def images(phantoms, tmp_path) -> Path:
-    """A copy of the images that a test may spoil."""
-    return shutil.copytree(phantoms / "images", tmp_path / "images")
-
-
-@pytest.fixture
-def cohort(phantoms) -> Cohort:
-    return load_cohort(phantoms)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,22 @@ def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
+def test_growth_is_measured_step_by_step(tmp_path):
+    out = tmp_path / "growth.json"
+    script = REPOSITORY / "scripts" / "bench_growth.py"
+
+    printed = run([sys.executable, script, "--quick", "--folder", tmp_path, "--out", out])
+
+    written = json.loads(out.read_text())
+    assert list(written["results"]) == ["import", "open", "train", "evaluate", "report"]
+    for result in written["results"].values():
+        assert [size["rows"] for size in result["sizes"]] == [4000, 8000]
+        assert all(size["cpu_seconds"] > 0 and size["peak_mb"] > 50 for size in result["sizes"])
+    assert "x embeddings" in printed
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def check_gpu(out: Path, sections: str, *more: str) -> dict[str, dict]:
     """Run the GPU check on the CPU; gives its sections."""
     script = REPOSITORY / "scripts" / "gpu_check.sh"
