@@ -80,12 +80,14 @@ def draw_scores(
 def fewer_of_both(targets: Array, groups: Array) -> Array:
     """Groups with a positive or with a negative, whichever are fewer, ``(F,)``."""
     counts = [[len(np.unique(groups[column == value])) for column in targets.T] for value in (0, 1)]
-    return np.min(counts, axis=0)
+    fewer: Array = np.min(counts, axis=0)
+    return fewer
 
 
 def covers(interval: Interval, truth: Array | float) -> Array:
     """Where the truth lies inside."""
-    return np.asarray((interval.low <= truth) & (truth <= interval.high))
+    covered: Array = np.logical_and(interval.low <= truth, truth <= interval.high)
+    return covered
 
 
 # --- 35 findings ---------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ class Population:
 
 
 def simulate(population: Population, seed: int, n_resamples: int) -> dict[str, Any]:
-    """One test split: estimates, studies behind them, and both kinds of resamples."""
+    """One test split: estimates, studies behind them, and intervals of both kinds."""
     targets, scores, study = population.draw(seed)
     ranked, decisions = RankedScores(targets, scores), scores >= population.thresholds
 
@@ -137,17 +139,25 @@ def simulate(population: Population, seed: int, n_resamples: int) -> dict[str, A
         return {"auroc": areas, "ap": precisions, "f1": f1}
 
     rng = np.random.default_rng([3, seed])
-    drawn = rng.multinomial(N_STUDIES, np.full(N_STUDIES, 1 / N_STUDIES), size=n_resamples)[
-        :, study
-    ]
+    even = np.full(N_STUDIES, 1 / N_STUDIES)
+    drawn = statistics(rng.multinomial(N_STUDIES, even, size=n_resamples)[:, study])
+    weighted = bootstrap(statistics, study, n_resamples, seed)
     n = fewer_of_both(targets, study)
     once = statistics(np.ones((1, len(study))))
-    return {
-        "n": n,
-        "estimates": np.stack([np.where(n > 0, once[name][0], np.nan) for name in MEASURES]),
-        "weighted": bootstrap(statistics, study, n_resamples, seed),
-        "drawn": statistics(drawn),
-    }
+    estimates = {name: np.where(n > 0, once[name][0], np.nan) for name in MEASURES}
+    scored = n > 0
+    intervals: dict[tuple[str, str], tuple[Interval, Interval]] = {}
+    for name, values in estimates.items():
+        errors = standard_errors(weighted[name], n)
+        intervals[name, "package"] = (
+            student_interval(values, errors, n, "logit"),
+            macro_interval(values, weighted[name], n, "logit"),
+        )
+        intervals[name, "percentiles"] = (
+            percentiles(drawn[name]),
+            percentiles(macro_mean(drawn[name][:, scored])),
+        )
+    return {"n": n, "estimates": np.stack(list(estimates.values())), "intervals": intervals}
 
 
 def cover_many_findings(repeats: int, n_resamples: int) -> list[dict[str, Any]]:
@@ -156,37 +166,30 @@ def cover_many_findings(repeats: int, n_resamples: int) -> list[dict[str, Any]]:
     splits = [simulate(population, seed, n_resamples) for seed in range(repeats)]
     as_large = np.nanmean([split["estimates"] for split in splits], axis=0)
     truths = {"population": population.truth, "as large": as_large}
-    results: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    results: dict[tuple[str, ...], list[bool]] = defaultdict(list)
     for split in splits:
-        for row, measure in enumerate(MEASURES):
+        for (measure, method), intervals in split["intervals"].items():
             for target, truth in truths.items():
-                for method, what, covered in judge(split, row, truth[row]):
+                of_findings = truth[MEASURES.index(measure)]
+                for what, covered in judge(split["n"], intervals, of_findings):
                     results[measure, target, method, what].append(covered)
     return [
         dict(zip(("measure", "truth", "method", "of"), key, strict=True))
         | {"coverage": float(np.mean(covered)), "n": len(covered)}
-        for key, covered in results.items()
+        for key, covered in sorted(results.items())
     ]
 
 
-def judge(split: dict[str, Any], row: int, truth: Array) -> Iterator[tuple[str, str, bool]]:
-    """Method, what the interval is of, and whether it covers."""
-    n, estimates, measure = split["n"], split["estimates"][row], MEASURES[row]
-    scored = n > 0
-    weighted, drawn = split["weighted"][measure], split["drawn"][measure]
-    errors = standard_errors(weighted, n)
-    singles = {
-        "package": student_interval(estimates, errors, n, "logit"),
-        "percentiles": percentiles(drawn),
-    }
-    for method, interval in singles.items():
-        for first, last in CLASSES:
-            chosen = (n >= first) & (n <= last) & ~np.isnan(interval.low)
-            for covered in covers(interval, truth)[chosen]:
-                yield method, f"{first}-{last} positives", bool(covered)
-    mean = truth[scored].mean()
-    yield "package", "macro", bool(covers(macro_interval(estimates, weighted, n, "logit"), mean))
-    yield "percentiles", "macro", bool(covers(percentiles(macro_mean(drawn[:, scored])), mean))
+def judge(
+    n: Array, intervals: tuple[Interval, Interval], truth: Array
+) -> Iterator[tuple[str, bool]]:
+    """What an interval is of, and whether it covers."""
+    single, macro = intervals
+    for first, last in CLASSES:
+        chosen = (n >= first) & (n <= last) & ~np.isnan(single.low)
+        for covered in covers(single, truth)[chosen]:
+            yield f"{first}-{last} positives", bool(covered)
+    yield "macro", bool(covers(macro, truth[n > 0].mean()))
 
 
 def percentiles(resampled: Array) -> Interval:
@@ -202,7 +205,7 @@ def main() -> None:
     """Simulate, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=500)
-    parser.add_argument("--resamples", type=int, default=400)
+    parser.add_argument("--resamples", type=int, default=300)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     started = time.perf_counter()
