@@ -302,8 +302,16 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     help="With --tokens: how many blocks will be fine-tuned.  "
     f"[default: {FinetuneConfig.unfreeze_layers}]",
 )
-@click.option("--batch-size", default=32, help="Images per forward pass.")
-@click.option("--num-workers", type=int, help="Decoding processes.  [default: one per core, max 8]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Images per forward pass; fewer where the memory is short.  [default: CPU 8, GPU 256]",
+)
+@click.option(
+    "--num-workers",
+    type=int,
+    help="Decoding processes; 0 is a thread.  [default: CPU cores / 4; GPU one per core, max 16]",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--precision",
@@ -345,7 +353,7 @@ def extract(
     flip: bool,
     tokens: bool,
     unfreeze_layers: int | None,
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int | None,
     device: str,
     precision: Any,
@@ -365,15 +373,14 @@ def extract(
     from cxr_cache.encoder import load_encoder
     from cxr_cache.extract import ExtractConfig, extract_embeddings
 
-    given = {"num_workers": num_workers} if num_workers is not None else {}
     config = ExtractConfig(
         batch_size=batch_size,
+        num_workers=num_workers,
         flip=flip,
         unfreeze_layers=(unfreeze_layers or FinetuneConfig.unfreeze_layers) if tokens else None,
         max_failures=max_failures,
         part=part,
         recheck_images=recheck_images,
-        **given,
     )
     encoder = load_encoder(
         model,
