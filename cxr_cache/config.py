@@ -22,6 +22,7 @@ SPLITS: Final = ("study", "image")
 FINALS: Final = ("refit", "ensemble", "best-fold")
 INPUT_NORMS: Final = ("l2", "none")
 SOURCES: Final = ("auto", "tokens", "images")
+BACKENDS: Final = ("loky", "dask", "ray")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
 Rule: TypeAlias = tuple[bool, str]

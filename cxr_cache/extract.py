@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -219,6 +219,28 @@ def extract_embeddings(
         There is not enough space for the whole store, or the disk failed.
     """
     config = (config or ExtractConfig()).resolve_for(encoder.device)
+
+    def fill(store: FeatureStore, summary: ExtractSummary) -> None:
+        _fill(store, Path(image_dir), encoder, config, summary, on_progress)
+
+    return run_extraction(cohort, image_dir, store_path, encoder, config, fill, on_space=on_space)
+
+
+def run_extraction(
+    cohort: Cohort,
+    image_dir: str | Path,
+    store_path: str | Path,
+    encoder: Encoder,
+    config: ExtractConfig,
+    fill: Callable[[FeatureStore, ExtractSummary], None],
+    *,
+    on_space: Callable[[Space], None] | None = None,
+) -> ExtractSummary:
+    """Open or create the store, have `fill` do the rows that are left, and count.
+
+    Parameters and errors are those of :func:`extract_embeddings`; `fill` is given the store, open
+    for writing, and the summary to add its work to.
+    """
     image_dir, store_path = Path(image_dir), Path(store_path)
     if not image_dir.is_dir():
         raise ConfigError(f"{image_dir} is not a folder; give the one with the images.")
@@ -244,7 +266,7 @@ def extract_embeddings(
     summary.changed = resumed.changed
     with resumed.store as store:
         try:
-            _fill(store, image_dir, encoder, config, summary, on_progress)
+            fill(store, summary)
         finally:
             summary.elapsed_s = time.perf_counter() - started
             _count(store, summary)
@@ -287,7 +309,7 @@ def _fill(
     """Decode, encode and write at once; bounded queues between, however many rows there are."""
     rows = np.flatnonzero(store.status != DONE)
     tolerated = config.tolerated_failures(len(store))
-    failures: list[tuple[int, str]] = []
+    failures: list[tuple[str, str]] = []
     encoded = _encoded_batches(store, rows, image_dir, encoder, config, summary)
     with dead_workers_explained(), ThreadPoolExecutor(1, "writer") as writer:
         writing: Future[None] | None = None
@@ -297,13 +319,13 @@ def _fill(
                     if writing is not None:
                         writing.result()  # at most one batch waits for the disk
                     writing = writer.submit(_write, store, batch, features, summary)
-                failures += batch.failures
+                failures += [(str(store.image_ids[row]), why) for row, why in batch.failures]
                 summary.n_computed += len(batch.rows)
                 if on_progress is not None:
                     on_progress(len(batch.rows), len(batch.failures), len(rows))
                 if len(failures) > tolerated:
                     writing.result()
-                    _give_up(store, failures, tolerated)
+                    give_up(store, failures, tolerated)
         finally:
             encoded.close()
             with _counted(summary, "disk_s"):
@@ -356,8 +378,9 @@ def _finish(
         return batch, encoding.result()
 
 
-def _give_up(store: FeatureStore, failures: list[tuple[int, str]], tolerated: int) -> None:
-    first = [f"  {store.image_ids[row]}: {reason}" for row, reason in failures[:5]]
+def give_up(store: FeatureStore, failures: list[tuple[str, str]], tolerated: int) -> NoReturn:
+    """Raise TooManyFailuresError with the first images that failed, and why."""
+    first = [f"  {image_id}: {reason}" for image_id, reason in failures[:5]]
     raise TooManyFailuresError(
         f"{len(failures):,} images failed, more than the {tolerated:,} tolerated "
         "(--max-failures). The first:\n"
