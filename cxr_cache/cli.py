@@ -23,6 +23,7 @@ from click.core import ParameterSource
 
 from cxr_cache import __version__
 from cxr_cache.config import (
+    BACKENDS,
     CALIBRATIONS,
     DEFAULT_ENCODER,
     FINALS,
@@ -304,8 +305,16 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     help="With --tokens: how many blocks will be fine-tuned.  "
     f"[default: {FinetuneConfig.unfreeze_layers}]",
 )
-@click.option("--batch-size", default=32, help="Images per forward pass.")
-@click.option("--num-workers", type=int, help="Decoding processes.  [default: one per core, max 8]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Images per forward pass; fewer where the memory is short.  [default: CPU 8, GPU 256]",
+)
+@click.option(
+    "--num-workers",
+    type=int,
+    help="Decoding processes; 0 is a thread.  [default: CPU cores / 4; GPU one per core, max 16]",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--precision",
@@ -339,6 +348,21 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     default=True,
     help="When continuing, look for image files that have changed.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="Share the work out to processes of this machine (loky), a Dask or a Ray cluster.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --backend: workers to start, or to wait for.  [default: one per core; a cluster's]",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="With --backend dask or ray: a running cluster.  [default: start one on this machine]",
+)
 def extract(
     csv_dir: Path,
     image_dir: Path,
@@ -347,7 +371,7 @@ def extract(
     flip: bool,
     tokens: bool,
     unfreeze_layers: int | None,
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int | None,
     device: str,
     precision: Any,
@@ -358,43 +382,49 @@ def extract(
     max_failures: int | None,
     part: tuple[int, int] | None,
     recheck_images: bool,
+    backend: str | None,
+    workers: int | None,
+    scheduler: str | None,
 ) -> None:
     """Embed every image once; the same command again continues where it stopped."""
+    if backend is None and (workers or scheduler):
+        raise click.UsageError("--workers and --scheduler go with --backend.")
     if unfreeze_layers is not None and not tokens:
         raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
     cohort = _load_cohort(csv_dir, limit)
     _require_folder(image_dir)
-    from cxr_cache.encoder import load_encoder
     from cxr_cache.extract import ExtractConfig, extract_embeddings
+    from cxr_cache.extract_workers import EncoderOptions, Workers, extract_on_workers
 
-    given = {"num_workers": num_workers} if num_workers is not None else {}
     config = ExtractConfig(
         batch_size=batch_size,
+        num_workers=num_workers,
         flip=flip,
         unfreeze_layers=(unfreeze_layers or FinetuneConfig.unfreeze_layers) if tokens else None,
         max_failures=max_failures,
         part=part,
         recheck_images=recheck_images,
-        **given,
     )
-    encoder = load_encoder(
-        model,
-        device=device,
-        precision=precision,
-        resize=resize,
-        normalize=normalize,
-        bits_stored=bits_stored,
-    )
+    options = EncoderOptions(model, device, precision, resize, normalize, bits_stored)
+    encoder = options.load()
     _warn_if_random(encoder.identity.is_random)
     with _progress_bar(len(cohort), "img") as bar:
-        summary = extract_embeddings(
-            cohort,
-            image_dir,
-            store,
-            encoder,
-            config,
-            on_progress=_image_progress(bar),
-            on_space=lambda space: bar.write(space.to_text(), file=sys.stderr),
+        callbacks: Any = {
+            "on_progress": _image_progress(bar),
+            "on_space": lambda space: bar.write(space.to_text(), file=sys.stderr),
+        }
+        summary = (
+            extract_embeddings(cohort, image_dir, store, encoder, config, **callbacks)
+            if backend is None
+            else extract_on_workers(
+                cohort,
+                image_dir,
+                store,
+                options,
+                config,
+                Workers(backend, workers, scheduler),
+                **callbacks,
+            )
         )
     click.echo(summary.to_text())
     if summary.n_failed > config.tolerated_failures(summary.n_images):

@@ -27,6 +27,7 @@ NORMS: Final = ("batch", "layer")
 FEATURES: Final = ("projected", "pooled", "both")
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 SOURCES: Final = ("auto", "tokens", "images")
+BACKENDS: Final = ("loky", "dask", "ray")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
