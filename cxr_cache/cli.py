@@ -26,10 +26,13 @@ from cxr_cache.config import (
     BACKENDS,
     CALIBRATIONS,
     DEFAULT_ENCODER,
+    FEATURES,
     FINALS,
     INPUT_NORMS,
     LOSSES,
+    NORMS,
     PLACES,
+    RECIPES,
     SCHEDULES,
     SOURCES,
     SPLITS,
@@ -594,25 +597,44 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
 
 @cli.command()
 @STORE
+@click.option(
+    "--recipe",
+    type=click.Choice(tuple(RECIPES)),
+    default="tuned",
+    help="Defaults of the options below: chosen on real data, or the reference's, which are shown.",
+)
 @_recipe_options(TrainConfig)
 @click.option(
     "--lr", "learning_rate", default=TrainConfig.learning_rate, help="Learning rate of AdamW."
+)
+@click.option("--norm", type=click.Choice(NORMS), default=TrainConfig.norm, help="Of hidden units.")
+@click.option(
+    "--features",
+    type=click.Choice(FEATURES),
+    default=TrainConfig.features,
+    help="The embedding, what it is projected from, or both.",
+)
+@click.option(
+    "--flip/--no-flip",
+    default=TrainConfig.flip,
+    help="Train on the mirror images too, where the store has them.",
 )
 @click.option(
     "--jobs", "n_jobs", default=TrainConfig.n_jobs, help="Processes on the CPU; -1 is one per core."
 )
 def train(
     store: Path,
+    recipe: str,
     run_dir: Path,
     labels: Path | None,
     allow_pending: bool,
     overwrite: bool,
-    **recipe: Any,
+    **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once."""
     from cxr_cache.train import train_head
 
-    config = TrainConfig(**recipe)
+    config = TrainConfig.of_recipe(recipe, **_given(options))
     with _progress_bar(None, "epoch") as bar:
         result = train_head(
             store,
@@ -626,6 +648,98 @@ def train(
     _warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
     _evaluate_and_report(run_dir)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user set, on the command line or by environment variables."""
+    source_of = click.get_current_context().get_parameter_source
+    return {k: v for k, v in options.items() if source_of(k) != ParameterSource.DEFAULT}
+
+
+@cli.command()
+@STORE
+@click.option("--out", type=FOLDER, required=True, help="Folder for the table and what is done.")
+@click.option(
+    "--set",
+    "varied",
+    multiple=True,
+    metavar="NAME=A,B",
+    help="Values to try of an option of `train`, such as lr=1e-4,1e-3 or hidden=512x256,256; "
+    "several give all combinations.",
+)
+@click.option("--sample", "n_sampled", type=click.IntRange(min=1), help="Try N of them at random.")
+@click.option(
+    "--recipe", type=click.Choice(tuple(RECIPES)), default="tuned", help="What is not varied."
+)
+@click.option(
+    "--epochs",
+    default="10,20,30",
+    callback=_numbers(","),
+    help="Candidates of every setting; the best is taken.",
+)
+@click.option("--folds", "n_folds", default=TrainConfig.n_folds, help="The same for all settings.")
+@click.option("--split-by", type=click.Choice(SPLITS), default=TrainConfig.split_by)
+@click.option("--test-fraction", default=TrainConfig.test_fraction, help="Left out altogether.")
+@click.option("--seed", default=TrainConfig.seed, help="Of split, weights, order and --sample.")
+@click.option("--labels", type=FILE, help="CSV whose targets replace the store's.")
+@click.option("--allow-pending", is_flag=True, help="Train although rows are still pending.")
+@click.option("--device", default=TrainConfig.device, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="loky", help="Where to train.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--scheduler", help="With --backend dask or ray: a running cluster's address.")
+@click.option("--baselines/--no-baselines", default=True, help="Prevalence, logistic, neighbours.")
+@click.option("--refit", is_flag=True, help="Train the winner: a run in OUT/best, tested once.")
+def ablate(
+    store: Path,
+    out: Path,
+    varied: tuple[str, ...],
+    n_sampled: int | None,
+    recipe: str,
+    labels: Path | None,
+    allow_pending: bool,
+    backend: str,
+    workers: int | None,
+    scheduler: str | None,
+    baselines: bool,
+    refit: bool,
+    **options: Any,
+) -> None:
+    """Compare recipes for the head on the same folds: a ranked table, and a plot."""
+    from cxr_cache.ablate import run_ablation
+    from cxr_cache.ablation_plot import draw_ablation
+    from cxr_cache.baselines import BASELINES
+    from cxr_cache.settings import make_settings
+    from cxr_cache.train import train_head
+
+    base = TrainConfig.of_recipe(recipe, **options)
+    settings = make_settings(base, varied, n_sampled=n_sampled, seed=base.seed)
+    with _progress_bar(None, "fold") as bar:
+        ablation = run_ablation(
+            store,
+            out,
+            settings,
+            labels=labels,
+            allow_pending=allow_pending,
+            baselines=BASELINES if baselines else (),
+            backend=backend,
+            n_workers=workers,
+            scheduler=scheduler,
+            on_progress=_count_progress(bar),
+        )
+    plot = draw_ablation(ablation.table, out / "ablation.png")
+    click.echo(ablation.to_text())
+    click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
+    if refit:
+        result = train_head(
+            store,
+            out / "best",
+            ablation.best.config,
+            labels=labels,
+            allow_pending=allow_pending,
+            overwrite=True,
+        )
+        click.echo(result.to_text())
+        _evaluate_and_report(out / "best")
 
 
 @cli.command()

@@ -21,7 +21,7 @@ import torch
 from cxr_cache.canary import cosines
 from cxr_cache.cli import main
 from cxr_cache.cohort import Cohort, load_cohort
-from cxr_cache.encoder import Encoder, load_encoder
+from cxr_cache.encoder import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.extract import ExtractConfig, extract_embeddings
 from cxr_cache.images import read_image
