@@ -10,15 +10,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 from joblib import Parallel, parallel_config
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
+from cxr_cache.config import BACKENDS
 from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
-Backend: TypeAlias = Literal["loky", "dask", "ray"]
-BACKENDS: Final[tuple[Backend, ...]] = ("loky", "dask", "ray")
 WAIT_S: Final = 30
 """How long a scheduler may take to answer, and its workers to join."""
 

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from cxr_cache.errors import ConfigError
 
@@ -27,6 +27,7 @@ NORMS: Final = ("batch", "layer")
 FEATURES: Final = ("projected", "pooled", "both")
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 SOURCES: Final = ("auto", "tokens", "images")
+BACKENDS: Final = ("loky", "dask", "ray")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
@@ -140,12 +141,29 @@ class TrainConfig(Recipe):
     n_jobs: int = -1
     """Processes that share the folds on the CPU; -1 is one per core."""
 
+    @classmethod
+    def of_recipe(cls, name: str, **options: Any) -> TrainConfig:
+        """The recipe called `name`, of :data:`RECIPES`, but for the options given."""
+        if name not in RECIPES:
+            raise ConfigError(f"--recipe is one of {', '.join(RECIPES)}, not {name!r}.")
+        return cls(**{**RECIPES[name], **options})
+
     def _rules(self) -> list[Rule]:
         features = ", ".join(FEATURES)
         return [
             *super()._rules(),
             (self.features in FEATURES, f"--features is one of {features}"),
         ]
+
+
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "tuned": {},
+    "reference": {},
+}
+"""Options of :class:`TrainConfig` that differ from its defaults, which are the reference's.
+
+``tuned`` was chosen on out-of-fold predictions; docs/measurements.md has both on test studies.
+"""
 
 
 @dataclass(frozen=True)

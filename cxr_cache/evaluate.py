@@ -386,10 +386,14 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"  macro AP        {_with_interval(test['macro_ap'])}",
         f"  macro F1        {_with_interval(test['macro_f1'])}",
         f"  label accuracy  {accuracy}; predicting nothing scores {all_negative}",
+        f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
+        f"{_with_interval(test['macro_sensitivity'])}, specificity "
+        f"{_with_interval(test['macro_specificity'])}",
+        *_describe_gain(metrics["calibration"]),
     ]
     if boot["n_resamples"]:
         lines.append(
-            f"  [{boot['level']:.0%} intervals from {boot['n_resamples']:,} resamples of studies]"
+            f"  [{boot['level']:.0%} intervals, from {boot['n_resamples']:,} resamples of studies]"
         )
     if metrics["findings_undefined"]:
         lines.append(
@@ -397,6 +401,21 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
             f"test: {', '.join(metrics['findings_undefined'])}"
         )
     return "\n".join(lines)
+
+
+def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
+    """What calibration did to the test images; nothing where there is none."""
+    if calibration["method"] == "none":
+        return []
+    stages = [calibration[stage] for stage in ("test_before", "test_after")]
+    log_loss, error = (
+        " -> ".join(_with_interval(stage[f"micro_{name}"]) for stage in stages)
+        for name in ("log_loss", "calibration_error")
+    )
+    return [
+        f"  calibration     {calibration['method']}: micro log loss {log_loss}, calibration error "
+        f"{error}"
+    ]
 
 
 def _with_interval(

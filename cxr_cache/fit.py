@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,28 @@ _TRAINED_AT_ONCE: Final = 1024
 # -- what to train on, and what comes out ------------------------------------------------
 
 
+class Rows(Protocol):
+    """What a head is trained on: all rows, of which a task picks its own."""
+
+    @property
+    def embeddings(self) -> NDArray[np.float32]:
+        """``(V, N, D)``, prepared by :func:`cxr_cache.features.prepare_features`."""
+        ...
+
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Nothing but the numbers, for a worker that need not know whose they are."""
+
+    embeddings: NDArray[np.float32]
+    targets: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Rows that can be trained on: done in the store, undamaged, and labelled at all."""
@@ -39,6 +61,11 @@ class TrainingData:
     """The N images; targets are NaN where unlabelled."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know about the rows left out."""
+
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        return self.cohort.targets
 
 
 # -- heads side by side -----------------------------------------------------------------
@@ -71,7 +98,7 @@ class Trajectory:
 
 
 def fit_heads(
-    data: TrainingData,
+    data: Rows,
     tasks: Sequence[HeadTask],
     config: TrainConfig,
     *,
@@ -130,7 +157,7 @@ class HeadFit:
 
     def __init__(
         self,
-        data: TrainingData,
+        data: Rows,
         tasks: Sequence[HeadTask],
         configs: Sequence[TrainConfig],
         *,
@@ -240,7 +267,7 @@ class _Trainer:
 
     def __init__(
         self,
-        data: TrainingData,
+        data: Rows,
         tasks: Sequence[HeadTask],
         configs: Sequence[TrainConfig],
         n_epochs: int,
@@ -255,9 +282,9 @@ class _Trainer:
             learning_rates,
         )
         self.embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
-        self.targets = torch.from_numpy(data.cohort.targets).to(device)  # (N, F)
+        self.targets = torch.from_numpy(data.targets).to(device)  # (N, F)
         self.rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
-        self.held_out_targets = [data.cohort.targets[task.held_out_rows] for task in tasks]
+        self.held_out_targets = [data.targets[task.held_out_rows] for task in tasks]
         self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
         # Not the seed itself: from there come the initial weights and dropout.
         self.shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]

@@ -9,7 +9,7 @@ from joblib import Parallel, cpu_count, delayed
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
-from cxr_cache.fit import HeadFit, HeadTask, TrainingData, Trajectory, count_steps
+from cxr_cache.fit import HeadFit, HeadTask, PlainRows, Rows, Trajectory, count_steps
 
 _WORTH_PROCESSES: Final = 20_000
 """Steps of all heads together from which on starting processes pays."""
@@ -18,7 +18,7 @@ _TURNS: Final = 10
 
 
 def fit_on_cores(
-    data: TrainingData,
+    data: Rows,
     tasks: Sequence[HeadTask],
     config: TrainConfig,
     *,
@@ -48,12 +48,13 @@ def fit_on_cores(
             fit.run(fit.epoch + turn)
             on_epochs(len(tasks) * fit.epoch)
         return fit.trajectories
+    rows = PlainRows(data.embeddings, data.targets)  # ids and names stay here
     states: list[dict[str, Any]] = [{"epoch": 0, "has_ended": False} for _ in tasks]
     with Parallel(n_jobs=n_cores, mmap_mode="c") as pool:
         while waiting := [h for h, state in enumerate(states) if not state["has_ended"]]:
             chosen = sorted(waiting, key=lambda h: states[h]["epoch"])[:n_cores]
             advanced = pool(
-                delayed(_take_turn)(data, tasks[h], config, states[h], turn, options)
+                delayed(_take_turn)(rows, tasks[h], config, states[h], turn, options)
                 for h in chosen
             )
             for h, state in zip(chosen, advanced, strict=True):
@@ -63,7 +64,7 @@ def fit_on_cores(
 
 
 def _take_turn(
-    data: TrainingData,
+    data: PlainRows,
     task: HeadTask,
     config: TrainConfig,
     state: dict[str, Any],

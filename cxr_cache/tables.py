@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import hashlib
 import io
 import logging
@@ -15,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from cxr_cache.errors import TableError
+from cxr_cache.errors import TableError, nearest_names
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +158,8 @@ def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> 
     for column in columns:
         if column not in table:
             present = table.columns.tolist()
-            lower = {name.lower(): name for name in present}
-            nearest = difflib.get_close_matches(column.lower(), lower, n=1)
-            hint = f" Should {lower[nearest[0]]!r} be renamed?" if nearest else ""
+            nearest = nearest_names(column, present)
+            hint = f" Should {nearest[0]!r} be renamed?" if nearest else ""
             raise TableError(
                 f"{path} has no column {column!r}; its columns are {', '.join(present)}.{hint}"
             )

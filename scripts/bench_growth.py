@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/growth.json"))
     options = parser.parse_args()
     sizes = [int(1000 * float(part)) for part in options.rows.split(",")]
-    sizes = [SMALL, 2 * SMALL] if options.quick else sizes
+    sizes = [2 * SMALL, 4 * SMALL] if options.quick else sizes
     small = measure_size(SMALL, options.epochs, options.folder)
     measured = {n: measure_size(n, options.epochs, options.folder) for n in sizes}
     results = {step: summarise(step, small, measured) for step in STEPS}

@@ -11,7 +11,8 @@ import pytest
 from joblib import delayed
 
 from cxr_cache import backends
-from cxr_cache.backends import BACKENDS, open_backend, streams_results
+from cxr_cache.backends import open_backend, streams_results
+from cxr_cache.config import BACKENDS
 from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
 INSTALLED = {"loky": "joblib", "dask": "distributed", "ray": "ray"}

@@ -131,7 +131,10 @@ def test_a_whole_run_is_evaluated_and_reported(store, tmp_path):
 
     names = {path.name for path in run.path.iterdir()}
 
-    assert names == trained_files() | {"per_finding.csv", "metrics.json", "report.html", "plots"}
+    assert names == trained_files() | {
+        *("metrics.json", "per_finding.csv", "per_finding_by_study.csv", "subgroups.csv"),
+        *("curves.csv", "calibration.csv", "report.html", "model_card.md", "plots"),
+    }
 
 
 def test_config_json_says_what_was_done(run, store):
