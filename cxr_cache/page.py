@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import jinja2
@@ -86,6 +87,7 @@ def make_environment() -> jinja2.Environment:
         "count": _count,
         "plain": _plain,
         "log_share": _log_share,
+        "folder_name": _folder_name,
     }
     return environment
 
@@ -125,6 +127,11 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{key}: {_plain(entry)}" for key, entry in value.items())
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _folder_name(path: str) -> str:
+    """What a reader elsewhere can do something with."""
+    return Path(path).name or path
 
 
 def _log_share(count: float, largest: float) -> float:

@@ -124,7 +124,8 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
     dict[str, Any]
         ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one
         for all cells pooled; ``curves``, ``calibration``, ``points`` and ``groups`` hold a list per
-        run with one entry per finding, in that order, None where there is nothing to draw.
+        run with one entry per finding, in that order, None where there is nothing to draw; what is
+        unknown of a point is None.
     """
     findings = [*views[0].per_finding, POOLED]
     n_points = POINTS_OF_ALL_CURVES // (len(findings) * len(views))
@@ -137,9 +138,11 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
         "findings": findings,
         "curves": [_curves(view, findings, n_points) for view in views],
         "calibration": [_calibration(view, findings) for view in views],
-        "points": [[_point(view, finding) for finding in findings] for view in views],
+        "points": [
+            [*(_point(view, finding) for finding in view.per_finding), _pooled(view)]
+            for view in views
+        ],
         "groups": [_groups(view, findings) for view in views],
-        "pooled_prevalence": views[0].metrics["test"].get("micro_prevalence", {}).get("value"),
         "n_points": n_points,
     }
 
@@ -196,10 +199,21 @@ def _calibration(view: RunView, findings: Sequence[str]) -> list[Record | None]:
     return [entries.get(finding) for finding in findings]
 
 
-def _point(view: RunView, finding: str) -> Record | None:
-    """Figures at the threshold."""
-    row = view.per_finding.get(finding)
-    return None if row is None else {name: _tidy(row.get(name)) for name in _POINT_COLUMNS}
+def _point(view: RunView, finding: str) -> Record:
+    """Figures of a finding."""
+    return {name: _tidy(view.per_finding[finding].get(name)) for name in _POINT_COLUMNS}
+
+
+def _pooled(view: RunView) -> Record:
+    """The few figures of all cells pooled that a drawing needs."""
+    test = view.metrics["test"]
+    point: Record = dict.fromkeys(_POINT_COLUMNS)
+    for name in ("auroc", "ap"):
+        entry = test.get(f"micro_{name}", {})
+        point |= {name: _tidy(entry.get("value"))}
+        point |= {f"{name}_{bound}": _tidy(entry.get(bound)) for bound in ("low", "high")}
+    point["prevalence_test"] = _tidy(test.get("micro_prevalence", {}).get("value"))
+    return point
 
 
 def _groups(view: RunView, findings: Sequence[str]) -> list[list[Record] | None]:

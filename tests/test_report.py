@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -365,3 +367,40 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     draw_class_distribution(["Normal"], [10], [5], tmp_path / "classes.png")
 
     assert dict(mpl.rcParams) == before
+
+
+# --- size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_of_400_000_rows_is_small_and_soon_made(tmp_path):
+    """The page reads tables whose size depends on findings, never the predictions."""
+    N, F = 400_000, len(FINDINGS)
+    rng = np.random.default_rng(0)
+    present = rng.random((N, F), np.float32) < np.geomspace(0.4, 0.001, F)
+    logits = rng.normal(size=(N, F)).astype(np.float32) + present - 2
+    rows = np.arange(N)
+    images = pd.DataFrame(
+        {
+            "image_id": [f"{row:06d}.png" for row in rows],
+            "study_uid": (rows // 2).astype(str),
+            "projection": np.where(rows % 2, "Lateral", "Frontal"),
+            "split": np.where(rows // 2 % 5 == 0, "test", "train"),
+        }
+    )
+    scored = images.join(pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS))
+    run = make_run(tmp_path / "run", findings=list(FINDINGS))
+    run.write_table("predictions", scored)
+    run.write_table("out_of_fold", scored[scored["split"] == "train"][:1000])
+    targets = pd.DataFrame(present.astype(np.float32), columns=FINDINGS)
+    run.write_table("targets", images[["image_id"]].join(targets))
+    model = run.load_model()
+    run.save_model(replace(model, findings=FINDINGS, thresholds=dict.fromkeys(FINDINGS, 0.3)))
+    evaluate_run(run, n_resamples=0)
+
+    started = time.process_time()
+    size = len(render_page([read_view(run)]).encode())
+
+    assert size < 1_000_000  # 5 MB were asked for
+    assert time.process_time() - started < 5
+    assert len(write_report(run).read_bytes()) == size

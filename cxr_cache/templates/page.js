@@ -145,17 +145,16 @@
     const curves = data.curves.map((of) => of[f]);
     const points = data.points.map((of) => of[f]);
     const stages = data.calibration.map((of) => of[f]);
-    const first = points[0];
+    const first = points[0], isPooled = f === data.findings.length - 1;
     const box = make("div", { class: "panel" });
     if (data.findings[f]) box.append(make("h3", {}, data.findings[f]));
     if (several) box.append(legend());
     if (curves.some((curve) => curve !== null)) {
-      const prevalence = first ? first.prevalence_test : data.pooled_prevalence;
       box.append(make("div", { class: "charts" },
-        figure("ROC", several ? "" : auc(first, "auroc", "AUROC"), rocChart(curves, points, name)),
-        figure("Precision and recall", several ? "" : auc(first, "ap", "AP"), precisionRecallChart(curves, points, prevalence, name)),
+        figure("ROC", area(points, "auroc", "AUROC"), rocChart(curves, points, name)),
+        figure("Precision and recall", area(points, "ap", "AP"), precisionRecallChart(curves, points, first.prevalence_test, name)),
         stages.some((stage) => stage !== null) ? figure("Calibration", stages.some((s) => s && s.after) ? "thin: before it was calibrated" : "", calibrationChart(stages, name)) : null));
-      box.append(make("p", { class: "note" }, first
+      box.append(make("p", { class: "note" }, !isPooled
         ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the last are tenths of the scale, larger where they hold more images."
         : "All labelled cells of all findings taken together. Dashed lines are what guessing gets, and perfect calibration."));
     } else {
@@ -163,15 +162,17 @@
         ? "This run was evaluated before curves were kept; `cxr-cache evaluate RUN` and `cxr-cache report RUN` add them."
         : "No curve: the test images hold no positive or no negative."));
     }
-    if (first) box.append(figures(points));
+    if (!isPooled) box.append(figures(points));
     const groups = data.groups.map((of) => of[f]);
     if (groups.some((group) => group !== null)) box.append(groupTable(groups));
     if (data.cases) box.append(...caseRows(name));
     return box;
   }
 
-  function auc(point, name, words) {
-    if (!point || point[name] === null) return "";
+  function area(points, name, words) {
+    const point = points[0];
+    if (several) return `${words} ${points.map((one) => fixed(one[name])).join(" · ")}`;
+    if (point[name] === null) return "";
     const interval = point[name + "_low"] === null ? "" : ` (${fixed(point[name + "_low"])} to ${fixed(point[name + "_high"])})`;
     return `${words} ${fixed(point[name])}${interval}`;
   }
