@@ -82,7 +82,7 @@ def _rank_sums(scores: Array, chosen: NDArray[np.bool_]) -> FloatArray:
     order = np.argsort(scores, axis=1)
     chosen = np.take_along_axis(chosen, order, axis=1)
     ordered = np.take_along_axis(scores, order, axis=1)
-    summed: FloatArray = chosen @ np.arange(1.0, scores.shape[1] + 1)
+    summed = chosen.astype(np.float64) @ np.arange(1.0, scores.shape[1] + 1)
     tied = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
     if len(tied):
         summed[tied] = (_mean_ranks(ordered[tied]) * chosen[tied]).sum(axis=1)
