@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from cxr_cache import demo
 from cxr_cache.cli import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.phantoms import write_phantoms
@@ -281,7 +284,10 @@ def test_imported_features_train_and_cannot_predict(data, tmp_path):
     assert "cxr-cache evaluate" in refuse("predict", run, image)
 
 
-def test_the_demo_runs_twice(tmp_path):
+def test_the_demo_runs_twice(tmp_path, monkeypatch):
+    """All its steps, with fewer of the epochs that make its figures worth looking at."""
+    monkeypatch.setattr(demo, "FROZEN", replace(demo.FROZEN, epochs=(1, 2)))
+    monkeypatch.setitem(demo.TUNED, "epochs", (1,))
     command = ["demo", tmp_path / "demo", "--studies", 40]
     output = succeed(*command)
     assert "RANDOM WEIGHTS" in output
@@ -358,12 +364,17 @@ def test_ctrl_c_keeps_the_finished_epochs(with_tokens, tmp_path):
     path = tmp_path / "run"
     command = [sys.executable, "-m", "cxr_cache", "finetune", str(with_tokens)]
     command += ["--run-dir", str(path), *TUNING[2:], "--epochs", "300"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    # Whoever starts the tests in the background has Ctrl-C ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert "Stopped. What was finished is kept; the same command continues:" in said
     assert "Traceback" not in said
