@@ -28,6 +28,12 @@ ENCODER = "random:test_vit"
 QUICK = ["--epochs", "1,2", "--folds", "2", "--batch-size", "16", "--lr", "1e-3"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Of a test that has other things in mind than a page, which takes seconds."""
+    monkeypatch.setattr("cxr_cache.report.write_report", lambda run: run.report_path)
+
+
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
@@ -271,7 +277,7 @@ def test_predict_refuses_another_encoder(run, data):
     assert "weights_sha256" in output
 
 
-def test_imported_features_train_and_cannot_predict(data, tmp_path):
+def test_imported_features_train_and_cannot_predict(data, tmp_path, undrawn):
     ids = pd.read_csv(data / "indiana_projections.csv")["filename"].to_numpy(dtype=object)
     features = np.random.default_rng(0).normal(size=(len(ids), 24)).astype(np.float16)
     np.savez(tmp_path / "features.npz", image_id=ids, embeddings=features)
@@ -294,6 +300,7 @@ def test_the_demo_runs_twice(tmp_path, monkeypatch):
     assert re.search(r"frozen +finetuned +difference\n  macro AUROC ", output)
     assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
     assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
+    monkeypatch.setattr(demo, "write_report", lambda run: run.report_path)  # drawn once already
     assert "nothing was left to compute" in succeed(*command)
 
 
@@ -337,7 +344,7 @@ def test_a_fine_tuned_run_is_used_as_any_other(tuned, with_tokens, data, tmp_pat
     assert "Report: " in succeed("report", tuned)
 
 
-def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path):
+def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path, undrawn):
     output = succeed("compare", run, tuned, "--resamples", 50)
     assert re.search(r"macro AUROC .* [+-]0\.\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", output)
     other = tmp_path / "other"

@@ -103,7 +103,7 @@ def test_one_finding_in_a_column_stays_a_column():
 
 def test_two_classes_in_one_dimension_may_be_called_anything():
     names = np.where(COMPLETE[:, 0] == 1, "sick", "healthy")
-    head = make_head(n_epochs=30).fit(X, names)
+    head = make_head(n_epochs=8).fit(X, names)
 
     assert head.classes_.tolist() == ["healthy", "sick"]
     probabilities = head.predict_proba(X)
@@ -111,7 +111,7 @@ def test_two_classes_in_one_dimension_may_be_called_anything():
     np.testing.assert_array_equal(head.predict(X) == "sick", probabilities[:, 1] > 0.5)
     np.testing.assert_array_equal(probabilities[:, 1] > 0.5, head.decision_function(X) > 0)
     assert head.score(X, names) == pytest.approx(roc_auc_score(names, probabilities[:, 1]))
-    column = make_head(n_epochs=30).fit(X, COMPLETE[:, :1])
+    column = make_head(n_epochs=8).fit(X, COMPLETE[:, :1])
     np.testing.assert_array_equal(column.predict_proba(X)[:, 0], probabilities[:, 1])
 
 
