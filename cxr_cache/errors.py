@@ -58,6 +58,14 @@ class DiskError(CxrCacheError, OSError):
     """The disk failed while a store was being written."""
 
 
+class BackendError(CxrCacheError, RuntimeError):
+    """Workers that cannot be started or reached."""
+
+
+class WorkerLostError(BackendError):
+    """A worker ended while it had work."""
+
+
 class TrainingError(CxrCacheError, ArithmeticError):
     """Training went where no result can come from."""
 

@@ -17,7 +17,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.errors import ConfigError, TableError
-from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads, prepare_embeddings
+from cxr_cache.features import prepare_embeddings
+from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads
 from cxr_cache.heads import HeadBank
 from cxr_cache.metrics import auroc, macro_mean
 
@@ -108,7 +109,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         gamma: float = Recipe.gamma,
         hidden: tuple[int, ...] = Recipe.hidden,
         dropout: float = Recipe.dropout,
-        input_norm: Literal["l2", "none"] = Recipe.input_norm,
+        input_norm: Literal["l2", "standard", "none"] = Recipe.input_norm,
         device: str = Recipe.device,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:

@@ -219,12 +219,50 @@ def test_train_writes_a_whole_run_and_prints_what_it_found(run):
         "config.json splits.csv targets.csv epoch_search.csv history.csv model.safetensors",
         "fold_heads.safetensors",
         "predictions.csv out_of_fold.csv metrics.json per_finding.csv plots report.html",
+        "per_finding_by_study.csv subgroups.csv curves.csv calibration.csv",
     }
     assert {path.name for path in run.iterdir()} == set(" ".join(expected).split())
     output = succeed("evaluate", run, "--resamples", 100)
     assert "macro AUROC" in output
     assert "predicting nothing scores" in output
     assert "Report: " in succeed("report", run)
+
+
+def test_thresholds_and_calibration_are_chosen_while_training_or_afterwards(store, tmp_path):
+    """The same choice by either way, and on no other predictions than the run's own."""
+    early, late = tmp_path / "early", tmp_path / "late"
+    choice = ("--threshold-rule", "youden", "--calibration", "platt")
+    output = succeed("train", store, "--run-dir", early, *QUICK, *choice)
+    assert "calibration     platt: micro log loss" in output
+    succeed("train", store, "--run-dir", late, *QUICK)
+
+    output = succeed("evaluate", late, *choice, "--resamples", 20)
+
+    assert "thresholds      youden" in output
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (early, late)]
+    for ours, theirs in zip(metrics[0]["test"].values(), metrics[1]["test"].values(), strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], abs=1e-6)
+    assert metrics[0]["calibration"]["method"] == "platt"
+    output = refuse("evaluate", late, "--threshold-rule", "best")
+    assert "'best' is no rule; it is one such as f1, youden, sensitivity=0.9" in output
+    assert "'best' is no rule" in refuse(
+        "train", store, "--run-dir", tmp_path / "no", "--threshold-rule", "best"
+    )
+    misuse = CliRunner().invoke(cli, ["evaluate", str(late), "--store", str(store), *choice])
+    assert misuse.exit_code == 2
+    assert "never on another store" in misuse.output
+
+
+def test_groups_come_from_a_table(run, tmp_path):
+    uids = pd.read_csv(run / "predictions.csv", dtype=str)["study_uid"].unique()
+    path = tmp_path / "groups.csv"
+    pd.DataFrame({"study_uid": uids, "sex": np.where(np.arange(len(uids)) % 2, "F", "M")}).to_csv(
+        path, index=False
+    )
+    succeed("evaluate", run, "--groups", path, "--resamples", 10)
+    groups = json.loads((run / "metrics.json").read_text())["test_by_group"]
+    assert groups["sex"].keys() == {"F", "M"}
+    assert "cannot be read" in refuse("evaluate", run, "--groups", tmp_path / "absent.csv")
 
 
 def test_a_finished_run_is_not_replaced_unasked(store, run):
@@ -350,6 +388,11 @@ def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path, un
     other = tmp_path / "other"
     succeed("train", with_tokens, "--run-dir", other, *QUICK, "--seed", 1)
     assert "Only runs with the same split can be compared" in refuse("compare", run, other)
+    folder = tmp_path / "comparison"
+    output = succeed("compare", run, tuned, "--resamples", 20, "--out", folder)
+    assert f"{folder / 'comparison.png'} written" in output
+    assert pd.read_csv(folder / "comparison.csv")["against"].unique().tolist() == [run.name]
+    assert CliRunner().invoke(cli, ["compare", str(run)]).exit_code == 2
 
 
 def test_fine_tuning_refuses_in_one_message(store, with_tokens, tuned, tmp_path):

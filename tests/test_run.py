@@ -322,6 +322,8 @@ def test_a_model_saved_again_is_read_again(tmp_path):
     run.save_model(SavedModel(MODEL.tensors, ("Mass",), {"Mass": 0.5}, {}, {}))
 
     assert run.thresholds == {"Mass": 0.5}
+    assert run.threshold_rule == "f1"
+    assert run.calibration.method == "none"
     assert run.load_model().findings == ("Mass",)
 
 

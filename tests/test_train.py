@@ -28,7 +28,7 @@ from cxr_cache.errors import (
     TrainingError,
 )
 from cxr_cache.evaluate import evaluate_run
-from cxr_cache.fit import prepare_embeddings
+from cxr_cache.features import prepare_embeddings
 from cxr_cache.heads import HeadBank
 from cxr_cache.report import write_report
 from cxr_cache.run import Run
@@ -131,7 +131,10 @@ def test_a_whole_run_is_evaluated_and_reported(store, tmp_path):
 
     names = {path.name for path in run.path.iterdir()}
 
-    assert names == trained_files() | {"per_finding.csv", "metrics.json", "report.html", "plots"}
+    assert names == trained_files() | {
+        *("metrics.json", "per_finding.csv", "per_finding_by_study.csv", "subgroups.csv"),
+        *("curves.csv", "calibration.csv", "report.html", "plots"),
+    }
 
 
 def test_config_json_says_what_was_done(run, store):
