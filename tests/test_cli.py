@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +30,18 @@ ENCODER = "random:test_vit"
 QUICK = ["--epochs", "1,2", "--folds", "2", "--batch-size", "16", "--lr", "1e-3"]
 
 
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Pages take seconds, and are not what every test has in mind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cxr_cache.report.write_report", lambda run: run.report_path)
+        yield
+
+
 @pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """Of a test that has other things in mind than a page, which takes seconds."""
-    monkeypatch.setattr("cxr_cache.report.write_report", lambda run: run.report_path)
+def undrawn() -> Iterator[None]:
+    with without_pages():
+        yield
 
 
 def invoke(*arguments: object) -> Result:
@@ -363,7 +373,8 @@ def with_tokens(data, store) -> Path:
 def tuned(with_tokens, run) -> Path:
     path = with_tokens.parent / "tuned"
     command = ["finetune", with_tokens, "--run-dir", path, "--from-run", run, *TUNING]
-    output = succeed(*command)
+    with without_pages():
+        output = succeed(*command)
     assert "Training 83,456 parameters of visual.trunk.blocks.4, visual.trunk.blocks.5" in output
     assert "RANDOM WEIGHTS" in output
     assert re.search(r"run +tuned +difference\n  macro AUROC  ", output)
