@@ -61,6 +61,11 @@ def require_one_checkpoint(run: Run, model: SavedModel) -> None:
             "the text tower that open_clip needs. Use --format onnx, which writes the image tower "
             "and the head."
         )
+    if (features := model.head.get("features", "projected")) != "projected":
+        raise ExportError(
+            f"{run.path} was trained with --features {features}, and an open_clip model gives the "
+            "projected embedding only. Train with --features projected, or use --format onnx."
+        )
     n_members = len(model.tensors["weight_0"])
     if model.tail is not None and n_members > 1:
         raise ExportError(

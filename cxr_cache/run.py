@@ -20,6 +20,7 @@ from cxr_cache.calibration import Calibration
 from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.durable import OUT_OF_SPACE
 from cxr_cache.errors import DiskFullError, RunError
+from cxr_cache.tables import format_csv
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
@@ -224,8 +225,8 @@ class Run:
 
     def write_table(self, name: TableName, table: pd.DataFrame) -> None:
         """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
-        text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
-        write_whole(self.path / f"{name}.csv", text.encode())
+        with _replacing(self.path / f"{name}.csv") as file:
+            file.writelines(format_csv(table))
 
     def read_table(self, name: TableName) -> pd.DataFrame:
         """Read ``NAME.csv``; ids are text, whatever they look like."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from cxr_cache.encoder import Encoder, trainable_parameter_names
+from cxr_cache.features import COLUMNS
 from cxr_cache.heads import HeadBank
 from cxr_cache.images import Preprocessing
 from cxr_cache.run import SavedModel, read_calibration
@@ -95,11 +96,15 @@ class _FrozenModel(nn.Module):
         self.normalise = _Normalise(encoder.preprocessing)
         self.average = _Average(model)
         self._input_norm = model.head["input_norm"]
+        self._columns = COLUMNS[model.head.get("features", "projected")]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        _, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))
+        pooled, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))
+        outputs = {"embeddings": embeddings, "pooled": pooled}
+        parts = [outputs[name] for name in self._columns]
         if self._input_norm == "l2":
-            embeddings = F.normalize(embeddings, dim=-1)
+            parts = [F.normalize(part, dim=-1) for part in parts]
+        embeddings = torch.cat(parts, dim=-1)
         return cast(Tensor, self.average([head(embeddings) for head in self.heads]))
 
 

@@ -54,6 +54,20 @@ def test_fine_tuning_is_measured_against_the_plain_ways_and_the_floor(tmp_path):
     assert str(Path.home()) not in out.read_text()
 
 
+def test_extraction_is_measured_against_a_plain_script_and_the_bare_forward_pass(tmp_path):
+    out = tmp_path / "extract.json"
+    script = REPOSITORY / "scripts" / "bench_extract.py"
+
+    printed = run([sys.executable, script, "--quick", "--rounds", 1, "--images", 8, "--out", out])
+
+    written = json.loads(out.read_text())
+    assert set(written["results"]) == {"plain", "shared", "alone", "product"}
+    assert [goal["against"] for goal in written["goals"]] == ["plain", "floor"]
+    assert written["disagreement"] <= 1e-5
+    assert "÷ floor" in printed
+    assert "the limit was: " in printed
+
+
 def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
     out = tmp_path / "tokens.json"
     script = REPOSITORY / "scripts" / "bench_tokens.py"
@@ -69,6 +83,22 @@ def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
         assert set(results) == {"flat", "flat_pread", "read_views", "StoredTokens"}
     assert len(written["goals"]) == 4
     assert "÷ flat" in printed
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.slow
+def test_growth_is_measured_step_by_step(tmp_path):
+    out = tmp_path / "growth.json"
+    script = REPOSITORY / "scripts" / "bench_growth.py"
+
+    printed = run([sys.executable, script, "--quick", "--folder", tmp_path, "--out", out])
+
+    written = json.loads(out.read_text())
+    assert list(written["results"]) == ["import", "open", "train", "evaluate", "report"]
+    for result in written["results"].values():
+        assert [size["rows"] for size in result["sizes"]] == [4000, 8000]
+        assert all(size["cpu_seconds"] > 0 and size["peak_mb"] > 50 for size in result["sizes"])
+    assert "x embeddings" in printed
     assert list(tmp_path.iterdir()) == [out]
 
 
