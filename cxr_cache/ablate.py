@@ -50,9 +50,10 @@ class Ablation:
         return by_label[str(heads["setting"].iloc[0])]
 
     def to_text(self, n_shown: int = 20) -> str:
-        """The head of the table, with every baseline, for a terminal."""
+        """The best settings and every baseline, for a terminal."""
         table = self.table
-        shown = table[(table["rank"] <= n_shown) | (table["kind"] == "baseline")]
+        n_before = (table["kind"] == "head").cumsum()
+        shown = table[(table["kind"] == "baseline") | (n_before <= n_shown)]
         width = max(len("setting"), *(len(str(label)) for label in shown["setting"]))
         lines = [
             f"{'rank':>4}  {'setting':<{width}}  {'chosen':>7}  macro AUROC over folds   "

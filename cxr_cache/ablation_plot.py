@@ -28,7 +28,8 @@ def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
         File to write; its folder exists.
     """
     path = Path(path)
-    shown = table[(table["rank"] <= _N_SHOWN) | (table["kind"] == "baseline")][::-1]
+    n_before = (table["kind"] == "head").cumsum()
+    shown = table[(table["kind"] == "baseline") | (n_before <= _N_SHOWN)][::-1]
     folds = shown[[name for name in shown if str(name).startswith("fold_")]].to_numpy()
     is_head = (shown["kind"] == "head").to_numpy()
     places = np.arange(len(shown))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 Array: TypeAlias = NDArray[np.float32]
+_ROWS_AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,17 @@ def predict_neighbours(
     """Share of positives among the k labelled training images with the nearest direction."""
     k_largest = min(max(candidates), len(embeddings))
     index = NearestNeighbors(n_neighbors=k_largest, metric="cosine", algorithm="brute")
-    neighbours = index.fit(embeddings).kneighbors(held_out, return_distance=False)
-    share = predict_prevalence(embeddings, targets, held_out, (None,))[0]
-    predictions = []
-    for k in candidates:
-        of_neighbours = targets[neighbours[:, :k]]  # (n, k, F)
-        n_labelled = (~np.isnan(of_neighbours)).sum(axis=1)
-        # One more neighbour of average labels, for findings that no neighbour is labelled for.
-        predictions.append(
-            ((np.nansum(of_neighbours, axis=1) + share) / (n_labelled + 1)).astype(np.float32)
-        )
+    index.fit(embeddings)
+    (share,) = predict_prevalence(embeddings, targets, held_out[:1], (None,))
+    predictions = [np.empty((len(held_out), targets.shape[1]), np.float32) for _ in candidates]
+    for start in range(0, len(held_out), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        of_neighbours = targets[index.kneighbors(held_out[part], return_distance=False)]
+        for prediction, k in zip(predictions, candidates, strict=True):
+            votes = of_neighbours[:, :k]  # (n, k, F)
+            n_labelled = (~np.isnan(votes)).sum(axis=1)
+            # One more of average labels, for findings that no neighbour is labelled for.
+            prediction[part] = (np.nansum(votes, axis=1) + share) / (n_labelled + 1)
     return predictions
 
 

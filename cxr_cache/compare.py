@@ -242,8 +242,8 @@ def _difference(
             "first": first,
             "second": second,
             "difference": difference,
-            "low": difference - reach,
-            "high": difference + reach,
+            "low": np.maximum(difference - reach, -1),  # no two shares differ by more
+            "high": np.minimum(difference + reach, 1),
             "p": np.where(np.isnan(error), np.nan, 2 * stats.t.sf(t, freedom)),
             "n_undefined_resamples": np.append(n_undefined, n_undefined.sum()),
         }

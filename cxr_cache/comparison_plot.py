@@ -33,7 +33,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     """Draw the AUROC difference of every run and finding, with its interval, as a PNG.
 
     Findings whose difference is beyond luck after Holm's correction are filled markers; the mean
-    over findings is the top row.
+    over findings is the top row. Intervals of very few studies run out of the frame.
 
     Parameters
     ----------
@@ -56,6 +56,8 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
         axes.set_yticks(
             np.arange(len(findings)), [name or "mean over findings" for name in findings]
         )
+        furthest = max(0.05, 1.4 * table["difference"].abs().max())
+        axes.set_xlim(-furthest, furthest)
         axes.set_ylim(-0.7, len(findings) - 0.3)
         axes.set_xlabel(
             f"AUROC difference to {comparison.runs[0]}, with 95 % interval over studies"
@@ -82,7 +84,8 @@ def _draw_run(
     rows = rows.set_index("finding").loc[findings]
     color, marker = _COLORS[k % len(_COLORS)], _MARKERS[k % len(_MARKERS)]
     places = np.arange(len(findings)) - shift
-    reach = np.nan_to_num((rows["high"] - rows["difference"]).to_numpy())
+    bounds = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+    reach = np.nan_to_num(np.array(bounds))
     differs = (rows["p_holm"] < 0.05).to_numpy()
     axes.errorbar(rows["difference"], places, xerr=reach, fmt="none", ecolor=color, elinewidth=1.2)
     for chosen, face, label in ((~differs, "white", run), (differs, color, f"{run}, differs")):

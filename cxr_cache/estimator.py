@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import Tags, check_consistent_length, check_random_state
+from sklearn.utils import Tags, assert_all_finite, check_consistent_length, check_random_state
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -27,7 +27,7 @@ _CHECKS_OF_X: Final = {"dtype": np.float32, "order": "C"}
 
 
 class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # have no types
-    """Linear, batch norm, ReLU and dropout, twice, and a last linear layer, on embeddings.
+    """Linear, norm, ReLU and dropout, twice, and a last linear layer, on embeddings.
 
     :meth:`fit` is the package's own training (:func:`cxr_cache.fit.fit_heads`) on all rows, for a
     fixed number of epochs: what ``cxr-cache train`` does for its final model. Defaults are those
@@ -57,9 +57,12 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Width of each hidden layer.
     dropout
         Probability of dropping a hidden unit.
+    norm
+        ``batch`` or ``layer``: what follows each hidden layer.
     input_norm
         ``l2`` divides every row by its length, as embeddings of CLIP models are compared;
-        ``none`` takes rows as they are, which suits a pipeline that scales them.
+        ``standard`` gives each column mean 0 and spread 1 over the rows of :meth:`fit`; ``none``
+        takes rows as they are, which suits a pipeline that scales them.
     device
         ``cpu``, ``cuda``, or ``auto``.
     random_state
@@ -109,6 +112,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         gamma: float = Recipe.gamma,
         hidden: tuple[int, ...] = Recipe.hidden,
         dropout: float = Recipe.dropout,
+        norm: Literal["batch", "layer"] = Recipe.norm,
         input_norm: Literal["l2", "standard", "none"] = Recipe.input_norm,
         device: str = Recipe.device,
         random_state: int | np.random.RandomState | None = None,
@@ -124,6 +128,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.gamma = gamma
         self.hidden = hidden
         self.dropout = dropout
+        self.norm = norm
         self.input_norm = input_norm
         self.device = device
         self.random_state = random_state
@@ -166,7 +171,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             )
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         task = HeadTask(rows, np.empty(0, np.int64), seed)
-        prepared = prepare_embeddings(embeddings, self.input_norm)
+        prepared = self._prepare(embeddings)
         trajectory = fit_heads(
             TrainingData(prepared[None], _as_cohort(targets)),
             [task],
@@ -184,7 +189,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Logits: ``(N, F)``, or ``(N,)``, of ``classes_[1]``, where `y` had one dimension."""
         check_is_fitted(self)
         embeddings = validate_data(self, X, reset=False, **_CHECKS_OF_X)
-        prepared = torch.from_numpy(prepare_embeddings(embeddings, self.input_norm))
+        prepared = torch.from_numpy(self._prepare(embeddings))
         # In float64 a row's logits do not depend on which rows stand beside it.
         head = copy.deepcopy(self.head_).double()
         with torch.inference_mode():
@@ -237,6 +242,10 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_consistent_length(embeddings, values)
         return embeddings, values
 
+    def _prepare(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As the head reads them; a copy where they are read-only, which torch warns of."""
+        return np.require(prepare_embeddings(embeddings, self.input_norm), requirements="W")
+
     def _encode(self, y: NDArray[Any]) -> NDArray[np.float32]:
         """Targets, ``(N, F)``; sets `classes_`."""
         if y.ndim == 2:
@@ -247,7 +256,8 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                     "present, 0 absent and NaN unlabelled."
                 )
             self.classes_: Any = [np.array([0, 1])] * y.shape[1]
-            return np.asarray(y, np.float32)
+            return np.array(y, np.float32)
+        assert_all_finite(y, input_name="y")  # only a finding can be unlabelled
         kind = type_of_target(y, input_name="y", raise_unknown=True)
         if kind.startswith("continuous"):
             raise TableError(f"Unknown label type: {kind}. Give two classes, or (N, F) findings.")

@@ -11,25 +11,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.calibration import (
-    Calibration,
-    expected_calibration_error,
-    has_both_classes,
-    log_losses,
-    squared_errors,
-)
+from cxr_cache.calibration import Calibration, has_both_classes
 from cxr_cache.curves import calibration_curves, ranking_curves
 from cxr_cache.errors import TableError
-from cxr_cache.figures import MEASURES, Entry, Estimates, estimate, to_number
-from cxr_cache.intervals import LEVEL as LEVEL
-from cxr_cache.metrics import (
-    CONFUSION_COLUMNS,
-    NEVER,
-    FloatArray,
-    confusion_counts,
-    macro_mean,
-    weighted_mean,
+from cxr_cache.figures import Entry, Estimates, estimate, to_number
+from cxr_cache.finding_tables import (
+    calibration_columns,
+    probability_errors,
+    tabulate_findings,
+    tabulate_groups,
 )
+from cxr_cache.intervals import LEVEL as LEVEL  # the page takes it from here
+from cxr_cache.metrics import NEVER, FloatArray, macro_mean
 from cxr_cache.operating_point import choose_operating_point
 from cxr_cache.run import Run, TableName
 from cxr_cache.scored import ScoredImages, join_groups, parse_predictions, read_scored
@@ -43,7 +36,6 @@ _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a Bayesian bootstrap over studies "
     "and the number of studies that a figure rests on"
 )
-_ERRORS: Final = ("brier", "log_loss", "calibration_error")
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,11 +230,11 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "bootstrap": _describe_bootstrap(by_image, reading),
     }
     tables: dict[TableName, pd.DataFrame] = {
-        "per_finding": _tabulate(images, reading.cuts, by_image).assign(
-            **_calibration_columns(raw, reading.calibration)
+        "per_finding": tabulate_findings(images, reading.cuts, by_image).assign(
+            **calibration_columns(raw, reading.calibration)
         ),
-        "per_finding_by_study": _tabulate(studies, reading.cuts, by_study),
-        "subgroups": _tabulate_groups(subsets, reading.cuts),
+        "per_finding_by_study": tabulate_findings(studies, reading.cuts, by_study),
+        "subgroups": tabulate_groups(subsets, reading.cuts),
         "curves": ranking_curves(images),
         "calibration": calibration_curves(
             raw, None if reading.calibration.method == "none" else images
@@ -298,7 +290,7 @@ def _describe_calibration(
                 ("macro", (images.targets, images.probabilities)),
                 ("micro", cells),
             )
-            for name, values in zip(_ERRORS, _errors(*arrays), strict=True)
+            for name, values in probability_errors(*arrays).items()
         }
 
     return {
@@ -307,67 +299,6 @@ def _describe_calibration(
         "test_before": errors(raw),
         "test_after": errors(images),
     }
-
-
-def _errors(targets: FloatArray, probabilities: FloatArray) -> tuple[FloatArray, ...]:
-    """Brier score, log loss and calibration error per finding."""
-    return (
-        weighted_mean(squared_errors(targets, probabilities)),
-        weighted_mean(log_losses(targets, probabilities)),
-        expected_calibration_error(targets, probabilities),
-    )
-
-
-def _calibration_columns(raw: ScoredImages, calibration: Calibration) -> dict[str, FloatArray]:
-    errors = zip(_ERRORS, _errors(raw.targets, raw.probabilities), strict=True)
-    return {
-        **{f"{name}_before": values for name, values in errors},
-        "calibration_slope": calibration.slope,
-        "calibration_intercept": calibration.intercept,
-    }
-
-
-def _tabulate(images: ScoredImages, cuts: FloatArray, estimates: Estimates) -> pd.DataFrame:
-    """One row per finding, in the order of the findings."""
-    targets = images.targets
-    counts = confusion_counts(targets, images.probabilities >= cuts).astype(np.int64)
-    columns: dict[str, Any] = {
-        "finding": images.findings,
-        "n_test": (~np.isnan(targets)).sum(axis=0),
-        "n_positive_test": (targets == 1).sum(axis=0),
-        "n_positive_studies_test": images.count_studies(targets == 1),
-        "prevalence_test": weighted_mean(targets),
-        "threshold": cuts,
-    }
-    for name in MEASURES:
-        if name != "prevalence":
-            interval = estimates.intervals.get(name)
-            columns[name] = estimates.figures[name]
-            columns[f"{name}_low"] = np.nan if interval is None else interval.low
-            columns[f"{name}_high"] = np.nan if interval is None else interval.high
-    columns |= dict(zip(CONFUSION_COLUMNS, counts.T, strict=True))
-    columns["calibration_error"] = estimates.calibration_error
-    columns["n_undefined_resamples"] = estimates.n_undefined.get("auroc", 0)
-    table: pd.DataFrame = pd.DataFrame(columns)
-    return table
-
-
-def _tabulate_groups(
-    subsets: Sequence[tuple[str, str, ScoredImages, Estimates]], cuts: FloatArray
-) -> pd.DataFrame:
-    """The findings of one group after the other."""
-    names = ["group", "value", "n_images_group", "n_studies_group"]
-    parts = []
-    for group, value, images, estimates in subsets:
-        part = _tabulate(images, cuts, estimates)
-        described = pd.DataFrame(
-            [(group, value, len(images), images.n_studies)] * len(part), columns=names
-        )
-        parts.append(pd.concat([described, part], axis=1))
-    table: pd.DataFrame = (
-        pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names)
-    )
-    return table
 
 
 # --- in words ------------------------------------------------------------------------------------

@@ -111,8 +111,10 @@ def macro_interval(
     scale, level
         As in :func:`student_interval`.
     """
-    error = macro_error(resampled, n_studies)
-    return student_interval(macro_mean(estimates), error, np.inf, scale, level)
+    mean, error = macro_mean(estimates), macro_error(resampled, n_studies)
+    if scale == "logit" and mean in (0, 1):  # as many studies as the best known finding has
+        return student_interval(mean, error, np.max(n_studies), scale, level)
+    return student_interval(mean, error, np.inf, scale, level)
 
 
 def macro_error(resampled: FloatArray, n_studies: Array) -> float:

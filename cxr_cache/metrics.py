@@ -61,17 +61,44 @@ def auroc(targets: Array, scores: Array) -> FloatArray:
     array([0.75])
     """
     present, n_present, n_absent = _count(targets)
-    unlabelled = np.isnan(targets)
-    weights = present.astype(np.float64)
+    unlabelled = np.isnan(targets).T
+    by_finding = np.ascontiguousarray(present.T)
 
     def rank_sum(matrix: Array) -> FloatArray:
         # Unlabelled rows rank above everything, where they leave the ranks below them alone.
-        ranks = rankdata(np.where(unlabelled, np.inf, matrix), axis=0)
-        summed: FloatArray = np.einsum("nf,nf->f", ranks, weights)
-        return summed
+        filled = np.where(unlabelled, np.inf, matrix.T).astype(matrix.dtype)
+        return _rank_sums(np.ascontiguousarray(filled), by_finding)
 
     n_won = _per_matrix(rank_sum, scores) - n_present * (n_present + 1) / 2
     return divide(n_won, n_present * n_absent)
+
+
+def _rank_sums(scores: Array, chosen: NDArray[np.bool_]) -> FloatArray:
+    """Sum of the chosen scores' ranks in each row, ``(F, N)`` -> ``(F,)``; ties share their mean.
+
+    ``scipy.stats.rankdata`` in a third of the time: an epoch search does little else that is not
+    training.
+    """
+    order = np.argsort(scores, axis=1)
+    chosen = np.take_along_axis(chosen, order, axis=1)
+    ordered = np.take_along_axis(scores, order, axis=1)
+    summed = chosen.astype(np.float64) @ np.arange(1.0, scores.shape[1] + 1)
+    tied = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+    if len(tied):
+        summed[tied] = (_mean_ranks(ordered[tied]) * chosen[tied]).sum(axis=1)
+    return summed
+
+
+def _mean_ranks(ordered: Array) -> FloatArray:
+    """Ranks from 1 of ascending rows, equal ones sharing their mean, ``(F, N)`` both ways."""
+    differs = ordered[:, 1:] != ordered[:, :-1]
+    edge = np.ones((len(ordered), 1), dtype=bool)
+    places = np.arange(ordered.shape[1])
+    begins, ends = np.append(edge, differs, axis=1), np.append(differs, edge, axis=1)
+    first = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    last = np.minimum.accumulate(np.where(ends, places, places[-1])[:, ::-1], axis=1)[:, ::-1]
+    ranks: FloatArray = (first + last) / 2 + 1
+    return ranks
 
 
 def average_precision(targets: Array, scores: Array) -> FloatArray:

@@ -91,8 +91,10 @@ def write_joint_report(
         raise RunError(f"{len(runs)} runs do not fit on one page; give at most {MAX_RUNS}.")
     if path.exists() and _MARK not in path.read_bytes()[:4000]:
         raise ConfigError(f"{path} is not a page of cxr-cache; choose another name with --out.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or give another.")
     for run in runs:
-        run.read_metrics()
+        run.read_metrics()  # what can fail at once fails before the long part
     comparison = compare_runs(*runs, n_resamples=n_resamples)
     views = [read_view(run, name) for run, name in zip(runs, comparison.runs, strict=True)]
     shown = {} if image_dir is None else _show_cases(runs, image_dir)

@@ -14,8 +14,11 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, nearest_names
 
 _SHORT: Final = {"lr": "learning_rate", "clip": "max_grad_norm"}
-_SHARED: Final = ("n_folds", "test_fraction", "split_by", "seed", "final", "device", "n_jobs")
-"""What all settings have in common, so that they are compared on the same folds."""
+_SHARED: Final = (
+    *("n_folds", "test_fraction", "split_by", "seed", "device", "n_jobs"),
+    *("final", "threshold_rule", "calibration"),
+)
+"""What all settings have in common: folds, and what comes after the comparison."""
 _LARGEST_GRID: Final = 10_000
 
 
@@ -98,7 +101,7 @@ def _field(name: str) -> str:
     allowed = [f.name for f in fields(TrainConfig) if f.name not in _SHARED]
     if field in _SHARED:
         raise ConfigError(
-            f"--set {name}: all settings share it, so that they are compared on the same folds."
+            f"--set {name}: all settings share it. Use the option of that name instead."
         )
     if field not in allowed:
         close = nearest_names(name, [*_SHORT, *allowed], n=3)

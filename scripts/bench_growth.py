@@ -8,8 +8,8 @@ embeddings of 512 numbers that the findings can be learnt from), and the command
 run one after the other, each as a process of its own: ``import``, ``train`` (5 folds and a final
 model, batch 1,024), ``evaluate`` and ``report``. ``open`` opens the store and reads no row of it.
 
-Memory is that of the process and of every process that it starts: the largest sum, sampled five
-times a second, of what each holds (pages that several share are divided among them, pages of a
+Memory is that of the process and of every process that it starts: the largest sum, sampled twice
+a second, of what each holds (pages that several share are divided among them, pages of a
 mapped file count), or the kernel's own maximum for the first of them where that is more. What the
 same command holds on 2,000 rows, mostly libraries, is taken off. The table gives the rest in
 megabytes and, at the largest size, as a multiple of the bytes of all embeddings. Slopes are of a
@@ -41,7 +41,7 @@ WIDTH = 512
 BATCH_SIZE = 1024
 GOALS = {"multiple": 3.0, "slope": 1.1}
 """Memory of any step, in embeddings' bytes at the largest size, and its growth in time."""
-SAMPLED_EVERY_S = 0.2
+SAMPLED_EVERY_S = 0.5
 SMALL = 2_000
 """Rows of which next to nothing is held."""
 STEPS = ("import", "open", "train", "evaluate", "report")

@@ -9,6 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from cxr_cache import demo
 from cxr_cache.cli import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.phantoms import write_phantoms
@@ -23,6 +28,20 @@ from cxr_cache.phantoms import write_phantoms
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = "random:test_vit"
 QUICK = ["--epochs", "1,2", "--folds", "2", "--batch-size", "16", "--lr", "1e-3"]
+
+
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Pages take seconds, and are not what every test has in mind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cxr_cache.report.write_report", lambda run: run.report_path)
+        yield
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    with without_pages():
+        yield
 
 
 def invoke(*arguments: object) -> Result:
@@ -326,7 +345,7 @@ def test_predict_refuses_another_encoder(run, data):
     assert "weights_sha256" in output
 
 
-def test_imported_features_train_and_cannot_predict(data, tmp_path):
+def test_imported_features_train_and_cannot_predict(data, tmp_path, undrawn):
     ids = pd.read_csv(data / "indiana_projections.csv")["filename"].to_numpy(dtype=object)
     features = np.random.default_rng(0).normal(size=(len(ids), 24)).astype(np.float16)
     np.savez(tmp_path / "features.npz", image_id=ids, embeddings=features)
@@ -339,13 +358,17 @@ def test_imported_features_train_and_cannot_predict(data, tmp_path):
     assert "cxr-cache evaluate" in refuse("predict", run, image)
 
 
-def test_the_demo_runs_twice(tmp_path):
+def test_the_demo_runs_twice(tmp_path, monkeypatch):
+    """All its steps, with fewer of the epochs that make its figures worth looking at."""
+    monkeypatch.setattr(demo, "FROZEN", replace(demo.FROZEN, epochs=(1, 2)))
+    monkeypatch.setitem(demo.TUNED, "epochs", (1,))
     command = ["demo", tmp_path / "demo", "--studies", 40]
     output = succeed(*command)
     assert "RANDOM WEIGHTS" in output
     assert re.search(r"frozen +finetuned +difference\n  macro AUROC ", output)
     assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
     assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
+    monkeypatch.setattr(demo, "write_report", lambda run: run.report_path)  # drawn once already
     assert "nothing was left to compute" in succeed(*command)
 
 
@@ -370,7 +393,8 @@ def with_tokens(data, store) -> Path:
 def tuned(with_tokens, run) -> Path:
     path = with_tokens.parent / "tuned"
     command = ["finetune", with_tokens, "--run-dir", path, "--from-run", run, *TUNING]
-    output = succeed(*command)
+    with without_pages():
+        output = succeed(*command)
     assert "Training 83,456 parameters of visual.trunk.blocks.4, visual.trunk.blocks.5" in output
     assert "RANDOM WEIGHTS" in output
     assert re.search(r"run +tuned +difference\n  macro AUROC  ", output)
@@ -389,7 +413,7 @@ def test_a_fine_tuned_run_is_used_as_any_other(tuned, with_tokens, data, tmp_pat
     assert "Report: " in succeed("report", tuned)
 
 
-def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path):
+def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path, undrawn):
     output = succeed("compare", run, tuned, "--resamples", 50)
     assert re.search(r"macro AUROC .* [+-]0\.\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", output)
     other = tmp_path / "other"
@@ -421,12 +445,17 @@ def test_ctrl_c_keeps_the_finished_epochs(with_tokens, tmp_path):
     path = tmp_path / "run"
     command = [sys.executable, "-m", "cxr_cache", "finetune", str(with_tokens)]
     command += ["--run-dir", str(path), *TUNING[2:], "--epochs", "300"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    # Whoever starts the tests in the background has Ctrl-C ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert "Stopped. What was finished is kept; the same command continues:" in said
     assert "Traceback" not in said

@@ -84,8 +84,8 @@ def test_figures_intervals_and_p_values_are_those_of_an_independent_loop(runs):
         freedom = np.append(n - 1, np.inf)
         difference = rows["difference"].to_numpy()
         reach = stats.t.ppf(0.975, freedom) * error
-        np.testing.assert_allclose(rows["low"], difference - reach, atol=1e-6)
-        np.testing.assert_allclose(rows["high"], difference + reach, atol=1e-6)
+        np.testing.assert_allclose(rows["low"], np.maximum(difference - reach, -1), atol=1e-6)
+        np.testing.assert_allclose(rows["high"], np.minimum(difference + reach, 1), atol=1e-6)
         p = 2 * stats.t.sf(np.abs(difference) / error, freedom)
         np.testing.assert_allclose(rows["p"], p, rtol=1e-3)
 

@@ -104,7 +104,7 @@ def test_one_finding_in_a_column_stays_a_column():
 
 def test_two_classes_in_one_dimension_may_be_called_anything():
     names = np.where(COMPLETE[:, 0] == 1, "sick", "healthy")
-    head = make_head(n_epochs=30).fit(X, names)
+    head = make_head(n_epochs=8).fit(X, names)
 
     assert head.classes_.tolist() == ["healthy", "sick"]
     probabilities = head.predict_proba(X)
@@ -112,7 +112,7 @@ def test_two_classes_in_one_dimension_may_be_called_anything():
     np.testing.assert_array_equal(head.predict(X) == "sick", probabilities[:, 1] > 0.5)
     np.testing.assert_array_equal(probabilities[:, 1] > 0.5, head.decision_function(X) > 0)
     assert head.score(X, names) == pytest.approx(roc_auc_score(names, probabilities[:, 1]))
-    column = make_head(n_epochs=30).fit(X, COMPLETE[:, :1])
+    column = make_head(n_epochs=8).fit(X, COMPLETE[:, :1])
     np.testing.assert_array_equal(column.predict_proba(X)[:, 0], probabilities[:, 1])
 
 
@@ -165,6 +165,15 @@ def test_a_pipeline_is_searched_over_whole_studies():
     assert search.cv_results_["split0_test_score"][1] == alone.score(X[held_out], Y[held_out])
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_standardising_is_that_of_a_scaler_in_front(norm):
+    scaled = make_pipeline(StandardScaler(), make_head(input_norm="none", norm=norm))
+    head = make_head(input_norm="standard", norm=norm).fit(X, Y)
+    expected = scaled.fit(X, Y).predict_proba(X)
+    np.testing.assert_allclose(head.predict_proba(X), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
 def test_the_seed_decides_and_frames_are_as_good_as_arrays():
     probabilities = make_head().fit(X, Y).predict_proba(X)
     frames = pd.DataFrame(X, columns=[f"x{i}" for i in range(X.shape[1])]), pd.DataFrame(Y)
@@ -182,6 +191,7 @@ def test_the_seed_decides_and_frames_are_as_good_as_arrays():
         ({}, np.where(np.isnan(Y), 2, Y), TableError, r"y holds .*2.* in row \d+, column \d"),
         ({}, np.full(len(X), "a"), TableError, "y holds 1 class, 'a'; there must be two"),
         ({}, np.arange(len(X)) % 3, TableError, r"is multiclass\. .* as y of shape \(N, F\)"),
+        ({}, Y[:, 0], ValueError, "Input y contains NaN"),
         ({}, X[:, 0], TableError, "Unknown label type: continuous. Give two classes"),
     ],
 )

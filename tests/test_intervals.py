@@ -106,6 +106,13 @@ def test_a_finding_of_one_study_is_given_the_spread_of_the_others():
     assert np.isnan(alone).all()
 
 
+def test_a_perfect_mean_is_no_certainty():
+    """Every finding at 1, in every resample: the bound is that of the best known one."""
+    low, high = macro_interval(np.ones(3), np.ones((9, 3)), np.array([2, 30, 1]), "logit")
+
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 30)), 1)
+
+
 def test_nothing_defined_has_no_interval():
     nothing = macro_interval(np.full(3, np.nan), np.full((9, 3), np.nan), np.zeros(3), "logit")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from cxr_cache.run import Run
 from tests.test_evaluate import FINDINGS, make_run
 from tests.test_report import make_rival
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--no-sandbox",
@@ -389,6 +392,20 @@ def test_pictures_are_shown_with_their_warning(see, run, rival, folder):
     for picture in pictures.all():
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 144
         assert "Mass, probability 0." in picture.get_attribute("alt")
+
+
+def test_the_picture_of_the_readme_is_made_from_a_page(browser, page, folder):
+    demo = folder / "demo" / "finetuned"
+    demo.mkdir(parents=True)
+    shutil.copy(page, demo / "report.html")
+    script, picture = REPOSITORY / "scripts" / "report_picture.py", folder / "picture.png"
+
+    subprocess.run([sys.executable, script, demo.parent, picture], check=True)
+
+    for path in (picture, REPOSITORY / "docs" / "report.png"):
+        assert path.stat().st_size < 300_000
+        with Image.open(path) as image:
+            assert image.width == 1280
 
 
 def test_a_page_without_pictures_says_how_to_get_them(see, page):

@@ -25,6 +25,13 @@ from cxr_cache.report import write_joint_report, write_report
 from cxr_cache.run import Run
 from tests.test_evaluate import make_run
 
+FIGURES_OF_0_1 = (
+    *("macro_auroc", "macro_ap", "macro_prevalence", "macro_f1", "micro_f1", "macro_brier"),
+    *("macro_balanced_accuracy", "macro_log_loss", "macro_calibration_error"),
+    *("label_accuracy", "label_accuracy_all_negative", "label_accuracy_gain"),
+    *("exact_match", "exact_match_all_negative"),
+)
+
 
 class Page(HTMLParser):
     """What a browser would see without running anything: texts, references, blocks of data."""
@@ -230,6 +237,16 @@ def test_a_run_evaluated_before_curves_were_kept_still_gets_its_page(evaluated, 
     evaluate_run(run, n_resamples=0)
     for table in ("curves", "calibration", "subgroups"):
         (run.path / f"{table}.csv").unlink()
+    metrics = run.read_metrics()
+    for part in ("test", "out_of_fold", "train"):
+        metrics[part] = {
+            name: entry for name, entry in metrics[part].items() if name in FIGURES_OF_0_1
+        }
+    del metrics["calibration"], metrics["threshold_rule"], metrics["test_by_group"]
+    del metrics["bootstrap"]["interval"]
+    run.write_metrics(metrics)
+    old = run.read_table("per_finding")
+    run.write_table("per_finding", old.drop(columns=[c for c in old if c.endswith("_before")]))
 
     assert all(curve is None for curve in render(run).data["curves"][0])
 
@@ -328,6 +345,8 @@ def test_a_page_does_not_replace_what_is_not_one(evaluated, rival, tmp_path):
     with pytest.raises(ConfigError, match="is not a page of cxr-cache; choose another name"):
         write_joint_report([evaluated, rival], path)
     assert path.read_text() == "<p>years of work"
+    with pytest.raises(ConfigError, match="there is no folder"):
+        write_joint_report([evaluated, rival], tmp_path / "gone" / "page.html")
 
 
 def test_runs_that_cannot_share_a_page_are_refused(evaluated, rival, tmp_path):
