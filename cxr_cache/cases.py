@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +13,12 @@ from cxr_cache.scored import ScoredImages
 Kind: TypeAlias = Literal["hits", "misses", "false_alarms"]
 
 PER_KIND: Final = 4
-"""Images of each kind and finding."""
+"""Images of each kind and finding, where one run is shown."""
 MAX_FINDINGS: Final = 40
 """Of more, those with most positives; so many thumbnails take 2 MB."""
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(TypedDict):
     """One image, and the probability that a finding was given on it."""
 
     image_id: str
@@ -28,7 +26,7 @@ class Case:
 
 
 def find_cases(
-    images: ScoredImages, thresholds: Sequence[float]
+    images: ScoredImages, thresholds: Sequence[float], per_kind: int = PER_KIND
 ) -> dict[str, dict[Kind, list[Case]]]:
     """The most confident hits, misses and false alarms of each finding.
 
@@ -42,11 +40,13 @@ def find_cases(
         N scored rows, F findings.
     thresholds
         Probability from which on each finding is called present, shape ``(F,)``.
+    per_kind
+        Images of each kind and finding.
 
     Returns
     -------
     dict[str, dict[Kind, list[Case]]]
-        By finding; at most :data:`PER_KIND` of a kind and :data:`MAX_FINDINGS` findings.
+        By finding, at most :data:`MAX_FINDINGS` of them.
     """
     n_positive = (images.targets == 1).sum(axis=0)
     common = np.argsort(-n_positive, kind="stable")[:MAX_FINDINGS]
@@ -55,17 +55,22 @@ def find_cases(
         present, absent = images.targets[:, f] == 1, images.targets[:, f] == 0
         probabilities = images.probabilities[:, f]
         called = probabilities >= thresholds[f]
+        kinds: dict[Kind, tuple[NDArray[np.bool_], NDArray[np.float64]]] = {
+            "hits": (present & called, -probabilities),
+            "misses": (present & ~called, probabilities),
+            "false_alarms": (absent & called, -probabilities),
+        }
         cases[images.findings[f]] = {
-            "hits": _surest(images, present & called, f, -probabilities),
-            "misses": _surest(images, present & ~called, f, probabilities),
-            "false_alarms": _surest(images, absent & called, f, -probabilities),
+            kind: [
+                Case(image_id=str(images.image_ids[row]), probability=float(probabilities[row]))
+                for row in _first(chosen, key, per_kind)
+            ]
+            for kind, (chosen, key) in kinds.items()
         }
     return cases
 
 
-def _surest(
-    images: ScoredImages, chosen: NDArray[np.bool_], f: int, key: NDArray[np.float64]
-) -> list[Case]:
+def _first(chosen: NDArray[np.bool_], key: NDArray[np.float64], n_rows: int) -> NDArray[np.intp]:
+    """So many of the chosen rows, the smallest keys first."""
     rows = np.flatnonzero(chosen)
-    first = rows[np.argsort(key[rows], kind="stable")[:PER_KIND]]
-    return [Case(str(images.image_ids[r]), float(images.probabilities[r, f])) for r in first]
+    return rows[np.argsort(key[rows], kind="stable")[:n_rows]]

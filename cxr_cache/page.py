@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ def render_page(
     views: list[RunView],
     *,
     differences: Mapping[str, Any] | None = None,
-    cases: list[dict[str, Any]] | None = None,
+    cases: Sequence[Mapping[str, Any]] | None = None,
     pictures: Mapping[str, str] | None = None,
     problems: list[str] | None = None,
 ) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from cxr_cache.cases import Case, Kind, find_cases
+from cxr_cache.cases import PER_KIND, find_cases
 from cxr_cache.compare import N_RESAMPLES, compare_runs
 from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.model_card import UNKNOWN, render_card
@@ -104,13 +103,14 @@ def write_joint_report(
 
 
 def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:
-    """Cases of every run, and the pictures that they need."""
-    cases: list[dict[str, dict[Kind, list[Case]]]] = []
+    """Cases of every run, fewer where there are several, and the pictures that they need."""
+    cases = []
     for run in runs:
         images = read_scored(run)
-        cases.append(find_cases(images, [run.thresholds[name] for name in images.findings]))
+        cuts = [run.thresholds[finding] for finding in images.findings]
+        cases.append(find_cases(images, cuts, max(1, PER_KIND // len(runs))))
     image_ids = [
-        case.image_id
+        case["image_id"]
         for of_run in cases
         for of_finding in of_run.values()
         for of_kind in of_finding.values()
@@ -118,11 +118,4 @@ def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:
     ]
     preprocessing = runs[0].config["store"]["encoder"].get("preprocessing")
     pictures, problems = draw_thumbnails(image_dir, image_ids, preprocessing)
-    plain = [
-        {
-            finding: {kind: [asdict(case) for case in found] for kind, found in kinds.items()}
-            for finding, kinds in of_run.items()
-        }
-        for of_run in cases
-    ]
-    return {"cases": plain, "pictures": pictures, "problems": problems}
+    return {"cases": cases, "pictures": pictures, "problems": problems}

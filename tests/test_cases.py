@@ -42,7 +42,7 @@ def test_cases_are_the_surest_of_their_kind(seed):
                 kinds["false_alarms"].append((-p, row))
         for kind, found in kinds.items():
             expected = [f"{row}.png" for _, row in sorted(found)[:PER_KIND]]
-            assert [case.image_id for case in cases[finding][kind]] == expected
+            assert [case["image_id"] for case in cases[finding][kind]] == expected
     assert cases["f2"]["hits"] == cases["f2"]["false_alarms"] == []
 
 
