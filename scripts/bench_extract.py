@@ -99,20 +99,21 @@ class Bench:
 
     def run_shared(self) -> tuple[Turn, None]:
         """Seconds of the forward pass, every batch on all cores."""
-        mark = _now()
-        for batch in torch.split(self.pixels, PLAIN_BATCH_SIZE):
-            self.encoder.encode(batch)[1].cpu()
-        return _since(mark), None
+        with self.encoder.cast_weights():
+            mark = _now()
+            for batch in torch.split(self.pixels, PLAIN_BATCH_SIZE):
+                self.encoder.encode(batch)[1].cpu()
+            return _since(mark), None
 
     def run_alone(self) -> tuple[Turn, None]:
         """Seconds of the forward pass, one batch per core."""
         assert self.config.batch_size is not None
-        mark = _now()
-        with encoding_threads(self.encoder.device) as (threads, _):
+        with self.encoder.cast_weights(), encoding_threads(self.encoder.device) as (threads, _):
+            mark = _now()
             batches = torch.split(self.pixels, self.config.batch_size)
             for result in [threads.submit(self.encoder.encode, batch) for batch in batches]:
                 result.result()[1].cpu()
-        return _since(mark), None
+            return _since(mark), None
 
     def run_product(self) -> tuple[Turn, NDArray[np.float32]]:
         """Seconds and embeddings of an extraction, from the moment the store is planned."""
