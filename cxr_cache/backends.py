@@ -20,6 +20,8 @@ from cxr_cache.config import BACKENDS
 from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
 _PACKAGES: Final = {"dask": "distributed", "ray": "ray"}
+_LEAVE_INTERRUPTS_TO_DRIVER: Final = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
+"""What workers of a local Dask cluster run first: a terminal interrupts the whole group."""
 WAIT_S: Final = 30
 """How long a scheduler may take to answer, and its workers to join."""
 
@@ -110,11 +112,12 @@ def _open_dask(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]
     distributed = _import(_PACKAGES["dask"], "dask")
     with ExitStack() as stack:
         if scheduler is None:
+            stack.enter_context(_silenced("distributed"))  # whatever matters is raised as well
             cluster = distributed.LocalCluster(
                 n_workers=n_workers,
                 threads_per_worker=1,
                 dashboard_address=None,
-                silence_logs=logging.ERROR,
+                preload=_LEAVE_INTERRUPTS_TO_DRIVER,
             )
             address: Any = stack.enter_context(cluster)
         else:
@@ -164,6 +167,17 @@ _OPENERS: Final[dict[str, Callable[[int, Any], AbstractContextManager[dict[str, 
     "dask": _open_dask,
     "ray": _open_ray,
 }
+
+
+@contextmanager
+def _silenced(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _import(module: str, extra: str) -> Any:
