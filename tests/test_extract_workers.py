@@ -130,7 +130,7 @@ def test_a_dask_cluster_that_loses_a_worker_makes_the_same_store(
                     os.kill(holder, signal.SIGKILL)
                     killed.append(holder)
                     return
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50
