@@ -138,7 +138,8 @@ def step_at_the_floor(batch_size: int, n_steps: int) -> float:
 def measure_floor(pool: Parallel, batch_size: int, n_steps: int) -> float:
     """Seconds per step of one head, with a head on every core."""
     seconds = pool(delayed(step_at_the_floor)(batch_size, n_steps) for _ in range(cpu_count()))
-    return float(np.median(seconds)) / n_steps / cpu_count()
+    per_step: float = np.median(seconds) / n_steps
+    return per_step / cpu_count()
 
 
 # -- ours -------------------------------------------------------------------------------
