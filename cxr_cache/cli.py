@@ -201,7 +201,7 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
     description = describe_cohort(cohort, missing)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
     if plot is not None:
-        from cxr_cache.report import draw_class_distribution
+        from cxr_cache.plots import draw_class_distribution
 
         counts = description.findings
         draw_class_distribution(
@@ -1014,13 +1014,49 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 
 
 @cli.command()
-@click.argument("run", type=FOLDER)
-def report(run: Path) -> None:
-    """Draw the plots of a run and write its report.html."""
-    from cxr_cache.report import write_report
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=FILE,
+    default="comparison.html",
+    help="Page of several runs; that of one is report.html in its folder.",
+)
+@click.option(
+    "--image-dir",
+    type=FOLDER,
+    help="Folder of the images: the page then shows small pictures of hits, misses and false "
+    "alarms, and may not be shared if they may not.",
+)
+@click.option(
+    "--license", "license_id", default="unknown", help="For the model card, as the Hub writes it."
+)
+@click.option(
+    "--dataset", "dataset_id", default="unknown", help="For the model card, as the Hub writes it."
+)
+@_resamples(2)
+def report(
+    runs: tuple[Path, ...],
+    out: Path,
+    image_dir: Path | None,
+    license_id: str,
+    dataset_id: str,
+    resamples: int,
+) -> None:
+    """Write the plots, page and model card of a run, or one page for several RUNS.
+
+    Several runs must have been tested on the same studies; differences are to the first.
+    """
+    from cxr_cache.report import write_joint_report, write_report
     from cxr_cache.run import Run
 
-    click.echo(f"Report: {write_report(Run.open(run))}")
+    opened = [Run.open(run) for run in runs]
+    if len(opened) == 1:
+        page = write_report(
+            opened[0], image_dir=image_dir, license_id=license_id, dataset_id=dataset_id
+        )
+    else:
+        page = write_joint_report(opened, out, image_dir=image_dir, n_resamples=resamples)
+    click.echo(f"Report: {page}")
 
 
 # -- using ------------------------------------------------------------------------------

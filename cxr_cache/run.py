@@ -40,12 +40,16 @@ TableName = Literal[
     "calibration",
 ]
 
+FINAL_FOLD: Final = "final"
+"""What stands in the column `fold` of ``history.csv`` for the final model."""
+
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
 _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
+_CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
@@ -129,7 +133,7 @@ class Run:
         run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
         run._write_config("running")  # first: whatever is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, *tables):
+        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -269,6 +273,16 @@ class Run:
         """Write ``report.html``."""
         write_whole(self.report_path, html.encode())
         return self.report_path
+
+    def write_model_card(self, markdown: str) -> Path:
+        """Write ``model_card.md``."""
+        path = self.path / _CARD
+        write_whole(path, markdown.encode())
+        return path
+
+    def has_table(self, name: TableName) -> bool:
+        """Whether ``NAME.csv`` is there; runs of earlier versions lack some."""
+        return (self.path / f"{name}.csv").is_file()
 
     # -- what an interrupted training continues from ------------------------------------
 

@@ -229,6 +229,7 @@ def test_train_writes_a_whole_run_and_prints_what_it_found(run):
         "config.json splits.csv targets.csv epoch_search.csv history.csv model.safetensors",
         "fold_heads.safetensors",
         "predictions.csv out_of_fold.csv metrics.json per_finding.csv plots report.html",
+        "model_card.md",
         "per_finding_by_study.csv subgroups.csv curves.csv calibration.csv",
     }
     assert {path.name for path in run.iterdir()} == set(" ".join(expected).split())
@@ -236,6 +237,25 @@ def test_train_writes_a_whole_run_and_prints_what_it_found(run):
     assert "macro AUROC" in output
     assert "predicting nothing scores" in output
     assert "Report: " in succeed("report", run)
+
+
+def test_report_shows_pictures_and_puts_runs_on_one_page(run, data, tmp_path):
+    twin = shutil.copytree(run, tmp_path / "twin")
+    images, page = data / "images", tmp_path / "page.html"
+    before = "data:image/jpeg" in (run / "report.html").read_text()
+
+    succeed("report", twin, "--image-dir", images, "--license", "apache-2.0")
+    assert not before
+    assert "data:image/jpeg" in (twin / "report.html").read_text()
+    assert "license: apache-2.0" in (twin / "model_card.md").read_text()
+    output = succeed("report", run, twin, "--out", page, "--resamples", 20)
+    assert output.endswith(f"Report: {page}\n")
+
+    assert "is not a folder" in refuse("report", run, "--image-dir", tmp_path / "nowhere")
+    assert "holds none of the" in refuse("report", run, "--image-dir", data)
+    assert "A run is given twice" in refuse("report", run, run, "--out", page)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "choose another name" in refuse("report", run, twin, "--out", tmp_path / "notes.txt")
 
 
 def test_thresholds_and_calibration_are_chosen_while_training_or_afterwards(store, tmp_path):

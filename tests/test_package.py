@@ -69,7 +69,7 @@ def test_imports_only_point_down():
     ("library", "modules"),
     [
         ("h5py", {"layout", "store"}),
-        ("PIL", {"images", "phantoms", "phantom_film", "phantom_anatomy"}),
+        ("PIL", {"images", "phantoms", "phantom_film", "phantom_anatomy", "thumbnails"}),
         ("open_clip", {"encoder", "checkpoints", "towers"}),
         ("click", {"cli"}),
         ("tqdm", {"cli"}),

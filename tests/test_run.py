@@ -75,6 +75,7 @@ def test_everything_of_an_old_run_goes_and_nothing_else(tmp_path):
     run.write_table("per_finding", pd.DataFrame({"finding": ["Mass"]}))
     run.write_metrics({"test": {}})
     run.write_report("<html>")
+    run.write_model_card("# card")
     run.plot_path("auroc").write_bytes(b"png")
     (run.path / "notes.txt").write_text("mine")
 
@@ -167,6 +168,7 @@ WRITES = {
     "splits.csv": lambda run: run.write_table("splits", pd.DataFrame({"image_id": ["new"]})),
     "metrics.json": lambda run: run.write_metrics({"new": 1}),
     "report.html": lambda run: run.write_report("new"),
+    "model_card.md": lambda run: run.write_model_card("new"),
     "model.safetensors": lambda run: run.save_model(MODEL),
     "config.json": lambda run: run.finish(),
 }
