@@ -280,6 +280,51 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     return reload_encoder(recorded, model=model, device=device)
 
 
+@cli.command()
+@STORE
+@click.option("--run-dir", type=FOLDER, help="A run on this store, whose split is checked.")
+@click.option("--image-dir", type=FOLDER, help="Also compare the pictures themselves.")
+@click.option("--leakage", is_flag=True, help="Measure what a split by image would have gained.")
+@click.option(
+    "--closeness",
+    default=0.1,
+    help="Share of the usual distance of embeddings below which two images may be one.",
+)
+@click.option("--jobs", "n_jobs", default=-1, help="Decoding processes; -1 is one per core.")
+@click.option("--out", type=FOLDER, help="Folder for the tables (CSV) and a summary (JSON).")
+def audit(
+    store: Path,
+    run_dir: Path | None,
+    image_dir: Path | None,
+    leakage: bool,
+    closeness: float,
+    n_jobs: int,
+    out: Path | None,
+) -> None:
+    """Look for leaks across the split, duplicates, and images that do not belong."""
+    from cxr_cache.audit import AuditConfig, audit_store
+    from cxr_cache.run import Run
+    from cxr_cache.store import FeatureStore
+
+    if image_dir is not None:
+        _require_folder(image_dir)
+    config = AuditConfig(closeness=closeness, n_jobs=n_jobs)
+    run = None if run_dir is None else Run.open(run_dir)
+    with FeatureStore.open(store) as features, _progress_bar(None, "img") as bar:
+        found = audit_store(
+            features,
+            run=run,
+            image_dir=image_dir,
+            config=config,
+            with_leakage=leakage,
+            on_progress=_count_progress(bar),
+        )
+    click.echo(found.to_text())
+    if out is not None:
+        found.write(out)
+        click.echo(f"Tables written to {out}", err=True)
+
+
 # -- making a store ---------------------------------------------------------------------
 
 
