@@ -114,8 +114,8 @@ class Audit:
             unverified = " (not verified)" if evidence == CLOSE else ""
             lines.append(
                 f"  {evidence}{unverified}: {len(found):,}; {(found['crosses'] != '').sum():,} "
-                f"cross the split, {(found['study_a'] != found['study_b']).sum():,} join two studies, "
-                f"{(found['conflicting'] != '').sum():,} have conflicting labels"
+                f"cross the split, {(found['study_a'] != found['study_b']).sum():,} join two "
+                f"studies, {(found['conflicting'] != '').sum():,} have conflicting labels"
             )
             lines += _first(found, "{image_a}  {image_b}  {crosses}  {conflicting}")
         return lines if len(lines) > 1 else ["No pair of images looks like one."]

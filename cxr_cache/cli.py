@@ -42,6 +42,7 @@ from cxr_cache.errors import CxrCacheError, StoreFormatError, StoreMismatchError
 if TYPE_CHECKING:
     from cxr_cache.cohort import Cohort
     from cxr_cache.encoder import Encoder
+    from cxr_cache.run import Run
 
 _AFTER_TRAINING = ("evaluate", "report")
 Command: TypeAlias = Callable[..., Any]
@@ -868,19 +869,13 @@ def predict(
     """Probabilities and decisions for image files (a folder means all its files)."""
     from cxr_cache.run import Run
 
-    paths = [path for image in images for path in _files_of(image)]
-    if not paths:
-        raise click.ClickException("There are no files in the folders given.")
+    paths = _require_files(images)
     if out is not None:
         _require_folder(out.parent)
     opened = Run.open(run)
-    recorded = opened.load_model().encoder
-    from cxr_cache.encoding import reload_encoder
-    from cxr_cache.predict import predict_images, require_encoder_of_run
+    encoder = _load_encoder_of_run(opened, model, device)
+    from cxr_cache.predict import predict_images
 
-    require_encoder_of_run(opened, recorded, None)
-    encoder = reload_encoder(recorded, model=model, device=device)
-    _warn_if_random(encoder.identity.is_random)
     predictions = predict_images(opened, paths, encoder)
     if out is None:
         click.echo(predictions.to_text())
@@ -890,6 +885,54 @@ def predict(
     if predictions.n_failed:
         raise click.ClickException(
             f"{predictions.n_failed:,} of {len(paths):,} images could not be used."
+        )
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--finding", "findings", multiple=True, required=True, help="May be repeated.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the pictures.")
+@click.option(
+    "--blocks",
+    "n_blocks",
+    type=click.IntRange(min=1),
+    help="Last blocks to follow back.  [default: those fine-tuned; of a frozen run, the last two]",
+)
+@click.option(
+    "--raw", is_flag=True, help="Also write each map as .npy, rows and columns of patches."
+)
+@click.option("--model", help="The run's encoder, where it has moved.  [default: as recorded]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+def explain(
+    run: Path,
+    images: tuple[Path, ...],
+    findings: tuple[str, ...],
+    out: Path,
+    n_blocks: int | None,
+    raw: bool,
+    model: str | None,
+    device: str,
+) -> None:
+    """Draw where in image files (a folder means all its files) a finding was seen.
+
+    The maps say what the model's answer rests on, not whether that is right.
+    """
+    from cxr_cache.explain import explain_images, parse_findings
+    from cxr_cache.run import Run
+
+    paths = _require_files(images)
+    opened = Run.open(run)
+    names = parse_findings(opened, findings)
+    encoder = _load_encoder_of_run(opened, model, device)
+    from cxr_cache.explain_plot import write_explanations
+
+    maps = explain_images(opened, paths, names, encoder, n_blocks=n_blocks)
+    n_written, failures = write_explanations(maps, out, raw=raw)
+    click.echo(f"{n_written:,} pictures written to {out}")
+    if failures:
+        raise click.ClickException(
+            f"{len(failures):,} of {len(paths):,} images could not be used:\n" + "\n".join(failures)
         )
 
 
@@ -917,6 +960,24 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
     summary = export_run(opened, out, file_format, model=model, overwrite=overwrite)
     _warn_if_random(opened.config["random_encoder"])
     click.echo(summary.to_text())
+
+
+def _load_encoder_of_run(run: Run, model: str | None, device: str) -> Encoder:
+    from cxr_cache.encoding import reload_encoder
+    from cxr_cache.predict import require_encoder_of_run
+
+    recorded = run.load_model().encoder
+    require_encoder_of_run(run, recorded, None)
+    encoder = reload_encoder(recorded, model=model, device=device)
+    _warn_if_random(encoder.identity.is_random)
+    return encoder
+
+
+def _require_files(images: tuple[Path, ...]) -> list[Path]:
+    paths = [path for image in images for path in _files_of(image)]
+    if not paths:
+        raise click.ClickException("There are no files in the folders given.")
+    return paths
 
 
 def _files_of(path: Path) -> list[Path]:
