@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from cxr_cache.duplicates import Neighbourhood, find_neighbours, find_same_diges
 from cxr_cache.errors import ConfigError, StoreIncompleteError
 from cxr_cache.leakage import Leakage, measure_leakage
 from cxr_cache.outliers import find_embedding_outliers, find_pixel_outliers, standardise
-from cxr_cache.picture_facts import PictureFacts, examine_pictures
+from cxr_cache.picture_facts import THUMBNAIL_PX, PictureFacts, examine_pictures
 from cxr_cache.run import Run
 from cxr_cache.store import FAILED, FeatureStore
 
@@ -32,6 +32,7 @@ MIN_CORRELATION: Final = 0.99
 _N_SHOWN: Final = 5
 _AND: Final = " and "
 _MIN_ROWS: Final = 3
+_COARSE_PX: Final = 16
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,9 @@ def _find_pairs(
     digests = np.array([list(facts[row].pixel_sha256) for row in looked_at], np.uint8)
     candidates, distances = near.close_pairs(config.closeness)
     kinds: list[tuple[str, NDArray[np.intp]]] = [(SAME_FILE, find_same_digests(sha256))]
-    if facts:
+    if len(facts) >= _MIN_ROWS:
         kinds.append((SAME_PIXELS, looked_at[find_same_digests(digests)]))
+        kinds.append((CLOSE, looked_at[_find_similar_pictures([facts[row] for row in looked_at])]))
     found = pd.concat(
         [_as_pairs(pairs, evidence) for evidence, pairs in kinds]
         + [_as_pairs(candidates, CLOSE).assign(distance=distances)],
@@ -289,6 +291,17 @@ def _find_pairs(
     found["distance"] = found.groupby(["a", "b"])["distance"].transform("max")
     distinct: pd.DataFrame = found.drop_duplicates(["a", "b"], ignore_index=True)
     return distinct
+
+
+def _find_similar_pictures(facts: Sequence[PictureFacts]) -> NDArray[np.intp]:
+    """Pairs whose coarse thumbnails correlate: copies of another brightness, which embeddings miss.
+
+    Coarser pictures correlate more, so that these are candidates, to be compared at full size.
+    """
+    thumbnails = np.stack([one.thumbnail for one in facts])
+    coarse = thumbnails.reshape(len(facts), _COARSE_PX, -1, _COARSE_PX, THUMBNAIL_PX // _COARSE_PX)
+    flat = standardise(coarse.mean(axis=(2, 4))).reshape(len(facts), -1)
+    return find_neighbours(flat, less_mean=False).pairs_within(1 - MIN_CORRELATION)[0]
 
 
 def _as_pairs(pairs: NDArray[np.intp], evidence: str) -> pd.DataFrame:

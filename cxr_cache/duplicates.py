@@ -44,30 +44,37 @@ class Neighbourhood:
         distances
             ``(n,)``.
         """
+        return self.pairs_within(closeness * self.usual_distance)
+
+    def pairs_within(self, distance: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Pairs closer than `distance`, and their distances; as :meth:`close_pairs`."""
         own, n_each = np.arange(len(self.rows)), self.rows.shape[1]
         pairs = np.stack([np.repeat(own, n_each), self.rows.ravel()], axis=1)
         distances = self.distances.ravel()
-        is_close = distances < closeness * self.usual_distance
+        is_close = distances < distance
         pairs, first = np.unique(np.sort(pairs[is_close], axis=1), axis=0, return_index=True)
         distances = distances[is_close][first]
         order = np.argsort(distances, kind="stable")
         return pairs[order], distances[order]
 
 
-def find_neighbours(embeddings: NDArray[np.float32]) -> Neighbourhood:
+def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) -> Neighbourhood:
     """Look up the nearest others of every image, exactly.
 
     Parameters
     ----------
     embeddings
         Encoder scale, shape ``(N, D)``, finite, N at least 3.
+    less_mean
+        Subtract the mean over images first. Without it, distances are 1 - cosine of what is given.
 
     Notes
     -----
     scikit-learn compares block by block and keeps the nearest only: memory grows with N, time with
     its square.
     """
-    centred = embeddings - embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = embeddings - mean if less_mean else embeddings.copy()
     centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), np.float32(1e-12))
     n_wanted = min(N_NEIGHBOURS + 1, len(centred))
     search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")

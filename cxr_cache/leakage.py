@@ -65,8 +65,9 @@ class Leakage:
         return "\n".join(
             [
                 *lines,
-                f"  a split by image shows {self.gain.to_text('+')} more than one by study",
-                f"  on the same test images, {self.gain_on_same_images.to_text('+')} of it is leak",
+                f"  by image minus by study, findings that both score: {self.gain.to_text('+')}",
+                "  the leak alone, on the same test images:            "
+                f"{self.gain_on_same_images.to_text('+')}",
             ]
         )
 
