@@ -267,7 +267,9 @@ def verify(
     ctx.exit(found.exit_status)
 
 
-def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encoder:
+def _load_encoder_of_store(
+    store: Path, model: str | None, device: str, remedy: str = "Leave out --images."
+) -> Encoder:
     from cxr_cache.encoding import reload_encoder
     from cxr_cache.store import FeatureStore
 
@@ -276,7 +278,7 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     if recorded.get("imported"):
         raise StoreMismatchError(
             f"{store} holds embeddings imported from {recorded['name']}; there is no encoder here "
-            "to compare them with. Leave out --images."
+            f"to compare them with. {remedy}"
         )
     return reload_encoder(recorded, model=model, device=device)
 
@@ -842,6 +844,56 @@ def compare(first: Path, second: Path, resamples: int, seed: int) -> None:
 
     runs = Run.open(first), Run.open(second)
     click.echo(compare_runs(*runs, n_resamples=resamples, seed=seed).to_text())
+
+
+@cli.command("zero-shot")
+@STORE
+@click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
+@click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
+@click.option("--out", type=FILE, help="Write the table to this CSV file.")
+@click.option(
+    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
+)
+@click.option("--seed", default=0, help="Seed of the bootstrap.")
+@click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
+def zero_shot(
+    store: Path,
+    run_dir: Path | None,
+    prompts: Path | None,
+    out: Path | None,
+    resamples: int,
+    seed: int,
+    model: str | None,
+) -> None:
+    """What the encoder tells from prompts alone, without training.
+
+    Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
+    """
+    from cxr_cache.prompts import load_prompts
+    from cxr_cache.run import Run
+    from cxr_cache.store import FeatureStore
+    from cxr_cache.text_encoder import load_text_encoder
+    from cxr_cache.zero_shot import require_same_encoder, score_zero_shot
+
+    if out is not None:
+        _require_folder(out.parent)
+    pairs = load_prompts(prompts)
+    run = None if run_dir is None else Run.open(run_dir)
+    remedy = "Extract the images with a model that has a text tower."
+    encoder = _load_encoder_of_store(store, model, "cpu", remedy).identity
+    with FeatureStore.open(store) as features:
+        require_same_encoder(features, encoder)
+        found = score_zero_shot(
+            features,
+            load_text_encoder(encoder.name),
+            pairs,
+            run=run,
+            n_resamples=resamples,
+            seed=seed,
+        )
+    click.echo(found.to_text())
+    if out is not None:
+        found.table.to_csv(out, index=False, float_format="%.6g")
 
 
 @cli.command()
