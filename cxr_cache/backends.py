@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,6 +19,9 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from cxr_cache.config import BACKENDS
 from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
+_PACKAGES: Final = {"dask": "distributed", "ray": "ray"}
+_LEAVE_INTERRUPTS_TO_DRIVER: Final = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
+"""What workers of a local Dask cluster run first: a terminal interrupts the whole group."""
 WAIT_S: Final = 30
 """How long a scheduler may take to answer, and its workers to join."""
 
@@ -54,16 +58,8 @@ def open_backend(
     WorkerLostError
         Raised out of the ``with`` block where a worker was lost and its work with it.
     """
-    if name not in BACKENDS:
-        raise ConfigError(f"--backend is '{name}'; choose from {', '.join(BACKENDS)}.")
-    if n_workers < 1:
-        raise ConfigError(f"--workers is {n_workers}; it must be at least 1.")
-    if name == "loky" and scheduler is not None:
-        raise ConfigError(
-            "--scheduler goes with --backend dask or ray; loky runs on this machine alone."
-        )
-    with ExitStack() as stack:
-        backend_options = stack.enter_context(_OPENERS[name](n_workers, scheduler))
+    _require_sensible(name, n_workers, scheduler)
+    with _OPENERS[name](n_workers, scheduler) as backend_options:
         # One piece of work at a time: each takes long, and a lost worker loses one only.
         with parallel_config(backend=name, **backend_options):
             parallel = Parallel(n_jobs=n_workers, batch_size=1, **options)
@@ -77,9 +73,33 @@ def open_backend(
             ) from error
 
 
+def check_backend(name: str, *, n_workers: int, scheduler: str | None = None) -> None:
+    """Raise what :func:`open_backend` would raise, but start nothing on this machine.
+
+    For callers who do something that takes long, or leaves traces, before they open one.
+    """
+    _require_sensible(name, n_workers, scheduler)
+    if scheduler is not None:
+        with _OPENERS[name](n_workers, scheduler):
+            pass
+    elif name != "loky":
+        _import(_PACKAGES[name], name)
+
+
 def streams_results(name: str) -> bool:
     """Whether the pool takes ``return_as="generator"`` and ``"generator_unordered"``."""
     return name != "ray"
+
+
+def _require_sensible(name: str, n_workers: int, scheduler: str | None) -> None:
+    if name not in BACKENDS:
+        raise ConfigError(f"--backend is '{name}'; choose from {', '.join(BACKENDS)}.")
+    if n_workers < 1:
+        raise ConfigError(f"--workers is {n_workers}; it must be at least 1.")
+    if name == "loky" and scheduler is not None:
+        raise ConfigError(
+            "--scheduler goes with --backend dask or ray; loky runs on this machine alone."
+        )
 
 
 @contextmanager
@@ -89,11 +109,15 @@ def _open_loky(_n_workers: int, _scheduler: None) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _open_dask(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]]:
-    distributed = _import("distributed", "dask")
+    distributed = _import(_PACKAGES["dask"], "dask")
     with ExitStack() as stack:
         if scheduler is None:
+            stack.enter_context(_silenced("distributed"))  # whatever matters is raised as well
             cluster = distributed.LocalCluster(
-                n_workers=n_workers, threads_per_worker=1, dashboard_address=None
+                n_workers=n_workers,
+                threads_per_worker=1,
+                dashboard_address=None,
+                preload=_LEAVE_INTERRUPTS_TO_DRIVER,
             )
             address: Any = stack.enter_context(cluster)
         else:
@@ -121,7 +145,7 @@ def _open_dask(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]
 @contextmanager
 def _open_ray(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-    ray = _import("ray", "ray")
+    ray = _import(_PACKAGES["ray"], "ray")
     local = {"num_cpus": n_workers, "include_dashboard": False} if scheduler is None else {}
     try:
         ray.init(scheduler or "local", log_to_driver=False, logging_level="error", **local)
@@ -143,6 +167,17 @@ _OPENERS: Final[dict[str, Callable[[int, Any], AbstractContextManager[dict[str, 
     "dask": _open_dask,
     "ray": _open_ray,
 }
+
+
+@contextmanager
+def _silenced(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _import(module: str, extra: str) -> Any:

@@ -48,6 +48,7 @@ from cxr_cache.errors import CxrCacheError, StoreFormatError, StoreMismatchError
 if TYPE_CHECKING:
     from cxr_cache.cohort import Cohort
     from cxr_cache.encoder import Encoder
+    from cxr_cache.run import Run
 
 _AFTER_TRAINING = ("evaluate", "report")
 Command: TypeAlias = Callable[..., Any]
@@ -272,7 +273,9 @@ def verify(
     ctx.exit(found.exit_status)
 
 
-def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encoder:
+def _load_encoder_of_store(
+    store: Path, model: str | None, device: str, remedy: str = "Leave out --images."
+) -> Encoder:
     from cxr_cache.encoding import reload_encoder
     from cxr_cache.store import FeatureStore
 
@@ -281,9 +284,54 @@ def _load_encoder_of_store(store: Path, model: str | None, device: str) -> Encod
     if recorded.get("imported"):
         raise StoreMismatchError(
             f"{store} holds embeddings imported from {recorded['name']}; there is no encoder here "
-            "to compare them with. Leave out --images."
+            f"to compare them with. {remedy}"
         )
     return reload_encoder(recorded, model=model, device=device)
+
+
+@cli.command()
+@STORE
+@click.option("--run-dir", type=FOLDER, help="A run on this store, whose split is checked.")
+@click.option("--image-dir", type=FOLDER, help="Also compare the pictures themselves.")
+@click.option("--leakage", is_flag=True, help="Measure what a split by image would have gained.")
+@click.option(
+    "--closeness",
+    default=0.1,
+    help="Share of the usual distance of embeddings below which two images may be one.",
+)
+@click.option("--jobs", "n_jobs", default=-1, help="Decoding processes; -1 is one per core.")
+@click.option("--out", type=FOLDER, help="Folder for the tables (CSV) and a summary (JSON).")
+def audit(
+    store: Path,
+    run_dir: Path | None,
+    image_dir: Path | None,
+    leakage: bool,
+    closeness: float,
+    n_jobs: int,
+    out: Path | None,
+) -> None:
+    """Look for leaks across the split, duplicates, and images that do not belong."""
+    from cxr_cache.audit import AuditConfig, audit_store
+    from cxr_cache.run import Run
+    from cxr_cache.store import FeatureStore
+
+    if image_dir is not None:
+        _require_folder(image_dir)
+    config = AuditConfig(closeness=closeness, n_jobs=n_jobs)
+    run = None if run_dir is None else Run.open(run_dir)
+    with FeatureStore.open(store) as features, _progress_bar(None, "img") as bar:
+        found = audit_store(
+            features,
+            run=run,
+            image_dir=image_dir,
+            config=config,
+            with_leakage=leakage,
+            on_progress=_count_progress(bar),
+        )
+    click.echo(found.to_text())
+    if out is not None:
+        found.write(out)
+        click.echo(f"Tables written to {out}", err=True)
 
 
 # -- making a store ---------------------------------------------------------------------
@@ -1013,6 +1061,56 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
             click.echo(f"{path} written")
 
 
+@cli.command("zero-shot")
+@STORE
+@click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
+@click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
+@click.option("--out", type=FILE, help="Write the table to this CSV file.")
+@click.option(
+    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
+)
+@click.option("--seed", default=0, help="Seed of the bootstrap.")
+@click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
+def zero_shot(
+    store: Path,
+    run_dir: Path | None,
+    prompts: Path | None,
+    out: Path | None,
+    resamples: int,
+    seed: int,
+    model: str | None,
+) -> None:
+    """What the encoder tells from prompts alone, without training.
+
+    Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
+    """
+    from cxr_cache.prompts import load_prompts
+    from cxr_cache.run import Run
+    from cxr_cache.store import FeatureStore
+    from cxr_cache.text_encoder import load_text_encoder
+    from cxr_cache.zero_shot import require_same_encoder, score_zero_shot
+
+    if out is not None:
+        _require_folder(out.parent)
+    pairs = load_prompts(prompts)
+    run = None if run_dir is None else Run.open(run_dir)
+    remedy = "Extract the images with a model that has a text tower."
+    encoder = _load_encoder_of_store(store, model, "cpu", remedy).identity
+    with FeatureStore.open(store) as features:
+        require_same_encoder(features, encoder)
+        found = score_zero_shot(
+            features,
+            load_text_encoder(encoder.name),
+            pairs,
+            run=run,
+            n_resamples=resamples,
+            seed=seed,
+        )
+    click.echo(found.to_text())
+    if out is not None:
+        found.table.to_csv(out, index=False, float_format="%.6g")
+
+
 @cli.command()
 @click.argument("runs", type=FOLDER, nargs=-1, required=True)
 @click.option(
@@ -1074,19 +1172,13 @@ def predict(
     """Probabilities and decisions for image files (a folder means all its files)."""
     from cxr_cache.run import Run
 
-    paths = [path for image in images for path in _files_of(image)]
-    if not paths:
-        raise click.ClickException("There are no files in the folders given.")
+    paths = _require_files(images)
     if out is not None:
         _require_folder(out.parent)
     opened = Run.open(run)
-    recorded = opened.load_model().encoder
-    from cxr_cache.encoding import reload_encoder
-    from cxr_cache.predict import predict_images, require_encoder_of_run
+    encoder = _load_encoder_of_run(opened, model, device)
+    from cxr_cache.predict import predict_images
 
-    require_encoder_of_run(opened, recorded, None)
-    encoder = reload_encoder(recorded, model=model, device=device)
-    _warn_if_random(encoder.identity.is_random)
     predictions = predict_images(opened, paths, encoder)
     if out is None:
         click.echo(predictions.to_text())
@@ -1096,6 +1188,54 @@ def predict(
     if predictions.n_failed:
         raise click.ClickException(
             f"{predictions.n_failed:,} of {len(paths):,} images could not be used."
+        )
+
+
+@cli.command()
+@click.argument("run", type=FOLDER)
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--finding", "findings", multiple=True, required=True, help="May be repeated.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the pictures.")
+@click.option(
+    "--blocks",
+    "n_blocks",
+    type=click.IntRange(min=1),
+    help="Last blocks to follow back.  [default: those fine-tuned; of a frozen run, the last two]",
+)
+@click.option(
+    "--raw", is_flag=True, help="Also write each map as .npy, rows and columns of patches."
+)
+@click.option("--model", help="The run's encoder, where it has moved.  [default: as recorded]")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
+def explain(
+    run: Path,
+    images: tuple[Path, ...],
+    findings: tuple[str, ...],
+    out: Path,
+    n_blocks: int | None,
+    raw: bool,
+    model: str | None,
+    device: str,
+) -> None:
+    """Draw where in image files (a folder means all its files) a finding was seen.
+
+    The maps say what the model's answer rests on, not whether that is right.
+    """
+    from cxr_cache.explain import explain_images, parse_findings
+    from cxr_cache.run import Run
+
+    paths = _require_files(images)
+    opened = Run.open(run)
+    names = parse_findings(opened, findings)
+    encoder = _load_encoder_of_run(opened, model, device)
+    from cxr_cache.explain_plot import write_explanations
+
+    maps = explain_images(opened, paths, names, encoder, n_blocks=n_blocks)
+    n_written, failures = write_explanations(maps, out, raw=raw)
+    click.echo(f"{n_written:,} pictures written to {out}")
+    if failures:
+        raise click.ClickException(
+            f"{len(failures):,} of {len(paths):,} images could not be used:\n" + "\n".join(failures)
         )
 
 
@@ -1123,6 +1263,24 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
     summary = export_run(opened, out, file_format, model=model, overwrite=overwrite)
     _warn_if_random(opened.config["random_encoder"])
     click.echo(summary.to_text())
+
+
+def _load_encoder_of_run(run: Run, model: str | None, device: str) -> Encoder:
+    from cxr_cache.encoding import reload_encoder
+    from cxr_cache.predict import require_encoder_of_run
+
+    recorded = run.load_model().encoder
+    require_encoder_of_run(run, recorded, None)
+    encoder = reload_encoder(recorded, model=model, device=device)
+    _warn_if_random(encoder.identity.is_random)
+    return encoder
+
+
+def _require_files(images: tuple[Path, ...]) -> list[Path]:
+    paths = [path for image in images for path in _files_of(image)]
+    if not paths:
+        raise click.ClickException("There are no files in the folders given.")
+    return paths
 
 
 def _files_of(path: Path) -> list[Path]:

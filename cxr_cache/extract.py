@@ -359,7 +359,7 @@ def _encoded_batches(
     )
     fitting = FittingEncoder(encoder, flip=config.flip, n_unfrozen=config.unfreeze_layers)
     under_way: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
-    with encoding_threads(encoder.device) as (threads, n_threads):
+    with encoder.cast_weights(), encoding_threads(encoder.device) as (threads, n_threads):
         for batch in _timed(batches, summary):
             under_way.append((batch, threads.submit(_encode, store, batch, fitting, config)))
             if len(under_way) > n_threads:

@@ -25,7 +25,7 @@ import pandas as pd
 from joblib import cpu_count, delayed
 from numpy.typing import NDArray
 
-from cxr_cache.backends import open_backend, streams_results
+from cxr_cache.backends import check_backend, open_backend, streams_results
 from cxr_cache.cohort import Cohort
 from cxr_cache.encoder import Encoder, load_encoder
 from cxr_cache.errors import (
@@ -146,6 +146,7 @@ def extract_on_workers(
         raise ConfigError("--part and --backend both split the image table. Give one of them.")
     image_dir, store_path = Path(image_dir).resolve(), Path(store_path).absolute()
     folder = store_path.with_name(f"{store_path.name}.parts")
+    check_backend(workers.backend, n_workers=workers.count(), scheduler=workers.scheduler)
     _collect_left(store_path, folder)
     own = encoder.load()
     encoder = replace(encoder, precision=own.precision)  # one for all, whatever auto means there
@@ -153,8 +154,11 @@ def extract_on_workers(
     def fill(store: FeatureStore, summary: ExtractSummary) -> None:
         parts = _plan_parts(store, folder, image_dir, encoder, config, workers.count())
         folder.mkdir(exist_ok=True)
-        _fill_by_parts(store, parts, workers, summary, on_progress)
-        shutil.rmtree(folder)
+        try:
+            _fill_by_parts(store, parts, workers, summary, on_progress)
+        finally:
+            if not any(folder.glob("*.h5")):
+                shutil.rmtree(folder)
 
     return run_extraction(cohort, image_dir, store_path, own, config, fill, on_space=on_space)
 

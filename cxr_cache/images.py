@@ -258,6 +258,35 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     return DecodedImage(pixels, hashlib.sha256(data).digest())
 
 
+def read_picture(
+    image_dir: str | Path, image_id: str, bits_stored: int | None = None
+) -> NDArray[np.uint8]:
+    """Read one image file at its full size, upright: what a person would look at.
+
+    Parameters
+    ----------
+    image_dir, image_id
+        As in :func:`read_image`.
+    bits_stored
+        Bits in use in 16-bit grey files, None for all.
+
+    Returns
+    -------
+    NDArray[np.uint8]
+        Grey ``(H, W)`` or colour ``(H, W, 3)``; 16-bit grey is rounded to 8 bits.
+
+    Raises
+    ------
+    ImageError
+        The file cannot be decoded. A blank image can.
+    """
+    rule = Preprocessing(1, (0, 0, 0), (1, 1, 1), "bilinear", "squash", bits_stored)
+    data = read_bytes(image_dir, image_id)
+    with _strict_pillow():
+        values = np.asarray(_decode(data, rule))
+    return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
+
+
 def read_bytes(image_dir: str | Path, image_id: str) -> bytes:
     """Read an image file as it is, with every check that needs no decoding.
 

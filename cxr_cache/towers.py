@@ -22,6 +22,8 @@ class SplitTower(ABC):
 
     blocks: Sequence[nn.Module]
     reads_class_token_only: bool
+    patch_grid: tuple[int, int]
+    """Rows and columns of patches; their tokens are the last ones, row by row."""
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
@@ -30,6 +32,14 @@ class SplitTower(ABC):
     @abstractmethod
     def class_token_block(self, tokens: Tensor) -> Tensor:
         """The class token after the last block, ``(B, T, W) -> (B, 1, W)``."""
+
+    @abstractmethod
+    def is_spelled_out(self, block: nn.Module) -> bool:
+        """Whether :meth:`block_with_attention` is what a block does."""
+
+    @abstractmethod
+    def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """One block: tokens after it, and its attention, ``(B, heads, T, T)``, rows sum to 1."""
 
     @abstractmethod
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +68,17 @@ class SplitTower(ABC):
                 tokens = checkpoint(block, tokens, use_reentrant=False)
         return self.finish(tokens)
 
+    def tail_with_attention(self, tokens: Tensor, n_unfrozen: int) -> tuple[Tensor, list[Tensor]]:
+        """Those tokens -> embedding, and the attention of each block, on which it depends.
+
+        For gradients with respect to the attention, which the quick ways never compute.
+        """
+        attentions = []
+        for block in self.blocks[len(self.blocks) - n_unfrozen :]:
+            tokens, attention = self.block_with_attention(block, tokens)
+            attentions.append(attention)
+        return self.finish(tokens)[1], attentions
+
 
 class _TimmTower(SplitTower):
     """timm's VisionTransformer inside open_clip's adapter: BiomedCLIP, and every `random:` ViT."""
@@ -70,6 +91,7 @@ class _TimmTower(SplitTower):
             and self._trunk.attn_pool is None
             and _is_plain_timm_block(self.blocks[-1])
         )
+        self.patch_grid = tuple(self._trunk.patch_embed.grid_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
         trunk = self._trunk
@@ -84,6 +106,18 @@ class _TimmTower(SplitTower):
         class_token: Tensor = tokens[:, :1] + block.drop_path1(block.ls1(attended))  # (B, 1, W)
         changed: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(class_token))))
         return class_token + changed
+
+    def is_spelled_out(self, block: nn.Module) -> bool:
+        return _is_plain_timm_block(block)
+
+    def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attn = block.attn
+        q, k, v = _split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
+        attention = _softmax_products(attn.q_norm(q), attn.k_norm(k))
+        mixed = _join_heads(attention @ v)
+        mixed = attn.norm(mixed) if hasattr(attn, "norm") else mixed
+        tokens = tokens + block.ls1(attn.proj(mixed))
+        return tokens + block.ls2(block.mlp(block.norm2(tokens))), attention
 
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         pooled = self._trunk.forward_head(self._trunk.norm(tokens), pre_logits=True)
@@ -103,6 +137,7 @@ class _OpenClipTower(SplitTower):
             and visual.attn_pool is None
             and type(self.blocks[-1]) is ResidualAttentionBlock
         )
+        self.patch_grid = tuple(visual.grid_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
         tokens: Tensor = self._visual._embeds(pixels)
@@ -115,6 +150,19 @@ class _OpenClipTower(SplitTower):
         class_token: Tensor = tokens[:, :1] + block.ls_1(attended)  # (B, 1, W)
         changed: Tensor = block.ls_2(block.mlp(block.ln_2(class_token)))
         return class_token + changed
+
+    def is_spelled_out(self, block: nn.Module) -> bool:
+        from open_clip.transformer import ResidualAttentionBlock
+
+        return type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention
+
+    def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attn = block.attn
+        projected = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = _split_heads(projected, attn.num_heads)
+        attention = _softmax_products(q, k)
+        tokens = tokens + block.ls_1(attn.out_proj(_join_heads(attention @ v)))
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens))), attention
 
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         pooled: Tensor = self._visual._pool(tokens)[0]
@@ -156,6 +204,22 @@ def _is_plain_timm_block(block: nn.Module) -> bool:
         and type(block.attn) is Attention
         and {name for name, _ in block.attn.named_children()} <= known
     )
+
+
+def _split_heads(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused projection ``(B, T, 3 A)`` -> queries, keys, values, ``(B, heads, T, head_dim)``."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, n_heads, -1).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _softmax_products(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled dot-product attention weights (Vaswani et al. 2017, eq. 1), ``(B, heads, T, T)``."""
+    return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)
+
+
+def _join_heads(mixed: Tensor) -> Tensor:
+    """``(B, heads, T, head_dim)`` -> ``(B, T, A)``."""
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _attend_with_class_token(attn: Any, tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,7 +139,8 @@ def step_at_the_floor(batch_size: int, n_steps: int) -> float:
 def measure_floor(pool: Parallel, batch_size: int, n_steps: int) -> float:
     """Seconds per step of one head, with a head on every core."""
     seconds = pool(delayed(step_at_the_floor)(batch_size, n_steps) for _ in range(cpu_count()))
-    return float(np.median(seconds)) / n_steps / cpu_count()
+    per_step: float = statistics.median(seconds) / n_steps / cpu_count()
+    return per_step
 
 
 # -- ours -------------------------------------------------------------------------------

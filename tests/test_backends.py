@@ -11,7 +11,7 @@ import pytest
 from joblib import delayed
 
 from cxr_cache import backends
-from cxr_cache.backends import open_backend, streams_results
+from cxr_cache.backends import check_backend, open_backend, streams_results
 from cxr_cache.config import BACKENDS
 from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
@@ -73,6 +73,8 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
         open_backend(name, n_workers=1),
     ):
         pass
+    with pytest.raises(BackendError, match=rf"pip install 'cxr-cache\[{name}\]'"):
+        check_backend(name, n_workers=1)
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):

@@ -70,7 +70,7 @@ def test_imports_only_point_down():
     [
         ("h5py", {"layout", "store"}),
         ("PIL", {"images", "phantoms", "phantom_film", "phantom_anatomy", "thumbnails"}),
-        ("open_clip", {"encoder", "checkpoints", "towers"}),
+        ("open_clip", {"encoder", "checkpoints", "towers", "text_encoder"}),
         ("click", {"cli"}),
         ("tqdm", {"cli"}),
     ],

@@ -1,0 +1,243 @@
+"""A store and its encoder's text tower -> what the encoder knows without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from cxr_cache.encoder import EncoderIdentity
+from cxr_cache.errors import RunError, StoreMismatchError, TrainingError
+from cxr_cache.joint_auroc import Figure, JointAuroc, ScoredRows, score_jointly
+from cxr_cache.prompts import PromptPair
+from cxr_cache.run import Run
+from cxr_cache.store import FeatureStore
+from cxr_cache.text_encoder import TextEncoder
+from cxr_cache.training_rows import find_done_rows
+
+MACRO: Final = "macro"
+_ZERO_SHOT, _RUN = "zero_shot", "run"
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShot:
+    """AUROC of prompts, finding by finding, beside a run's where there is one."""
+
+    table: pd.DataFrame
+    """Columns finding, n_positive, zero_shot, zero_shot_low, zero_shot_high and, with a run, run,
+    run_low, run_high, difference, difference_low, difference_high; the last row is macro."""
+    n_images: int
+    n_studies: int
+    rows: str
+    """Which images these are, in words."""
+    without_prompts: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """A table for a terminal."""
+        columns = [name for name in (_ZERO_SHOT, _RUN, "difference") if name in self.table]
+        lines = [
+            f"Zero-shot AUROC on {self.rows}: {self.n_images:,} images of {self.n_studies:,} "
+            "studies [95 % intervals over studies]",
+            f"  {'':<30}{'positive':>9}" + "".join(f"  {name:<24}" for name in columns),
+        ]
+        for row in self.table.to_dict("records"):
+            n_positive = "" if row["finding"] == MACRO else f"{int(row['n_positive']):,}"
+            line = f"  {row['finding']:<30}{n_positive:>9}"
+            for name in columns:
+                figure = Figure(row[name], row[f"{name}_low"], row[f"{name}_high"])
+                sign = "+" if name == "difference" else ""
+                shown = "undefined" if np.isnan(figure.value) else figure.to_text(sign)
+                line += f"  {shown:<24}"
+            lines.append(line.rstrip())
+        if self.without_prompts:
+            lines.append(f"No prompts for: {', '.join(self.without_prompts)}")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def score_prompts(
+    embeddings: NDArray[np.float32], text_encoder: TextEncoder, prompts: Sequence[PromptPair]
+) -> NDArray[np.float32]:
+    """Logit of each finding: the scaled difference of an image's cosines with a pair of prompts.
+
+    Its sigmoid is the softmax over the two, as in Tiu et al., "Expert-level detection of
+    pathologies from unannotated chest X-ray images via self-supervised learning" (CheXzero, 2022).
+    Of several sentences the embeddings are averaged (Radford et al. 2021, section 3.1.4).
+
+    Parameters
+    ----------
+    embeddings
+        Projected image features, encoder scale, ``(N, D)``.
+    text_encoder
+        Of the same checkpoint.
+    prompts
+        One pair per finding, F of them.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        ``(N, F)``.
+    """
+    directions = torch.stack(
+        [
+            _average(text_encoder, pair.present) - _average(text_encoder, pair.absent)
+            for pair in prompts
+        ]
+    )  # (F, D)
+    images = F.normalize(torch.from_numpy(embeddings), dim=-1)
+    logits: NDArray[np.float32] = (text_encoder.logit_scale * images @ directions.T).numpy()
+    return logits
+
+
+def _average(text_encoder: TextEncoder, sentences: Sequence[str]) -> torch.Tensor:
+    return F.normalize(text_encoder.embed(sentences).mean(dim=0), dim=-1)
+
+
+def score_zero_shot(
+    store: FeatureStore,
+    text_encoder: TextEncoder,
+    prompts: Mapping[str, PromptPair],
+    *,
+    run: Run | None = None,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> ZeroShot:
+    """Score prompts on a run's test images, or on all of a store.
+
+    Parameters
+    ----------
+    store
+        Extracted with the encoder that the text tower belongs to.
+    text_encoder
+        As :func:`require_same_encoder` has checked it.
+    prompts
+        By finding; findings without are left out.
+    run
+        Its test images, targets and predictions are taken; without one, all labelled images.
+    n_resamples, seed
+        Of the bootstrap over studies.
+
+    Raises
+    ------
+    RunError
+        The run's test images are not in the store.
+    TrainingError
+        No finding has prompts.
+    StoreIncompleteError, StoreFormatError
+        As :func:`cxr_cache.training_rows.find_done_rows`.
+    """
+    images = _all_images(store) if run is None else _test_images(store, run)
+    chosen = [f for f, finding in enumerate(images.findings) if finding in prompts]
+    if not chosen:
+        raise TrainingError(
+            f"None of the findings has prompts: {', '.join(images.findings)}. Give a file with "
+            "--prompts."
+        )
+    pairs = [prompts[images.findings[f]] for f in chosen]
+    targets, own = images.targets[:, chosen], np.arange(len(images.rows))
+    embeddings = np.array(store.embeddings[images.rows, 0])
+    models = {_ZERO_SHOT: ScoredRows(own, targets, score_prompts(embeddings, text_encoder, pairs))}
+    if images.probabilities is not None:
+        models[_RUN] = ScoredRows(own, targets, images.probabilities[:, chosen])
+    areas = score_jointly(models, images.study_uids, n_resamples=n_resamples, seed=seed)
+    if _RUN in areas:
+        areas["difference"] = areas[_RUN].minus(areas[_ZERO_SHOT])
+    findings = [images.findings[f] for f in chosen]
+    return ZeroShot(
+        table=_tabulate(findings, (targets == 1).sum(axis=0), areas),
+        n_images=len(images.rows),
+        n_studies=len(np.unique(images.study_uids)),
+        rows="all labelled images" if run is None else f"the test images of {run.path}",
+        without_prompts=tuple(f for f in images.findings if f not in prompts),
+        notes=_notes(run),
+    )
+
+
+def require_same_encoder(store: FeatureStore, encoder: EncoderIdentity) -> None:
+    """Raise unless the images were embedded by the checkpoint whose texts are to be compared.
+
+    Raises
+    ------
+    StoreMismatchError
+        The weights differ; texts of another model lie elsewhere.
+    """
+    there, here = store.header.encoder["weights_sha256"], encoder.weights_sha256
+    if there != here:
+        raise StoreMismatchError(
+            f"{store.path} was not extracted with {encoder.name}:\n"
+            f"  weights_sha256: {there[:12]!r} in the store, {here[:12]!r} in this encoder\n"
+            "Its texts mean nothing beside these images. Use the store's encoder."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Rows of the store to score, and what is known of them."""
+
+    rows: NDArray[np.intp]
+    study_uids: NDArray[np.str_]
+    targets: NDArray[np.float32]
+    findings: tuple[str, ...]
+    probabilities: NDArray[np.float64] | None
+
+
+def _all_images(store: FeatureStore) -> _Images:
+    done = find_done_rows(store, allow_pending=True)
+    cohort = store.cohort
+    rows = done[~np.isnan(cohort.targets[done]).all(axis=1)]
+    if not len(rows):
+        raise TrainingError(f"None of the images of {store.path} has a label.")
+    return _Images(rows, cohort.study_uids[rows], cohort.targets[rows], cohort.findings, None)
+
+
+def _test_images(store: FeatureStore, run: Run) -> _Images:
+    findings = tuple(run.config["findings"])
+    predictions = run.read_table("predictions")
+    predictions = predictions[predictions["split"] == "test"]
+    targets = run.read_table("targets").set_index("image_id").loc[predictions["image_id"]]
+    done = find_done_rows(store, allow_pending=True)
+    place = pd.Index(store.image_ids[done]).get_indexer(pd.Index(predictions["image_id"]))
+    if (place < 0).any():
+        raise RunError(
+            f"{(place < 0).sum():,} of the {len(place):,} test images of {run.path} are not in "
+            f"{store.path}. Give the run's own store."
+        )
+    return _Images(
+        rows=done[place],
+        study_uids=predictions["study_uid"].to_numpy(str),
+        targets=targets[list(findings)].to_numpy(np.float32),
+        findings=findings,
+        probabilities=predictions[list(findings)].to_numpy(np.float64),
+    )
+
+
+def _tabulate(
+    findings: Sequence[str], n_positive: NDArray[np.intp], areas: Mapping[str, JointAuroc]
+) -> pd.DataFrame:
+    rows = []
+    for f, finding in enumerate([*findings, MACRO]):
+        row: dict[str, object] = {
+            "finding": finding,
+            "n_positive": int(n_positive[f]) if finding != MACRO else int(n_positive.sum()),
+        }
+        for name, area in areas.items():
+            figure = area.macro() if f == len(findings) else area.of_finding(f)
+            row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+        rows.append(row)
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def _notes(run: Run | None) -> tuple[str, ...]:
+    if run is None or run.config.get("kind") == "train":
+        return ()
+    return (
+        f"{run.path} was fine-tuned. Zero-shot is that of the encoder before: the text tower was "
+        "not trained along, so the prompts do not fit the tuned embeddings.",
+    )
