@@ -30,6 +30,7 @@ faults: setup
 bench: setup
 	$(BIN)/python scripts/bench_finetune.py
 	$(BIN)/python scripts/bench_tokens.py
+	$(BIN)/python scripts/bench_extract.py
 
 check: setup
 	$(BIN)/ruff format --check .

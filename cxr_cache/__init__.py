@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from cxr_cache.cohort import Cohort, load_cohort
     from cxr_cache.config import TrainConfig
     from cxr_cache.encoder import load_encoder
+    from cxr_cache.estimator import FocalHeadClassifier
     from cxr_cache.evaluate import evaluate_run
     from cxr_cache.extract import ExtractConfig, extract_embeddings
     from cxr_cache.importing import import_embeddings
     from cxr_cache.predict import predict_images
     from cxr_cache.report import write_report
     from cxr_cache.run import Run
+    from cxr_cache.splitter import GroupedMultilabelSplit
     from cxr_cache.store import FeatureStore
     from cxr_cache.train import train_head
 
@@ -28,6 +30,8 @@ _HOMES = {
     "Cohort": "cohort",
     "ExtractConfig": "extract",
     "FeatureStore": "store",
+    "FocalHeadClassifier": "estimator",
+    "GroupedMultilabelSplit": "splitter",
     "Run": "run",
     "TrainConfig": "config",
     "evaluate_run": "evaluate",
@@ -44,6 +48,8 @@ __all__ = [
     "Cohort",
     "ExtractConfig",
     "FeatureStore",
+    "FocalHeadClassifier",
+    "GroupedMultilabelSplit",
     "Run",
     "TrainConfig",
     "evaluate_run",

@@ -6,7 +6,6 @@ seconds, and a command that only reads features should not wait for them.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_cache.errors import EncoderError
+from cxr_cache.errors import EncoderError, nearest_names
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = (  # in open_clip's own order of preference
@@ -268,7 +267,7 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
 
 def suggest(name: str, known: Collection[str]) -> str:
     """A question with the names nearest to `name`; empty where none is near."""
-    close = difflib.get_close_matches(name, known, n=3)
+    close = nearest_names(name, known, n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

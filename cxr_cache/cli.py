@@ -23,14 +23,20 @@ from click.core import ParameterSource
 
 from cxr_cache import __version__
 from cxr_cache.config import (
+    BACKENDS,
+    CALIBRATIONS,
     DEFAULT_ENCODER,
+    FEATURES,
     FINALS,
     INPUT_NORMS,
     LOSSES,
+    NORMS,
     PLACES,
+    RECIPES,
     SCHEDULES,
     SOURCES,
     SPLITS,
+    THRESHOLD_RULES,
     TRAINING_PRECISIONS,
     Augmentation,
     FinetuneConfig,
@@ -196,7 +202,7 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
     description = describe_cohort(cohort, missing)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
     if plot is not None:
-        from cxr_cache.report import draw_class_distribution
+        from cxr_cache.plots import draw_class_distribution
 
         counts = description.findings
         draw_class_distribution(
@@ -350,8 +356,16 @@ def audit(
     help="With --tokens: how many blocks will be fine-tuned.  "
     f"[default: {FinetuneConfig.unfreeze_layers}]",
 )
-@click.option("--batch-size", default=32, help="Images per forward pass.")
-@click.option("--num-workers", type=int, help="Decoding processes.  [default: one per core, max 8]")
+@click.option(
+    "--batch-size",
+    type=int,
+    help="Images per forward pass; fewer where the memory is short.  [default: CPU 8, GPU 256]",
+)
+@click.option(
+    "--num-workers",
+    type=int,
+    help="Decoding processes; 0 is a thread.  [default: CPU cores / 4; GPU one per core, max 16]",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--precision",
@@ -385,6 +399,21 @@ def audit(
     default=True,
     help="When continuing, look for image files that have changed.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    help="Share the work out to processes of this machine (loky), a Dask or a Ray cluster.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --backend: workers to start, or to wait for.  [default: one per core; a cluster's]",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="With --backend dask or ray: a running cluster.  [default: start one on this machine]",
+)
 def extract(
     csv_dir: Path,
     image_dir: Path,
@@ -393,7 +422,7 @@ def extract(
     flip: bool,
     tokens: bool,
     unfreeze_layers: int | None,
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int | None,
     device: str,
     precision: Any,
@@ -404,43 +433,49 @@ def extract(
     max_failures: int | None,
     part: tuple[int, int] | None,
     recheck_images: bool,
+    backend: str | None,
+    workers: int | None,
+    scheduler: str | None,
 ) -> None:
     """Embed every image once; the same command again continues where it stopped."""
+    if backend is None and (workers or scheduler):
+        raise click.UsageError("--workers and --scheduler go with --backend.")
     if unfreeze_layers is not None and not tokens:
         raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
     cohort = _load_cohort(csv_dir, limit)
     _require_folder(image_dir)
-    from cxr_cache.encoder import load_encoder
     from cxr_cache.extract import ExtractConfig, extract_embeddings
+    from cxr_cache.extract_workers import EncoderOptions, Workers, extract_on_workers
 
-    given = {"num_workers": num_workers} if num_workers is not None else {}
     config = ExtractConfig(
         batch_size=batch_size,
+        num_workers=num_workers,
         flip=flip,
         unfreeze_layers=(unfreeze_layers or FinetuneConfig.unfreeze_layers) if tokens else None,
         max_failures=max_failures,
         part=part,
         recheck_images=recheck_images,
-        **given,
     )
-    encoder = load_encoder(
-        model,
-        device=device,
-        precision=precision,
-        resize=resize,
-        normalize=normalize,
-        bits_stored=bits_stored,
-    )
+    options = EncoderOptions(model, device, precision, resize, normalize, bits_stored)
+    encoder = options.load()
     _warn_if_random(encoder.identity.is_random)
     with _progress_bar(len(cohort), "img") as bar:
-        summary = extract_embeddings(
-            cohort,
-            image_dir,
-            store,
-            encoder,
-            config,
-            on_progress=_image_progress(bar),
-            on_space=lambda space: bar.write(space.to_text(), file=sys.stderr),
+        callbacks: Any = {
+            "on_progress": _image_progress(bar),
+            "on_space": lambda space: bar.write(space.to_text(), file=sys.stderr),
+        }
+        summary = (
+            extract_embeddings(cohort, image_dir, store, encoder, config, **callbacks)
+            if backend is None
+            else extract_on_workers(
+                cohort,
+                image_dir,
+                store,
+                options,
+                config,
+                Workers(backend, workers, scheduler),
+                **callbacks,
+            )
         )
     click.echo(summary.to_text())
     if summary.n_failed > config.tolerated_failures(summary.n_images):
@@ -496,9 +531,39 @@ def _warn_if_random(is_random: bool) -> None:
 # -- training ---------------------------------------------------------------------------
 
 
+def _threshold_rule(default: str | None) -> Callable[[Command], Command]:
+    kept = "" if default else "  [default: as stored]"
+    return click.option(
+        "--threshold-rule",
+        default=default,
+        metavar="RULE",
+        help=f"How thresholds are chosen, out of fold: {', '.join(THRESHOLD_RULES)}.{kept}",
+    )
+
+
+def _calibration(default: str | None) -> Callable[[Command], Command]:
+    kept = "" if default else "  [default: as stored]"
+    return click.option(
+        "--calibration",
+        type=click.Choice(CALIBRATIONS),
+        default=default,
+        help="Map of probabilities, fitted out of fold: one temperature for all findings, or "
+        f"Platt's slope and intercept for each.{kept}",
+    )
+
+
+def _resamples(least: int) -> Callable[[Command], Command]:
+    return click.option(
+        "--resamples",
+        type=click.IntRange(min=least),
+        default=2000,
+        help="Bootstrap resamples of studies.",
+    )
+
+
 def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
     """The options that `train` and `finetune` share, with the defaults of their config."""
-    options = [
+    options: list[Callable[[Command], Command]] = [
         click.option("--run-dir", type=FOLDER, required=True, help="Folder to write the run to."),
         click.option("--labels", type=FILE, help="CSV whose targets replace the store's."),
         click.option(
@@ -562,6 +627,8 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
         ),
         click.option("--seed", default=defaults.seed, help="Of split, weights, order and dropout."),
         click.option("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1, mps."),
+        _threshold_rule(defaults.threshold_rule),
+        _calibration(defaults.calibration),
         click.option(
             "--allow-pending", is_flag=True, help="Train although rows are still pending."
         ),
@@ -578,26 +645,45 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
 
 @cli.command()
 @STORE
+@click.option(
+    "--recipe",
+    type=click.Choice(tuple(RECIPES)),
+    default="tuned",
+    help="Defaults of the options below: chosen on real data, or the reference's, which are shown.",
+)
 @_recipe_options(TrainConfig)
 @click.option(
     "--lr", "learning_rate", default=TrainConfig.learning_rate, help="Learning rate of AdamW."
+)
+@click.option("--norm", type=click.Choice(NORMS), default=TrainConfig.norm, help="Of hidden units.")
+@click.option(
+    "--features",
+    type=click.Choice(FEATURES),
+    default=TrainConfig.features,
+    help="The embedding, what it is projected from, or both.",
+)
+@click.option(
+    "--flip/--no-flip",
+    default=TrainConfig.flip,
+    help="Train on the mirror images too, where the store has them.",
 )
 @click.option(
     "--jobs", "n_jobs", default=TrainConfig.n_jobs, help="Processes on the CPU; -1 is one per core."
 )
 def train(
     store: Path,
+    recipe: str,
     run_dir: Path,
     labels: Path | None,
     allow_pending: bool,
     overwrite: bool,
-    **recipe: Any,
+    **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once."""
     from cxr_cache.train import train_head
 
-    config = TrainConfig(**recipe)
-    with _progress_bar(None, "head") as bar:
+    config = TrainConfig.of_recipe(recipe, **_given(options))
+    with _progress_bar(None, "epoch") as bar:
         result = train_head(
             store,
             run_dir,
@@ -610,6 +696,98 @@ def train(
     _warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
     _evaluate_and_report(run_dir)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user set, on the command line or by environment variables."""
+    source_of = click.get_current_context().get_parameter_source
+    return {k: v for k, v in options.items() if source_of(k) != ParameterSource.DEFAULT}
+
+
+@cli.command()
+@STORE
+@click.option("--out", type=FOLDER, required=True, help="Folder for the table and what is done.")
+@click.option(
+    "--set",
+    "varied",
+    multiple=True,
+    metavar="NAME=A,B",
+    help="Values to try of an option of `train`, such as lr=1e-4,1e-3 or hidden=512x256,256; "
+    "several give all combinations.",
+)
+@click.option("--sample", "n_sampled", type=click.IntRange(min=1), help="Try N of them at random.")
+@click.option(
+    "--recipe", type=click.Choice(tuple(RECIPES)), default="tuned", help="What is not varied."
+)
+@click.option(
+    "--epochs",
+    default="10,20,30",
+    callback=_numbers(","),
+    help="Candidates of every setting; the best is taken.",
+)
+@click.option("--folds", "n_folds", default=TrainConfig.n_folds, help="The same for all settings.")
+@click.option("--split-by", type=click.Choice(SPLITS), default=TrainConfig.split_by)
+@click.option("--test-fraction", default=TrainConfig.test_fraction, help="Left out altogether.")
+@click.option("--seed", default=TrainConfig.seed, help="Of split, weights, order and --sample.")
+@click.option("--labels", type=FILE, help="CSV whose targets replace the store's.")
+@click.option("--allow-pending", is_flag=True, help="Train although rows are still pending.")
+@click.option("--device", default=TrainConfig.device, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="loky", help="Where to train.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option("--scheduler", help="With --backend dask or ray: a running cluster's address.")
+@click.option("--baselines/--no-baselines", default=True, help="Prevalence, logistic, neighbours.")
+@click.option("--refit", is_flag=True, help="Train the winner: a run in OUT/best, tested once.")
+def ablate(
+    store: Path,
+    out: Path,
+    varied: tuple[str, ...],
+    n_sampled: int | None,
+    recipe: str,
+    labels: Path | None,
+    allow_pending: bool,
+    backend: str,
+    workers: int | None,
+    scheduler: str | None,
+    baselines: bool,
+    refit: bool,
+    **options: Any,
+) -> None:
+    """Compare recipes for the head on the same folds: a ranked table, and a plot."""
+    from cxr_cache.ablate import run_ablation
+    from cxr_cache.ablation_plot import draw_ablation
+    from cxr_cache.baselines import BASELINES
+    from cxr_cache.settings import make_settings
+    from cxr_cache.train import train_head
+
+    base = TrainConfig.of_recipe(recipe, **options)
+    settings = make_settings(base, varied, n_sampled=n_sampled, seed=base.seed)
+    with _progress_bar(None, "fold") as bar:
+        ablation = run_ablation(
+            store,
+            out,
+            settings,
+            labels=labels,
+            allow_pending=allow_pending,
+            baselines=BASELINES if baselines else (),
+            backend=backend,
+            n_workers=workers,
+            scheduler=scheduler,
+            on_progress=_count_progress(bar),
+        )
+    plot = draw_ablation(ablation.table, out / "ablation.png")
+    click.echo(ablation.to_text())
+    click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
+    if refit:
+        result = train_head(
+            store,
+            out / "best",
+            ablation.best.config,
+            labels=labels,
+            allow_pending=allow_pending,
+            overwrite=True,
+        )
+        click.echo(result.to_text())
+        _evaluate_and_report(out / "best")
 
 
 @cli.command()
@@ -776,9 +954,14 @@ def _evaluate_and_report(run_dir: Path) -> None:
 @click.argument("run", type=FOLDER)
 @click.option("--store", type=FILE, help="Score the run on another store (an external test set).")
 @click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
+@_threshold_rule(None)
+@_calibration(None)
 @click.option(
-    "--resamples", type=click.IntRange(min=0), default=1000, help="Bootstrap resamples of studies."
+    "--groups",
+    type=FILE,
+    help="CSV with image_id or study_uid and columns such as sex and age: figures for each group.",
 )
+@_resamples(0)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @click.option(
     "--model",
@@ -790,20 +973,40 @@ def evaluate(
     run: Path,
     store: Path | None,
     out: Path | None,
+    threshold_rule: str | None,
+    calibration: str | None,
+    groups: Path | None,
     resamples: int,
     seed: int,
     model: str | None,
     device: str,
 ) -> None:
-    """Score a run's predictions, with intervals; or the run on another store."""
+    """Score a run's predictions, with intervals; or the run on another store.
+
+    --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
+    stored with its model.
+    """
     from cxr_cache.evaluate import evaluate_predictions, evaluate_run, format_summary
     from cxr_cache.run import Run
 
     if out is not None and store is None:
         raise click.UsageError("--out goes with --store; a run keeps its own metrics.json.")
+    if store is not None and (threshold_rule or calibration):
+        raise click.UsageError(
+            "--threshold-rule and --calibration are chosen on the run's own out-of-fold "
+            "predictions, never on another store. Evaluate the run with them first."
+        )
     opened = Run.open(run)
     if store is None:
-        click.echo(format_summary(evaluate_run(opened, n_resamples=resamples, seed=seed)))
+        metrics = evaluate_run(
+            opened,
+            threshold_rule=threshold_rule,
+            calibration=calibration,
+            groups=groups,
+            n_resamples=resamples,
+            seed=seed,
+        )
+        click.echo(format_summary(metrics))
         return
     from cxr_cache.predict import predict_store
     from cxr_cache.store import FeatureStore
@@ -823,7 +1026,14 @@ def evaluate(
             err=True,
         )
     evaluation = evaluate_predictions(
-        predictions, targets, opened.thresholds, n_resamples=resamples, seed=seed
+        predictions,
+        targets,
+        opened.thresholds,
+        calibration=opened.calibration,
+        rule=opened.threshold_rule,
+        groups=groups,
+        n_resamples=resamples,
+        seed=seed,
     )
     click.echo(format_summary(evaluation.metrics))
     if out is not None:
@@ -831,19 +1041,24 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("first", type=FOLDER)
-@click.argument("second", type=FOLDER)
-@click.option(
-    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
-)
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, help="Folder for comparison.csv and comparison.png.")
+@_resamples(2)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
-def compare(first: Path, second: Path, resamples: int, seed: int) -> None:
-    """How much better the SECOND run is than the FIRST, on the same test studies."""
+def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int) -> None:
+    """How much better RUNS are than the first of them, on the same test studies."""
     from cxr_cache.compare import compare_runs
     from cxr_cache.run import Run
 
-    runs = Run.open(first), Run.open(second)
-    click.echo(compare_runs(*runs, n_resamples=resamples, seed=seed).to_text())
+    if len(runs) < 2:
+        raise click.UsageError("Give two runs or more; the others are compared with the first.")
+    comparison = compare_runs(*map(Run.open, runs), n_resamples=resamples, seed=seed)
+    click.echo(comparison.to_text())
+    if out is not None:
+        from cxr_cache.comparison_plot import write_comparison
+
+        for path in write_comparison(comparison, out):
+            click.echo(f"{path} written")
 
 
 @cli.command("zero-shot")
@@ -897,13 +1112,49 @@ def zero_shot(
 
 
 @cli.command()
-@click.argument("run", type=FOLDER)
-def report(run: Path) -> None:
-    """Draw the plots of a run and write its report.html."""
-    from cxr_cache.report import write_report
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=FILE,
+    default="comparison.html",
+    help="Page of several runs; that of one is report.html in its folder.",
+)
+@click.option(
+    "--image-dir",
+    type=FOLDER,
+    help="Folder of the images: the page then shows small pictures of hits, misses and false "
+    "alarms, and may not be shared if they may not.",
+)
+@click.option(
+    "--license", "license_id", default="unknown", help="For the model card, as the Hub writes it."
+)
+@click.option(
+    "--dataset", "dataset_id", default="unknown", help="For the model card, as the Hub writes it."
+)
+@_resamples(2)
+def report(
+    runs: tuple[Path, ...],
+    out: Path,
+    image_dir: Path | None,
+    license_id: str,
+    dataset_id: str,
+    resamples: int,
+) -> None:
+    """Write the plots, page and model card of a run, or one page for several RUNS.
+
+    Several runs must have been tested on the same studies; differences are to the first.
+    """
+    from cxr_cache.report import write_joint_report, write_report
     from cxr_cache.run import Run
 
-    click.echo(f"Report: {write_report(Run.open(run))}")
+    opened = [Run.open(run) for run in runs]
+    if len(opened) == 1:
+        page = write_report(
+            opened[0], image_dir=image_dir, license_id=license_id, dataset_id=dataset_id
+        )
+    else:
+        page = write_joint_report(opened, out, image_dir=image_dir, n_resamples=resamples)
+    click.echo(f"Report: {page}")
 
 
 # -- using ------------------------------------------------------------------------------

@@ -1,103 +1,162 @@
-"""Two runs on the same test studies: how much better is one, and is that more than luck."""
+"""Runs on the same test studies: how much better is one, and is that more than luck."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
+from cxr_cache.bootstrap import bootstrap
 from cxr_cache.errors import RunError
-from cxr_cache.evaluate import LEVEL, ScoredImages, parse_predictions
-from cxr_cache.metrics import FloatArray, RankedScores, bootstrap, macro_mean, percentile_interval
+from cxr_cache.intervals import LEVEL, macro_error, standard_errors
+from cxr_cache.metrics import FloatArray, macro_mean
+from cxr_cache.ranked import RankedScores
 from cxr_cache.run import Run
+from cxr_cache.scored import ScoredImages, read_scored
 
-_NAMES: Final = {"macro_auroc": "macro AUROC", "macro_ap": "macro AP"}
+MEASURES: Final = ("auroc", "ap")
+MACRO: Final = ""
+"""What stands for the finding where the mean over findings is compared."""
+N_RESAMPLES: Final = 2000
 
+COLUMNS: Final = (
+    *("run", "against", "rows", "measure", "finding", "n_positive"),
+    *("first", "second", "difference", "low", "high", "p", "p_holm", "n_undefined_resamples"),
+)
 
-@dataclass(frozen=True)
-class Difference:
-    """One figure of two runs, and an interval of their difference over resampled studies."""
-
-    figure: str
-    first: float
-    second: float
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        """How much more the second run has."""
-        return self.second - self.first
+_NAMES: Final = {"auroc": "macro AUROC", "ap": "macro AP"}
+Rows: TypeAlias = Literal["images", "studies"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
-    """The second of two runs against the first, on test images that are the same."""
+    """Runs against the first of them, on test images that are the same."""
 
-    first: str
-    second: str
+    runs: tuple[str, ...]
+    """Names, the first being what the others are compared with."""
     n_images: int
     n_studies: int
-    by_image: tuple[Difference, ...]
-    by_study: tuple[Difference, ...]
-    """Probabilities averaged over a study's images."""
+    table: pd.DataFrame
+    """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
+
+    def macro(self, run: str, measure: str = "auroc", rows: Rows = "images") -> pd.Series[Any]:
+        """The row of one mean over findings."""
+        table = self.table
+        chosen = (table["run"] == run) & (table["measure"] == measure) & (table["rows"] == rows)
+        row: pd.Series[Any] = table[chosen & (table["finding"] == MACRO)].iloc[0]
+        return row
 
     def to_text(self) -> str:
-        """A table for a terminal."""
-        width = max(len(self.first), len(self.second), 10)
+        """Macro figures, and the findings that differ, for a terminal."""
         lines = [
-            f"{self.n_images:,} test images of {self.n_studies:,} studies; differences with "
-            f"{LEVEL:.0%} paired intervals over studies",
-            f"  {'':<22}{self.first:>{width}}  {self.second:>{width}}  difference",
+            f"{self.n_images:,} test images of {self.n_studies:,} studies; differences to "
+            f"{self.runs[0]} with {LEVEL:.0%} paired intervals over studies",
         ]
-        for by, differences in (("", self.by_image), (", by study", self.by_study)):
-            lines += [
-                f"  {_NAMES[d.figure] + by:<22}{d.first:>{width}.3f}  {d.second:>{width}.3f}  "
-                f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-                for d in differences
-            ]
+        for run in self.runs[1:]:
+            width = max(len(self.runs[0]), len(run), 10)
+            lines.append(f"  {'':<22}{self.runs[0]:>{width}}  {run:>{width}}  difference")
+            for rows in ("images", "studies"):
+                for measure in MEASURES:
+                    row = self.macro(run, measure, rows)
+                    name = _NAMES[measure] + (", by study" if rows == "studies" else "")
+                    lines.append(
+                        f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
+                        + _describe(row)
+                    )
+            lines += self._differing(run)
         return "\n".join(lines)
 
+    def _differing(self, run: str) -> list[str]:
+        """Findings whose AUROC by image differs beyond luck, largest difference first."""
+        table = self.table
+        chosen = (table["run"] == run) & (table["rows"] == "images") & (table["finding"] != MACRO)
+        areas = table[chosen & (table["measure"] == "auroc")].dropna(subset=["p_holm"])
+        found = areas[areas["p_holm"] < 1 - LEVEL].sort_values("difference", key=abs)[::-1]
+        if not len(found):
+            return [f"  No AUROC of the {len(areas)} findings tested differs (Holm, 5 %)."]
+        head = f"  AUROC differs for {len(found)} of {len(areas)} findings tested (Holm, 5 %):"
+        return [head] + [
+            f"    {row['finding']}: {row['first']:.3f} and {row['second']:.3f}, {_describe(row)}"
+            for row in found.to_dict("records")
+        ]
 
-def compare_runs(first: Run, second: Run, *, n_resamples: int = 1000, seed: int = 0) -> Comparison:
-    """Compare two runs by a paired bootstrap: each resample of studies scores both.
+
+def _describe(row: Any) -> str:
+    bounds = "" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    p = "" if np.isnan(row["p_holm"]) else f", p = {row['p_holm']:.2g}"
+    return f"{row['difference']:+.3f}{bounds}{p}"
+
+
+def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Comparison:
+    """Compare runs with the first by a paired bootstrap: each resample of studies scores all.
+
+    The interval of a difference is the difference and Student's t times its standard error over
+    the resamples, and its p value belongs to the same statistic (as in pROC's bootstrap test;
+    Robin et al., 2011), so that the two agree. With one image per study it is DeLong's test up to
+    the bootstrap's error. P values are corrected by Holm's method (1979) over all findings of all
+    runs, and macro figures over all runs, each kind of rows and measure by itself.
 
     Parameters
     ----------
-    first, second
-        Finished runs with the same test images, findings and targets.
+    runs
+        Two or more finished runs with the same test images, findings and targets.
     n_resamples, seed
-        As in :func:`cxr_cache.metrics.bootstrap`.
+        As in :func:`cxr_cache.bootstrap.bootstrap`.
 
     Raises
     ------
     RunError
-        The runs were tested on other images, findings or targets.
+        Two runs were tested on other images, findings or targets; or there are not two.
     """
-    ours, theirs = _test_images(first), _test_images(second)
+    if len(runs) < 2:
+        raise RunError("There is nothing to compare: give two runs or more.")
+    names = _name(runs)
+    first = read_scored(runs[0])
+    images = [first]
+    for run in runs[1:]:
+        images.append(_align(runs[0], first, run, read_scored(run)))
+    kinds: dict[Rows, list[ScoredImages]] = {
+        "images": images,
+        "studies": [part.by_study() for part in images],
+    }
+    tables = [
+        _tabulate(names, rows, parts, _score(parts, n_resamples, seed))
+        for rows, parts in kinds.items()
+    ]
+    return Comparison(names, len(first), first.n_studies, pd.concat(tables, ignore_index=True))
+
+
+def _name(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Folder names, or paths where two folders share theirs."""
+    names = [run.path.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise RunError("A run is given twice; comparing it with itself says nothing.")
+    return tuple(names)
+
+
+def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) -> ScoredImages:
+    """The second run's images in the order of the first's, or RunError."""
     _require_same_test(first, ours, second, theirs)
-    theirs = theirs.take(_order(theirs.image_ids, ours.image_ids))
-    if not np.array_equal(ours.targets, theirs.targets, equal_nan=True):
-        raise RunError(
-            f"{first.path} and {second.path} were tested on other targets for the same images. "
-            "Train both with the same labels."
-        )
-    return Comparison(
-        first.path.resolve().name,
-        second.path.resolve().name,
-        len(ours),
-        ours.n_studies,
-        _differences(ours, theirs, n_resamples, seed),
-        _differences(ours.by_study(), theirs.by_study(), n_resamples, seed),
-    )
-
-
-def _test_images(run: Run) -> ScoredImages:
-    predictions = run.read_table("predictions")
-    tested = predictions[predictions["split"] == "test"]
-    return parse_predictions(tested, run.read_table("targets"), run.config["findings"])
+    theirs = theirs.take(pd.Index(theirs.image_ids).get_indexer(pd.Index(ours.image_ids)))
+    for what, mine, other in (
+        ("targets", ours.targets, theirs.targets),
+        ("studies", ours.study_uids[:, None], theirs.study_uids[:, None]),
+    ):
+        differs = ((mine != other) & ((mine == mine) | (other == other))).any(axis=1)
+        if differs.any():
+            raise RunError(
+                f"{first.path} and {second.path} were tested on other {what} for "
+                f"{differs.sum():,} of {len(ours):,} images, the first is "
+                f"{ours.image_ids[differs.argmax()]!r}. Train both with the same labels."
+            )
+    return theirs
 
 
 def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) -> None:
@@ -115,29 +174,85 @@ def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: Scor
         )
 
 
-def _order(image_ids: NDArray[np.object_], wanted: NDArray[np.object_]) -> NDArray[np.intp]:
-    place = {image_id: row for row, image_id in enumerate(image_ids)}
-    return np.array([place[image_id] for image_id in wanted], np.intp)
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """AUROC and AP of K runs by measure."""
+
+    estimates: dict[str, FloatArray]  # (K, F)
+    resampled: dict[str, FloatArray]  # (R, K, F), the same resamples for all runs
 
 
-def _differences(
-    ours: ScoredImages, theirs: ScoredImages, n_resamples: int, seed: int
-) -> tuple[Difference, ...]:
-    ranked = [RankedScores(images.targets, images.probabilities) for images in (ours, theirs)]
+def _score(images: Sequence[ScoredImages], n_resamples: int, seed: int) -> _Scores:
+    ranked = [RankedScores(part.targets, part.probabilities) for part in images]
 
-    def statistics(weights: NDArray[np.float32]) -> dict[str, FloatArray]:
-        (auroc, ap), (other_auroc, other_ap) = (r.auroc_and_ap(weights) for r in ranked)
-        pairs = {"macro_auroc": (auroc, other_auroc), "macro_ap": (ap, other_ap)}
+    def statistics(weights: NDArray[Any]) -> dict[str, FloatArray]:
+        pairs = [of_run.auroc_and_ap(weights) for of_run in ranked]
         return {
-            name: np.stack([macro_mean(a), macro_mean(b)], axis=-1)  # (R, 2)
-            for name, (a, b) in pairs.items()
+            measure: np.stack([pair[i] for pair in pairs], axis=1)
+            for i, measure in enumerate(MEASURES)
         }
 
-    once = statistics(np.ones((1, len(ours)), np.float32))
-    resampled = bootstrap(statistics, ours.study_uids, n_resamples, seed)
-    differences = []
-    for name, pairs in resampled.items():
-        low, high, _ = percentile_interval(pairs[:, 1] - pairs[:, 0], LEVEL)
-        first, second = once[name][0]
-        differences.append(Difference(name, float(first), float(second), float(low), float(high)))
-    return tuple(differences)
+    once = statistics(np.ones((1, len(images[0]))))
+    resampled = bootstrap(statistics, images[0].study_uids, n_resamples, seed)
+    return _Scores({measure: values[0] for measure, values in once.items()}, resampled)
+
+
+def _tabulate(
+    names: Sequence[str], rows: Rows, images: Sequence[ScoredImages], scores: _Scores
+) -> pd.DataFrame:
+    """All runs but the first against the first, finding by finding and their mean."""
+    targets = images[0].targets
+    present, absent = targets == 1, targets == 0
+    n_studies = np.minimum(*(images[0].count_studies(cells) for cells in (present, absent)))
+    parts = []
+    for measure in MEASURES:
+        estimates, resampled = scores.estimates[measure], scores.resampled[measure]
+        of_runs = [
+            _difference(
+                estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_studies
+            ).assign(run=names[k], finding=[*images[0].findings, MACRO])
+            for k in range(1, len(names))
+        ]
+        part = pd.concat(of_runs, ignore_index=True).assign(measure=measure)
+        is_macro = part["finding"] == MACRO
+        part["p_holm"] = part["p"].groupby(is_macro).transform(holm)
+        part["n_positive"] = np.tile([*present.sum(axis=0), present.sum()], len(of_runs))
+        parts.append(part)
+    whole = pd.concat(parts, ignore_index=True).assign(against=names[0], rows=rows)
+    table: pd.DataFrame = whole[list(COLUMNS)]
+    return table
+
+
+def _difference(
+    first: FloatArray, second: FloatArray, resampled: FloatArray, n_studies: NDArray[np.int64]
+) -> pd.DataFrame:
+    """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows."""
+    n_undefined = np.isnan(resampled).sum(axis=0)
+    error = np.append(standard_errors(resampled, n_studies), macro_error(resampled, n_studies))
+    first, second = (np.append(values, macro_mean(values)) for values in (first, second))
+    difference = second - first
+    freedom = np.append(np.maximum(n_studies - 1, 1).astype(float), np.inf)
+    # Without any spread there is nothing to measure a difference by.
+    error = np.where((error == 0) & (difference != 0), np.nan, error)
+    with np.errstate(invalid="ignore"):
+        t = np.where(difference == 0, 0.0, np.abs(difference) / error)
+    reach = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    table: pd.DataFrame = pd.DataFrame(
+        {
+            "first": first,
+            "second": second,
+            "difference": difference,
+            "low": np.maximum(difference - reach, -1),  # no two shares differ by more
+            "high": np.minimum(difference + reach, 1),
+            "p": np.where(np.isnan(error), np.nan, 2 * stats.t.sf(t, freedom)),
+            "n_undefined_resamples": np.append(n_undefined, n_undefined.sum()),
+        }
+    )
+    return table
+
+
+def holm(p: pd.Series[float]) -> pd.Series[float]:
+    """P values corrected for their number by Holm's step-down method; NaN is no test and stays."""
+    order = p.dropna().sort_values(kind="stable")
+    factors = np.arange(len(order), 0, -1)
+    return (order * factors).cummax().clip(upper=1).reindex(p.index)

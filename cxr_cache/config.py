@@ -5,26 +5,58 @@ Nothing here imports torch, so that the command line can show the defaults at on
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from cxr_cache.errors import ConfigError
 
 DEFAULT_ENCODER: Final = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
-LOSSES: Final = ("focal", "focal-balanced", "bce", "weighted-bce")
+LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-bce", "asymmetric")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
 SPLITS: Final = ("study", "image")
 FINALS: Final = ("refit", "ensemble", "best-fold")
-INPUT_NORMS: Final = ("l2", "none")
+INPUT_NORMS: Final = ("l2", "standard", "none")
+"""Each embedding to length 1, each of its numbers to mean 0 and spread 1 over images, or as is."""
+NORMS: Final = ("batch", "layer")
+FEATURES: Final = ("projected", "pooled", "both")
+"""What the head reads: the embedding, what it is projected from, or the two side by side."""
 SOURCES: Final = ("auto", "tokens", "images")
+BACKENDS: Final = ("loky", "dask", "ray")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
+THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
+"""How thresholds may be chosen; the targets are examples."""
+CALIBRATIONS: Final = ("none", "temperature", "platt")
 Rule: TypeAlias = tuple[bool, str]
+
+
+def parse_threshold_rule(rule: str) -> tuple[str, float]:
+    """``"ppv=0.5"`` -> ``("ppv", 0.5)``; rules without a target get NaN.
+
+    Raises
+    ------
+    ConfigError
+        There is no such rule, or the target does not lie in (0, 1].
+    """
+    name, is_target, text = rule.partition("=")
+    for known in THRESHOLD_RULES:
+        if known.partition("=")[:2] == (name, is_target):
+            try:
+                target = float(text) if is_target else math.nan
+            except ValueError:
+                break
+            if is_target and not 0 < target <= 1:
+                raise ConfigError(f"--threshold-rule {rule}: the target must lie in (0, 1].")
+            return name, target
+    raise ConfigError(
+        f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -52,16 +84,23 @@ class Recipe:
     gamma: float = 2.0
     hidden: tuple[int, ...] = (512, 256)
     dropout: float = 0.5
-    input_norm: Literal["l2", "none"] = "l2"
+    norm: Literal["batch", "layer"] = "batch"
+    input_norm: Literal["l2", "standard", "none"] = "l2"
     device: str = "cpu"
+    threshold_rule: str = "f1"
+    """How thresholds are chosen on out-of-fold predictions."""
+    calibration: Literal["none", "temperature", "platt"] = "none"
+    """How probabilities are calibrated on out-of-fold predictions."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
         object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists
         if broken := [text for holds, text in self._rules() if not holds]:
             raise ConfigError("; ".join(broken) + ".")
+        parse_threshold_rule(self.threshold_rule)
 
     def _rules(self) -> list[Rule]:
+        calibrations = ", ".join(CALIBRATIONS)
         return [
             (bool(self.epochs) and self.epochs[0] >= 1, "--epochs must be 1 or more"),
             (self.n_folds >= 2, "--folds must be 2 or more"),
@@ -81,7 +120,9 @@ class Recipe:
             (self.gamma >= 0, "--gamma must not be negative"),
             (all(width >= 1 for width in self.hidden), "--hidden widths must be 1 or more"),
             (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
+            (self.norm in NORMS, f"--norm is one of {', '.join(NORMS)}"),
             (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
+            (self.calibration in CALIBRATIONS, f"--calibration is one of {calibrations}"),
         ]
 
     @property
@@ -94,8 +135,35 @@ class Recipe:
 class TrainConfig(Recipe):
     """How to search and train a head on cached embeddings."""
 
+    features: Literal["projected", "pooled", "both"] = "projected"
+    flip: bool = True
+    """Train on the mirror images too, where the store has them."""
     n_jobs: int = -1
     """Processes that share the folds on the CPU; -1 is one per core."""
+
+    @classmethod
+    def of_recipe(cls, name: str, **options: Any) -> TrainConfig:
+        """The recipe called `name`, of :data:`RECIPES`, but for the options given."""
+        if name not in RECIPES:
+            raise ConfigError(f"--recipe is one of {', '.join(RECIPES)}, not {name!r}.")
+        return cls(**{**RECIPES[name], **options})
+
+    def _rules(self) -> list[Rule]:
+        features = ", ".join(FEATURES)
+        return [
+            *super()._rules(),
+            (self.features in FEATURES, f"--features is one of {features}"),
+        ]
+
+
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "tuned": {},
+    "reference": {},
+}
+"""Options of :class:`TrainConfig` that differ from its defaults, which are the reference's.
+
+``tuned`` was chosen on out-of-fold predictions; docs/measurements.md has both on test studies.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,6 +242,11 @@ class FinetuneConfig(Recipe):
         return [
             *super()._rules(),
             (self.unfreeze_layers >= 1, "--unfreeze-layers must be 1 or more"),
+            (
+                self.input_norm != "standard",
+                "--input-norm standard needs embeddings that stay as they are; fine-tuning takes "
+                "l2 or none",
+            ),
             (self.head_learning_rate > 0, "--head-lr must be positive"),
             (self.warmup_steps >= 0, "--warmup-steps must not be negative"),
             (self.accumulate >= 1, "--accumulate must be 1 or more"),

@@ -1,4 +1,4 @@
-"""Image files to batches of pixels, in worker processes."""
+"""Image files to batches of pixels, ahead of whoever uses them: in processes, or in a thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from cxr_cache.errors import CxrCacheError, ImageError
-from cxr_cache.images import DecodedImage, Preprocessing, read_image
+from cxr_cache.images import DecodedImage, Preprocessing, decode_image, read_bytes
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Batch:
     """Of each file's bytes, ``(B, 32)``."""
     failures: list[tuple[int, str]]
     """Row and reason."""
+    reading_share: float
+    """Of the time that making the batch took: reading files, not decoding them."""
 
 
 def decode_batches(
@@ -58,7 +61,7 @@ def decode_batches(
     batch_size
         Rows per batch; those that fail count.
     num_workers
-        Processes; 0 decodes in this one.
+        Processes, each two batches ahead; 0 decodes one batch ahead in a thread of this one.
     """
     loader: DataLoader[Any] = DataLoader(
         _Decoding(image_ids, rows, image_dir, preprocessing),
@@ -67,7 +70,16 @@ def decode_batches(
         collate_fn=_collate,
         worker_init_fn=_depend_on_parent,
     )
-    yield from loader
+    yield from loader if num_workers else _one_ahead(iter(loader))
+
+
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Pillow gives the interpreter's lock away while it decodes, and so does torch at work."""
+    with ThreadPoolExecutor(1, "decoder") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 @contextlib.contextmanager
@@ -92,8 +104,18 @@ def dead_workers_explained() -> Iterator[None]:
         ) from error
 
 
-class _Decoding(Dataset[tuple[int, DecodedImage | str]]):
-    """Row number to decoded image, or to the reason why there is none."""
+@dataclass(frozen=True)
+class _Item:
+    """One image or the reason why there is none, and what it took."""
+
+    row: int
+    image: DecodedImage | str
+    reading_s: float
+    decoding_s: float
+
+
+class _Decoding(Dataset[_Item]):
+    """The i-th of some rows of an image table."""
 
     def __init__(
         self,
@@ -110,29 +132,36 @@ class _Decoding(Dataset[tuple[int, DecodedImage | str]]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> tuple[int, DecodedImage | str]:
+    def __getitem__(self, i: int) -> _Item:
         row = int(self._rows[i])
-        image_id = str(self._image_ids[row])
+        started = read = time.perf_counter()
+        image: DecodedImage | str
         try:
-            return row, read_image(self._image_dir, image_id, self._preprocessing)
+            data = read_bytes(self._image_dir, str(self._image_ids[row]))
+            read = time.perf_counter()
+            image = decode_image(data, self._preprocessing)
         except ImageError as error:
-            return row, str(error)
+            image = str(error)
+        return _Item(row, image, read - started, time.perf_counter() - read)
 
 
-def _collate(items: list[tuple[int, DecodedImage | str]]) -> Batch:
+def _collate(items: list[_Item]) -> Batch:
     """Stack what could be decoded.
 
     numpy arrays travel through the worker's pipe; torch tensors would need shared memory, of
     which containers often have 64 MB only.
     """
-    decoded = [(row, image) for row, image in items if isinstance(image, DecodedImage)]
+    decoded = [(i.row, i.image) for i in items if isinstance(i.image, DecodedImage)]
     pixels = [image.pixels for _, image in decoded] or [np.empty((0, 3, 0, 0), np.uint8)]
     sha256 = np.frombuffer(b"".join(image.sha256 for _, image in decoded), np.uint8)
+    reading_s = sum(item.reading_s for item in items)
+    total_s = reading_s + sum(item.decoding_s for item in items)
     return Batch(
         rows=np.array([row for row, _ in decoded], dtype=np.intp),
         pixels=np.stack(pixels) if decoded else pixels[0],
         sha256=sha256.reshape(-1, 32),
-        failures=[(row, reason) for row, reason in items if isinstance(reason, str)],
+        failures=[(item.row, item.image) for item in items if isinstance(item.image, str)],
+        reading_share=reading_s / total_s if total_s else 0.0,
     )
 
 

@@ -76,8 +76,9 @@ def run_demo(
     caching = ExtractConfig(unfreeze_layers=UNFREEZE_LAYERS)
     echo(extract_embeddings(cohort, phantoms.image_dir, store_path, encoder, caching).to_text())
     echo("3. Searching the number of epochs by cross-validation, training a head, testing once")
+    images = phantoms.image_dir
     frozen, report = _finish(
-        train_head(store_path, folder / "frozen", FROZEN, overwrite=True), echo
+        train_head(store_path, folder / "frozen", FROZEN, overwrite=True), images, echo
     )
     echo(f"   Report: {report}")
     echo("4. Fine-tuning the last blocks with that head, from the cached tokens, testing once")
@@ -90,6 +91,7 @@ def run_demo(
             overwrite=True,
             echo=lambda text: echo(indent(text, "   ")),
         ),
+        images,
         echo,
     )
     echo("What fine-tuning gained, on the same test studies:")
@@ -98,9 +100,11 @@ def run_demo(
     return report
 
 
-def _finish(result: TrainResult, echo: Callable[[str], object]) -> tuple[Run, Path]:
-    """Evaluate and report a run, as the commands do."""
+def _finish(
+    result: TrainResult, image_dir: Path, echo: Callable[[str], object]
+) -> tuple[Run, Path]:
+    """Evaluate and report a run, as the commands do, with pictures: phantoms are nobody's."""
     echo(result.to_text())
     run = Run.open(result.run.path)
     echo(format_summary(evaluate_run(run)))
-    return run, write_report(run)
+    return run, write_report(run, image_dir=image_dir)

@@ -6,7 +6,8 @@ image tower, and a download of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast
 
@@ -280,6 +281,25 @@ class Encoder(nn.Module):
         """Images as :meth:`encode` takes them -> the input of :meth:`stem`."""
         assert pixels.dtype == torch.uint8, f"pixels are {pixels.dtype}, not uint8"
         return normalise(pixels.to(self.device, non_blocking=True), self.preprocessing)
+
+    @contextmanager
+    def cast_weights(self) -> Iterator[None]:
+        """Hold the weights of matrix products in the encoder's precision for a while.
+
+        Autocast casts them anew in every pass, to the same bits: for ViT-B/16 on one core 0.15 s,
+        what bf16 instructions need for half an image.
+        """
+        dtype = _AUTOCAST_DTYPES.get(self.precision)
+        plain = (nn.Linear, nn.Conv2d)  # not their subclasses, whose owners may look at types
+        layers = [module for module in self.visual.modules() if type(module) in plain]
+        kept = [(p, p.data) for layer in layers for p in layer.parameters(recurse=False)]
+        try:
+            for parameter, values in kept if dtype is not None else ():
+                parameter.data = values.to(dtype)
+            yield
+        finally:
+            for parameter, values in kept:
+                parameter.data = values
 
     def _autocast(self, precision: Precision | None = None) -> torch.autocast:
         dtype = _AUTOCAST_DTYPES.get(precision or self.precision)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.encoder import Encoder, EncoderIdentity, load_encoder
+from cxr_cache.errors import EncoderError
 
 IMAGENET_STATISTICS: Final = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 """Mean and standard deviation of the pixels that ``--normalize imagenet`` stands for."""
@@ -38,11 +41,85 @@ def encode_views(
         ``embeddings`` ``(B, V, D)`` and ``pooled`` ``(B, V, P)``, float32; where they are asked
         for, ``tokens`` ``(B, V, T, W)``, float16: infinite where that type is too narrow.
     """
-    outputs = [_encode(encoder, view, n_unfrozen) for view in _split_views(pixels, flip)]
+    views = _split_views(pixels, flip)
+    if encoder.device.type == "cuda":  # only from pinned memory does a copy not hold up its thread
+        views = [view.pin_memory() for view in views]
+    outputs = [_encode(encoder, view, n_unfrozen) for view in views]
     return {
         name: torch.stack([output[name] for output in outputs], dim=1).cpu().numpy()
         for name in outputs[0]
     }
+
+
+@contextmanager
+def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """As many threads as there should be batches in the encoder at once, and their number.
+
+    On a CPU one per core, each of which computes its batch alone: cores that share every matrix
+    product wait for each other at the end of each (the more so, the busier the machine), and pass
+    activations between their caches. On a GPU two: one prepares its batch and launches its kernels
+    while those of the other run.
+    """
+    n_cores, alone = torch.get_num_threads(), device.type == "cpu"
+    n_threads = n_cores if alone else 2
+    threads = ThreadPoolExecutor(
+        n_threads, "encoder", lambda: torch.set_num_threads(1) if alone else None
+    )
+    try:
+        yield threads, n_threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(n_cores)  # threads that start later ask what was set last
+
+
+class FittingEncoder:
+    """:func:`encode_views` on pieces of a batch that fit into the device's memory.
+
+    Pieces are halved whenever the memory does not suffice, and stay so small from then on.
+
+    Attributes
+    ----------
+    largest
+        Images that are encoded at once at most; None where every batch has fitted.
+    """
+
+    def __init__(self, encoder: Encoder, *, flip: bool, n_unfrozen: int | None) -> None:
+        self.encoder, self._flip, self._n_unfrozen = encoder, flip, n_unfrozen
+        self.largest: int | None = None
+
+    def encode(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """As :func:`encode_views`.
+
+        Raises
+        ------
+        EncoderError
+            The memory does not suffice for a single image.
+        """
+        pieces, start = [], 0
+        while start < len(pixels):
+            piece = pixels[start : start + (self.largest or len(pixels))]
+            if features := self._try(piece):
+                pieces.append(features)
+                start += len(piece)
+            else:
+                self._retreat(len(piece))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _try(self, piece: NDArray[np.uint8]) -> dict[str, NDArray[Any]] | None:
+        try:
+            return encode_views(self.encoder, piece, flip=self._flip, n_unfrozen=self._n_unfrozen)
+        except torch.OutOfMemoryError:
+            return None  # the error holds what filled the memory, so it must be gone by then
+
+    def _retreat(self, n_images: int) -> None:
+        if n_images == 1:
+            raise EncoderError(
+                f"{self.encoder.device} has not enough free memory to encode a single image. End "
+                "what else uses it, or choose another --device."
+            )
+        self.largest = min(n_images // 2, self.largest or n_images)
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def largest_token(

@@ -1,5 +1,10 @@
 """What a user can cause and fix; the command line prints these as one message."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class CxrCacheError(Exception):
     """Base class; the command line prints these without a traceback."""
@@ -53,6 +58,14 @@ class DiskError(CxrCacheError, OSError):
     """The disk failed while a store was being written."""
 
 
+class BackendError(CxrCacheError, RuntimeError):
+    """Workers that cannot be started or reached."""
+
+
+class WorkerLostError(BackendError):
+    """A worker ended while it had work."""
+
+
 class TrainingError(CxrCacheError, ArithmeticError):
     """Training went where no result can come from."""
 
@@ -63,3 +76,22 @@ class RunError(CxrCacheError, ValueError):
 
 class ExportError(CxrCacheError, RuntimeError):
     """A model that cannot be written in a format, or whose file would compute something else."""
+
+
+def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """Up to `n` of the known names that `name` may be meant for, best first.
+
+    Case and white space do not matter.
+
+    Examples
+    --------
+    >>> nearest_names("cardiomegly", ["Edema", "Cardiomegaly"])
+    ['Cardiomegaly']
+    """
+    spelled = {normalise(other): other for other in known}
+    return [spelled[match] for match in difflib.get_close_matches(normalise(name), spelled, n)]
+
+
+def normalise(name: str) -> str:
+    """A name in small letters, with single spaces."""
+    return " ".join(name.split()).lower()

@@ -114,6 +114,8 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "notice": notice,
         "findings": list(model.findings),
         "thresholds": model.thresholds,
+        "threshold_rule": model.threshold_rule,
+        "calibration": model.calibration,
         "preprocessing": model.encoder["preprocessing"],
         "input_norm": model.head["input_norm"],
         "hidden": list(model.head["hidden"]),

@@ -22,7 +22,7 @@ from cxr_cache.checkpoints import first_line
 from cxr_cache.encoder import Encoder
 from cxr_cache.errors import ExportError
 from cxr_cache.predict import predict_pixels
-from cxr_cache.run import Run, SavedModel
+from cxr_cache.run import Run, SavedModel, read_calibration
 from cxr_cache.whole_model import build_whole_model, in_full_precision
 
 OPSET: Final = 18
@@ -44,7 +44,8 @@ _EXPORTERS: Final[tuple[dict[str, Any], ...]] = (
 _HOW_TO_USE: Final = (
     "Input pixels: uint8 (B, 3, S, S), RGB from 0 to 255, decoded, resized and cropped as "
     "preprocessing says; normalisation is inside. Output probabilities: float32 (B, F), in the "
-    "order of findings; a finding counts as present from its threshold on (above 1: never)."
+    "order of findings, calibrated; a finding counts as present from its threshold on (above 1: "
+    "never)."
 )
 
 
@@ -87,7 +88,8 @@ def write_onnx(
     whole = build_whole_model(model, encoder)
     _require_size(whole)
     images = draw_canaries(encoder.preprocessing.image_size_px)
-    expected = predict_pixels(in_full_precision(model), encoder, torch.from_numpy(images))
+    uncalibrated = predict_pixels(in_full_precision(model), encoder, torch.from_numpy(images))
+    expected = read_calibration(model.calibration, len(model.findings)).apply(uncalibrated)
     texts = {**description, "how_to_use": _HOW_TO_USE}
     reasons = []
     for exporter in _EXPORTERS:

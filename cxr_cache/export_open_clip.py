@@ -17,13 +17,17 @@ from cxr_cache.checkpoints import CONFIG_FILE, WEIGHTS_FILES, Source, find_sourc
 from cxr_cache.encoder import Encoder
 from cxr_cache.errors import ExportError
 from cxr_cache.images import Preprocessing
-from cxr_cache.run import Run, SavedModel
+from cxr_cache.run import Run, SavedModel, read_calibration
 from cxr_cache.weights import read_tensors
 from cxr_cache.whole_model import plain_heads
 
 HEAD_FILE: Final = "head.json"
 HEAD_WEIGHTS_FILE: Final = "head.safetensors"
 
+_CALIBRATE: Final = (
+    "probabilities = torch.sigmoid(slope * torch.logit(probabilities) + intercept), with slope and "
+    "intercept of calibration, in the order of findings."
+)
 _RESIZE_MODES: Final = {"crop": "shortest", "squash": "squash"}
 _COPIED_FILES: Final = (  # what Hugging Face tokenizers are made of; open_clip reads them here
     "added_tokens.json",
@@ -56,6 +60,11 @@ def require_one_checkpoint(run: Run, model: SavedModel) -> None:
             f"{run.path} was made with {model.encoder['name']}, whose random weights come without "
             "the text tower that open_clip needs. Use --format onnx, which writes the image tower "
             "and the head."
+        )
+    if (features := model.head.get("features", "projected")) != "projected":
+        raise ExportError(
+            f"{run.path} was trained with --features {features}, and an open_clip model gives the "
+            "projected embedding only. Train with --features projected, or use --format onnx."
         )
     n_members = len(model.tensors["weight_0"])
     if model.tail is not None and n_members > 1:
@@ -136,6 +145,7 @@ def _preprocess_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
 
 def _how_to_use(model: SavedModel, n_heads: int) -> list[str]:
     """Lines of Python and prose that need open_clip, but not this package."""
+    calibrates = read_calibration(model.calibration, len(model.findings)).method != "none"
     *hidden, last = (f"({n}, {m})" for _, n, m in _layer_shapes(model))
     layers = [f"Linear{shape}, BatchNorm1d, ReLU, Dropout" for shape in hidden]
     normalise = "embedding = torch.nn.functional.normalize(embedding, dim=-1)"
@@ -147,7 +157,9 @@ def _how_to_use(model: SavedModel, n_heads: int) -> list[str]:
         f"mode. {HEAD_WEIGHTS_FILE} is the state_dict of torch.nn.ModuleList of {n_heads} such "
         "heads ('0.0.weight' is the first layer of the first).",
         "probabilities = mean over the heads of torch.sigmoid(head(embedding)), in the order of "
-        "findings; a finding counts as present from its threshold on (above 1: never).",
+        "findings.",
+        *([_CALIBRATE] if calibrates else []),
+        "A finding counts as present from its threshold on (above 1: never).",
         "Files of more than 8 bits must be scaled to 8 bits as preprocessing.decode_rule says.",
     ]
 

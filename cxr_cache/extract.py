@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
+from joblib import cpu_count
 from numpy.typing import NDArray
 
 from cxr_cache.canary import MIN_COSINE, cosines
 from cxr_cache.cohort import Cohort
 from cxr_cache.decoding import Batch, dead_workers_explained, decode_batches
 from cxr_cache.encoder import Encoder, trainable_parameter_names
-from cxr_cache.encoding import encode_views, largest_token
+from cxr_cache.encoding import FittingEncoder, encoding_threads, largest_token
 from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.resume import open_or_create
 from cxr_cache.store import (
@@ -36,9 +38,12 @@ from cxr_cache.store import (
 class ExtractConfig:
     """How to run an extraction; nothing here changes what the embeddings mean."""
 
-    batch_size: int = 32
-    num_workers: int = min(8, os.cpu_count() or 1)
-    """Decoding processes; 0 decodes in the main process."""
+    batch_size: int | None = None
+    """Images per forward pass; halved where the device's memory does not suffice. None: 8 on a
+    CPU, where each core has a batch of its own in its caches, else 256."""
+    num_workers: int | None = None
+    """Decoding processes; 0 decodes in a thread. None: as many as the encoder may need, for a CPU
+    one for every fourth core, else one per core, at most 16."""
     flip: bool = False
     """Also embed each image's mirror image, as a second view."""
     unfreeze_layers: int | None = None
@@ -51,9 +56,9 @@ class ExtractConfig:
     """Hash the files of rows that are done already, and compute those that have changed."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"--batch-size is {self.batch_size}; it must be at least 1.")
-        if self.num_workers < 0:
+        if self.num_workers is not None and self.num_workers < 0:
             raise ConfigError(f"--num-workers is {self.num_workers}; it must be 0 or more.")
         if self.max_failures is not None and self.max_failures < 0:
             raise ConfigError(f"--max-failures is {self.max_failures}; it must be 0 or more.")
@@ -65,6 +70,16 @@ class ExtractConfig:
             raise ConfigError(
                 f"--part is {self.part[0]}/{self.part[1]}; it must be one of 1/N, 2/N ... N/N."
             )
+
+    def resolve_for(self, device: torch.device) -> ExtractConfig:
+        """The same, with the numbers that are left to the device."""
+        on_cpu = device.type == "cpu"
+        defaults = {
+            "batch_size": 8 if on_cpu else 256,
+            "num_workers": cpu_count() // 4 if on_cpu else min(16, cpu_count()),
+        }
+        missing = {name: n for name, n in defaults.items() if getattr(self, name) is None}
+        return replace(self, **missing)
 
     def tolerated_failures(self, n_images: int) -> int:
         """Failed rows with which an extraction of `n_images` still counts as a success."""
@@ -94,11 +109,14 @@ class ExtractSummary:
     """Image id and reason of every failed row."""
     tokenless: list[tuple[str, str]] = field(default_factory=list)
     """Image id and reason of rows that got no tokens in this call, and keep their embedding."""
+    largest_batch: int | None = None
+    """Images that went into the device's memory at once, where a batch did not."""
     decode_s: float = 0.0
-    """Time the encoder waited for pixels."""
-    inference_s: float = 0.0
-    write_s: float = 0.0
-    """Time the encoder waited for the disk."""
+    """Time that passed waiting for pixels, while they were decoded."""
+    encode_s: float = 0.0
+    """Time that decoded batches waited for the encoder."""
+    disk_s: float = 0.0
+    """Time that passed waiting for files to be read, and for features to be written."""
     elapsed_s: float = 0.0
 
     def to_text(self) -> str:
@@ -122,16 +140,16 @@ class ExtractSummary:
         lines += _by_reason("got no tokens and keep their embedding", self.tokenless)
         if not self.n_computed:
             return "\n".join([*lines, "  nothing was left to compute"])
-        waits = {
-            "decode": self.decode_s,
-            "inference": self.inference_s,
-            "write": self.write_s,
-        }
+        if self.largest_batch:
+            lines.append(
+                f"  the device's memory took {self.largest_batch:,} images at a time, not a batch"
+            )
+        waits = {"disk": self.disk_s, "decode": self.decode_s, "encoder": self.encode_s}
         shares = ", ".join(f"{name} {s / self.elapsed_s:.0%}" for name, s in waits.items())
         lines.append(
             f"  {self.n_computed:,} images in {self.elapsed_s:,.0f} s: "
             f"{self.n_computed / self.elapsed_s:,.1f} images/s; time went to {shares}; "
-            f"the limit was {max(waits, key=lambda name: waits[name])}"
+            f"the limit was: {max(waits, key=lambda name: waits[name])}"
         )
         return "\n".join(lines)
 
@@ -200,7 +218,29 @@ def extract_embeddings(
     DiskFullError, DiskError
         There is not enough space for the whole store, or the disk failed.
     """
-    config = config or ExtractConfig()
+    config = (config or ExtractConfig()).resolve_for(encoder.device)
+
+    def fill(store: FeatureStore, summary: ExtractSummary) -> None:
+        _fill(store, Path(image_dir), encoder, config, summary, on_progress)
+
+    return run_extraction(cohort, image_dir, store_path, encoder, config, fill, on_space=on_space)
+
+
+def run_extraction(
+    cohort: Cohort,
+    image_dir: str | Path,
+    store_path: str | Path,
+    encoder: Encoder,
+    config: ExtractConfig,
+    fill: Callable[[FeatureStore, ExtractSummary], None],
+    *,
+    on_space: Callable[[Space], None] | None = None,
+) -> ExtractSummary:
+    """Open or create the store, have `fill` do the rows that are left, and count.
+
+    Parameters and errors are those of :func:`extract_embeddings`; `fill` is given the store, open
+    for writing, and the summary to add its work to.
+    """
     image_dir, store_path = Path(image_dir), Path(store_path)
     if not image_dir.is_dir():
         raise ConfigError(f"{image_dir} is not a folder; give the one with the images.")
@@ -226,7 +266,7 @@ def extract_embeddings(
     summary.changed = resumed.changed
     with resumed.store as store:
         try:
-            _fill(store, image_dir, encoder, config, summary, on_progress)
+            fill(store, summary)
         finally:
             summary.elapsed_s = time.perf_counter() - started
             _count(store, summary)
@@ -266,12 +306,49 @@ def _fill(
     summary: ExtractSummary,
     on_progress: Callable[[int, int, int], None] | None,
 ) -> None:
-    """Decode in workers, encode here, write in one thread; the three overlap.
-
-    At most two batches of features are in memory, however many rows there are.
-    """
+    """Decode, encode and write at once; bounded queues between, however many rows there are."""
     rows = np.flatnonzero(store.status != DONE)
     tolerated = config.tolerated_failures(len(store))
+    failures: list[tuple[str, str]] = []
+    encoded = _encoded_batches(store, rows, image_dir, encoder, config, summary)
+    with dead_workers_explained(), ThreadPoolExecutor(1, "writer") as writer:
+        writing: Future[None] | None = None
+        try:
+            for batch, features in encoded:
+                with _counted(summary, "disk_s"):
+                    if writing is not None:
+                        writing.result()  # at most one batch waits for the disk
+                    writing = writer.submit(_write, store, batch, features, summary)
+                failures += [(str(store.image_ids[row]), why) for row, why in batch.failures]
+                summary.n_computed += len(batch.rows)
+                if on_progress is not None:
+                    on_progress(len(batch.rows), len(batch.failures), len(rows))
+                if len(failures) > tolerated:
+                    writing.result()
+                    give_up(store, failures, tolerated)
+        finally:
+            encoded.close()
+            with _counted(summary, "disk_s"):
+                if writing is not None:
+                    writing.result()
+
+
+def _encoded_batches(
+    store: FeatureStore,
+    rows: NDArray[np.intp],
+    image_dir: Path,
+    encoder: Encoder,
+    config: ExtractConfig,
+    summary: ExtractSummary,
+) -> Generator[tuple[Batch, dict[str, NDArray[Any]]], None, None]:
+    """Rows as batches with their features, in order.
+
+    One batch per encoding thread is under way, and one waits. Who waits for whom is counted: time
+    spent on the next batch of pixels goes to decoding and the disk, as the batch's own time did;
+    time spent on a result, while pixels wait, to the encoder.
+    """
+    assert config.batch_size is not None
+    assert config.num_workers is not None
     batches = decode_batches(
         store.image_ids,
         rows,
@@ -280,37 +357,30 @@ def _fill(
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
-    failures: list[tuple[int, str]] = []
-    with dead_workers_explained(), ThreadPoolExecutor(max_workers=1) as writer:
-        writing: Future[None] | None = None
-        try:
-            for batch in _timed(batches, summary):
-                mark = time.perf_counter()
-                features = _encode(store, batch, encoder, config)
-                failures += batch.failures
-                summary.inference_s += time.perf_counter() - mark
-
-                mark = time.perf_counter()
-                if writing is not None:
-                    writing.result()  # at most one batch waits for the disk
-                writing = writer.submit(_write, store, batch, features, summary)
-                summary.write_s += time.perf_counter() - mark
-
-                summary.n_computed += len(batch.rows)
-                if on_progress is not None:
-                    on_progress(len(batch.rows), len(batch.failures), len(rows))
-                if len(failures) > tolerated:
-                    writing.result()
-                    _give_up(store, failures, tolerated)
-        finally:
-            mark = time.perf_counter()
-            if writing is not None:
-                writing.result()
-            summary.write_s += time.perf_counter() - mark
+    fitting = FittingEncoder(encoder, flip=config.flip, n_unfrozen=config.unfreeze_layers)
+    under_way: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
+    with encoder.cast_weights(), encoding_threads(encoder.device) as (threads, n_threads):
+        for batch in _timed(batches, summary):
+            under_way.append((batch, threads.submit(_encode, store, batch, fitting, config)))
+            if len(under_way) > n_threads:
+                yield _finish(under_way, summary)
+        while under_way:
+            yield _finish(under_way, summary)
+    summary.largest_batch = fitting.largest
 
 
-def _give_up(store: FeatureStore, failures: list[tuple[int, str]], tolerated: int) -> None:
-    first = [f"  {store.image_ids[row]}: {reason}" for row, reason in failures[:5]]
+def _finish(
+    under_way: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]], summary: ExtractSummary
+) -> tuple[Batch, dict[str, NDArray[Any]]]:
+    """The oldest batch that is being encoded, with its features."""
+    batch, encoding = under_way.popleft()
+    with _counted(summary, "encode_s"):
+        return batch, encoding.result()
+
+
+def give_up(store: FeatureStore, failures: list[tuple[str, str]], tolerated: int) -> NoReturn:
+    """Raise TooManyFailuresError with the first images that failed, and why."""
+    first = [f"  {image_id}: {reason}" for image_id, reason in failures[:5]]
     raise TooManyFailuresError(
         f"{len(failures):,} images failed, more than the {tolerated:,} tolerated "
         "(--max-failures). The first:\n"
@@ -320,15 +390,13 @@ def _give_up(store: FeatureStore, failures: list[tuple[int, str]], tolerated: in
 
 
 def _encode(
-    store: FeatureStore, batch: Batch, encoder: Encoder, config: ExtractConfig
+    store: FeatureStore, batch: Batch, fitting: FittingEncoder, config: ExtractConfig
 ) -> dict[str, NDArray[Any]]:
     """The features of a batch as they are to be stored."""
     if not len(batch.rows):
         return {}
-    features = encode_views(
-        encoder, batch.pixels, flip=config.flip, n_unfrozen=config.unfreeze_layers
-    )
-    if reasons := _find_unusable(batch, features, encoder, config):
+    features = fitting.encode(batch.pixels)
+    if reasons := _find_unusable(batch, features, fitting.encoder, config):
         batch.failures += [(int(batch.rows[i]), reason) for i, reason in reasons.items()]
         usable = ~np.isin(np.arange(len(batch.rows)), list(reasons))
         batch.rows, batch.sha256 = batch.rows[usable], batch.sha256[usable]
@@ -430,7 +498,19 @@ def _timed(batches: Iterator[Batch], summary: ExtractSummary) -> Iterator[Batch]
     while True:
         mark = time.perf_counter()
         batch = next(batches, None)
-        summary.decode_s += time.perf_counter() - mark
+        waited = time.perf_counter() - mark
         if batch is None:
             return
+        summary.disk_s += waited * batch.reading_share
+        summary.decode_s += waited * (1 - batch.reading_share)
         yield batch
+
+
+@contextmanager
+def _counted(summary: ExtractSummary, name: str) -> Iterator[None]:
+    """Add the time that passes to a field of the summary."""
+    mark = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(summary, name, getattr(summary, name) + time.perf_counter() - mark)

@@ -5,7 +5,6 @@ Targets are float32: 1 present, 0 absent, NaN unlabelled.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from importlib.resources import files
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.errors import TableError
+from cxr_cache.errors import TableError, nearest_names, normalise
 
 _DATA = files("cxr_cache") / "data" / "findings35.json"
 _RULES = json.loads(_DATA.read_text("utf-8"))
@@ -117,7 +116,7 @@ def parse_labels(
     TableError
         A cell names something that is not among `findings`.
     """
-    column_of = {_normalise(finding): column for column, finding in enumerate(findings)}
+    column_of = {normalise(finding): column for column, finding in enumerate(findings)}
     targets = np.zeros((len(cells), len(findings)), np.float32)
     for row, cell in enumerate(cells):
         names = _split_cell(cell)
@@ -185,14 +184,9 @@ def parse_target_table(
 
 
 def _split_cell(cell: str) -> set[str]:
-    return {_normalise(name) for name in cell.split(";")} - {""}
-
-
-def _normalise(name: str) -> str:
-    return " ".join(name.split()).lower()
+    return {normalise(name) for name in cell.split(";")} - {""}
 
 
 def _suggest(name: str, findings: Sequence[str]) -> str:
-    spelled = {_normalise(finding): finding for finding in findings}
-    nearest = difflib.get_close_matches(name, spelled, n=1)
-    return f" (did you mean {spelled[nearest[0]]!r}?)" if nearest else ""
+    nearest = nearest_names(name, findings)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -5,26 +5,50 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxr_cache.backprop import Backprop, draw_dropout
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.heads import HeadBank
-from cxr_cache.losses import balance_positives, make_loss
+from cxr_cache.losses import make_loss, stack_losses
 from cxr_cache.metrics import auroc, macro_mean
 from cxr_cache.optim import BankOptimizer
 
 _SCORED_AT_ONCE: Final = 8192  # rows of one head
+_TRAINED_AT_ONCE: Final = 1024
 
 # -- what to train on, and what comes out ------------------------------------------------
+
+
+class Rows(Protocol):
+    """What a head is trained on: all rows, of which a task picks its own."""
+
+    @property
+    def embeddings(self) -> NDArray[np.float32]:
+        """``(V, N, D)``, prepared by :func:`cxr_cache.features.prepare_features`."""
+        ...
+
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Nothing but the numbers, for a worker that need not know whose they are."""
+
+    embeddings: NDArray[np.float32]
+    targets: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -32,20 +56,16 @@ class TrainingData:
     """Rows that can be trained on: done in the store, undamaged, and labelled at all."""
 
     embeddings: NDArray[np.float32]
-    """``(V, N, D)``, prepared by :func:`prepare_embeddings`."""
+    """``(V, N, D)``, prepared by :func:`cxr_cache.features.prepare_features`."""
     cohort: Cohort
     """The N images; targets are NaN where unlabelled."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know about the rows left out."""
 
-
-def prepare_embeddings(embeddings: NDArray[np.float32], input_norm: str) -> NDArray[np.float32]:
-    """Embeddings as the head reads them: L2-normalised along the last axis, or as they are."""
-    if input_norm == "none":
-        return embeddings
-    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    prepared: NDArray[np.float32] = embeddings / np.maximum(norms, np.float32(1e-12))
-    return prepared
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        return self.cohort.targets
 
 
 # -- heads side by side -----------------------------------------------------------------
@@ -78,7 +98,7 @@ class Trajectory:
 
 
 def fit_heads(
-    data: TrainingData,
+    data: Rows,
     tasks: Sequence[HeadTask],
     config: TrainConfig,
     *,
@@ -88,6 +108,24 @@ def fit_heads(
     learning_rates: Sequence[float] | None = None,
 ) -> list[Trajectory]:
     """Train one head per task, all in one bank, and keep each at the epochs asked for.
+
+    Parameters and errors are those of :class:`HeadFit`.
+    """
+    fit = HeadFit(
+        data,
+        tasks,
+        [config] * len(tasks),
+        n_epochs=n_epochs,
+        n_steps=n_steps,
+        keep=keep,
+        learning_rates=learning_rates,
+    )
+    fit.run()
+    return fit.trajectories
+
+
+class HeadFit:
+    """Heads on their way through the epochs, all in one bank; it can stop, move and go on.
 
     A head's result depends on its own task only: rows, order, dropout, clipping, schedule and
     stopping are its own. An epoch visits `n_steps` full batches of a fresh permutation of the
@@ -99,8 +137,8 @@ def fit_heads(
         Embeddings and targets of all rows.
     tasks
         One per head.
-    config
-        Recipe.
+    configs
+        Recipe of each; they may differ in what :func:`can_share_a_bank` allows.
     n_epochs
         Length of the trajectories.
     n_steps
@@ -114,26 +152,87 @@ def fit_heads(
     Raises
     ------
     TrainingError
-        A loss is no longer finite.
+        From :meth:`run`: a loss is no longer finite.
     """
-    trajectories = [Trajectory() for _ in tasks]
-    running = set(range(len(tasks)))
-    # Products this small gain nothing from threads, and lose much when the cores are shared.
-    with _one_thread():
-        trainer = _Trainer(data, tasks, config, n_epochs, n_steps, learning_rates)
-        for epoch in range(1, n_epochs + 1):
-            rows, probabilities = trainer.run_epoch(epoch)
-            for h in sorted(running):
-                trajectories[h].history.append(rows[h])
-                stops = has_stopped(trajectories[h].history, config.early_stopping)
-                for kept in (e for e in keep if e == epoch or (stops and e > epoch)):
-                    trajectories[h].probabilities[kept] = probabilities[h]
-                    trajectories[h].weights[kept] = trainer.bank.snapshot([h])
-                if stops:
-                    running.discard(h)
-            if not running:
-                break
-    return trajectories
+
+    def __init__(
+        self,
+        data: Rows,
+        tasks: Sequence[HeadTask],
+        configs: Sequence[TrainConfig],
+        *,
+        n_epochs: int,
+        n_steps: int,
+        keep: Collection[int],
+        learning_rates: Sequence[float] | None = None,
+    ) -> None:
+        assert can_share_a_bank(configs)
+        self._trainer = _Trainer(data, tasks, configs, n_epochs, n_steps, learning_rates)
+        self._n_epochs, self._keep = n_epochs, keep
+        self._patience = [config.early_stopping for config in configs]
+        self._running = set(range(len(tasks)))
+        self.epoch = 0
+        """Epochs done."""
+        self.trajectories = [Trajectory() for _ in tasks]
+
+    def run(self, until: int | None = None) -> None:
+        """Go on to epoch `until`, by default to the last, or until every head has stopped."""
+        # Products this small gain nothing from threads, and lose much when the cores are shared.
+        with _one_thread():
+            while not self.has_ended and (until is None or self.epoch < until):
+                self.epoch += 1
+                rows, probabilities = self._trainer.run_epoch(self.epoch)
+                for h in sorted(self._running):
+                    self._record(h, rows[h], probabilities[h])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return not self._running or self.epoch == self._n_epochs
+
+    def _record(self, h: int, row: dict[str, float], probabilities: NDArray[np.float32]) -> None:
+        trajectory = self.trajectories[h]
+        trajectory.history.append(row)
+        stops = has_stopped(trajectory.history, self._patience[h])
+        for kept in (e for e in self._keep if e == self.epoch or (stops and e > self.epoch)):
+            trajectory.probabilities[kept] = probabilities
+            trajectory.weights[kept] = self._trainer.snapshot(h)
+        if stops:
+            self._running.discard(h)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`run` goes on from, for another process or another day."""
+        return {
+            "epoch": self.epoch,
+            "has_ended": self.has_ended,
+            "running": self._running,
+            "trajectories": self.trajectories,
+            "trainer": self._trainer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave: to the bit as if nothing had stopped."""
+        self.epoch, self._running = state["epoch"], state["running"]
+        self.trajectories = state["trajectories"]
+        self._trainer.load_state_dict(state["trainer"])
+
+
+def can_share_a_bank(configs: Sequence[TrainConfig]) -> bool:
+    """Whether heads with these recipes can be trained side by side.
+
+    They may differ in learning rate, weight decay, schedule, stopping and, unless it is the
+    asymmetric one, loss; the rest decides shapes, or what all heads do in one call.
+    """
+    return len({tuple(_shared(config).items()) for config in configs}) == 1
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    own = {"learning_rate", "weight_decay", "schedule", "patience", "early_stopping"}
+    if config.loss != "asymmetric":
+        own |= {"loss", "alpha", "gamma"}
+    return {field.name: getattr(config, field.name) for field in fields(config)} | dict.fromkeys(
+        own
+    )
 
 
 def count_steps(tasks: Sequence[HeadTask], batch_size: int) -> int:
@@ -164,23 +263,28 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Trainer:
-    """A bank on its way through the epochs."""
+    """A bank, its optimiser and its rows: one epoch at a time."""
 
     def __init__(
         self,
-        data: TrainingData,
+        data: Rows,
         tasks: Sequence[HeadTask],
-        config: TrainConfig,
+        configs: Sequence[TrainConfig],
         n_epochs: int,
         n_steps: int,
         learning_rates: Sequence[float] | None,
     ) -> None:
+        config = configs[0]
         device = resolve_device(config.device)
-        self.config, self.n_steps, self.learning_rates = config, n_steps, learning_rates
+        self.batch_size, self.n_steps, self.learning_rates = (
+            config.batch_size,
+            n_steps,
+            learning_rates,
+        )
         self.embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
-        self.targets = torch.from_numpy(data.cohort.targets).to(device)  # (N, F)
+        self.targets = torch.from_numpy(data.targets).to(device)  # (N, F)
         self.rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
-        self.held_out_targets = [data.cohort.targets[task.held_out_rows] for task in tasks]
+        self.held_out_targets = [data.targets[task.held_out_rows] for task in tasks]
         self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
         # Not the seed itself: from there come the initial weights and dropout.
         self.shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]
@@ -190,25 +294,52 @@ class _Trainer:
             self.targets.shape[-1],
             hidden=config.hidden,
             dropout=config.dropout,
+            norm=config.norm,
             seeds=[task.seed for task in tasks],
             device=device,
         )
+        self.backprop = Backprop(self.bank) if config.norm == "batch" else None
+        self.standards = (
+            Standards.of(self.embeddings[0], self.rows) if config.input_norm == "standard" else None
+        )
         self.optimizer = BankOptimizer(
             self.bank,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
+            learning_rate=[config.learning_rate for config in configs],
+            weight_decay=[config.weight_decay for config in configs],
             max_grad_norm=config.max_grad_norm,
-            schedule="constant" if learning_rates is not None else config.schedule,
-            patience=config.patience,
+            schedule=[
+                "constant" if learning_rates is not None else config.schedule for config in configs
+            ],
+            patience=[config.patience for config in configs],
             n_epochs=n_epochs,
         )
-        balance = torch.stack([balance_positives(self.targets[rows]) for rows in self.rows])
-        self.loss = make_loss(
-            config.loss,
-            alpha=config.alpha,
-            gamma=config.gamma,
-            positive_weight=balance[:, None],  # (H, 1, F)
+        self.loss = stack_losses(
+            [
+                make_loss(
+                    config.loss, alpha=config.alpha, gamma=config.gamma, targets=self.targets[rows]
+                )
+                for config, rows in zip(configs, self.rows, strict=True)
+            ]
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "bank": self.bank.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [g.get_state() for g in self.shuffles + self.bank.generators],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bank.load_state_dict(state["bank"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        generators = self.shuffles + self.bank.generators
+        for generator, its_state in zip(generators, state["generators"], strict=True):
+            generator.set_state(its_state)
+
+    def snapshot(self, h: int) -> dict[str, Tensor]:
+        """Head `h` as a bank of one, which reads embeddings that are not standardised."""
+        state = self.bank.snapshot([h])
+        return state if self.standards is None else self.standards.fold_into(state, h)
 
     def run_epoch(self, epoch: int) -> tuple[list[dict[str, float]], list[NDArray[np.float32]]]:
         """Train and score once; a row of history and held-out probabilities per head."""
@@ -240,26 +371,58 @@ class _Trainer:
 
     def _train(self) -> Tensor:
         """One epoch of every head; mean loss of each, ``(H,)``."""
-        n_batch, n_views = self.config.batch_size, len(self.embeddings)
-        n_rows = self.n_steps * n_batch
+        n_rows = self.n_steps * self.batch_size
         order = torch.stack([self._shuffle(h)[:n_rows] for h in range(len(self.rows))])  # (H, n)
         views = torch.stack(
-            [torch.randint(n_views, (n_rows,), generator=g) for g in self.shuffles]
+            [torch.randint(len(self.embeddings), (n_rows,), generator=g) for g in self.shuffles]
         ).to(order.device)
         total = torch.zeros(len(self.rows), device=order.device)
         self.bank.train()
-        for start in range(0, n_rows, n_batch):
-            rows = order[:, start : start + n_batch]  # (H, B)
-            x = self.embeddings[views[:, start : start + n_batch], rows]  # (H, B, D)
-            losses = self.loss(self.bank(x), self.targets[rows])
-            self.bank.backward(losses)
-            self.optimizer.step()
-            total += losses.detach()
+        # Gathered and drawn for several steps at once: as many calls fewer, and still in the cache.
+        n_at_once = max(1, _TRAINED_AT_ONCE // self.batch_size) * self.batch_size
+        for rows, of in zip(
+            torch.split(order, n_at_once, 1), torch.split(views, n_at_once, 1), strict=True
+        ):
+            total += self._take_steps(self._inputs(of, rows), self.targets[rows])
         return total / self.n_steps
 
     def _shuffle(self, h: int) -> Tensor:
         rows = self.rows[h]
         return rows[torch.randperm(len(rows), generator=self.shuffles[h]).to(rows.device)]
+
+    def _inputs(self, views: Tensor | int, rows: Tensor) -> Tensor:
+        """What the heads read of rows ``(H, n)``: ``(H, n, D)``."""
+        flat = self.embeddings.flatten(0, 1)  # (V N, D)
+        picked = flat.index_select(0, (views * self.embeddings.shape[1] + rows).flatten())
+        x = picked.view(*rows.shape, picked.shape[1])
+        return x if self.standards is None else self.standards.apply(x)
+
+    def _take_steps(self, x: Tensor, y: Tensor) -> Tensor:
+        """A step for every batch of ``(H, n, D)`` and ``(H, n, F)``; the sum of their losses."""
+        H, n, F = y.shape
+        by_step = (n // self.batch_size, H, self.batch_size, F)  # (S, H, B, F)
+        targets = y.view(H, by_step[0], -1, F).transpose(0, 1)
+        logits = torch.empty(by_step, dtype=x.dtype, device=x.device)
+        step = self._step_by_autograd if self.backprop is None else self._step_by_hand
+        step(torch.split(x, self.batch_size, dim=1), targets, logits)
+        losses: Tensor = self.loss(logits, targets)  # (S, H)
+        return losses.sum(dim=0)
+
+    def _step_by_hand(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
+        assert self.backprop is not None
+        factors = draw_dropout(self.bank, len(batches), self.batch_size)
+        prepared = zip(*(part.unbind() for part in self.loss.prepare(targets)), strict=True)
+        for x, keep, of_step, out in zip(batches, factors, prepared, logits.unbind(), strict=True):
+            self.backprop.forward(x, keep, out=out)
+            self.backprop.backward(self.loss.gradient(out, *of_step))
+            self.optimizer.step()
+
+    def _step_by_autograd(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
+        for x, y, out in zip(batches, targets, logits, strict=True):
+            recorded = self.bank(x)
+            self.bank.backward(self.loss(recorded, y))
+            self.optimizer.step()
+            out.copy_(recorded.detach())
 
     @torch.inference_mode()
     def _score(self) -> tuple[Tensor, list[NDArray[np.float32]]]:
@@ -267,7 +430,8 @@ class _Trainer:
         rows = self.scored_rows
         self.bank.eval()
         parts = [
-            self.bank(self.embeddings[0, part]) for part in torch.split(rows, _SCORED_AT_ONCE, 1)
+            self.bank(self._inputs(0, part.clamp(min=0)))
+            for part in torch.split(rows, _SCORED_AT_ONCE, 1)
         ]
         logits = torch.cat(parts, dim=1)  # (H, n, F)
         targets = self.targets[rows].masked_fill(rows[..., None] < 0, torch.nan)
@@ -276,6 +440,46 @@ class _Trainer:
             self.loss(logits, targets).cpu(),
             [p[: len(t)] for p, t in zip(probabilities, self.held_out_targets, strict=True)],
         )
+
+
+@dataclass(frozen=True)
+class Standards:
+    """Mean and spread of each head's training inputs, to standardise by."""
+
+    mean: Tensor
+    """``(H, 1, D)``."""
+    std: Tensor
+    """``(H, 1, D)``; 1 where an input never varies."""
+
+    @classmethod
+    def of(cls, embeddings: Tensor, rows: Sequence[Tensor]) -> Standards:
+        """Those of the rows of each head, of embeddings ``(N, D)``."""
+        means, variances = [], []
+        for chosen in rows:
+            total, squares = torch.zeros(2, embeddings.shape[1], device=embeddings.device).double()
+            for part in torch.split(chosen, _SCORED_AT_ONCE):
+                x = embeddings[part].double()
+                total += x.sum(dim=0)
+                squares += x.square().sum(dim=0)
+            means.append(total / len(chosen))
+            variances.append((squares / len(chosen) - means[-1].square()).clamp(min=0))
+        std = torch.stack(variances).sqrt()
+        std = torch.where(std > 1e-6 * std.amax(dim=1, keepdim=True), std, 1.0)
+        mean = torch.stack(means)
+        return cls(mean[:, None].to(embeddings.dtype), std[:, None].to(embeddings.dtype))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Standardise ``(H, n, D)`` in place."""
+        return x.sub_(self.mean).div_(self.std)
+
+    def fold_into(self, state: dict[str, Tensor], h: int) -> dict[str, Tensor]:
+        """Head `h` with its first layer changed so that it reads what is not standardised."""
+        weight = state["weight_0"] / self.std[h].mT  # (1, D, C) / (D, 1)
+        bias = state["bias_0"] - self.mean[h] @ weight  # (1, 1, C) - (1, D) @ (1, D, C)
+        folded = {"weight_0": weight, "bias_0": bias}
+        if "mean_0" in state:  # the norm has seen the shift, too
+            folded["mean_0"] = state["mean_0"] + 0.0
+        return state | folded
 
 
 def _pad(rows: Sequence[NDArray[np.int64]]) -> Tensor:

@@ -20,7 +20,7 @@ from cxr_cache.training_rows import LabelledRows
 
 _OF_THE_RUN: Final = (
     *("n_folds", "test_fraction", "split_by", "seed"),
-    *("hidden", "dropout", "input_norm"),
+    *("hidden", "dropout", "norm", "input_norm"),
     *("loss", "alpha", "gamma"),
 )
 """Options that a fine-tuning takes from the frozen run that it starts from."""
@@ -47,7 +47,9 @@ def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
         Options that the user chose; they go before the run's.
     """
     _require_frozen(run)
-    own = {name: run.config["train"][name] for name in _OF_THE_RUN}
+    own = {name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]}
+    if own["input_norm"] == "standard":
+        own["input_norm"] = "none"  # mean and spread are in the head's first layer
     return FinetuneConfig(**({**own, "epochs": (run.config["chosen_epochs"],)} | given))
 
 
@@ -56,6 +58,11 @@ def _require_frozen(run: Run) -> None:
         raise RunError(
             f"{run.path} is a run of `cxr-cache {run.config['kind']}`; --from-run starts from one "
             "of `cxr-cache train`."
+        )
+    if (features := run.config["train"].get("features", "projected")) != "projected":
+        raise RunError(
+            f"{run.path} was trained with --features {features}, and fine-tuning ends in the "
+            "projected embedding. Start from a run with --features projected."
         )
 
 

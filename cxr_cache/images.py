@@ -238,7 +238,17 @@ def read_image(image_dir: str | Path, image_id: str, preprocessing: Preprocessin
     Pillow's settings are process-wide and are changed while it decodes, so call this from several
     processes rather than from several threads.
     """
-    data = read_bytes(image_dir, image_id)
+    return decode_image(read_bytes(image_dir, image_id), preprocessing)
+
+
+def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
+    """The half of :func:`read_image` that follows :func:`read_bytes`.
+
+    Raises
+    ------
+    ImageError
+        The bytes are no image that can be used; as :func:`read_image`.
+    """
     with _strict_pillow():
         picture = _resize(_decode(data, preprocessing), preprocessing)
     pixels = _to_channels(picture)  # (3, S, S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickletools
 import zipfile
 import zlib
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort
 from cxr_cache.errors import ConfigError, TableError
-from cxr_cache.store import FeatureStore
+from cxr_cache.store import FeatureStore, are_finite
+from cxr_cache.tables import hash_file
 
-_ROWS_PER_COMMIT = 65_536
+_ROWS_AT_ONCE = 16_384
 _DAMAGED = (  # what zipfile and numpy raise on damaged or dishonest files
     ArithmeticError,
     AttributeError,
@@ -96,12 +96,11 @@ def import_embeddings(
             f"{npz_path} names none of the {len(cohort):,} images: its first image_id is "
             f"{str(image_ids[0])!r}, the table's {str(cohort.image_ids[0])!r}."
         )
-    digest = hashlib.sha256(npz_path.read_bytes())
     encoder = {
         "name": f"imported:{npz_path.name}",
         "imported": True,
         "is_random": False,
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": hash_file(npz_path),
         "embedding_width": embeddings.shape[1],
     }
     shapes = {"embeddings": (1, embeddings.shape[1])}
@@ -109,8 +108,8 @@ def import_embeddings(
     absent = np.flatnonzero(positions < 0)
 
     def fill(store: FeatureStore) -> None:
-        for start in range(0, len(present), _ROWS_PER_COMMIT):
-            rows = present[start : start + _ROWS_PER_COMMIT]
+        for start in range(0, len(present), _ROWS_AT_ONCE):
+            rows = present[start : start + _ROWS_AT_ONCE]
             unknown = np.zeros((len(rows), 32), np.uint8)  # the images themselves are not at hand
             store.commit(rows, {"embeddings": embeddings[positions[rows], None]}, unknown)
         store.record_failures(absent, [f"no embedding in {npz_path.name}"] * len(absent))
@@ -158,8 +157,9 @@ def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
     if len(np.unique(image_ids)) != len(image_ids):
         raise TableError(f"{path} lists an image_id twice.")
     with np.errstate(over="ignore"):  # too large a number becomes infinite, and is found
-        embeddings = embeddings.astype(np.float32)
-    finite = np.isfinite(embeddings).all(axis=1)
+        embeddings = embeddings.astype(np.float32, copy=False)
+    parts = range(0, len(embeddings), _ROWS_AT_ONCE)
+    finite = np.concatenate([are_finite(embeddings[i : i + _ROWS_AT_ONCE]) for i in parts])
     if not finite.all():
         raise TableError(
             f"{path}: {(~finite).sum():,} embeddings hold NaN, infinity or a number too large for "

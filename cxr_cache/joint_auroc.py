@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.metrics import (
-    Array,
-    FloatArray,
-    RankedScores,
-    bootstrap,
-    macro_mean,
-    percentile_interval,
-)
+from cxr_cache.bootstrap import bootstrap
+from cxr_cache.intervals import Scale, macro_error, standard_errors, student_interval
+from cxr_cache.metrics import Array, FloatArray, macro_mean
+from cxr_cache.ranked import RankedScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,22 +49,37 @@ class Figure:
 
 @dataclass(frozen=True, eq=False)
 class JointAuroc:
-    """AUROCs of one model: on its rows, ``(F,)``, and on every resample, ``(R, F)``."""
+    """AUROCs of one model, or differences of two: on their rows, ``(F,)``, and resampled."""
 
     once: FloatArray
     resampled: FloatArray
+    """``(R, F)``."""
+    n_studies: FloatArray
+    """Studies with a positive, or with a negative where those are fewer, ``(F,)``."""
+    scale: Scale = "logit"
 
     def macro(self) -> Figure:
         """Mean over the defined findings."""
-        return _figure(macro_mean(self.once), macro_mean(self.resampled))
+        error = macro_error(self.resampled, self.n_studies)
+        return self._figure(macro_mean(self.once), np.array(error), np.array(np.inf))
 
     def of_finding(self, f: int) -> Figure:
         """One finding's."""
-        return _figure(self.once[f], self.resampled[:, f])
+        errors = standard_errors(self.resampled, self.n_studies)
+        return self._figure(self.once[f], errors[f], self.n_studies[f])
 
     def minus(self, other: JointAuroc) -> JointAuroc:
         """Differences, finding by finding, resample by resample; NaN where either is undefined."""
-        return JointAuroc(self.once - other.once, self.resampled - other.resampled)
+        return JointAuroc(
+            self.once - other.once,
+            self.resampled - other.resampled,
+            np.minimum(self.n_studies, other.n_studies),
+            "identity",
+        )
+
+    def _figure(self, value: Array, error: Array, n_studies: Array) -> Figure:
+        interval = student_interval(value, error, n_studies, self.scale)
+        return Figure(float(value), float(interval.low), float(interval.high))
 
 
 def score_jointly(
@@ -86,7 +97,7 @@ def score_jointly(
     study_uids
         Study of each of the N rows.
     n_resamples, seed
-        As in :func:`cxr_cache.metrics.bootstrap`.
+        As in :func:`cxr_cache.bootstrap.bootstrap`.
     """
     ranked = {name: RankedScores(m.targets, m.scores) for name, m in models.items()}
 
@@ -97,9 +108,17 @@ def score_jointly(
 
     once = areas(np.ones((1, len(study_uids)), np.float32))
     resampled = bootstrap(areas, study_uids, n_resamples, seed)
-    return {name: JointAuroc(once[name][0], resampled[name]) for name in models}
+    return {
+        name: JointAuroc(
+            once[name][0], resampled[name], _count_studies(model.targets, study_uids[model.rows])
+        )
+        for name, model in models.items()
+    }
 
 
-def _figure(value: Array | float, resampled: FloatArray) -> Figure:
-    low, high, _ = percentile_interval(resampled)
-    return Figure(float(value), float(low), float(high))
+def _count_studies(targets: Array, study_uids: Array) -> FloatArray:
+    """Of each finding, the studies of its rarer class, ``(F,)``."""
+    counts = [
+        min(len(np.unique(study_uids[target == value])) for value in (0, 1)) for target in targets.T
+    ]
+    return np.array(counts, np.float64)

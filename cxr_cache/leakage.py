@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import RunError
-from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads, prepare_embeddings
+from cxr_cache.features import prepare_embeddings
+from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.joint_auroc import Figure, ScoredRows, score_jointly
 from cxr_cache.outcome import FINAL

@@ -3,12 +3,15 @@
 The paper (Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5) weighs positives by
 ``alpha`` and negatives by ``1 - alpha``. The reference system multiplies every term by ``alpha``,
 which scales the loss and its gradient and changes no balance between positives and negatives.
-Both are here; :data:`cxr_cache.config.LOSSES` names them.
+Both are here, cross-entropy is the same family with ``gamma`` 0, and
+:data:`cxr_cache.config.LOSSES` names them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +55,9 @@ def focal_loss(
     >>> focal_loss(logits, targets, gamma=0.0)
     tensor([0.6931, 0.6931, 0.6931])
     """
-    # With s the log-odds of the true label, p_t = sigmoid(s) and 1 - p_t = sigmoid(-s). The power
-    # of 1 - p_t is taken as exp(gamma log(1 - p_t)): as a power of 0 its slope would be infinite.
-    present = targets == 1
-    log_odds = torch.where(present, logits, -logits)  # s, (..., B, F)
-    loss = -torch.exp(gamma * F.logsigmoid(-log_odds)) * F.logsigmoid(log_odds)
-    if alpha is not None:
-        loss = loss * torch.where(present, alpha, 1 - alpha)
-    return _mean_over_labelled(loss, targets)
+    if alpha is None:
+        return WeightedFocal(gamma)(logits, targets)
+    return WeightedFocal(gamma, alpha, 1 - alpha)(logits, targets)
 
 
 def reference_focal_loss(
@@ -69,7 +67,7 @@ def reference_focal_loss(
 
     Parameters and result as :func:`focal_loss`.
     """
-    return alpha * focal_loss(logits, targets, gamma=gamma)
+    return WeightedFocal(gamma, alpha, alpha)(logits, targets)
 
 
 def bce_loss(logits: Tensor, targets: Tensor, *, positive_weight: Tensor | None = None) -> Tensor:
@@ -83,10 +81,31 @@ def bce_loss(logits: Tensor, targets: Tensor, *, positive_weight: Tensor | None 
         Factor on the positives of each finding, shape ``(F,)`` or ``(H, 1, F)``; see
         :func:`balance_positives`.
     """
-    weight = None if positive_weight is None else positive_weight.expand_as(logits)
-    loss = F.binary_cross_entropy_with_logits(
-        logits, torch.nan_to_num(targets).expand_as(logits), reduction="none", pos_weight=weight
-    )
+    weight = 1.0 if positive_weight is None else positive_weight
+    return WeightedFocal(0.0, weight)(logits, targets)
+
+
+def asymmetric_loss(
+    logits: Tensor, targets: Tensor, *, gamma: float = 4.0, margin: float = 0.05
+) -> Tensor:
+    """Asymmetric loss over the labelled entries, one value per head.
+
+    Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification", eq. 6 and 7, with
+    unfocused positives: negatives are scaled down by ``p_m ** gamma``, where ``p_m`` is their
+    probability less `margin`, and count for nothing below it.
+
+    Parameters
+    ----------
+    logits, targets
+        As :func:`focal_loss`.
+    gamma
+        Focusing strength of the negatives, at least 0.
+    margin
+        Probability that a negative may have for nothing.
+    """
+    excess = (torch.sigmoid(logits) - margin).clamp(min=0)  # p_m
+    negatives = -torch.log1p(-excess) * excess**gamma
+    loss = torch.where(targets == 1, -F.logsigmoid(logits), negatives)
     return _mean_over_labelled(loss, targets)
 
 
@@ -110,20 +129,160 @@ def balance_positives(targets: Tensor, *, largest: float = 100.0) -> Tensor:
     return (n_negative / n_positive.clamp(min=1)).clamp(1 / largest, largest)
 
 
+def class_balance(targets: Tensor, *, beta: float = 0.9999) -> tuple[Tensor, Tensor]:
+    """Weights of positives and negatives of each finding by their effective numbers.
+
+    Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", eq. 6: ``n``
+    samples count as ``(1 - beta ** n) / (1 - beta)``, and weigh the inverse.
+
+    Returns
+    -------
+    tuple of Tensor
+        Of positives and of negatives, ``(F,)`` each; the two sum to 2.
+    """
+    counts = torch.stack([(targets == 1).sum(dim=0), (targets == 0).sum(dim=0)])
+    inverse = 1 / (1 - beta ** counts.clamp(min=1).double())
+    positive, negative = (2 * inverse / inverse.sum(dim=0)).to(targets.dtype)
+    return positive, negative
+
+
 def _mean_over_labelled(loss: Tensor, targets: Tensor) -> Tensor:
     labelled = (~targets.isnan()).expand_as(loss)
     total = torch.where(labelled, loss, 0.0).sum(dim=(-2, -1))
     return total / labelled.sum(dim=(-2, -1)).clamp(min=1)
 
 
-def make_loss(
-    name: str, *, alpha: float, gamma: float, positive_weight: Tensor
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of :data:`cxr_cache.config.LOSSES` called `name`, of logits and targets."""
-    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "focal": lambda x, y: reference_focal_loss(x, y, alpha=alpha, gamma=gamma),
-        "focal-balanced": lambda x, y: focal_loss(x, y, alpha=alpha, gamma=gamma),
-        "bce": bce_loss,
-        "weighted-bce": lambda x, y: bce_loss(x, y, positive_weight=positive_weight),
-    }
-    return losses[name]
+# -- losses with their gradients ---------------------------------------------------------
+
+
+class Loss(Protocol):
+    """A loss of logits and targets, one value per head, that knows its own gradient."""
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Losses, shape ``(..., B, F)`` -> ``(...)``; differentiable."""
+        ...
+
+    def prepare(self, targets: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`gradient` needs of the targets; of many batches at once, ``(..., B, F)``."""
+        ...
+
+    def gradient(self, logits: Tensor, *prepared: Tensor) -> Tensor:
+        """Gradient of the sum of the losses with respect to the logits, ``(..., B, F)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightedFocal:
+    """Focal loss with weights: ``-w (1 - p_t)^gamma log p_t`` of the labelled entries, averaged.
+
+    Every field may be a tensor that broadcasts to ``(..., B, F)``: heads side by side may differ.
+    """
+
+    gamma: float | Tensor = 2.0
+    positive_weight: float | Tensor = 1.0
+    negative_weight: float | Tensor = 1.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Losses, shape ``(..., B, F)`` -> ``(...)``; differentiable."""
+        # With s the log-odds of the true label, p_t = sigmoid(s) and 1 - p_t = sigmoid(-s). The
+        # power of 1 - p_t is taken as exp(gamma log(1 - p_t)): as a power of 0 its slope would be
+        # infinite.
+        present = targets == 1
+        log_odds = torch.where(present, logits, -logits)  # s, (..., B, F)
+        loss = -torch.exp(self.gamma * F.logsigmoid(-log_odds)) * F.logsigmoid(log_odds)
+        weight = torch.where(present, self.positive_weight, self.negative_weight)
+        return _mean_over_labelled(loss * weight, targets)
+
+    def prepare(self, targets: Tensor) -> tuple[Tensor, ...]:
+        """Sign of the log-odds, and weight in the mean with that sign; 0 where unlabelled."""
+        present, labelled = targets == 1, (~targets.isnan()).to(targets.dtype)
+        sign = torch.where(present, torch.ones_like(targets), -torch.ones_like(targets))
+        weight = torch.where(present, self.positive_weight, self.negative_weight)
+        share = labelled / labelled.sum(dim=(-2, -1), keepdim=True).clamp(min=1)
+        return sign, sign * weight * share
+
+    def gradient(self, logits: Tensor, *prepared: Tensor) -> Tensor:
+        """Gradient of the sum of the losses, ``(..., B, F)``.
+
+        With p = p_t and q = 1 - p: dp/ds = p q, so d/ds of ``-q^gamma log p`` is
+        ``q^gamma (gamma p log p - q)``; s is the logit of a positive, and minus that of a negative.
+        """
+        sign, signed_weight = prepared
+        log_odds = logits * sign
+        log_p = F.logsigmoid(log_odds)
+        q = torch.sigmoid(log_odds.neg_())
+        slope = torch.exp(log_p).mul_(log_p).mul_(self.gamma).sub_(q).mul_(signed_weight)
+        return slope.mul_(q.pow_(self.gamma))
+
+
+@dataclass(frozen=True)
+class ByAutograd:
+    """A loss whose gradient is left to autograd."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Losses, shape ``(..., B, F)`` -> ``(...)``."""
+        return self.function(logits, targets)
+
+    def prepare(self, targets: Tensor) -> tuple[Tensor, ...]:
+        """The targets as they are."""
+        return (targets,)
+
+    def gradient(self, logits: Tensor, *prepared: Tensor) -> Tensor:
+        """Gradient of the sum of the losses, ``(..., B, F)``."""
+        (targets,) = prepared
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.function(leaf, targets).sum(), leaf)
+        return gradient
+
+
+def make_loss(name: str, *, alpha: float, gamma: float, targets: Tensor) -> Loss:
+    """The loss of :data:`cxr_cache.config.LOSSES` called `name`.
+
+    Parameters
+    ----------
+    targets
+        Of the rows to train on, ``(N, F)``: two of the losses weigh findings by how rare they are.
+    """
+    if name == "asymmetric":
+        return ByAutograd(lambda x, y: asymmetric_loss(x, y, gamma=gamma))
+    if name == "class-balanced":
+        return WeightedFocal(gamma, *class_balance(targets))
+    if name == "weighted-bce":
+        return WeightedFocal(0.0, balance_positives(targets))
+    return {
+        "focal": WeightedFocal(gamma, alpha, alpha),
+        "focal-balanced": WeightedFocal(gamma, alpha, 1 - alpha),
+        "bce": WeightedFocal(0.0),
+    }[name]
+
+
+def stack_losses(losses: Sequence[Loss]) -> Loss:
+    """The losses of heads side by side as one, of logits ``(..., H, B, F)``.
+
+    Losses that are not :class:`WeightedFocal` cannot differ: the first stands for all.
+    """
+    focal = [loss for loss in losses if isinstance(loss, WeightedFocal)]
+    if len(focal) < len(losses):
+        return losses[0]
+    if len(focal) == 1:
+        return focal[0]
+    gammas = {loss.gamma for loss in focal}
+    gamma = gammas.pop() if len(gammas) == 1 else _stack([loss.gamma for loss in focal])
+    return WeightedFocal(
+        gamma,
+        _stack([loss.positive_weight for loss in focal]),
+        _stack([loss.negative_weight for loss in focal]),
+    )
+
+
+def _stack(values: Sequence[float | Tensor]) -> Tensor:
+    """Numbers, or one per finding, of every head: ``(H, 1, F)``, or ``(H, 1, 1)``."""
+    tensors = [
+        torch.as_tensor(value).expand(1) if isinstance(value, float | int) else value
+        for value in values
+    ]
+    n = max(len(tensor) for tensor in tensors)
+    return torch.stack([tensor.expand(n) for tensor in tensors])[:, None]

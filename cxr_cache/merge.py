@@ -89,7 +89,7 @@ def merge(
         opened = [stack.enter_context(FeatureStore.open(path, "r+")) for path in paths]
         parts = _in_order(opened)
         for part in parts[1:]:
-            _require_same_kind(parts[0], part)
+            require_same_kind(parts[0], part)
         damaged = [part.find_damaged() for part in parts]
         first = parts[0]
         with FeatureStore.create(
@@ -141,7 +141,7 @@ def _in_order(parts: Sequence[FeatureStore]) -> list[FeatureStore]:
     return [by_number[number] for number in sorted(by_number)]
 
 
-def _require_same_kind(first: FeatureStore, other: FeatureStore) -> None:
+def require_same_kind(first: FeatureStore, other: FeatureStore) -> None:
     """Raise unless rows of both may lie in one store, and come from one image table."""
     differences = dict(find_differences(_describe(first), _describe(other)))
     differences |= EncoderIdentity.from_dict(first.header.encoder).differences(
@@ -193,10 +193,16 @@ def _copy(
 ) -> None:
     first_row = 0
     for part, bad in zip(parts, damaged, strict=True):
-        status = part.status
-        status[bad] = PENDING
-        embedded = np.flatnonzero(np.isin(status, EMBEDDED))
-        failed = np.flatnonzero(status == FAILED)
-        whole.copy_rows(part, embedded, first_row + embedded)
-        whole.record_failures(first_row + failed, part.read_errors(failed))
+        rows = np.setdiff1d(np.arange(len(part)), bad)
+        copy_part(whole, part, rows, first_row + rows)
         first_row += len(part)
+
+
+def copy_part(
+    whole: FeatureStore, part: FeatureStore, rows: NDArray[np.intp], to_rows: NDArray[np.intp]
+) -> None:
+    """Commit rows of a part, embedded and failed ones, as rows of the whole, B each."""
+    status = part.status[rows]
+    embedded, failed = np.isin(status, EMBEDDED), status == FAILED
+    whole.copy_rows(part, rows[embedded], to_rows[embedded])
+    whole.record_failures(to_rows[failed], part.read_errors(rows[failed]))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import Recipe
-from cxr_cache.metrics import choose_thresholds
+from cxr_cache.operating_point import choose_operating_point
 from cxr_cache.run import Run, SavedModel
 from cxr_cache.search import EpochSearch
 from cxr_cache.splits import Split, count_shared_studies
@@ -121,9 +121,13 @@ def write_outcome(
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
         out_of_fold[split.held_out(k)] = trajectory.probabilities[search.chosen]
     held_out = np.flatnonzero(np.isfinite(out_of_fold).all(axis=1))  # train, or one fold of it
-    cuts = choose_thresholds(cohort.targets[held_out], out_of_fold[held_out])
-
-    run.save_model(make_model(dict(zip(cohort.findings, cuts.tolist(), strict=True))))
+    point = choose_operating_point(
+        cohort.targets[held_out],
+        out_of_fold[held_out],
+        rule=config.threshold_rule,
+        calibration=config.calibration,
+    )
+    run.save_model(point.put_into(make_model(point.by_finding(cohort.findings))))
     run.write_table("splits", _split_table(cohort, split))
     run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)

@@ -21,16 +21,16 @@ from cxr_cache.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
-from cxr_cache.fit import prepare_embeddings
+from cxr_cache.features import COLUMNS, prepare_features
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.images import read_image
 from cxr_cache.outcome import finding_table
-from cxr_cache.run import Run, SavedModel
+from cxr_cache.run import Run, SavedModel, read_calibration
 from cxr_cache.store import DONE, FeatureStore
 from cxr_cache.training_rows import find_done_rows
 from cxr_cache.tuned_model import as_cached, load_members
 
-_IMAGES_AT_ONCE = 32
+_IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Predictions:
     image_ids: tuple[str, ...]
     findings: tuple[str, ...]
     probabilities: NDArray[np.float32]
-    """``(N, F)``; NaN for an image that could not be used."""
+    """Calibrated, ``(N, F)``; NaN for an image that could not be used."""
     decisions: NDArray[np.bool_]
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
@@ -86,7 +86,7 @@ class Predictions:
 
 
 def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:
-    """Probabilities for image files.
+    """Probabilities for image files, calibrated as the run says.
 
     Parameters
     ----------
@@ -118,11 +118,12 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
             probabilities[list(decoded)] = predict_pixels(model, encoder, pixels)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
+    calibrated = read_calibration(model.calibration, len(model.findings)).apply(probabilities)
     return Predictions(
         tuple(map(str, paths)),
         model.findings,
-        probabilities,
-        probabilities >= _thresholds(model),
+        calibrated.astype(np.float32),
+        calibrated >= _thresholds(model),
         tuple(errors),
     )
 
@@ -150,7 +151,7 @@ def require_encoder_of_run(
 
 @torch.inference_mode()
 def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArray[np.float32]:
-    """Probabilities of a trained model, frozen or fine-tuned, ``(B, F)``; a row may be NaN.
+    """What a trained model says, not calibrated, ``(B, F)``; a row may be NaN.
 
     Parameters
     ----------
@@ -162,7 +163,9 @@ def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArr
         As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
     """
     if model.tail is None:
-        return predict_embeddings(model, encoder.encode(pixels)[1].cpu().numpy())
+        pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(pixels))
+        outputs = {"embeddings": embeddings, "pooled": pooled}
+        return predict_embeddings(model, *(outputs[name] for name in _columns(model)))
     tokens = encoder.stem(encoder.prepare(pixels), model.tail["unfreeze_layers"])
     return predict_tokens(model, encoder, as_cached(tokens, model))
 
@@ -177,18 +180,32 @@ def predict_tokens(model: SavedModel, encoder: Encoder, tokens: Tensor) -> NDArr
     return probabilities
 
 
-def predict_embeddings(model: SavedModel, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities of a trained model, ``(N, D)`` encoder-scale embeddings to ``(N, F)``.
+def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities of a trained model, encoder-scale outputs ``(N, D)`` to ``(N, F)``.
 
     The members of an ensemble are averaged; a row of NaN stays NaN.
+
+    Parameters
+    ----------
+    outputs
+        Those of the encoder that the head reads, in the order of
+        :data:`cxr_cache.features.COLUMNS`: most often the embeddings alone.
     """
     bank = HeadBank.from_snapshot(model.head_tensors)
-    embeddings = np.where(np.isfinite(embeddings).all(axis=1, keepdims=True), embeddings, np.nan)
-    prepared = prepare_embeddings(embeddings, model.head["input_norm"])
-    probabilities: NDArray[np.float32] = (
-        predict_probabilities(bank, torch.from_numpy(prepared)).mean(dim=0).numpy()
-    )
+    n_rows = len(outputs[0])
+    probabilities = np.empty((n_rows, len(model.findings)), np.float32)
+    for start in range(0, n_rows, _ROWS_AT_ONCE):
+        parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
+        prepared = prepare_features(parts, model.head["input_norm"])
+        prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
+        members = predict_probabilities(bank, torch.from_numpy(prepared))  # (H, B, F)
+        probabilities[start : start + len(prepared)] = members.mean(dim=0).numpy()
     return probabilities
+
+
+def _columns(model: SavedModel) -> tuple[str, ...]:
+    """What the head reads; models from before there was a choice read the embedding."""
+    return COLUMNS[model.head.get("features", "projected")]
 
 
 def predict_store(
@@ -208,7 +225,7 @@ def predict_store(
     Returns
     -------
     predictions
-        Columns image_id, study_uid, projection and one probability per finding.
+        Columns image_id, study_uid, projection and one probability per finding, not calibrated.
     targets
         Columns image_id and one target per finding of the run.
 
@@ -232,7 +249,8 @@ def predict_store(
     columns = [store.findings.index(finding) for finding in model.findings]
     cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
     if model.tail is None:
-        probabilities = predict_embeddings(model, np.array(store.embeddings[rows, 0]))
+        outputs = (store.read_rows(name, rows)[:, 0] for name in _columns(model))
+        probabilities = predict_embeddings(model, *outputs)
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)

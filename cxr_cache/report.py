@@ -1,420 +1,128 @@
-"""Tables -> plots and one HTML page; computes no numbers."""
+"""An evaluated run -> its plots, page and model card; several runs -> one page."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import math
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final
 
-import jinja2
-import matplotlib as mpl
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
+from cxr_cache.cases import Case, Kind, find_cases
+from cxr_cache.compare import N_RESAMPLES, compare_runs
+from cxr_cache.errors import ConfigError, RunError
+from cxr_cache.model_card import UNKNOWN, render_card
+from cxr_cache.page import MAX_RUNS, render_page
+from cxr_cache.page_data import collect_differences, read_view
+from cxr_cache.plots import draw_plots
+from cxr_cache.run import Run, write_whole
+from cxr_cache.scored import read_scored
+from cxr_cache.thumbnails import draw_thumbnails
 
-from cxr_cache.evaluate import FEW_POSITIVES, LEVEL
-from cxr_cache.findings import FINDINGS
-from cxr_cache.metrics import CONFUSION_COLUMNS, NEVER
-from cxr_cache.run import Run
-
-Axes: TypeAlias = Any  # matplotlib has no types of its own
-
-PLOTS = (
-    "epoch_search",
-    "training_curves",
-    "per_finding",
-    "class_distribution",
-    "class_vs_performance",
-    "confusion_matrices",
-    "confusion_matrices_six",
-)
-MAX_MATRICES = 35
-N_COMMON_MATRICES = 6
-
-_CLASS_COLUMNS = ("finding", "n_images", "n_studies")
-_FINAL_FOLD = "final"  # in history.csv, the final model stands where the others name their fold
-
-# Okabe and Ito's palette, told apart by people with any colour vision.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
-INK = "#22262B"
-
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "grid.color": "#E4E7EB",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-    "savefig.dpi": 130,
-    "text.color": INK,
-    "text.parse_math": False,  # a finding may be called anything
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+_MARK: Final = b'<meta name="generator" content="cxr-cache">'
 
 
-@contextmanager
-def _figure(
-    path: Path, width: float, height: float, layout: Literal["constrained"] | None = "constrained"
-) -> Iterator[Figure]:
-    """A figure of so many inches, written whole to `path` when the block ends.
-
-    No pyplot: it keeps global state, and would look for a screen.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        yield figure
-        image = io.BytesIO()
-        figure.savefig(image, format="png", metadata={"Software": None})
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(image.getvalue())
-    temporary.replace(path)
-
-
-# --- plots ---------------------------------------------------------------------------------------
-
-
-def draw_class_distribution(
-    findings: Sequence[str], images: Sequence[int], studies: Sequence[int], path: str | Path
-) -> None:
-    """Bars of how many images and studies have each finding, on a log scale, most frequent first.
-
-    Parameters
-    ----------
-    findings
-        Names, in any order.
-    images, studies
-        How many images and how many studies have each finding.
-    path
-        PNG file to write; its folder exists.
-    """
-    table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
-    table = table.sort_values("n_images", kind="stable")
-    with _figure(Path(path), 8, _rows_height(table)) as figure:
-        axes = figure.add_subplot()
-        _draw_counts(axes, table)
-        _label_findings(axes, table["finding"])
-
-
-def _draw_counts(axes: Axes, table: pd.DataFrame) -> None:
-    places = np.arange(len(table))
-    axes.barh(places + 0.2, table["n_images"], 0.4, color=BLUE, label="images")
-    axes.barh(places - 0.2, table["n_studies"], 0.4, color=ORANGE, label="studies")
-    for place, n_images in zip(places, table["n_images"], strict=True):
-        axes.annotate(
-            f"{n_images:,}",
-            (max(n_images, 0.8), place),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-        )
-    axes.set_xscale("log")
-    axes.set_xlim(0.8, max(10, table["n_images"].max()) * 2)
-    axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("with the finding (log scale)")
-    axes.legend(loc="lower right")
-    axes.set_title("How often each finding occurs")
-
-
-def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
-    """AUROC with its interval per row of the table, from the bottom up, and the chance line."""
-    places = np.arange(len(table))
-    axes.axvline(0.5, color=ORANGE, linestyle="--", linewidth=1.2, label="chance")
-    is_rare = (table["n_positive_test"] < FEW_POSITIVES).to_numpy()
-    interval = f"AUROC, {100 * LEVEL:.0f} % interval"
-    few = f"fewer than {FEW_POSITIVES} positives"
-    for chosen, color, label in ((~is_rare, BLUE, interval), (is_rare, GREY, few)):
-        rows = table[chosen]
-        bounds = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
-        axes.errorbar(
-            rows["auroc"],
-            places[chosen],
-            xerr=np.nan_to_num(np.clip(bounds, 0, None)),
-            fmt="o",
-            color=color,
-            markerfacecolor=color if color == BLUE else "white",
-            elinewidth=1.4,
-            markersize=4.5,
-            label=label if rows["auroc"].notna().any() else None,
-        )
-    for place in places[table["auroc"].isna()]:
-        axes.text(0.51, place, "not scored", va="center", color=GREY, style="italic", fontsize=8)
-    axes.set_xlim(min(0.4, np.nanmin([0.4, *table["auroc_low"]]) - 0.02), 1.01)
-    axes.set_xlabel("AUROC on the test images")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=8)
-
-
-def _label_findings(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_yticks(np.arange(len(labels)), list(labels))
-    axes.set_ylim(-0.7, len(labels) - 0.3)
-    axes.tick_params(axis="y", length=0)
-
-
-def _rows_height(table: pd.DataFrame) -> float:
-    """Inches for a plot with one row per finding."""
-    return 1.2 + 0.23 * max(4, len(table))
-
-
-def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> None:
-    with _figure(path, 7, 4) as figure:
-        axes = figure.add_subplot()
-        epochs = search["epochs"]
-        for fold in _fold_columns(search):
-            axes.plot(epochs, search[fold], ".-", color=GREY, linewidth=0.8, alpha=0.7)
-        axes.plot([], [], ".-", color=GREY, linewidth=0.8, label="one fold")
-        axes.errorbar(
-            epochs,
-            search["mean_auroc"],
-            yerr=search["std_auroc"],
-            color=BLUE,
-            marker="o",
-            capsize=4,
-            linewidth=2,
-            label="mean ± standard deviation",
-        )
-        axes.axvline(
-            chosen_epochs, color=ORANGE, linestyle="--", label=f"chosen: {chosen_epochs} epochs"
-        )
-        if len(epochs) <= 12:  # more would run into each other
-            axes.set_xticks(epochs)
-        axes.set_xlabel("epochs")
-        axes.set_ylabel("macro AUROC of the held-out fold")
-        axes.set_title("Search for the number of epochs")
-        axes.legend()
-
-
-def _fold_columns(search: pd.DataFrame) -> list[str]:
-    return [column for column in search.columns if column.startswith("fold_")]
-
-
-def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
-    if "horizon" in history:  # every candidate was trained by itself: show the longest
-        longest = history["horizon"] == history["horizon"].max()
-        history = history[longest | (history["fold"] == _FINAL_FOLD)]
-    folds = history[history["fold"] != _FINAL_FOLD]
-    final = history[history["fold"] == _FINAL_FOLD]
-    with _figure(path, 9, 3.6) as figure:
-        loss, auroc = figure.subplots(1, 2)
-        _draw_folds(loss, folds, "train_loss", BLUE, "train")
-        _draw_folds(loss, folds, "val_loss", GREEN, "held-out fold")
-        if len(final):
-            line = final.groupby("epoch")["train_loss"].mean()
-            loss.plot(line.index, line, "--", color=ORANGE, label="train, final model")
-        _draw_folds(auroc, folds, "val_auroc", GREEN, "held-out fold")
-        loss.set(xlabel="epoch", ylabel="loss", title="Loss")
-        auroc.set(xlabel="epoch", ylabel="macro AUROC", title="Macro AUROC")
-        for axes in (loss, auroc):
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        loss.legend()
-        auroc.legend(loc="lower right")
-
-
-def _draw_folds(axes: Axes, folds: pd.DataFrame, column: str, color: str, label: str) -> None:
-    """Every fold as a thin line, their mean as a thick one."""
-    curves = folds.pivot_table(index="epoch", columns="fold", values=column)
-    if curves.empty:
-        return
-    axes.plot(curves.index, curves, color=color, linewidth=0.6, alpha=0.4)
-    axes.plot(curves.index, curves.mean(axis=1), color=color, linewidth=2, label=label)
-
-
-def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
-    table = per_finding.sort_values("auroc", na_position="first", kind="stable")
-    with _figure(path, 8, _rows_height(table)) as figure:
-        axes = figure.add_subplot()
-        _draw_auroc(axes, table)
-        names = zip(table["finding"], table["n_positive_test"], strict=True)
-        _label_findings(axes, [f"{finding}  ({n})" for finding, n in names])
-        axes.set_ylabel("finding (images with it in test)")
-
-
-def _draw_class_vs_performance(per_finding: pd.DataFrame, path: Path) -> None:
-    table = per_finding.sort_values("n_images", kind="stable")
-    with _figure(path, 10.5, _rows_height(table)) as figure:
-        counts, aurocs = figure.subplots(1, 2, sharey=True)
-        _draw_counts(counts, table)
-        _draw_auroc(aurocs, table)
-        _label_findings(counts, table["finding"])
-        counts.set_title("")
-        aurocs.tick_params(axis="y", length=0)
-
-
-def _draw_confusion_matrices(per_finding: pd.DataFrame, n_columns: int, path: Path) -> None:
-    """One 2 x 2 matrix per finding: counts, coloured and annotated by the share of their row."""
-    n_rows = max(1, math.ceil(len(per_finding) / n_columns))
-    width, height = 1.75 * n_columns, 2.05 * n_rows
-    # Fixed margins: working them out for 35 axes takes seconds.
-    margins = {"left": 0.3 / width, "right": 1 - 0.1 / width, "wspace": 0.25, "hspace": 0.5}
-    margins |= {"bottom": 0.25 / height, "top": 1 - 0.4 / height}
-    with _figure(path, width, height, layout=None) as figure:
-        grid = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=margins).ravel()
-        for axes, (_, row) in zip(grid, per_finding.iterrows(), strict=False):
-            _draw_confusion_matrix(axes, row)
-        for axes in grid[len(per_finding) :]:
-            axes.set_axis_off()
-
-
-def _draw_confusion_matrix(axes: Axes, row: pd.Series[Any]) -> None:
-    tp, fp, fn, tn = (int(row[column]) for column in CONFUSION_COLUMNS)
-    counts = np.array([[tp, fn], [fp, tn]])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(counts):
-        axes.text(
-            j,
-            i,
-            f"{count:,}\n{shares[i, j]:.0%}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if shares[i, j] > 0.55 else INK,
-        )
-    axes.set_xticks([0, 1], ["called", "not called"], fontsize=7.5)
-    axes.set_yticks([0, 1], ["present", "absent"], fontsize=7.5, rotation=90, va="center")
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    title = textwrap.fill(str(row["finding"]), 22)
-    axes.set_title(title, fontsize=8, loc="center")
-
-
-def draw_plots(run: Run) -> dict[str, Path]:
-    """Draw every plot of a run that has been evaluated, into its ``plots`` folder.
-
-    Returns
-    -------
-    dict[str, Path]
-        PNG file by the plot's name.
-    """
-    per_finding = run.read_table("per_finding")
-    occurring = per_finding[per_finding["n_positive_test"] > 0]
-    common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
-    paths = {name: run.plot_path(name) for name in PLOTS}
-    search, chosen_epochs = run.read_table("epoch_search"), run.config["chosen_epochs"]
-    _draw_epoch_search(search, chosen_epochs, paths["epoch_search"])
-    _draw_training_curves(run.read_table("history"), paths["training_curves"])
-    _draw_per_finding(per_finding, paths["per_finding"])
-    names, images, studies = (per_finding[key].tolist() for key in _CLASS_COLUMNS)
-    draw_class_distribution(names, images, studies, paths["class_distribution"])
-    _draw_class_vs_performance(per_finding, paths["class_vs_performance"])
-    _draw_confusion_matrices(common, 5, paths["confusion_matrices"])
-    _draw_confusion_matrices(common[:N_COMMON_MATRICES], 3, paths["confusion_matrices_six"])
-    return paths
-
-
-# --- the page ------------------------------------------------------------------------------------
-
-
-def write_report(run: Run) -> Path:
-    """Draw the plots of an evaluated run and write its page, one file that needs no other.
+def write_report(
+    run: Run,
+    *,
+    image_dir: str | Path | None = None,
+    license_id: str = UNKNOWN,
+    dataset_id: str = UNKNOWN,
+) -> Path:
+    """Draw the plots of an evaluated run, and write its page and model card into its folder.
 
     Parameters
     ----------
     run
         A run with ``metrics.json`` and ``per_finding.csv``.
+    image_dir
+        Folder of its images: small pictures of the surest hits, misses and false alarms go into
+        the page, which may then not be shared if the images may not. None leaves them out.
+    license_id, dataset_id
+        What the model card states, as identifiers of the Hugging Face Hub.
 
     Returns
     -------
     Path
-        ``report.html`` in the run folder.
+        ``report.html`` in the run folder, one file that needs no other.
 
     Raises
     ------
     RunError
         The run has not been evaluated, or a table is missing.
+    ConfigError
+        `image_dir` is not the folder of the run's images.
     """
-    run.read_metrics()  # fails before anything is drawn
-    return run.write_report(render_page(run, draw_plots(run)))
+    view = read_view(run)  # fails before anything is drawn
+    shown = {} if image_dir is None else _show_cases([run], image_dir)
+    draw_plots(run)
+    run.write_model_card(render_card(view, license_id=license_id, dataset_id=dataset_id))
+    return run.write_report(render_page([view], **shown))
 
 
-def render_page(run: Run, plots: Mapping[str, Path]) -> str:
-    """The page as HTML, with the plots embedded.
+def write_joint_report(
+    runs: Sequence[Run],
+    path: str | Path,
+    *,
+    image_dir: str | Path | None = None,
+    n_resamples: int = N_RESAMPLES,
+) -> Path:
+    """Write one page for several evaluated runs, with paired differences to the first of them.
 
     Parameters
     ----------
-    run
-        A run with ``metrics.json`` and ``per_finding.csv``.
-    plots
-        PNG file by name, as :func:`draw_plots` returns them.
+    runs
+        Two or more, with the same findings, test images and targets.
+    path
+        HTML file to write; it may exist if it is such a page.
+    image_dir
+        As in :func:`write_report`.
+    n_resamples
+        Of the paired bootstrap; see :func:`cxr_cache.compare.compare_runs`.
+
+    Raises
+    ------
+    RunError
+        The runs cannot be compared, one was not evaluated, or there are too many of them.
+    ConfigError
+        `path` holds something else, or `image_dir` is not the folder of the runs' images.
     """
-    config, search = run.config, run.read_table("epoch_search")
-    return _template().render(
-        name=run.path.resolve().name,
-        config=config,
-        options=config[config["kind"]],
-        metrics=run.read_metrics(),
-        per_finding=_records(run.read_table("per_finding")),
-        search=_records(search),
-        n_folds=len(_fold_columns(search)),
-        figures={name: _data_uri(path) for name, path in plots.items()},
-        is_indiana=tuple(config["findings"]) == FINDINGS,
-        never=NEVER,
-        few_positives=FEW_POSITIVES,
-    )
+    path = Path(path)
+    if len(runs) > MAX_RUNS:
+        raise RunError(f"{len(runs)} runs do not fit on one page; give at most {MAX_RUNS}.")
+    if path.exists() and _MARK not in path.read_bytes()[:4000]:
+        raise ConfigError(f"{path} is not a page of cxr-cache; choose another name with --out.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or give another.")
+    for run in runs:
+        run.read_metrics()  # what can fail at once fails before the long part
+    comparison = compare_runs(*runs, n_resamples=n_resamples)
+    views = [read_view(run, name) for run, name in zip(runs, comparison.runs, strict=True)]
+    shown = {} if image_dir is None else _show_cases(runs, image_dir)
+    page = render_page(views, differences=collect_differences(comparison), **shown)
+    write_whole(path, page.encode())
+    return path
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cxr_cache", "data"),
-        autoescape=True,  # findings and paths are the user's own words
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"fixed": _fixed, "percent": _percent, "count": _count, "plain": _plain}
-    return environment.get_template("report.html.j2")
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows for the template, None where a cell is blank."""
-    return [
-        {str(name): None if pd.isna(cell) else cell for name, cell in row.items()}
-        for row in table.to_dict("records")
+def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:
+    """Cases of every run, and the pictures that they need."""
+    cases: list[dict[str, dict[Kind, list[Case]]]] = []
+    for run in runs:
+        images = read_scored(run)
+        cases.append(find_cases(images, [run.thresholds[name] for name in images.findings]))
+    image_ids = [
+        case.image_id
+        for of_run in cases
+        for of_finding in of_run.values()
+        for of_kind in of_finding.values()
+        for case in of_kind
     ]
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-_UNDEFINED = "–"
-
-
-def _fixed(value: float | None, digits: int = 3) -> str:
-    return _UNDEFINED if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return _UNDEFINED if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _plain(value: Any) -> str:
-    """A setting as a reader would write it down."""
-    if value is None:
-        return _UNDEFINED
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_plain(entry)}" for key, entry in value.items())
-    return value if isinstance(value, str) else json.dumps(value)
+    preprocessing = runs[0].config["store"]["encoder"].get("preprocessing")
+    pictures, problems = draw_thumbnails(image_dir, image_ids, preprocessing)
+    plain = [
+        {
+            finding: {kind: [asdict(case) for case in found] for kind, found in kinds.items()}
+            for finding, kinds in of_run.items()
+        }
+        for of_run in cases
+    ]
+    return {"cases": plain, "pictures": pictures, "problems": problems}

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from cxr_cache.calibration import Calibration
 from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.durable import OUT_OF_SPACE
 from cxr_cache.errors import DiskFullError, RunError
+from cxr_cache.tables import format_csv
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
@@ -32,7 +34,14 @@ TableName = Literal[
     "predictions",
     "out_of_fold",
     "per_finding",
+    "per_finding_by_study",
+    "subgroups",
+    "curves",
+    "calibration",
 ]
+
+FINAL_FOLD: Final = "final"
+"""What stands in the column `fold` of ``history.csv`` for the final model."""
 
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
@@ -40,11 +49,26 @@ _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
+_CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
-_MODEL_FIELDS: Final = ("findings", "thresholds", "encoder", "head", "tail")
+_MODEL_FIELDS: Final = (
+    *("findings", "thresholds", "encoder", "head"),
+    *("tail", "threshold_rule", "calibration"),
+)
+_LATER_FIELDS: Final = {"tail": None, "threshold_rule": "f1", "calibration": None}
+"""What a model says that was saved before the field existed."""
 _ENCODER_PREFIX: Final = "visual."
-_TEXT_COLUMNS: Final = {"image_id": str, "study_uid": str, "projection": str, "split": str}
+_TEXT_COLUMNS: Final = ("image_id", "study_uid", "projection", "split")
+_TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
+    "history": ("fold",),
+    "per_finding": ("finding",),
+    "per_finding_by_study": ("finding",),
+    "subgroups": ("group", "value", "finding"),
+    "curves": ("finding",),
+    "calibration": ("stage", "finding"),
+}
+"""More columns of text, whatever is in them; other tables may have a finding of such a name."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +86,10 @@ class SavedModel:
     """How embeddings are prepared and what the head looks like."""
     tail: dict[str, Any] | None = None
     """Of a fine-tuned run: which blocks were trained, and how they compute."""
+    threshold_rule: str = "f1"
+    """How the thresholds were chosen."""
+    calibration: dict[str, Any] | None = None
+    """Map from the model's probabilities to those the thresholds belong to; None is none."""
 
     @property
     def head_tensors(self) -> dict[str, Tensor]:
@@ -72,6 +100,11 @@ class SavedModel:
     def tail_tensors(self) -> dict[str, Tensor]:
         """Weights of the encoder's fine-tuned blocks, by their names in the checkpoint."""
         return {k: v.float() for k, v in self.tensors.items() if k.startswith(_ENCODER_PREFIX)}
+
+
+def read_calibration(stored: dict[str, Any] | None, n_findings: int) -> Calibration:
+    """The map that a :class:`SavedModel` describes."""
+    return Calibration.none(n_findings) if stored is None else Calibration.from_dict(stored)
 
 
 class Run:
@@ -100,7 +133,7 @@ class Run:
         run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
         run._write_config("running")  # first: whatever is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, *tables):
+        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -188,23 +221,26 @@ class Run:
 
     def _write_config(self, status: str) -> None:
         self.config = {**self.config, "status": status}
-        _write(self.path / _CONFIG, json.dumps(self.config, indent=2, default=_jsonable).encode())
+        write_whole(
+            self.path / _CONFIG, json.dumps(self.config, indent=2, default=_jsonable).encode()
+        )
 
     # -- tables -------------------------------------------------------------------------
 
     def write_table(self, name: TableName, table: pd.DataFrame) -> None:
         """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
-        text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
-        _write(self.path / f"{name}.csv", text.encode())
+        with _replacing(self.path / f"{name}.csv") as file:
+            file.writelines(format_csv(table))
 
     def read_table(self, name: TableName) -> pd.DataFrame:
         """Read ``NAME.csv``; ids are text, whatever they look like."""
         path = self.path / f"{name}.csv"
         if not path.is_file():
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
-        dtypes = {**_TEXT_COLUMNS, **({"fold": str} if name == "history" else {})}
+        text_columns = (*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ()))
+        dtypes = dict.fromkeys(text_columns, str)
         table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
-        text = [column for column in _TEXT_COLUMNS if column in table]
+        text = [column for column in text_columns if column in table]
         table[text] = table[text].fillna("")
         return table
 
@@ -213,7 +249,7 @@ class Run:
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; what is undefined must be None, not NaN."""
         text = json.dumps(metrics, indent=2, allow_nan=False, default=_jsonable)
-        _write(self.path / _METRICS, text.encode())
+        write_whole(self.path / _METRICS, text.encode())
 
     def read_metrics(self) -> dict[str, Any]:
         """Read ``metrics.json``."""
@@ -235,8 +271,18 @@ class Run:
 
     def write_report(self, html: str) -> Path:
         """Write ``report.html``."""
-        _write(self.report_path, html.encode())
+        write_whole(self.report_path, html.encode())
         return self.report_path
+
+    def write_model_card(self, markdown: str) -> Path:
+        """Write ``model_card.md``."""
+        path = self.path / _CARD
+        write_whole(path, markdown.encode())
+        return path
+
+    def has_table(self, name: TableName) -> bool:
+        """Whether ``NAME.csv`` is there; runs of earlier versions lack some."""
+        return (self.path / f"{name}.csv").is_file()
 
     # -- what an interrupted training continues from ------------------------------------
 
@@ -282,13 +328,13 @@ class Run:
         description = {field: getattr(model, field) for field in _MODEL_FIELDS}
         # One entry: safetensors writes several in an order that changes from call to call.
         metadata = {_MODEL_ENTRY: json.dumps(description, default=_jsonable)}
-        _write(self.path / _MODEL, save(_plain(model.tensors), metadata))
+        write_whole(self.path / _MODEL, save(_plain(model.tensors), metadata))
 
     def save_fold_heads(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the K heads of the search, after the chosen epochs; axis 0 is the folds."""
         from safetensors.torch import save
 
-        _write(self.path / _FOLD_HEADS, save(_plain(tensors)))
+        write_whole(self.path / _FOLD_HEADS, save(_plain(tensors)))
 
     def load_fold_heads(self) -> dict[str, Tensor]:
         """Read what :meth:`save_fold_heads` wrote.
@@ -330,6 +376,18 @@ class Run:
         thresholds: dict[str, float] = self._read_model_description()["thresholds"]
         return thresholds
 
+    @property
+    def threshold_rule(self) -> str:
+        """How the thresholds were chosen."""
+        rule: str = self._read_model_description()["threshold_rule"]
+        return rule
+
+    @property
+    def calibration(self) -> Calibration:
+        """Map from the model's own probabilities, as tables hold them, to calibrated ones."""
+        description = self._read_model_description()
+        return read_calibration(description["calibration"], len(description["findings"]))
+
     def _read_model_description(self) -> dict[str, Any]:
         from safetensors import SafetensorError, safe_open
 
@@ -339,7 +397,7 @@ class Run:
         try:
             with safe_open(path, framework="np") as file:
                 description = json.loads((file.metadata() or {})[_MODEL_ENTRY])
-            description.setdefault("tail", None)  # heads of versions that could not fine-tune
+            description = _LATER_FIELDS | description
             return {field: description[field] for field in _MODEL_FIELDS}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
@@ -392,7 +450,8 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old one or the whole new one."""
     with _replacing(path) as file:
         file.write(content)
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, cpu_count, delayed
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import Recipe, TrainConfig
-from cxr_cache.devices import resolve_device
 from cxr_cache.errors import TrainingError
 from cxr_cache.fit import HeadTask, TrainingData, Trajectory, count_steps, fit_heads
+from cxr_cache.fit_on_cores import fit_on_cores
 from cxr_cache.heads import HeadBank
 from cxr_cache.splits import Split, make_split
-
-_WORTH_PROCESSES: Final = 20_000
-"""Steps of all heads together from which on starting processes pays."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ def search_epochs(
     split: Split,
     config: TrainConfig,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> EpochSearch:
     """Score every candidate number of epochs on every held-out fold.
 
@@ -53,7 +49,7 @@ def search_epochs(
     Parameters
     ----------
     on_progress
-        Called with (heads trained, heads to train).
+        Called with (epochs trained, epochs to train), over all folds.
 
     Raises
     ------
@@ -62,17 +58,22 @@ def search_epochs(
     """
     require_trainable_folds(data.cohort.targets, split, config)
     tasks = fold_tasks(split, config.seed)
-    n_total = len(tasks) * (len(config.epochs) if config.has_horizon else 1)
-    n_trained = 0
-
-    def count(n_now: int) -> None:
-        if on_progress is not None:
-            on_progress(n_trained + n_now, n_total)
+    n_done, n_total = (
+        0,
+        len(tasks) * sum(config.epochs if config.has_horizon else config.epochs[-1:]),
+    )
 
     def fit(tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]) -> list[Trajectory]:
-        nonlocal n_trained
-        trained = _train_over_cores(data, tasks, config, horizon, keep, count)
-        n_trained += len(trained)
+        nonlocal n_done
+        trained = fit_on_cores(
+            data,
+            tasks,
+            config,
+            n_epochs=horizon,
+            keep=keep,
+            on_epochs=lambda n: on_progress(n_done + n, n_total),
+        )
+        n_done += len(tasks) * horizon
         return trained
 
     return search_with(fit, tasks, config)
@@ -142,42 +143,6 @@ def final_task(split: Split, seed: int) -> HeadTask:
 def _head_seed(seed: int, fold: int) -> int:
     """A seed for the head of one fold; the final model's is that of fold -1."""
     return int(np.random.SeedSequence([seed, fold + 1]).generate_state(1)[0])
-
-
-def _train_over_cores(
-    data: TrainingData,
-    tasks: Sequence[HeadTask],
-    config: TrainConfig,
-    n_epochs: int,
-    keep: Collection[int],
-    on_progress: Callable[[int], None],
-) -> list[Trajectory]:
-    """Train the tasks as one bank, or, on a CPU with enough to do, one per core at a time."""
-    n_steps = count_steps(tasks, config.batch_size)
-    n_jobs = min(cpu_count() if config.n_jobs < 0 else config.n_jobs, len(tasks))
-    work = n_epochs * n_steps * len(tasks)
-    if n_jobs <= 1 or work < _WORTH_PROCESSES or resolve_device(config.device).type != "cpu":
-        trained = fit_heads(data, tasks, config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)
-        on_progress(len(tasks))
-        return trained
-    pool = Parallel(n_jobs=n_jobs, return_as="generator", mmap_mode="c")
-    jobs = (delayed(_train_alone)(data, task, config, n_epochs, n_steps, keep) for task in tasks)
-    trained = []
-    for trajectory in pool(jobs):
-        trained.append(trajectory)
-        on_progress(len(trained))
-    return trained
-
-
-def _train_alone(
-    data: TrainingData,
-    task: HeadTask,
-    config: TrainConfig,
-    n_epochs: int,
-    n_steps: int,
-    keep: Collection[int],
-) -> Trajectory:
-    return fit_heads(data, [task], config, n_epochs=n_epochs, n_steps=n_steps, keep=keep)[0]
 
 
 def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:

@@ -451,7 +451,11 @@ class FeatureStore:
         return "image_id", "image_sha256", *self.features_of(state)
 
     def _read_text(self, name: str) -> NDArray[np.str_]:
-        return np.char.decode(np.array(self.read_column(name)), "utf-8")
+        encoded = np.array(self.read_column(name))
+        try:
+            return encoded.astype(np.str_)  # ASCII: twenty times as fast
+        except UnicodeDecodeError:
+            return np.char.decode(encoded, "utf-8")
 
     # -- writing ------------------------------------------------------------------------
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
-from cxr_cache.fit import TrainingData, prepare_embeddings
+from cxr_cache.errors import StoreFormatError
+from cxr_cache.features import COLUMNS, prepare_features
+from cxr_cache.fit import TrainingData
 from cxr_cache.heads import predict_probabilities
 from cxr_cache.outcome import (
     TrainResult,
@@ -30,6 +33,8 @@ from cxr_cache.search import (
 from cxr_cache.store import FeatureStore
 from cxr_cache.training_rows import find_labelled_rows
 
+_ROWS_AT_ONCE: Final = 8192
+
 
 def train_head(
     store_path: str | Path,
@@ -39,7 +44,7 @@ def train_head(
     labels: str | Path | None = None,
     allow_pending: bool = False,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> TrainResult:
     """Split, search the number of epochs, train the final head and write the run folder.
 
@@ -61,7 +66,7 @@ def train_head(
     overwrite
         Replace a finished run.
     on_progress
-        Called with (heads trained, heads to train).
+        Called with (epochs trained, epochs to train), over all folds.
 
     Raises
     ------
@@ -103,7 +108,13 @@ def train_head(
     search = search_epochs(data, split, config, on_progress=on_progress)
     bank, final_history = train_final(data, split, search, config)
     members = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
-    head = {"input_norm": config.input_norm, "hidden": config.hidden, "dropout": config.dropout}
+    head = {
+        # What is standardised in training is folded into the head.
+        "input_norm": "none" if config.input_norm == "standard" else config.input_norm,
+        "features": config.features,
+        "hidden": config.hidden,
+        "dropout": config.dropout,
+    }
     run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
     write_outcome(
         run,
@@ -129,9 +140,21 @@ def load_training_data(
 ) -> TrainingData:
     """Read the embeddings that can be trained on, prepared as the head reads them.
 
-    Parameters and errors are those of :func:`cxr_cache.training_rows.find_labelled_rows`.
+    Parameters and errors are those of :func:`cxr_cache.training_rows.find_labelled_rows`; and
+    StoreFormatError where the store lacks what `config.features` asks for.
     """
     found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
-    embeddings = np.ascontiguousarray(store.embeddings[found.rows].swapaxes(0, 1))  # (V, N, D)
-    prepared = prepare_embeddings(embeddings, config.input_norm)
+    columns = COLUMNS[config.features]
+    if lacking := [name for name in columns if name not in store.feature_shapes]:
+        raise StoreFormatError(
+            f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
+            f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
+        )
+    n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
+    width = sum(store.feature_shapes[name][1] for name in columns)
+    prepared = np.empty((n_views, len(found.rows), width), np.float32)
+    for start in range(0, len(found.rows), _ROWS_AT_ONCE):  # so that they are in memory once
+        rows = found.rows[start : start + _ROWS_AT_ONCE]
+        parts = [store.read_rows(name, rows)[:, :n_views].swapaxes(0, 1) for name in columns]
+        prepared[:, start : start + len(rows)] = prepare_features(parts, config.input_norm)
     return TrainingData(prepared, found.cohort, found.notes)

@@ -61,8 +61,9 @@ class TailAndHead(nn.Module):
         names = trainable_parameter_names(encoder, n_unfrozen)
         encoder.requires_grad_(False)
         self.tail = {name: encoder.get_parameter(name).requires_grad_() for name in names}
-        for i in range(bank.n_hidden):  # zero by algebra, noise by rounding: see HeadBank.backward
-            bank.get_parameter(f"bias_{i}").requires_grad_(False)
+        if bank.norm == "batch":  # zero by algebra, noise by rounding: see HeadBank.backward
+            for i in range(bank.n_hidden):
+                bank.get_parameter(f"bias_{i}").requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(B, T, W)`` -> ``(B, F)``; several processes give their parts and all get the whole."""

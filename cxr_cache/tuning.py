@@ -21,7 +21,7 @@ from cxr_cache.encoder import Encoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.fit import HeadTask, Trajectory, has_stopped, score_held_out
 from cxr_cache.heads import HeadBank
-from cxr_cache.losses import balance_positives, make_loss
+from cxr_cache.losses import make_loss
 from cxr_cache.optim import advance, make_scheduler
 from cxr_cache.token_sources import TokenSource
 from cxr_cache.tuned_model import TailAndHead
@@ -198,7 +198,7 @@ class _Trainer:
             config.loss,
             alpha=config.alpha,
             gamma=config.gamma,
-            positive_weight=balance_positives(self.targets[rows]),
+            targets=self.targets[rows],
         )
 
     def run_epoch(self, epoch: int) -> tuple[dict[str, float], NDArray[np.float32]]:

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from cxr_cache.encoder import Encoder, trainable_parameter_names
+from cxr_cache.features import COLUMNS
 from cxr_cache.heads import HeadBank
 from cxr_cache.images import Preprocessing
-from cxr_cache.run import SavedModel
+from cxr_cache.run import SavedModel, read_calibration
 from cxr_cache.towers import run_whole
 from cxr_cache.tuned_model import as_cached, load_members
 
 
 def build_whole_model(model: SavedModel, encoder: Encoder) -> nn.Module:
-    """The module that gives what :func:`cxr_cache.predict.predict_pixels` gives.
+    """The module that gives what :func:`cxr_cache.predict.predict_images` gives.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def build_whole_model(model: SavedModel, encoder: Encoder) -> nn.Module:
     -------
     nn.Module
         In evaluation mode and without gradients: uint8 pixels ``(B, 3, S, S)`` to probabilities
-        ``(B, F)``, the members averaged. Plain layers only, for exporters.
+        ``(B, F)``, the members averaged, then calibrated. Plain layers only, for exporters.
     """
     build = _FrozenModel if model.tail is None else _TunedModel
     return build(model, encoder).eval().requires_grad_(False)
@@ -66,6 +67,26 @@ class _Normalise(nn.Module):
         return (pixels.float() / 255 - self.mean) / self.std
 
 
+class _Average(nn.Module):
+    """Members' logits to probabilities, averaged, then calibrated."""
+
+    slope: Tensor
+    intercept: Tensor
+
+    def __init__(self, model: SavedModel) -> None:
+        super().__init__()
+        calibration = read_calibration(model.calibration, len(model.findings))
+        for name in ("slope", "intercept"):
+            self.register_buffer(name, torch.from_numpy(getattr(calibration, name)).float())
+        self._calibrates = calibration.method != "none"
+
+    def forward(self, logits: list[Tensor]) -> Tensor:
+        mean = torch.stack([torch.sigmoid(one) for one in logits]).mean(dim=0)
+        if not self._calibrates:
+            return mean
+        return torch.sigmoid(self.slope * (torch.log(mean) - torch.log(1 - mean)) + self.intercept)
+
+
 class _FrozenModel(nn.Module):
     """One encoder, and every member's head on its embedding."""
 
@@ -73,13 +94,18 @@ class _FrozenModel(nn.Module):
         super().__init__()
         self.encoder, self.heads = encoder, _folded_heads(model)
         self.normalise = _Normalise(encoder.preprocessing)
+        self.average = _Average(model)
         self._input_norm = model.head["input_norm"]
+        self._columns = COLUMNS[model.head.get("features", "projected")]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        _, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))
+        pooled, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))
+        outputs = {"embeddings": embeddings, "pooled": pooled}
+        parts = [outputs[name] for name in self._columns]
         if self._input_norm == "l2":
-            embeddings = F.normalize(embeddings, dim=-1)
-        return _average([head(embeddings) for head in self.heads])
+            parts = [F.normalize(part, dim=-1) for part in parts]
+        embeddings = torch.cat(parts, dim=-1)
+        return cast(Tensor, self.average([head(embeddings) for head in self.heads]))
 
 
 class _TunedModel(nn.Module):
@@ -90,7 +116,7 @@ class _TunedModel(nn.Module):
         assert model.tail is not None
         self._model, self._n_unfrozen = replace(model, tensors={}), model.tail["unfreeze_layers"]
         self.encoder, self.heads = encoder, _folded_heads(model)
-        self.normalise = _Normalise(encoder.preprocessing)
+        self.normalise, self.average = _Normalise(encoder.preprocessing), _Average(model)
         members = load_members(in_full_precision(model), encoder)
         self.tails = nn.ModuleList(
             [_copy_with_own_blocks(member.encoder, self._n_unfrozen) for member in members]
@@ -105,7 +131,7 @@ class _TunedModel(nn.Module):
             if self._model.head["input_norm"] == "l2":
                 embeddings = F.normalize(embeddings, dim=-1)
             logits.append(head(embeddings))
-        return _average(logits)
+        return cast(Tensor, self.average(logits))
 
 
 def _folded_heads(model: SavedModel) -> nn.ModuleList:
@@ -123,11 +149,6 @@ def _folded_heads(model: SavedModel) -> nn.ModuleList:
                 layers.append(layer)
         heads.append(nn.Sequential(*layers))
     return heads
-
-
-def _average(logits: list[Tensor]) -> Tensor:
-    """Probabilities, averaged over the members."""
-    return torch.stack([torch.sigmoid(one) for one in logits]).mean(dim=0)
 
 
 def _copy_with_own_blocks(encoder: Encoder, n_unfrozen: int) -> Encoder:

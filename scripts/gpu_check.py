@@ -38,7 +38,8 @@ from cxr_cache.devices import resolve_device
 from cxr_cache.distributed import is_main, process_group
 from cxr_cache.encoder import Encoder, load_encoder
 from cxr_cache.encoding import encode_views
-from cxr_cache.fit import HeadTask, TrainingData, fit_heads, prepare_embeddings
+from cxr_cache.features import prepare_embeddings
+from cxr_cache.fit import HeadTask, TrainingData, fit_heads
 from cxr_cache.store import FeatureStore
 from cxr_cache.token_sources import ResidentTokens, TokenSource, open_tokens
 from cxr_cache.tuned_model import copy_tail

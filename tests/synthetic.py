@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import TrainConfig
-from cxr_cache.fit import TrainingData, prepare_embeddings
+from cxr_cache.features import prepare_embeddings
+from cxr_cache.fit import TrainingData
 from cxr_cache.store import FeatureStore
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Nodule", "Hernia", "Mass", "Scoliosis")

@@ -9,6 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from cxr_cache import demo
 from cxr_cache.cli import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.phantoms import write_phantoms
@@ -23,6 +28,20 @@ from cxr_cache.phantoms import write_phantoms
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = "random:test_vit"
 QUICK = ["--epochs", "1,2", "--folds", "2", "--batch-size", "16", "--lr", "1e-3"]
+
+
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Pages take seconds, and are not what every test has in mind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cxr_cache.report.write_report", lambda run: run.report_path)
+        yield
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    with without_pages():
+        yield
 
 
 def invoke(*arguments: object) -> Result:
@@ -85,13 +104,6 @@ def test_help_lists_every_command_and_says_what_this_is_not_for():
     assert "Not for clinical use" in output
     for command in cli.commands:
         assert f"\n  {command} " in output
-
-
-def test_help_needs_no_torch():
-    """It would take seconds; --help must be quick."""
-    code = "import sys, cxr_cache.cli; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.split() == ["False", "False"]
 
 
 def test_options_of_train_default_to_its_config():
@@ -217,12 +229,70 @@ def test_train_writes_a_whole_run_and_prints_what_it_found(run):
         "config.json splits.csv targets.csv epoch_search.csv history.csv model.safetensors",
         "fold_heads.safetensors",
         "predictions.csv out_of_fold.csv metrics.json per_finding.csv plots report.html",
+        "model_card.md",
+        "per_finding_by_study.csv subgroups.csv curves.csv calibration.csv",
     }
     assert {path.name for path in run.iterdir()} == set(" ".join(expected).split())
     output = succeed("evaluate", run, "--resamples", 100)
     assert "macro AUROC" in output
     assert "predicting nothing scores" in output
     assert "Report: " in succeed("report", run)
+
+
+def test_report_shows_pictures_and_puts_runs_on_one_page(run, data, tmp_path):
+    twin = shutil.copytree(run, tmp_path / "twin")
+    images, page = data / "images", tmp_path / "page.html"
+    before = "data:image/jpeg" in (run / "report.html").read_text()
+
+    succeed("report", twin, "--image-dir", images, "--license", "apache-2.0")
+    assert not before
+    assert "data:image/jpeg" in (twin / "report.html").read_text()
+    assert "license: apache-2.0" in (twin / "model_card.md").read_text()
+    output = succeed("report", run, twin, "--out", page, "--resamples", 20)
+    assert output.endswith(f"Report: {page}\n")
+
+    assert "is not a folder" in refuse("report", run, "--image-dir", tmp_path / "nowhere")
+    assert "holds none of the" in refuse("report", run, "--image-dir", data)
+    assert "A run is given twice" in refuse("report", run, run, "--out", page)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "choose another name" in refuse("report", run, twin, "--out", tmp_path / "notes.txt")
+
+
+def test_thresholds_and_calibration_are_chosen_while_training_or_afterwards(store, tmp_path):
+    """The same choice by either way, and on no other predictions than the run's own."""
+    early, late = tmp_path / "early", tmp_path / "late"
+    choice = ("--threshold-rule", "youden", "--calibration", "platt")
+    output = succeed("train", store, "--run-dir", early, *QUICK, *choice)
+    assert "calibration     platt: micro log loss" in output
+    succeed("train", store, "--run-dir", late, *QUICK)
+
+    output = succeed("evaluate", late, *choice, "--resamples", 20)
+
+    assert "thresholds      youden" in output
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (early, late)]
+    for ours, theirs in zip(metrics[0]["test"].values(), metrics[1]["test"].values(), strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], abs=1e-6)
+    assert metrics[0]["calibration"]["method"] == "platt"
+    output = refuse("evaluate", late, "--threshold-rule", "best")
+    assert "'best' is no rule; it is one such as f1, youden, sensitivity=0.9" in output
+    assert "'best' is no rule" in refuse(
+        "train", store, "--run-dir", tmp_path / "no", "--threshold-rule", "best"
+    )
+    misuse = CliRunner().invoke(cli, ["evaluate", str(late), "--store", str(store), *choice])
+    assert misuse.exit_code == 2
+    assert "never on another store" in misuse.output
+
+
+def test_groups_come_from_a_table(run, tmp_path):
+    uids = pd.read_csv(run / "predictions.csv", dtype=str)["study_uid"].unique()
+    path = tmp_path / "groups.csv"
+    pd.DataFrame({"study_uid": uids, "sex": np.where(np.arange(len(uids)) % 2, "F", "M")}).to_csv(
+        path, index=False
+    )
+    succeed("evaluate", run, "--groups", path, "--resamples", 10)
+    groups = json.loads((run / "metrics.json").read_text())["test_by_group"]
+    assert groups["sex"].keys() == {"F", "M"}
+    assert "cannot be read" in refuse("evaluate", run, "--groups", tmp_path / "absent.csv")
 
 
 def test_a_finished_run_is_not_replaced_unasked(store, run):
@@ -275,7 +345,7 @@ def test_predict_refuses_another_encoder(run, data):
     assert "weights_sha256" in output
 
 
-def test_imported_features_train_and_cannot_predict(data, tmp_path):
+def test_imported_features_train_and_cannot_predict(data, tmp_path, undrawn):
     ids = pd.read_csv(data / "indiana_projections.csv")["filename"].to_numpy(dtype=object)
     features = np.random.default_rng(0).normal(size=(len(ids), 24)).astype(np.float16)
     np.savez(tmp_path / "features.npz", image_id=ids, embeddings=features)
@@ -288,13 +358,17 @@ def test_imported_features_train_and_cannot_predict(data, tmp_path):
     assert "cxr-cache evaluate" in refuse("predict", run, image)
 
 
-def test_the_demo_runs_twice(tmp_path):
+def test_the_demo_runs_twice(tmp_path, monkeypatch):
+    """All its steps, with fewer of the epochs that make its figures worth looking at."""
+    monkeypatch.setattr(demo, "FROZEN", replace(demo.FROZEN, epochs=(1, 2)))
+    monkeypatch.setitem(demo.TUNED, "epochs", (1,))
     command = ["demo", tmp_path / "demo", "--studies", 40]
     output = succeed(*command)
     assert "RANDOM WEIGHTS" in output
     assert re.search(r"frozen +finetuned +difference\n  macro AUROC ", output)
     assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
     assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
+    monkeypatch.setattr(demo, "write_report", lambda run: run.report_path)  # drawn once already
     assert "nothing was left to compute" in succeed(*command)
 
 
@@ -319,7 +393,8 @@ def with_tokens(data, store) -> Path:
 def tuned(with_tokens, run) -> Path:
     path = with_tokens.parent / "tuned"
     command = ["finetune", with_tokens, "--run-dir", path, "--from-run", run, *TUNING]
-    output = succeed(*command)
+    with without_pages():
+        output = succeed(*command)
     assert "Training 83,456 parameters of visual.trunk.blocks.4, visual.trunk.blocks.5" in output
     assert "RANDOM WEIGHTS" in output
     assert re.search(r"run +tuned +difference\n  macro AUROC  ", output)
@@ -338,12 +413,17 @@ def test_a_fine_tuned_run_is_used_as_any_other(tuned, with_tokens, data, tmp_pat
     assert "Report: " in succeed("report", tuned)
 
 
-def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path):
+def test_compare_prints_paired_differences(run, tuned, with_tokens, tmp_path, undrawn):
     output = succeed("compare", run, tuned, "--resamples", 50)
     assert re.search(r"macro AUROC .* [+-]0\.\d+ \[[+-]0\.\d+, [+-]0\.\d+\]", output)
     other = tmp_path / "other"
     succeed("train", with_tokens, "--run-dir", other, *QUICK, "--seed", 1)
     assert "Only runs with the same split can be compared" in refuse("compare", run, other)
+    folder = tmp_path / "comparison"
+    output = succeed("compare", run, tuned, "--resamples", 20, "--out", folder)
+    assert f"{folder / 'comparison.png'} written" in output
+    assert pd.read_csv(folder / "comparison.csv")["against"].unique().tolist() == [run.name]
+    assert CliRunner().invoke(cli, ["compare", str(run)]).exit_code == 2
 
 
 def test_fine_tuning_refuses_in_one_message(store, with_tokens, tuned, tmp_path):
@@ -365,12 +445,17 @@ def test_ctrl_c_keeps_the_finished_epochs(with_tokens, tmp_path):
     path = tmp_path / "run"
     command = [sys.executable, "-m", "cxr_cache", "finetune", str(with_tokens)]
     command += ["--run-dir", str(path), *TUNING[2:], "--epochs", "300"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    # Whoever starts the tests in the background has Ctrl-C ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(path.glob("unfinished/*.pt")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, said
     assert "Stopped. What was finished is kept; the same command continues:" in said
     assert "Traceback" not in said

@@ -306,6 +306,23 @@ def test_lower_precision_is_another_identity_and_still_gives_float32(tiny):
     assert 1e-5 < relative_error(embedding, tiny.encode(pixels)[1]) < 3e-2
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vision_cfg", [TINY_VIT, TIMM_VIT], ids=["open_clip", "timm"])
+def test_weights_cast_beforehand_give_the_same_bits(tmp_path, vision_cfg, precision):
+    encoder = load_encoder(write_open_clip_model(tmp_path / "m", vision_cfg), precision=precision)
+    pixels = draw_pixels(2, encoder.preprocessing.image_size_px)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    expected = encoder.encode_with_tokens(pixels, 2)
+    with encoder.cast_weights():
+        given = encoder.encode_with_tokens(pixels, 2)
+        dtypes = {p.dtype for p in encoder.visual.parameters()}
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    assert len(dtypes) == (1 if precision == "fp32" else 2)
+    after = encoder.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+
+
 def test_auto_precision_asks_the_processor(monkeypatch):
     cpu = torch.device("cpu")
     for is_native, expected in ((True, "bf16"), (False, "fp32")):

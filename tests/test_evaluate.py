@@ -12,15 +12,12 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
-from cxr_cache.errors import TableError
-from cxr_cache.evaluate import (
-    evaluate_predictions,
-    evaluate_run,
-    format_summary,
-    parse_predictions,
-)
-from cxr_cache.metrics import NEVER, choose_thresholds
+from cxr_cache.errors import ConfigError, RunError, TableError
+from cxr_cache.evaluate import evaluate_predictions, evaluate_run, format_summary
+from cxr_cache.metrics import NEVER
 from cxr_cache.run import Run, SavedModel
+from cxr_cache.scored import parse_predictions, read_scored
+from cxr_cache.thresholds import choose_thresholds
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Nodule", "Hernia", "Mass", "Bronchiolitis")
 PREVALENCE = np.array([0.35, 0.3, 0.2, 0.2, 0.2, 0.0])
@@ -170,12 +167,24 @@ def test_metrics_equal_scikit_learn_on_the_files(run):
 def test_every_test_figure_has_an_interval_around_it(run):
     metrics = evaluate_run(run, n_resamples=200)
 
-    for name, entry in metrics["test"].items():
-        if name != "macro_calibration_error":  # resampling biases it upwards
-            assert entry["low"] <= entry["value"] <= entry["high"], name
-    assert metrics["bootstrap"] == {"n_resamples": 200, "seed": 0, "level": 0.95, "unit": "study"}
-    assert metrics["train"]["macro_auroc"].keys() == {"value"}
-    assert metrics["out_of_fold"]["macro_auroc"].keys() == {"value"}
+    groups = [metrics["test"], metrics["test_by_study"], *metrics["test_by_projection"].values()]
+    for group in groups:
+        for name, entry in group.items():
+            if "calibration_error" in name:  # resampling biases it upwards
+                assert entry.keys() <= {"value", "n_findings"}
+            elif not isinstance(entry, int):
+                assert entry["low"] <= entry["value"] <= entry["high"], name
+    table = run.read_table("per_finding").iloc[:-1]
+    for name in ("auroc", "ap", "f1", "ppv", "brier", "log_loss"):
+        assert (table[f"{name}_low"] <= table[name]).all()
+        assert (table[name] <= table[f"{name}_high"]).all()
+    bootstrap = metrics["bootstrap"]
+    assert (bootstrap["n_resamples"], bootstrap["level"], bootstrap["unit"]) == (200, 0.95, "study")
+    assert bootstrap["n_undefined"] == dict.fromkeys(  # of Bronchiolitis, which never occurs
+        ("auroc", "ap", "f1", "sensitivity", "ppv", "balanced_accuracy", "prevalence"), 200
+    )
+    assert metrics["train"]["macro_auroc"].keys() == {"value", "n_findings"}
+    assert metrics["out_of_fold"]["label_accuracy"].keys() == {"value"}
     assert metrics == run.read_metrics()
 
 
@@ -315,3 +324,303 @@ def test_summary_of_an_evaluation_without_intervals():
     assert "macro AUROC     undefined" in summary
     assert "[" not in summary
     json.dumps(evaluation.metrics, allow_nan=False)
+
+
+def test_averages_over_findings_equal_scikit_learn():
+    """Macro, weighted and micro, on tables without blanks, where its averages are defined."""
+    tables = make_tables(1)
+    columns = list(FINDINGS[:-1])
+    targets = tables["targets"].fillna(0)
+    thresholds = dict.fromkeys(columns, 0.5)
+
+    test = evaluate_predictions(tables["predictions"], targets, thresholds, n_resamples=0).metrics[
+        "test"
+    ]
+
+    t, p = targets[columns].to_numpy(), tables["predictions"][columns].to_numpy()
+    d = p >= 0.5
+    for average in ("macro", "weighted", "micro"):
+        for name, score, stated in (
+            ("auroc", reference.roc_auc_score, p),
+            ("ap", reference.average_precision_score, p),
+            ("f1", reference.f1_score, d),
+            ("sensitivity", reference.recall_score, d),
+            ("ppv", reference.precision_score, d),
+        ):
+            expected = score(t, stated, average=average)
+            assert test[f"{average}_{name}"]["value"] == pytest.approx(expected), (average, name)
+        flipped = reference.recall_score(1 - t, ~d, average="macro" if average == "macro" else None)
+        if average == "macro":
+            assert test["macro_specificity"]["value"] == pytest.approx(flipped)
+    assert test["micro_brier"]["value"] == pytest.approx(
+        reference.brier_score_loss(t.ravel(), p.ravel())
+    )
+    assert test["micro_log_loss"]["value"] == pytest.approx(
+        reference.log_loss(t.ravel(), p.ravel())
+    )
+    assert test["exact_match"]["value"] == pytest.approx(reference.accuracy_score(t, d))
+    assert test["exact_match_all_negative"]["value"] == pytest.approx((t == 0).all(axis=1).mean())
+    assert test["micro_prevalence"]["value"] == pytest.approx(t.mean())
+    assert test["weighted_prevalence"]["value"] == pytest.approx(
+        np.average(t.mean(axis=0), weights=t.sum(axis=0))
+    )
+
+
+def test_studies_have_a_table_of_their_own(run):
+    evaluate_run(run, n_resamples=20)
+
+    probabilities, targets = read_test_split(run)
+    by = probabilities["study_uid"]
+    table = run.read_table("per_finding_by_study").set_index("finding")
+    for finding in FINDINGS[:-1]:
+        t, p = targets[finding].groupby(by).max(), probabilities[finding].groupby(by).mean()
+        labelled = t.notna()
+        expected = reference.roc_auc_score(t[labelled], p[labelled])
+        assert table.loc[finding, "auroc"] == pytest.approx(expected)
+        assert table.loc[finding, "n_test"] == labelled.sum()
+        assert table.loc[finding, "tp"] == ((t == 1) & (p >= run.thresholds[finding])).sum()
+
+
+def test_a_rare_finding_has_a_wide_interval_and_one_study_none():
+    """Three studies with the finding, then one."""
+    tables = make_tables(0)
+    predictions, targets = tables["predictions"], tables["targets"].fillna(0)
+    thresholds = dict.fromkeys(FINDINGS, 0.5)
+    targets["Bronchiolitis"] = (predictions["study_uid"].isin(["3", "4", "5"])).astype(float)
+    targets["Mass"] = (predictions["study_uid"] == "3").astype(float)
+
+    evaluation = evaluate_predictions(predictions, targets, thresholds, n_resamples=200)
+
+    table = evaluation.per_finding.set_index("finding")
+    width = table["auroc_high"] - table["auroc_low"]
+    assert width["Bronchiolitis"] > 3 * width["Cardiomegaly"]
+    assert np.isnan(table.loc["Mass", ["auroc_low", "auroc_high"]].astype(float)).all()
+    assert table.loc["Mass", "n_positive_studies_test"] == 1
+    assert table.loc["Mass", "specificity_low"] > 0  # that rests on all the others
+    assert table["n_undefined_resamples"].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", ["one row", "all positive", "all negative", "all unlabelled"])
+def test_degenerate_tables_are_evaluated_without_a_figure_that_is_not_there(rows):
+    tables = make_tables(0)
+    predictions, targets = tables["predictions"], tables["targets"]
+    if rows == "one row":
+        predictions = predictions.iloc[[3]]
+    else:
+        value = {"all positive": 1.0, "all negative": 0.0, "all unlabelled": np.nan}[rows]
+        targets = targets.assign(**dict.fromkeys(FINDINGS, value))
+
+    evaluation = evaluate_predictions(
+        predictions, targets, dict.fromkeys(FINDINGS, 0.5), n_resamples=10
+    )
+
+    json.dumps(evaluation.metrics, allow_nan=False)
+    assert evaluation.metrics["n_findings_scored"] == 0
+    assert evaluation.metrics["test"]["macro_auroc"]["value"] is None
+    assert evaluation.metrics["test"]["macro_auroc"]["low"] is None
+    assert evaluation.per_finding["auroc"].isna().all()
+    assert set(evaluation.tables["curves"]["finding"]) <= {""}
+    if rows == "all positive":
+        assert evaluation.metrics["test"]["label_accuracy_all_negative"]["value"] == 0
+        assert evaluation.per_finding["sensitivity"].notna().all()
+    if rows == "all unlabelled":
+        assert evaluation.metrics["test"]["label_accuracy"]["value"] is None
+        assert evaluation.tables["calibration"].empty
+    assert "undefined" in format_summary(evaluation.metrics)
+
+
+# --- thresholds and calibration ------------------------------------------------------------------
+
+
+def test_another_rule_is_chosen_out_of_fold_and_stored_with_the_model(run):
+    evaluate_run(run, n_resamples=0)
+    f1 = run.thresholds
+
+    metrics = evaluate_run(run, threshold_rule="sensitivity=0.9", n_resamples=0)
+
+    assert metrics["threshold_rule"] == Run.open(run.path).threshold_rule == "sensitivity=0.9"
+    assert run.thresholds != f1
+    out_of_fold = read_scored(run, "out_of_fold")
+    expected = choose_thresholds(out_of_fold.targets, out_of_fold.probabilities, "sensitivity=0.9")
+    assert list(run.thresholds.values()) == expected.tolist()
+    assert metrics["out_of_fold"]["macro_sensitivity"]["value"] >= 0.9
+    evaluate_run(run, threshold_rule="f1", n_resamples=0)
+    assert run.thresholds == f1
+    with pytest.raises(ConfigError, match="is no rule"):
+        evaluate_run(run, threshold_rule="best")
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+def test_calibration_is_fitted_out_of_fold_stored_and_shown_before_and_after(run, method):
+    before = evaluate_run(run, n_resamples=0)
+
+    metrics = evaluate_run(run, calibration=method, n_resamples=0)
+
+    shown = metrics["calibration"]
+    assert shown["method"] == Run.open(run.path).calibration.method == method
+    raw = read_scored(run, "test", calibrated=False)
+    test = read_scored(run, "test")
+    assert (test.probabilities != raw.probabilities).any()
+    for stage, images in (("test_before", raw), ("test_after", test)):
+        cells = ~np.isnan(images.targets)
+        expected = reference.brier_score_loss(images.targets[cells], images.probabilities[cells])
+        assert shown[stage]["micro_brier"]["value"] == pytest.approx(expected)
+        assert shown[stage].keys() == {
+            f"{kind}_{name}"
+            for kind in ("macro", "micro")
+            for name in ("brier", "log_loss", "calibration_error")
+        }
+    for name in ("micro_brier", "micro_log_loss", "micro_calibration_error"):
+        assert shown["test_after"][name]["value"] < shown["test_before"][name]["value"]
+        assert metrics["test"][name]["value"] == pytest.approx(shown["test_after"][name]["value"])
+    assert metrics["test"]["macro_auroc"] == before["test"]["macro_auroc"]
+    assert (shown["temperature"] is None) == (method == "platt")
+    assert shown["findings_uncalibrated"] == (["Bronchiolitis"] if method == "platt" else [])
+    table = run.read_table("per_finding").set_index("finding")
+    assert (table["calibration_slope"] > 0).all()
+    assert (table["log_loss"] != table["log_loss_before"]).any()
+    stages = run.read_table("calibration")
+    assert set(stages["stage"]) == {"before", "after"}
+    assert stages[stages["finding"] == ""].groupby("stage")["n"].sum().tolist() == [cells.sum()] * 2
+
+
+def test_predictions_stay_what_the_model_said_so_that_choosing_again_is_free(run):
+    tables = [run.path / f"{name}.csv" for name in ("predictions", "out_of_fold")]
+    said = [table.read_bytes() for table in tables]
+    plain = evaluate_run(run, n_resamples=10)
+    thresholds = run.thresholds
+
+    evaluate_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
+    assert [table.read_bytes() for table in tables] == said
+
+    assert evaluate_run(run, calibration="none", threshold_rule="f1", n_resamples=10) == plain
+    assert run.thresholds == thresholds
+
+
+def test_what_test_says_changes_neither_thresholds_nor_calibration(run, tmp_path):
+    """Test targets turned upside down: the stored choices stay the same."""
+    evaluate_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
+    stored = run.thresholds, run.calibration.to_dict()
+    targets, splits = run.read_table("targets"), run.read_table("splits")
+    is_test = (splits["split"] == "test").to_numpy()
+    targets.loc[is_test, list(FINDINGS)] = 1 - targets.loc[is_test, list(FINDINGS)]
+    run.write_table("targets", targets)
+
+    evaluate_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
+
+    assert (run.thresholds, run.calibration.to_dict()) == stored
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+def write_groups(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_groups_of_a_table_are_scored_one_by_one(run, tmp_path):
+    rng = np.random.default_rng(0)
+    sex, age = rng.choice(["F", "M", ""], N_STUDIES), rng.integers(0, 95, N_STUDIES)
+    lines = [f"{uid},{s},{a}" for uid, (s, a) in enumerate(zip(sex, age, strict=True))]
+    path = write_groups(tmp_path / "g.csv", "\n".join(["study_uid,sex,age", *lines]))
+
+    metrics = evaluate_run(run, groups=path, n_resamples=20)
+
+    assert metrics["test_by_group"].keys() == {"sex", "age_band"}
+    assert metrics["test_by_group"]["age_band"].keys() <= {
+        *("0-17", "18-39", "40-59", "60-79", "80+")
+    }
+    probabilities, targets = read_test_split(run)
+    for value in ("F", "M"):
+        rows = probabilities["study_uid"].astype(int).map(dict(enumerate(sex))) == value
+        areas = []
+        for finding in FINDINGS[:-1]:
+            labelled = rows & targets[finding].notna()
+            t, p = targets[finding][labelled], probabilities[finding][labelled]
+            if t.nunique() == 2:
+                areas.append(reference.roc_auc_score(t, p))
+        entry = metrics["test_by_group"]["sex"][value]
+        assert entry["n_images"] == rows.sum()
+        assert entry["macro_auroc"]["value"] == pytest.approx(np.mean(areas))
+    table = run.read_table("subgroups")
+    assert table["group"].unique().tolist() == ["projection", "sex", "age_band"]
+    band = table[(table["group"] == "age_band") & (table["value"] == "18-39")]
+    in_band = (age >= 18) & (age < 40) & (np.arange(N_STUDIES) % 5 == 0)
+    assert (band["n_studies_group"] == in_band.sum()).all()
+    assert evaluate_run(run, n_resamples=0)["test_by_group"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patient,sex\n1,F", "needs a column image_id or study_uid, and a column to group by"),
+        ("study_uid\n1", "needs a column image_id or study_uid, and a column to group by"),
+        ("study_uid,sex\n0,F\n0,M", "study_uid '0' is on line 2 and on line 3"),
+        ("study_uid,sex\nx,F", "no row for any of the 48 images: its first study_uid is 'x'"),
+        ("study_uid,age\n0,old", "line 2: age 'old' is not a number of years"),
+        ("study_uid,age\n0,-3", "line 2: age '-3' is not a number of years"),
+        (
+            "study_uid,name\n" + "\n".join(f"{5 * uid},n{uid}" for uid in range(24)),
+            "column 'name' has 24 values among the images, and at most 20",
+        ),
+    ],
+)
+def test_group_tables_that_cannot_be_used_are_named(run, tmp_path, text, message):
+    path = write_groups(tmp_path / "g.csv", text)
+
+    with pytest.raises(TableError, match=message):
+        evaluate_run(run, groups=path, n_resamples=0)
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+
+def test_curves_are_points_of_scikit_learns(run):
+    evaluate_run(run, n_resamples=0)
+
+    probabilities, targets = read_test_split(run)
+    curves = run.read_table("curves")
+    assert set(curves["finding"]) == {"", *FINDINGS[:-1]}
+    for finding in FINDINGS[:-1]:
+        labelled = targets[finding].notna()
+        t, p = targets[finding][labelled], probabilities[finding][labelled]
+        false_alarms, found, thresholds = reference.roc_curve(t, p, drop_intermediate=False)
+        points = curves[curves["finding"] == finding]
+        assert points["threshold"].iloc[0] == NEVER
+        assert (points["sensitivity"].iloc[-1], points["specificity"].iloc[-1]) == (1, 0)
+        theirs = dict(zip(thresholds.round(9), zip(false_alarms, found, strict=True), strict=True))
+        for row in points.iloc[1:].to_dict("records"):
+            x, y = theirs[round(row["threshold"], 9)]
+            assert (1 - row["specificity"], row["sensitivity"]) == pytest.approx((x, y))
+            d = p >= row["threshold"] - 1e-12
+            assert row["ppv"] == pytest.approx(t[d].mean())
+
+
+def test_a_long_curve_is_thinned_but_keeps_its_area():
+    rng = np.random.default_rng(0)
+    n = 20_000
+    present = rng.random(n) < 0.03
+    predictions = pd.DataFrame(
+        {
+            "image_id": np.arange(n).astype(str),
+            "study_uid": np.arange(n).astype(str),
+            "projection": "",
+            "Nodule": rng.random(n) * 0.8 + 0.2 * present,
+        }
+    )
+    targets = predictions[["image_id"]].assign(Nodule=present.astype(float))
+
+    evaluation = evaluate_predictions(predictions, targets, {"Nodule": 0.5}, n_resamples=0)
+
+    curve = evaluation.tables["curves"].query("finding == 'Nodule'")
+    assert 100 < len(curve) <= 200
+    area = np.trapezoid(curve["sensitivity"], 1 - curve["specificity"])
+    assert area == pytest.approx(evaluation.per_finding["auroc"][0], abs=1e-3)
+
+
+def test_a_run_without_its_tables_says_so(run):
+    (run.path / "out_of_fold.csv").unlink()
+
+    with pytest.raises(RunError, match=r"out_of_fold.csv is missing; the run folder is not whole"):
+        evaluate_run(run, threshold_rule="youden")

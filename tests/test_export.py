@@ -24,6 +24,7 @@ from torch import nn
 
 from cxr_cache import export as export_module
 from cxr_cache import export_onnx
+from cxr_cache.calibration import Calibration
 from cxr_cache.cli import cli
 from cxr_cache.encoder import Encoder, load_encoder, trainable_parameter_names
 from cxr_cache.errors import ConfigError, ExportError, RunError
@@ -59,6 +60,7 @@ def save_run(
     tokens: str = "float32",
     precision: str = "fp32",
     input_norm: str = "l2",
+    calibrates: bool = False,
     **identity: Any,
 ) -> Run:
     """A finished run whose numbers are drawn: each member's head and blocks differ."""
@@ -87,7 +89,11 @@ def save_run(
     run = Run.create(path, {"kind": "test", "seed": 3, "random_encoder": random_encoder})
     thresholds = {finding: 0.2 + 0.1 * i for i, finding in enumerate(FINDINGS)}
     head = {"input_norm": input_norm, "hidden": (16, 8), "dropout": 0.5}
-    run.save_model(SavedModel(tensors, FINDINGS, thresholds, trained_with, head, tail))
+    slope, intercept = np.linspace(0.6, 1.7, len(FINDINGS)), np.linspace(-1, 0.5, len(FINDINGS))
+    stored = Calibration("platt", slope, intercept).to_dict() if calibrates else None
+    run.save_model(
+        SavedModel(tensors, FINDINGS, thresholds, trained_with, head, tail, calibration=stored)
+    )
     run.finish()
     return run
 
@@ -167,6 +173,7 @@ def test_head_json_is_enough_without_this_package(tmp_path, n_members, n_unfroze
     name = write_open_clip_model(tmp_path / "m", TIMM_VIT, resize_mode="squash")
     encoder = load_encoder(name, precision="fp32", normalize="imagenet")
     options = {"n_members": n_members, "n_unfrozen": n_unfrozen, "input_norm": input_norm}
+    options["calibrates"] = n_members > 1
     run = save_run(tmp_path / "run", encoder, **options)
     path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 310), np.uint8)).save(path)
@@ -184,6 +191,11 @@ def test_head_json_is_enough_without_this_package(tmp_path, n_members, n_unfroze
         if told["input_norm"] == "l2":
             embedding = F.normalize(embedding, dim=-1)
         probabilities = torch.stack([torch.sigmoid(h(embedding)) for h in heads.eval()]).mean(0)
+    how_to_use = " ".join(told["how_to_use"])
+    assert ("slope * torch.logit(probabilities) + intercept" in how_to_use) == (n_members > 1)
+    if n_members > 1:
+        slope, intercept = (torch.tensor(told["calibration"][k]) for k in ("slope", "intercept"))
+        probabilities = torch.sigmoid(slope * torch.logit(probabilities) + intercept)
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert told["findings"] == list(FINDINGS)
     assert told["thresholds"] == pytest.approx(run.thresholds)
@@ -435,11 +447,11 @@ NEWER, OLDER = export_onnx._EXPORTERS
     ("name", "options"),
     [
         ("random:test_vit:5", {}),
-        ("random:test_vit:5", {"n_members": 3, "input_norm": "none"}),
+        ("random:test_vit:5", {"n_members": 3, "input_norm": "none", "calibrates": True}),
         ("random:test_vit:5", {"n_unfrozen": 2, "tokens": "float16"}),
         ("random:test_vit3:5", {"n_unfrozen": 1}),  # attention pooling
         ("random:test_resnet:5", {}),
-        ("open_clip", {"n_unfrozen": 2}),
+        ("open_clip", {"n_unfrozen": 2, "calibrates": True}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
@@ -456,7 +468,7 @@ def test_an_onnx_file_gives_the_probabilities_of_predict(
 
     summary = export_run(run, tmp_path / "model.onnx", "onnx")
 
-    expected = predict_pixels(run.load_model(), encoder, pixels)
+    expected = run.calibration.apply(predict_pixels(run.load_model(), encoder, pixels))
     assert np.ptp(expected, axis=0).max() > 1e-2, "all images look alike"
     for n_images in (1, 5):
         given = run_onnx(tmp_path / "model.onnx", pixels[:n_images])

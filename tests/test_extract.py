@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import torch
 from cxr_cache.canary import cosines
 from cxr_cache.cli import main
 from cxr_cache.cohort import Cohort, load_cohort
-from cxr_cache.encoder import Encoder, load_encoder
-from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresError
+from cxr_cache.encoder import load_encoder
+from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.extract import ExtractConfig, extract_embeddings
 from cxr_cache.images import read_image
 from cxr_cache.phantoms import write_phantoms
@@ -29,30 +30,6 @@ from cxr_cache.store import DONE, FAILED, FeatureStore
 
 MODEL = "random:test_vit"
 QUICK = ExtractConfig(batch_size=4, num_workers=0)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    torch.set_num_threads(1)
-    return load_encoder(MODEL, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(folder, n_studies=8, image_size_px=64, seed=3)
-    return folder
-
-
-@pytest.fixture
-def images(phantoms, tmp_path) -> Path:
-    """A copy of the images that a test may spoil."""
-    return shutil.copytree(phantoms / "images", tmp_path / "images")
-
-
-@pytest.fixture
-def cohort(phantoms) -> Cohort:
-    return load_cohort(phantoms)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +118,106 @@ def test_the_summary_adds_up(cohort, images, encoder, tmp_path):
     text = summary.to_text()
     assert f"{len(cohort)} images = {len(cohort) - 2} done + 2 failed + 0 pending" in text
     assert f"1 failed: the file is empty (0 bytes) (first: {cohort.image_ids[5]})" in text
-    assert "images/s; time went to decode" in text
+    assert "images/s; time went to disk" in text
+
+
+def test_cores_that_each_have_a_batch_give_the_same_in_the_same_order(
+    phantoms, cohort, encoder, tmp_path, reference, monkeypatch
+):
+    threads: list[tuple[str, int]] = []
+    encode = encoder.encode
+
+    def note(pixels):
+        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        return encode(pixels)
+
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(encoder, "encode", note)
+        config = dataclasses.replace(QUICK, batch_size=1)
+        extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert threads[0] == ("MainThread", 3)  # the canaries
+    assert {number for _, number in threads[1:]} == {1}
+    assert 1 < len({name for name, _ in threads[1:]}) <= 3
+    assert_same_store(tmp_path / "s.h5", reference)
+
+
+def test_batches_that_do_not_fit_are_encoded_in_pieces(
+    phantoms, cohort, encoder, tmp_path, reference, monkeypatch
+):
+    """Whatever the size asked for; once the memory was short, it is not tried again."""
+    sizes: list[int] = []
+    encode = encoder.encode
+
+    def refuse(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return encode(pixels)
+
+    monkeypatch.setattr("cxr_cache.resume.encode_canaries", _canaries_of(encode))
+    monkeypatch.setattr(encoder, "encode", refuse)
+    config = ExtractConfig(batch_size=9, num_workers=0)
+    summary = extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    assert sizes[:3] == [9, 4, 2]
+    assert set(sizes[2:]) <= {2, 1}
+    assert "the device's memory took 2 images at a time" in summary.to_text()
+    assert_same_store(tmp_path / "s.h5", reference)
+
+
+def test_memory_for_not_even_one_image_is_said(phantoms, cohort, encoder, tmp_path, monkeypatch):
+    def refuse(_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("cxr_cache.resume.encode_canaries", _canaries_of(encoder.encode))
+    monkeypatch.setattr(encoder, "encode", refuse)
+    with pytest.raises(EncoderError, match=r"cpu has not enough free memory to encode a single"):
+        extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("slow", "limit"),
+    [
+        ("cxr_cache.decoding.decode_image", "decode"),
+        ("cxr_cache.decoding.read_bytes", "disk"),
+        ("cxr_cache.extract._write", "disk"),
+        ("cxr_cache.encoding.encode_views", "encoder"),
+    ],
+)
+def test_the_summary_names_the_limit(phantoms, cohort, encoder, tmp_path, monkeypatch, slow, limit):
+    """Whatever is slowed down is what the others are found to wait for."""
+
+    def encode_nothing(_, pixels, **__):
+        return {
+            name: np.zeros((len(pixels), 1, width), np.float32)
+            for name, width in (("embeddings", 512), ("pooled", 64))
+        }
+
+    monkeypatch.setattr("cxr_cache.encoding.encode_views", encode_nothing)
+    module, _, name = slow.rpartition(".")
+    quick = getattr(sys.modules[module], name)
+
+    def take_long(*arguments, **options):
+        time.sleep(0.05)
+        return quick(*arguments, **options)
+
+    monkeypatch.setattr(slow, take_long)
+    config = dataclasses.replace(QUICK, batch_size=1)
+    summary = extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    assert summary.to_text().endswith(f"the limit was: {limit}")
+
+
+@pytest.mark.parametrize(("cores", "cpu", "gpu"), [(2, (8, 0), (256, 2)), (64, (8, 16), (256, 16))])
+def test_what_is_not_given_depends_on_the_device(cores, cpu, gpu, monkeypatch):
+    monkeypatch.setattr("cxr_cache.extract.cpu_count", lambda: cores)
+    for device, expected in (("cpu", cpu), ("cuda", gpu)):
+        config = ExtractConfig().resolve_for(torch.device(device))
+        assert (config.batch_size, config.num_workers) == expected
+    given = ExtractConfig(batch_size=3, num_workers=5)
+    assert given.resolve_for(torch.device("cuda")) == given
 
 
 # -- what cannot be used ----------------------------------------------------------------
@@ -212,8 +288,10 @@ def test_options_out_of_range_are_named(options):
 def test_an_interrupted_extraction_goes_on(
     phantoms, cohort, encoder, tmp_path, reference, encoded, n_before
 ):
+    n_calls = iter(range(1, 100))
+
     def stop(*_):
-        if sum(encoded) >= 4 * n_before:
+        if next(n_calls) == n_before:
             raise KeyboardInterrupt
 
     path = tmp_path / "s.h5"

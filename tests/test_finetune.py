@@ -121,8 +121,11 @@ def test_a_fine_tuned_run_is_a_run_like_any_other(tuned, tmp_path):
     assert write_report(run).stat().st_size > 10_000
     assert {path.name for path in run.path.iterdir()} == {
         *("config.json", "model.safetensors", "metrics.json", "report.html", "plots"),
+        *("model_card.md", "curves.csv", "calibration.csv", "per_finding_by_study.csv"),
+        "subgroups.csv",
         *(f"{name}.csv" for name in ("splits", "targets", "epoch_search", "history")),
         *(f"{name}.csv" for name in ("predictions", "out_of_fold", "per_finding")),
+        *(f"{name}.csv" for name in ("per_finding_by_study", "subgroups", "curves", "calibration")),
     }
     history = run.read_table("history")
     assert set(history["fold"]) == {"1", "2", "final"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,13 +14,15 @@ from torch import nn
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, TrainingError
+from cxr_cache.features import prepare_embeddings
 from cxr_cache.fit import (
+    HeadFit,
     HeadTask,
     TrainingData,
     Trajectory,
+    can_share_a_bank,
     count_steps,
     fit_heads,
-    prepare_embeddings,
 )
 from cxr_cache.heads import HeadBank
 from tests.synthetic import FINDINGS, QUICK, WIDTH, make_data
@@ -136,6 +139,81 @@ def test_the_same_call_gives_the_same_bits():
         assert not np.allclose(curves(ours, "train_loss"), curves(others, "train_loss"))
 
 
+def test_heads_with_different_recipes_may_share_a_bank(in_float64):
+    """Rate, decay, schedule, stopping and loss are each head's own."""
+    data = in_double(make_data(unlabelled=0.1))
+    tasks = make_tasks(len(data.cohort))
+    configs = [
+        replace(QUICK, learning_rate=0.02, schedule="cosine"),
+        replace(QUICK, weight_decay=0.3, loss="weighted-bce", early_stopping=2),
+        replace(QUICK, loss="focal-balanced", gamma=1.0, patience=0),
+    ]
+    options = {"n_epochs": 8, "n_steps": 3, "keep": [3, 8]}
+
+    bank = HeadFit(data, tasks, configs, **options)
+    bank.run()
+
+    for ours, task, config in zip(bank.trajectories, tasks, configs, strict=True):
+        assert_same(ours, fit_heads(data, [task], config, **options)[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ({"learning_rate": 1.0, "weight_decay": 1.0, "alpha": 0.9}, True),
+        ({"loss": "bce"}, True),
+        ({"loss": "asymmetric"}, False),
+        ({"batch_size": 4}, False),
+        ({"hidden": (3,)}, False),
+        ({"norm": "layer"}, False),
+        ({"dropout": 0.1}, False),
+    ],
+)
+def test_what_decides_shapes_must_be_shared(change, allowed):
+    assert can_share_a_bank([QUICK, replace(QUICK, **change)]) == allowed
+
+
+@pytest.mark.parametrize("change", [{}, {"norm": "layer"}, {"schedule": "one-cycle"}])
+def test_a_fit_that_stops_moves_and_goes_on_gives_the_same_bits(change):
+    """As heads do that take turns on the cores: through a pickle, after every second epoch."""
+    data = make_data(n_views=2)
+    tasks = make_tasks(len(data.cohort))
+    config = replace(QUICK, patience=0, early_stopping=3, **change)
+    options = {"n_epochs": 7, "n_steps": 3, "keep": [1, 5, 7]}
+    whole = fit_heads(data, tasks, config, **options)
+
+    fit = HeadFit(data, tasks, [config] * 3, **options)
+    while not fit.has_ended:
+        fit.run(fit.epoch + 2)
+        state = pickle.loads(pickle.dumps(fit.state_dict()))
+        fit = HeadFit(data, tasks, [config] * 3, **options)
+        fit.load_state_dict(state)
+
+    for ours, theirs in zip(fit.trajectories, whole, strict=True):
+        assert_same(ours, theirs, rtol=0, atol=0)
+
+
+def test_standardised_inputs_are_those_of_the_training_rows(in_float64):
+    """The same as standardising by hand; what is kept reads the embeddings as they are."""
+    data = in_double(make_data())
+    task = make_tasks(len(data.cohort))[0]
+    config = replace(QUICK, input_norm="standard", learning_rate=0.01)
+    inputs = 3 + 5 * data.embeddings * np.arange(1, WIDTH + 1)
+    inputs[..., 1] = 7.0  # never varies
+    mean, std = inputs[0, task.train_rows].mean(axis=0), inputs[0, task.train_rows].std(axis=0)
+    by_hand = (inputs - mean) / np.where(std > 1e-6 * std.max(), std, 1.0)
+
+    ours = fit(replace(data, embeddings=inputs), [task], config)[0]
+    expected = fit(replace(data, embeddings=by_hand), [task], replace(config, input_norm="none"))[0]
+
+    np.testing.assert_allclose(curves(ours), curves(expected), rtol=1e-8)
+    kept = HeadBank.from_snapshot(ours.weights[N_EPOCHS])
+    logits = kept(torch.from_numpy(inputs[0, task.held_out_rows]))[0]
+    np.testing.assert_allclose(
+        logits.sigmoid().detach(), ours.probabilities[N_EPOCHS], rtol=1e-8, atol=1e-10
+    )
+
+
 # --- Equal to plain PyTorch -----------------------------------------------------------------------
 
 
@@ -152,7 +230,12 @@ def train_plainly(data: TrainingData, task: HeadTask, config: TrainConfig, n_ste
     """One nn.Sequential, AdamW, clip_grad_norm_ and ReduceLROnPlateau: the loop of a tutorial."""
     x, y = torch.from_numpy(data.embeddings), torch.from_numpy(data.cohort.targets)
     held_out = torch.from_numpy(task.held_out_rows)
-    options = {"hidden": config.hidden, "dropout": 0.0, "seeds": [task.seed]}
+    options = {
+        "hidden": config.hidden,
+        "dropout": 0.0,
+        "seeds": [task.seed],
+        "norm": config.norm,
+    }
     model = HeadBank(1, WIDTH, len(FINDINGS), **options).as_sequential(0)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -200,12 +283,14 @@ def score_macro_auroc(targets: np.ndarray, probabilities: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-@pytest.mark.parametrize("n_views", [1, 2])
-def test_training_equals_a_plain_pytorch_loop(in_float64, n_views):
+@pytest.mark.parametrize(("n_views", "norm"), [(1, "batch"), (2, "batch"), (1, "layer")])
+def test_training_equals_a_plain_pytorch_loop(in_float64, n_views, norm):
     """On the same order of rows and views: the bank, its optimiser and scoring add nothing."""
     data = in_double(make_data(n_views=n_views, unlabelled=0.1))
     tasks = make_tasks(len(data.cohort))
-    config = replace(QUICK, dropout=0.0, patience=0, max_grad_norm=0.05, learning_rate=0.1)
+    config = replace(
+        QUICK, dropout=0.0, patience=0, max_grad_norm=0.05, learning_rate=0.1, norm=norm
+    )
 
     trajectories = fit(data, tasks, config)
 
@@ -387,7 +472,7 @@ def test_prepared_embeddings_have_length_one():
         ({"gamma": -0.1}, "--gamma must not be negative"),
         ({"hidden": (64, 0)}, "--hidden widths must be 1 or more"),
         ({"dropout": 1.0}, r"--dropout must lie in \[0, 1\)"),
-        ({"input_norm": "l1"}, "--input-norm is one of l2, none"),
+        ({"input_norm": "l1"}, "--input-norm is one of l2, standard, none"),
         ({"gamma": -1, "n_folds": 0}, "--folds .*; --gamma"),
     ],
 )

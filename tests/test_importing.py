@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -110,3 +111,16 @@ def test_damaged_files_are_refused(tmp_path, seed):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(TableError, match=r"no file .*e\.npz"):
         import_embeddings(tmp_path / "e.npz", make_cohort(2), tmp_path / "s.h5")
+
+
+def test_embeddings_are_in_memory_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("cxr_cache.importing._ROWS_AT_ONCE", 300)
+    cohort = make_cohort(4000)
+    values = write(tmp_path / "e.npz", cohort.image_ids, width=512)
+    tracemalloc.start()
+    import_embeddings(tmp_path / "e.npz", cohort, tmp_path / "s.h5")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.6 * values.nbytes
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        np.testing.assert_array_equal(store.embeddings[:, 0], values)

@@ -9,15 +9,21 @@ from torchvision.ops import sigmoid_focal_loss
 
 from cxr_cache.config import LOSSES
 from cxr_cache.losses import (
+    WeightedFocal,
+    asymmetric_loss,
     balance_positives,
     bce_loss,
+    class_balance,
     focal_loss,
     make_loss,
     reference_focal_loss,
+    stack_losses,
 )
 
+EVEN = torch.tensor([[0.0], [1.0]])
+"""Targets by which no finding is rare."""
 ALL_LOSSES = [
-    pytest.param(make_loss(name, alpha=0.25, gamma=gamma, positive_weight=torch.ones(1)), id=id_)
+    pytest.param(make_loss(name, alpha=0.25, gamma=gamma, targets=EVEN), id=id_)
     for name in LOSSES
     for gamma, id_ in [(2.0, name), (0.5, f"{name}, gamma 0.5")]
 ]
@@ -95,14 +101,86 @@ def test_every_name_makes_the_loss_it_says():
     expected = {
         "focal": reference_focal_loss(logits, targets, alpha=0.3, gamma=1.5),
         "focal-balanced": focal_loss(logits, targets, alpha=0.3, gamma=1.5),
+        "class-balanced": WeightedFocal(1.5, *class_balance(targets))(logits, targets),
+        "asymmetric": asymmetric_loss(logits, targets, gamma=1.5),
         "bce": bce_loss(logits, targets),
         "weighted-bce": bce_loss(logits, targets, positive_weight=weight),
     }
 
     for name in LOSSES:
-        loss = make_loss(name, alpha=0.3, gamma=1.5, positive_weight=weight)
+        loss = make_loss(name, alpha=0.3, gamma=1.5, targets=targets)
         assert torch.equal(loss(logits, targets), expected[name]), name
     assert len({float(value) for value in expected.values()}) == len(LOSSES)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 4.0])
+def test_asymmetric_loss_equals_the_formula_of_its_paper(gamma):
+    """Ridnik et al. 2021, eq. 6 and 7, entry by entry."""
+    logits, targets = draw(0, 8, 5)
+    p = torch.sigmoid(logits)
+    p_m = (p - 0.05).clamp(min=0)
+    expected = torch.where(targets == 1, -torch.log(p), -(p_m**gamma) * torch.log(1 - p_m)).mean()
+
+    torch.testing.assert_close(asymmetric_loss(logits, targets, gamma=gamma), expected)
+
+
+def test_class_balance_weighs_by_effective_numbers():
+    """Cui et al. 2019: as many of both weigh alike; the rarer weighs more, up to n times."""
+    targets = torch.zeros(1000, 3)
+    targets[:500, 0] = 1
+    targets[:10, 1] = 1
+    targets[:10, 2] = torch.nan
+
+    positive, negative = class_balance(targets)
+
+    assert (positive + negative).tolist() == pytest.approx([2.0, 2.0, 2.0])
+    assert positive[0] == pytest.approx(1.0)
+    n = torch.tensor([10.0, 990.0], dtype=torch.float64)
+    effective = (1 - 0.9999**n) / (1 - 0.9999)
+    assert positive[1] / negative[1] == pytest.approx(float(effective[1] / effective[0]), rel=1e-5)
+
+
+# --- Gradients written out ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_gradient_written_out_is_autograds(loss, seed):
+    logits, targets = draw(seed, 3, 8, 5, unlabelled=0.3)
+    logits[0, 0] *= 1000
+    leaf = logits.double().requires_grad_()
+    loss(leaf, targets.double()).sum().backward()
+
+    gradient = loss.gradient(logits.double(), *loss.prepare(targets.double()))
+
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_without_labels_has_no_gradient():
+    for loss in (WeightedFocal(), make_loss("asymmetric", alpha=0.0, gamma=2.0, targets=EVEN)):
+        prepared = loss.prepare(torch.full((4, 3), torch.nan))
+        assert (loss.gradient(torch.randn(4, 3), *prepared) == 0).all()
+
+
+def test_stacked_losses_are_the_losses_side_by_side():
+    """Heads may differ in weights and focus: each has the value and gradient of its own loss."""
+    logits, targets = draw(0, 4, 8, 5, unlabelled=0.3)
+    options = {"alpha": 0.3, "targets": targets[0]}
+    losses = [
+        make_loss("focal", gamma=2.0, **options),
+        make_loss("focal-balanced", gamma=1.0, **options),
+        make_loss("weighted-bce", gamma=0.0, **options),
+        make_loss("class-balanced", gamma=0.5, **options),
+    ]
+
+    together = stack_losses(losses)
+
+    values = together(logits, targets)
+    gradients = together.gradient(logits, *together.prepare(targets))
+    for h, loss in enumerate(losses):
+        torch.testing.assert_close(values[h], loss(logits[h], targets[h]))
+        expected = loss.gradient(logits[h], *loss.prepare(targets[h]))
+        torch.testing.assert_close(gradients[h], expected)
 
 
 # --- Unlabelled, extreme and stacked --------------------------------------------------------------
@@ -122,7 +200,8 @@ def test_unlabelled_targets_count_for_nothing(loss, seed):
     alone = loss(logits[labelled][:, None], targets[labelled][:, None])
     torch.testing.assert_close(value, alone)
     assert (logits.grad[~labelled] == 0).all()
-    assert (logits.grad[labelled] != 0).all()
+    counts = labelled & ((targets == 1) | (logits.sigmoid() > 0.05))  # the asymmetric loss's margin
+    assert (logits.grad[counts] != 0).all()
 
 
 @pytest.mark.parametrize("loss", ALL_LOSSES)

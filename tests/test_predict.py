@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cxr_cache.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
+from cxr_cache.evaluate import evaluate_run
 from cxr_cache.extract import ExtractConfig, extract_embeddings
 from cxr_cache.heads import HeadBank
 from cxr_cache.phantoms import write_phantoms
@@ -32,6 +34,7 @@ from cxr_cache.predict import (
     require_encoder_of_run,
 )
 from cxr_cache.run import Run
+from cxr_cache.scored import read_scored
 from cxr_cache.store import FeatureStore
 from cxr_cache.train import train_head
 from tests.synthetic import FINDINGS, IMPORTED, QUICK, WIDTH, make_cohort, make_store
@@ -107,6 +110,28 @@ def test_predictions_of_images_equal_those_of_the_run(run, images, cohort, encod
     thresholds = np.array([run.thresholds[finding] for finding in predictions.findings])
     np.testing.assert_array_equal(predictions.decisions, predictions.probabilities >= thresholds)
     assert predictions.decisions.any()
+
+
+def test_probabilities_are_calibrated_and_called_as_the_evaluation_does(
+    run, images, cohort, encoder, tmp_path
+):
+    copy = Run.open(shutil.copytree(run.path, tmp_path / "copy"))
+    evaluate_run(copy, calibration="platt", threshold_rule="specificity=0.8", n_resamples=0)
+    test = read_scored(copy, "test")
+    paths = [images / image_id for image_id in test.image_ids]
+
+    predictions = predict_images(copy, paths, encoder)
+
+    np.testing.assert_allclose(predictions.probabilities, test.probabilities, atol=1e-5)
+    assert (
+        np.abs(test.probabilities - predictions_of(run).loc[test.image_ids]).max(axis=None) > 0.01
+    )
+    table = copy.read_table("per_finding")
+    labelled = ~np.isnan(test.targets)
+    called = (predictions.decisions & labelled).sum(axis=0)
+    np.testing.assert_array_equal(called, table["tp"] + table["fp"])
+    plain = predict_images(run, paths, encoder)
+    assert (plain.decisions != predictions.decisions).any()
 
 
 def test_the_size_of_the_batches_changes_nothing(run, images, cohort, encoder, monkeypatch):

@@ -75,6 +75,7 @@ def test_everything_of_an_old_run_goes_and_nothing_else(tmp_path):
     run.write_table("per_finding", pd.DataFrame({"finding": ["Mass"]}))
     run.write_metrics({"test": {}})
     run.write_report("<html>")
+    run.write_model_card("# card")
     run.plot_path("auroc").write_bytes(b"png")
     (run.path / "notes.txt").write_text("mine")
 
@@ -167,6 +168,7 @@ WRITES = {
     "splits.csv": lambda run: run.write_table("splits", pd.DataFrame({"image_id": ["new"]})),
     "metrics.json": lambda run: run.write_metrics({"new": 1}),
     "report.html": lambda run: run.write_report("new"),
+    "model_card.md": lambda run: run.write_model_card("new"),
     "model.safetensors": lambda run: run.save_model(MODEL),
     "config.json": lambda run: run.finish(),
 }
@@ -322,6 +324,8 @@ def test_a_model_saved_again_is_read_again(tmp_path):
     run.save_model(SavedModel(MODEL.tensors, ("Mass",), {"Mass": 0.5}, {}, {}))
 
     assert run.thresholds == {"Mass": 0.5}
+    assert run.threshold_rule == "f1"
+    assert run.calibration.method == "none"
     assert run.load_model().findings == ("Mass",)
 
 

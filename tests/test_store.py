@@ -6,6 +6,8 @@ import errno
 import os
 import pickle
 import re
+import time
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import xxhash
 
 from cxr_cache import durable
+from cxr_cache.cohort import Cohort
 from cxr_cache.errors import (
     DiskFullError,
     StoreBusyError,
@@ -458,3 +461,34 @@ def test_reading_needs_no_permission_to_write(tmp_path):
 def test_a_store_of_a_folder_is_refused(tmp_path: Path):
     with pytest.raises(StoreNotFoundError):
         FeatureStore.open(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_opened_without_reading_them(tmp_path, monkeypatch):
+    """Checked, table included, in less than a second of processor time and a few megabytes."""
+    monkeypatch.setattr("cxr_cache.store.reserve", lambda _: None)  # a sparse file is enough
+    N = 1_000_000
+    names = np.char.mod("files/p10/p10000032/s50414267/%040d.jpg", np.arange(N))
+    studies = np.char.mod("s%08d", np.arange(N) // 2)
+    cohort = Cohort(
+        image_ids=names,
+        study_uids=studies,
+        patient_ids=studies,
+        projections=np.full(N, "Frontal"),
+        targets=np.zeros((N, 35), np.float32),
+        findings=tuple(f"finding {f}" for f in range(35)),
+        source={"table.csv": "ab" * 32},
+    )
+    shapes = {"embeddings": (1, 512), "pooled": (1, 768)}
+    path = tmp_path / "s.h5"
+    FeatureStore.create(path, cohort, encoder=ENCODER, features=shapes).close()
+    tracemalloc.start()
+    mark = time.process_time()
+    with FeatureStore.open(path) as store:
+        taken = time.process_time() - mark
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (len(store), len(store.done_rows)) == (N, 0)
+        assert store.image_ids[-1] == names[-1]
+    assert taken < 1
+    assert peak < 10e6

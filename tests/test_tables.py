@@ -6,12 +6,14 @@ import contextlib
 import logging
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_cache.errors import TableError
-from cxr_cache.tables import read_csv
+from cxr_cache.tables import format_csv, read_csv
 
 
 def write(folder: Path, content: str | bytes) -> Path:
@@ -111,3 +113,26 @@ def test_any_bytes_give_a_table_or_a_message(tmp_path_factory, content):
         table = read_csv(path)
         assert all(isinstance(cell, str) for cell in table.to_numpy().ravel())
         assert table.index.is_unique
+
+
+def test_tables_are_written_as_pandas_would(monkeypatch):
+    """Byte for byte, wherever they are cut, with all that cells may hold."""
+    monkeypatch.setattr("cxr_cache.tables._ROWS_AT_ONCE", 3)
+    floats = np.array([0.1, 1e-12, 12345678.9, np.inf, 1, -0.0, 2**-20], np.float32)
+    table = pd.DataFrame(
+        {
+            "plain": list("abcdefg"),
+            'a "name", quoted': ["", "a,b", 'say "x"', "two\nlines", ",", " %s ", "äö"],
+            "missing": ["x", None, "y", np.nan, "", "nan", "z"],
+            "float": floats,
+            "gaps": np.where(np.arange(7) % 2, floats, np.nan),
+            "blank": np.full(7, np.nan),
+            "int": range(7),
+            "nullable": pd.Series(range(7), dtype="Int64").mask(np.arange(7) == 4),
+            "bool": np.arange(7) > 3,
+        }
+    )
+    for n_rows in range(8):
+        expected = table[:n_rows].to_csv(index=False, float_format="%.9g", lineterminator="\n")
+        assert b"".join(format_csv(table[:n_rows])) == expected.encode()
+    assert list(format_csv(pd.DataFrame({"a": ["x\ry"]})))[1] == b'"x\ry"\n'  # pandas loses it

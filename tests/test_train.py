@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from cxr_cache.errors import (
     TrainingError,
 )
 from cxr_cache.evaluate import evaluate_run
+from cxr_cache.features import prepare_embeddings
 from cxr_cache.heads import HeadBank
 from cxr_cache.report import write_report
 from cxr_cache.run import Run
 from cxr_cache.store import FeatureStore
 from cxr_cache.train import load_training_data, train_head
+from cxr_cache.training_rows import LabelledRows
 from tests.synthetic import (
     FINDINGS,
     IMPORTED,
@@ -128,7 +131,10 @@ def test_a_whole_run_is_evaluated_and_reported(store, tmp_path):
 
     names = {path.name for path in run.path.iterdir()}
 
-    assert names == trained_files() | {"per_finding.csv", "metrics.json", "report.html", "plots"}
+    assert names == trained_files() | {
+        *("metrics.json", "per_finding.csv", "per_finding_by_study.csv", "subgroups.csv"),
+        *("curves.csv", "calibration.csv", "report.html", "model_card.md", "plots"),
+    }
 
 
 def test_config_json_says_what_was_done(run, store):
@@ -608,3 +614,23 @@ def test_embeddings_are_not_normalised_where_that_is_asked_for(store, tmp_path):
         "dropout": config.dropout,
     }
     assert asdict(config)["input_norm"] == run.config["train"]["input_norm"]
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_embeddings_are_in_memory_once(tmp_path, monkeypatch, n_views):
+    """Read and normalised part by part: the same numbers, and no second copy of them."""
+    cohort = make_cohort(n_studies=2000)
+    path = make_store(tmp_path / "s.h5", cohort, n_views=n_views)
+    monkeypatch.setattr("cxr_cache.train._ROWS_AT_ONCE", 300)
+    rows = np.arange(10, len(cohort))
+    found = LabelledRows(rows, cohort.take(rows), ())  # what this takes is another matter
+    monkeypatch.setattr("cxr_cache.train.find_labelled_rows", lambda *_, **__: found)
+    with FeatureStore.open(path) as store:
+        tracemalloc.start()
+        data = load_training_data(store, TrainConfig())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        whole = np.array(store.embeddings[10:].swapaxes(0, 1))
+
+    np.testing.assert_array_equal(data.embeddings, prepare_embeddings(whole, "l2"))
+    assert peak < 1.6 * data.embeddings.nbytes

@@ -1,0 +1,348 @@
+"""A run's tables -> figures as PNG files; computes no numbers."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cxr_cache.curves import POOLED
+from cxr_cache.evaluate import FEW_POSITIVES, LEVEL
+from cxr_cache.metrics import CONFUSION_COLUMNS
+from cxr_cache.run import FINAL_FOLD, Run, write_whole
+
+Axes: TypeAlias = Any  # matplotlib has no types of its own
+
+PLOTS = (
+    "epoch_search",
+    "training_curves",
+    "per_finding",
+    "class_distribution",
+    "class_vs_performance",
+    "confusion_matrices",
+    "confusion_matrices_six",
+    "curves",
+)
+MAX_MATRICES = 35
+N_COMMON_MATRICES = 6
+
+_CLASS_COLUMNS = ("finding", "n_images", "n_studies")
+
+# Okabe and Ito's palette, told apart by people with any colour vision.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
+INK = "#22262B"
+
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "grid.color": "#E4E7EB",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
+    "savefig.dpi": 130,
+    "text.color": INK,
+    "text.parse_math": False,  # a finding may be called anything
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@contextmanager
+def _figure(
+    path: Path, width: float, height: float, layout: Literal["constrained"] | None = "constrained"
+) -> Iterator[Figure]:
+    """A figure of so many inches, written whole to `path` when the block ends.
+
+    No pyplot: it keeps global state, and would look for a screen.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout=layout)
+        yield figure
+        image = io.BytesIO()
+        figure.savefig(image, format="png", metadata={"Software": None})
+    write_whole(path, image.getvalue())
+
+
+def draw_class_distribution(
+    findings: Sequence[str], images: Sequence[int], studies: Sequence[int], path: str | Path
+) -> None:
+    """Bars of how many images and studies have each finding, on a log scale, most frequent first.
+
+    Parameters
+    ----------
+    findings
+        Names, in any order.
+    images, studies
+        How many images and how many studies have each finding.
+    path
+        PNG file to write; its folder exists.
+    """
+    table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
+    table = table.sort_values("n_images", kind="stable")
+    with _figure(Path(path), 8, _rows_height(table)) as figure:
+        axes = figure.add_subplot()
+        _draw_counts(axes, table)
+        _label_findings(axes, table["finding"])
+
+
+def _draw_counts(axes: Axes, table: pd.DataFrame) -> None:
+    places = np.arange(len(table))
+    axes.barh(places + 0.2, table["n_images"], 0.4, color=BLUE, label="images")
+    axes.barh(places - 0.2, table["n_studies"], 0.4, color=ORANGE, label="studies")
+    for place, n_images in zip(places, table["n_images"], strict=True):
+        axes.annotate(
+            f"{n_images:,}",
+            (max(n_images, 0.8), place),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, max(10, table["n_images"].max()) * 2)
+    axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("with the finding (log scale)")
+    axes.legend(loc="lower right")
+    axes.set_title("How often each finding occurs")
+
+
+def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
+    """AUROC with its interval per row of the table, from the bottom up, and the chance line."""
+    places = np.arange(len(table))
+    axes.axvline(0.5, color=ORANGE, linestyle="--", linewidth=1.2, label="chance")
+    is_rare = (table["n_positive_test"] < FEW_POSITIVES).to_numpy()
+    interval = f"AUROC, {100 * LEVEL:.0f} % interval"
+    few = f"fewer than {FEW_POSITIVES} positives"
+    for chosen, color, label in ((~is_rare, BLUE, interval), (is_rare, GREY, few)):
+        rows = table[chosen]
+        bounds = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
+        axes.errorbar(
+            rows["auroc"],
+            places[chosen],
+            xerr=np.nan_to_num(np.clip(bounds, 0, None)),
+            fmt="o",
+            color=color,
+            markerfacecolor=color if color == BLUE else "white",
+            elinewidth=1.4,
+            markersize=4.5,
+            label=label if rows["auroc"].notna().any() else None,
+        )
+    for place in places[table["auroc"].isna()]:
+        axes.text(0.51, place, "not scored", va="center", color=GREY, style="italic", fontsize=8)
+    axes.set_xlim(min(0.4, np.nanmin([0.4, *table["auroc_low"]]) - 0.02), 1.01)
+    axes.set_xlabel("AUROC on the test images")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=8)
+
+
+def _label_findings(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(np.arange(len(labels)), list(labels))
+    axes.set_ylim(-0.7, len(labels) - 0.3)
+    axes.tick_params(axis="y", length=0)
+
+
+def _rows_height(table: pd.DataFrame) -> float:
+    """Inches for a plot with one row per finding."""
+    return 1.2 + 0.23 * max(4, len(table))
+
+
+def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> None:
+    with _figure(path, 7, 4) as figure:
+        axes = figure.add_subplot()
+        epochs = search["epochs"]
+        for fold in _fold_columns(search):
+            axes.plot(epochs, search[fold], ".-", color=GREY, linewidth=0.8, alpha=0.7)
+        axes.plot([], [], ".-", color=GREY, linewidth=0.8, label="one fold")
+        axes.errorbar(
+            epochs,
+            search["mean_auroc"],
+            yerr=search["std_auroc"],
+            color=BLUE,
+            marker="o",
+            capsize=4,
+            linewidth=2,
+            label="mean ± standard deviation",
+        )
+        axes.axvline(
+            chosen_epochs, color=ORANGE, linestyle="--", label=f"chosen: {chosen_epochs} epochs"
+        )
+        if len(epochs) <= 12:  # more would run into each other
+            axes.set_xticks(epochs)
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("macro AUROC of the held-out fold")
+        axes.set_title("Search for the number of epochs")
+        axes.legend()
+
+
+def _fold_columns(search: pd.DataFrame) -> list[str]:
+    return [column for column in search.columns if column.startswith("fold_")]
+
+
+def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
+    if "horizon" in history:  # every candidate was trained by itself: show the longest
+        longest = history["horizon"] == history["horizon"].max()
+        history = history[longest | (history["fold"] == FINAL_FOLD)]
+    folds = history[history["fold"] != FINAL_FOLD]
+    final = history[history["fold"] == FINAL_FOLD]
+    with _figure(path, 9, 3.6) as figure:
+        loss, auroc = figure.subplots(1, 2)
+        _draw_folds(loss, folds, "train_loss", BLUE, "train")
+        _draw_folds(loss, folds, "val_loss", GREEN, "held-out fold")
+        if len(final):
+            line = final.groupby("epoch")["train_loss"].mean()
+            loss.plot(line.index, line, "--", color=ORANGE, label="train, final model")
+        _draw_folds(auroc, folds, "val_auroc", GREEN, "held-out fold")
+        loss.set(xlabel="epoch", ylabel="loss", title="Loss")
+        auroc.set(xlabel="epoch", ylabel="macro AUROC", title="Macro AUROC")
+        for axes in (loss, auroc):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        loss.legend()
+        auroc.legend(loc="lower right")
+
+
+def _draw_folds(axes: Axes, folds: pd.DataFrame, column: str, color: str, label: str) -> None:
+    """Every fold as a thin line, their mean as a thick one."""
+    curves = folds.pivot_table(index="epoch", columns="fold", values=column)
+    if curves.empty:
+        return
+    axes.plot(curves.index, curves, color=color, linewidth=0.6, alpha=0.4)
+    axes.plot(curves.index, curves.mean(axis=1), color=color, linewidth=2, label=label)
+
+
+def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
+    table = per_finding.sort_values("auroc", na_position="first", kind="stable")
+    with _figure(path, 8, _rows_height(table)) as figure:
+        axes = figure.add_subplot()
+        _draw_auroc(axes, table)
+        names = zip(table["finding"], table["n_positive_test"], strict=True)
+        _label_findings(axes, [f"{finding}  ({n})" for finding, n in names])
+        axes.set_ylabel("finding (images with it in test)")
+
+
+def _draw_class_vs_performance(per_finding: pd.DataFrame, path: Path) -> None:
+    table = per_finding.sort_values("n_images", kind="stable")
+    with _figure(path, 10.5, _rows_height(table)) as figure:
+        counts, aurocs = figure.subplots(1, 2, sharey=True)
+        _draw_counts(counts, table)
+        _draw_auroc(aurocs, table)
+        _label_findings(counts, table["finding"])
+        counts.set_title("")
+        aurocs.tick_params(axis="y", length=0)
+
+
+def _draw_confusion_matrices(per_finding: pd.DataFrame, n_columns: int, path: Path) -> None:
+    """One 2 x 2 matrix per finding: counts, coloured and annotated by the share of their row."""
+    n_rows = max(1, math.ceil(len(per_finding) / n_columns))
+    width, height = 1.75 * n_columns, 2.05 * n_rows
+    # Fixed margins: working them out for 35 axes takes seconds.
+    margins = {"left": 0.3 / width, "right": 1 - 0.1 / width, "wspace": 0.25, "hspace": 0.5}
+    margins |= {"bottom": 0.25 / height, "top": 1 - 0.4 / height}
+    with _figure(path, width, height, layout=None) as figure:
+        grid = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=margins).ravel()
+        for axes, (_, row) in zip(grid, per_finding.iterrows(), strict=False):
+            _draw_confusion_matrix(axes, row)
+        for axes in grid[len(per_finding) :]:
+            axes.set_axis_off()
+
+
+def _draw_confusion_matrix(axes: Axes, row: pd.Series[Any]) -> None:
+    tp, fp, fn, tn = (int(row[column]) for column in CONFUSION_COLUMNS)
+    counts = np.array([[tp, fn], [fp, tn]])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(counts):
+        axes.text(
+            j,
+            i,
+            f"{count:,}\n{shares[i, j]:.0%}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if shares[i, j] > 0.55 else INK,
+        )
+    axes.set_xticks([0, 1], ["called", "not called"], fontsize=7.5)
+    axes.set_yticks([0, 1], ["present", "absent"], fontsize=7.5, rotation=90, va="center")
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    title = textwrap.fill(str(row["finding"]), 22)
+    axes.set_title(title, fontsize=8, loc="center")
+
+
+def _draw_curves(curves: pd.DataFrame, calibration: pd.DataFrame, path: Path) -> None:
+    """ROC, precision-recall and calibration: a thin line per finding, thick for all pooled."""
+    stage = "after" if (calibration["stage"] == "after").any() else "before"
+    bins = calibration[calibration["stage"] == stage]
+    with _figure(path, 10.5, 3.7) as figure:
+        roc, ranked, reliability = figure.subplots(1, 3)
+        for finding, rows in curves.groupby("finding"):
+            style = _curve_style(str(finding))
+            roc.plot(1 - rows["specificity"], rows["sensitivity"], **style)
+            ranked.plot(rows["sensitivity"], rows["ppv"], **style)
+        for finding, rows in bins.groupby("finding"):
+            marker = {"marker": "o", "markersize": 4} if finding == POOLED else {}
+            reliability.plot(
+                rows["mean_probability"], rows["observed"], **_curve_style(str(finding)), **marker
+            )
+        for axes in (roc, reliability):
+            axes.plot([0, 1], [0, 1], color=ORANGE, linestyle="--", linewidth=1.2)
+        roc.set(xlabel="1 − specificity", ylabel="sensitivity", title="ROC")
+        ranked.set(xlabel="recall", ylabel="precision", title="Precision and recall")
+        reliability.set(xlabel="stated probability", ylabel="share", title="Calibration")
+        for axes in (roc, ranked, reliability):
+            axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        roc.plot([], [], **_curve_style("one"), label="one finding")
+        roc.plot([], [], **_curve_style(POOLED), label="all pooled")
+        roc.legend(loc="lower right")
+
+
+def _curve_style(finding: str) -> dict[str, Any]:
+    if finding == POOLED:
+        return {"color": BLUE, "linewidth": 2.2, "zorder": 3}
+    return {"color": GREY, "linewidth": 0.7, "alpha": 0.6}
+
+
+def draw_plots(run: Run) -> dict[str, Path]:
+    """Draw every plot of a run that has been evaluated, into its ``plots`` folder.
+
+    Returns
+    -------
+    dict[str, Path]
+        PNG file by the plot's name; ``curves`` only where the evaluation kept them.
+    """
+    per_finding = run.read_table("per_finding")
+    occurring = per_finding[per_finding["n_positive_test"] > 0]
+    common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
+    paths = {name: run.plot_path(name) for name in PLOTS}
+    search, chosen_epochs = run.read_table("epoch_search"), run.config["chosen_epochs"]
+    _draw_epoch_search(search, chosen_epochs, paths["epoch_search"])
+    _draw_training_curves(run.read_table("history"), paths["training_curves"])
+    _draw_per_finding(per_finding, paths["per_finding"])
+    names, images, studies = (per_finding[key].tolist() for key in _CLASS_COLUMNS)
+    draw_class_distribution(names, images, studies, paths["class_distribution"])
+    _draw_class_vs_performance(per_finding, paths["class_vs_performance"])
+    _draw_confusion_matrices(common, 5, paths["confusion_matrices"])
+    _draw_confusion_matrices(common[:N_COMMON_MATRICES], 3, paths["confusion_matrices_six"])
+    if run.has_table("curves") and run.has_table("calibration"):
+        _draw_curves(run.read_table("curves"), run.read_table("calibration"), paths["curves"])
+    else:
+        del paths["curves"]
+    return paths

@@ -1,0 +1,242 @@
+"""How often intervals cover: known AUROC, AP and F1, and images of one study that are alike.
+
+    python scripts/interval_coverage.py --repeats 500
+
+Two simulations, scores being normal, shifted where the finding is present, with most of their
+variance shared by the images of a study:
+
+* one finding, 100 studies of three images: intervals over studies, and over images as if each
+  were evidence of its own;
+* 35 findings as frequent as those of the Indiana collection, in a test split of 770 studies of two
+  images: the intervals of this package, and percentiles of studies drawn with replacement.
+
+AP and F1 of a finding with few positives are biased: those of another test split as large are not
+those of the population. Coverage is given for both, "as large" being the mean over all repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarking import format_table, write_json
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from cxr_cache.bootstrap import bootstrap, bootstrap_weights
+from cxr_cache.intervals import Interval, macro_interval, standard_errors, student_interval
+from cxr_cache.metrics import confusion_counts, macro_mean, rates
+from cxr_cache.ranked import RankedScores
+
+Array = NDArray[Any]
+MEASURES = ("auroc", "ap", "f1")
+N_STUDIES = 770  # a fifth of the Indiana collection
+SHARED = 0.8  # of the variance of a score, by the images of a study
+CLASSES = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 10**6))
+"""Findings by their number of studies with a positive."""
+
+
+# --- one finding ---------------------------------------------------------------------------------
+
+
+def cover_one_finding(repeats: int, n_resamples: int) -> dict[str, float]:
+    """Share of intervals of AUROC that cover, with whole studies and with images resampled."""
+    distance, n_studies, n_each = 1.0, 100, 3
+    truth = float(norm.cdf(distance / np.sqrt(2)))
+    study = np.repeat(np.arange(n_studies), n_each)
+    groupings = {"studies": study, "images": np.arange(len(study))}
+    n_covered: dict[str, int] = defaultdict(int)
+    for repeat in range(repeats):
+        rng = np.random.default_rng([1, repeat])
+        present = (rng.random((n_studies, 1)) < 0.4)[study]
+        scores = draw_scores(rng, present, np.array([distance]), study, shared=0.9)
+        ranked = RankedScores(present.astype(float), scores)
+        once = ranked.auroc_and_ap(np.ones((1, len(study))))[0][0]
+        for name, groups in groupings.items():
+            areas = ranked.auroc_and_ap(bootstrap_weights(groups, n_resamples, repeat))[0]
+            n = fewer_of_both(present.astype(float), groups)
+            interval = student_interval(once, standard_errors(areas, n), n, "logit")
+            n_covered[name] += bool(covers(interval, truth)[0])
+    return {name: count / repeats for name, count in n_covered.items()}
+
+
+def draw_scores(
+    rng: np.random.Generator, present: Array, distances: Array, study: Array, *, shared: float
+) -> Array:
+    """Normal scores of unit variance, so far apart, ``(N, F)``."""
+    of_study = rng.standard_normal((study[-1] + 1, len(distances)))[study]
+    own = rng.standard_normal(present.shape)
+    scores: Array = present * distances + np.sqrt(shared) * of_study + np.sqrt(1 - shared) * own
+    return scores
+
+
+def fewer_of_both(targets: Array, groups: Array) -> Array:
+    """Groups with a positive or with a negative, whichever are fewer, ``(F,)``."""
+    counts = [[len(np.unique(groups[column == value])) for column in targets.T] for value in (0, 1)]
+    fewer: Array = np.min(counts, axis=0)
+    return fewer
+
+
+def covers(interval: Interval, truth: Array | float) -> Array:
+    """Where the truth lies inside."""
+    covered: Array = np.logical_and(interval.low <= truth, truth <= interval.high)
+    return covered
+
+
+# --- 35 findings ---------------------------------------------------------------------------------
+
+
+class Population:
+    """35 findings with known AUROC, AP, best F1, and the threshold that has it."""
+
+    def __init__(self) -> None:
+        rules = json.loads((resources.files("cxr_cache") / "data/findings35.json").read_text())
+        n_images = np.array([rule["images"] for rule in rules["findings"]])
+        self.prevalence = n_images / rules["images"]
+        self.distances = np.random.default_rng(5).uniform(0.4, 1.6, len(n_images))
+        z = np.linspace(-8, 10, 100_001)
+        columns = [
+            self._of_finding(z, *pair) for pair in zip(self.prevalence, self.distances, strict=True)
+        ]
+        self.truth = np.array([column[:3] for column in columns]).T  # (3, F)
+        self.thresholds = np.array([column[3] for column in columns])
+
+    @staticmethod
+    def _of_finding(z: Array, prevalence: float, distance: float) -> tuple[float, ...]:
+        found, false = norm.sf(z - distance), norm.sf(z)
+        tp, fp = prevalence * found, (1 - prevalence) * false
+        f1 = 2 * tp / (prevalence + tp + fp)
+        ap = -np.trapezoid(tp / (tp + fp), found)
+        return norm.cdf(distance / np.sqrt(2)), ap, f1.max(), z[f1.argmax()]
+
+    def draw(self, seed: int) -> tuple[Array, Array, Array]:
+        """Targets, scores and studies of a test split."""
+        rng = np.random.default_rng([2, seed])
+        study = np.repeat(np.arange(N_STUDIES), 2)
+        present = (rng.random((N_STUDIES, len(self.prevalence))) < self.prevalence)[study]
+        return (
+            present.astype(float),
+            draw_scores(rng, present, self.distances, study, shared=SHARED),
+            study,
+        )
+
+
+def simulate(population: Population, seed: int, n_resamples: int) -> dict[str, Any]:
+    """One test split: estimates, studies behind them, and intervals of both kinds."""
+    targets, scores, study = population.draw(seed)
+    ranked, decisions = RankedScores(targets, scores), scores >= population.thresholds
+
+    def statistics(weights: Array) -> dict[str, Array]:
+        areas, precisions = ranked.auroc_and_ap(weights)
+        f1 = rates(confusion_counts(targets, decisions, weights)).f1
+        return {"auroc": areas, "ap": precisions, "f1": f1}
+
+    rng = np.random.default_rng([3, seed])
+    even = np.full(N_STUDIES, 1 / N_STUDIES)
+    drawn = statistics(rng.multinomial(N_STUDIES, even, size=n_resamples)[:, study])
+    weighted = bootstrap(statistics, study, n_resamples, seed)
+    n = fewer_of_both(targets, study)
+    once = statistics(np.ones((1, len(study))))
+    estimates = {name: np.where(n > 0, once[name][0], np.nan) for name in MEASURES}
+    scored = n > 0
+    intervals: dict[tuple[str, str], tuple[Interval, Interval]] = {}
+    for name, values in estimates.items():
+        errors = standard_errors(weighted[name], n)
+        intervals[name, "package"] = (
+            student_interval(values, errors, n, "logit"),
+            macro_interval(values, weighted[name], n, "logit"),
+        )
+        intervals[name, "percentiles"] = (
+            percentiles(drawn[name]),
+            percentiles(macro_mean(drawn[name][:, scored])),
+        )
+    return {"n": n, "estimates": np.stack(list(estimates.values())), "intervals": intervals}
+
+
+def cover_many_findings(repeats: int, n_resamples: int) -> list[dict[str, Any]]:
+    """Coverage of single findings and of their mean, by method, measure and truth."""
+    population = Population()
+    splits = [simulate(population, seed, n_resamples) for seed in range(repeats)]
+    as_large = np.nanmean([split["estimates"] for split in splits], axis=0)
+    truths = {"population": population.truth, "as large": as_large}
+    results: dict[tuple[str, ...], list[bool]] = defaultdict(list)
+    for split in splits:
+        for (measure, method), intervals in split["intervals"].items():
+            for target, truth in truths.items():
+                of_findings = truth[MEASURES.index(measure)]
+                for what, covered in judge(split["n"], intervals, of_findings):
+                    results[measure, target, method, what].append(covered)
+    return [
+        dict(zip(("measure", "truth", "method", "of"), key, strict=True))
+        | {"coverage": float(np.mean(covered)), "n": len(covered)}
+        for key, covered in sorted(results.items())
+    ]
+
+
+def judge(
+    n: Array, intervals: tuple[Interval, Interval], truth: Array
+) -> Iterator[tuple[str, bool]]:
+    """What an interval is of, and whether it covers."""
+    single, macro = intervals
+    for first, last in CLASSES:
+        chosen = (n >= first) & (n <= last) & ~np.isnan(single.low)
+        for covered in covers(single, truth)[chosen]:
+            yield f"{first}-{last} positives", bool(covered)
+    yield "macro", bool(covers(macro, truth[n > 0].mean()))
+
+
+def percentiles(resampled: Array) -> Interval:
+    """95 % of the resamples that are defined."""
+    with np.errstate(invalid="ignore"):
+        defined = ~np.isnan(resampled).all(axis=0)
+    bounds = np.full((2, *resampled.shape[1:]), np.nan)
+    bounds[:, defined] = np.nanquantile(resampled[:, defined], [0.025, 0.975], axis=0)
+    return Interval(bounds[0], bounds[1])
+
+
+def main() -> None:
+    """Simulate, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=500)
+    parser.add_argument("--resamples", type=int, default=300)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    one = cover_one_finding(options.repeats, options.resamples)
+    many = cover_many_findings(options.repeats, options.resamples)
+    print("One finding, 100 studies of three images; intervals of AUROC that cover, of 95 %:")
+    print("\n".join(f"  resampling {name}: {100 * share:.1f} %" for name, share in one.items()))
+    print(f"35 findings, 770 studies of two images, {options.repeats} repeats; coverage in %:")
+    print(tabulate(many))
+    print(f"{time.perf_counter() - started:.0f} s")
+    if options.out:
+        write_json(options.out, {"one_finding": one, "many_findings": many, **vars_of(options)})
+
+
+def vars_of(options: argparse.Namespace) -> dict[str, int]:
+    """What the figures depend on."""
+    return {"repeats": options.repeats, "resamples": options.resamples}
+
+
+def tabulate(results: list[dict[str, Any]]) -> str:
+    """One line per measure, truth and method; one column per class of findings."""
+    by_key = {(r["measure"], r["truth"], r["method"], r["of"]): r for r in results}
+    columns = ["macro", *(f"{first}-{last} positives" for first, last in CLASSES)]
+    heads = ["macro", *(f"n={a}" if a == b else f"{a}-{b}" for a, b in CLASSES)]
+    lines = [["measure, truth, method", *(h.replace("-1000000", "+") for h in heads)]]
+    for measure, truth, method in dict.fromkeys(key[:3] for key in by_key):
+        cells = [by_key.get((measure, truth, method, column)) for column in columns]
+        shown = ["" if cell is None else f"{100 * cell['coverage']:.1f}" for cell in cells]
+        lines.append([f"{measure}, {truth}, {method}", *shown])
+    return format_table(lines)
+
+
+if __name__ == "__main__":
+    main()
