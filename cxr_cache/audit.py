@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort
 from cxr_cache.duplicates import Neighbourhood, find_neighbours, find_same_digests
-from cxr_cache.errors import ConfigError, StoreIncompleteError
+from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
 from cxr_cache.leakage import Leakage, measure_leakage
 from cxr_cache.outliers import find_embedding_outliers, find_pixel_outliers, standardise
 from cxr_cache.picture_facts import THUMBNAIL_PX, PictureFacts, examine_pictures
@@ -57,6 +57,8 @@ class Audit:
     run: str | None
     n_images: int
     n_failed: int
+    knows_patients: bool
+    """Whether any image names its patient."""
     groups: pd.DataFrame
     """Studies and patients on several sides: kind, id, n_images, sides."""
     duplicates: pd.DataFrame
@@ -95,7 +97,7 @@ class Audit:
         if self.run is None:
             return ["No --run-dir: there is no split to check."]
         lines = []
-        for kind in ("study", "patient"):
+        for kind in ("study", "patient") if self.knows_patients else ("study",):
             found = self.groups[self.groups["kind"] == kind]
             plural = {"study": "studies", "patient": "patients"}[kind]
             n_test = found["sides"].str.contains("test").sum()
@@ -103,6 +105,8 @@ class Audit:
                 f"{plural} on several sides of the split of {self.run}: {n_test:,} on test and "
                 f"train, {len(found) - n_test:,} on several folds only"
             )
+        if not self.knows_patients:
+            lines.append("no image names its patient, so patients are not checked")
         return lines
 
     def _describe_duplicates(self) -> list[str]:
@@ -187,12 +191,11 @@ def audit_store(
     ConfigError
         `with_leakage` without a `run`.
     RunError
-        As :func:`cxr_cache.leakage.measure_leakage`.
+        The run has images that the store has not; or as :func:`cxr_cache.leakage.measure_leakage`.
     """
     config = config or AuditConfig()
     if with_leakage and run is None:
         raise ConfigError("--leakage trains the head of a run. Give one with --run-dir.")
-    leakage = measure_leakage(store, run) if with_leakage and run is not None else None
     rows = store.embedded_rows
     if len(rows) < _MIN_ROWS:
         raise StoreIncompleteError(
@@ -212,12 +215,13 @@ def audit_store(
         run=None if run is None else str(run.path),
         n_images=len(rows),
         n_failed=int((store.status == FAILED).sum()),
+        knows_patients=bool((cohort.patient_ids != "").any()),
         groups=_find_split_groups(cohort, sides),
         duplicates=_describe_pairs(pairs, cohort, sides),
         outliers=_describe_rows(outliers, cohort, sides),
         unreadable=unreadable,
         looked_at_pixels=image_dir is not None,
-        leakage=leakage,
+        leakage=measure_leakage(store, run) if with_leakage and run is not None else None,
     )
 
 
@@ -226,7 +230,14 @@ def _join_run(cohort: Cohort, run: Run | None) -> tuple[Cohort, NDArray[np.str_]
     if run is None:
         return cohort, np.full(len(cohort), "", "<U8")
     findings = tuple(run.config["findings"])
-    split = run.read_table("splits").set_index("image_id").reindex(cohort.image_ids)
+    split = run.read_table("splits").set_index("image_id")
+    missing = split.index[~split.index.isin(cohort.image_ids)]
+    if len(missing):
+        raise RunError(
+            f"{len(missing):,} of the {len(split):,} images of {run.path} are not in the store, "
+            f"the first is {missing[0]!r}. Give the run's own store."
+        )
+    split = split.reindex(cohort.image_ids)
     targets = run.read_table("targets").set_index("image_id").reindex(cohort.image_ids)
     fold = "fold " + split["fold"].astype("Int64").astype("string")
     sides = fold.where(split["split"] == "train", split["split"]).fillna("")

@@ -16,7 +16,7 @@ from cxr_cache.errors import ImageError
 from cxr_cache.explain import Explanation
 
 _COLOURS: Final = "cividis"  # made to look the same to colour-blind people
-_STRONGEST: Final = 0.6  # opacity of the map's maximum; its zero is transparent
+_STRONGEST: Final = 0.75  # opacity of the map's maximum; its zero is transparent
 
 
 def draw_explanation(explanation: Explanation, path: Path) -> None:
@@ -40,7 +40,7 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
         cmap=_COLOURS,
         vmin=0,
         vmax=1,
-        alpha=_STRONGEST * np.sqrt(relevance),
+        alpha=_STRONGEST * relevance,
         extent=explanation.extent,
         interpolation="bilinear",
     )

@@ -271,6 +271,26 @@ def test_studies_on_both_sides_are_counted(leaking):
     assert set(on_both["id"]) == set(sides.index[sides == {"test", "train"}])
     assert len(on_both) > 10
     assert f"{len(on_both):,} on test and train" in found.to_text()
+    assert "no image names its patient" in found.to_text()
+
+
+def test_a_patient_on_both_sides_is_found_where_studies_are_whole(tmp_path):
+    """The run did not know that two studies are one patient's; the store does."""
+    cohort = synthetic.make_cohort(40)
+    known = replace(cohort, patient_ids=np.char.add("p", (np.arange(80) // 8).astype(str)))
+    train_head(
+        synthetic.make_store(tmp_path / "blind.h5", cohort),
+        tmp_path / "run",
+        replace(synthetic.QUICK, epochs=(1,)),
+    )
+    path = synthetic.make_store(tmp_path / "features.h5", known)
+    with FeatureStore.open(path) as store:
+        found = audit_store(store, run=Run.open(tmp_path / "run"))
+    assert set(found.groups["kind"]) == {"patient"}
+    split = Run.open(tmp_path / "run").read_table("splits")
+    sides = split.groupby(known.patient_ids)["split"].agg(set)
+    on_test = found.groups[found.groups["sides"].str.contains("test")]
+    assert set(on_test["id"]) == set(sides.index[sides.map(len) == 2])
 
 
 def test_leaking_pays_where_labels_hang_on_the_study_alone(leaking, tmp_path):
@@ -322,5 +342,9 @@ def test_what_cannot_be_done_is_said(leaking, tmp_path):
 
 def test_a_run_of_another_store_is_refused(leaking, tmp_path):
     other = synthetic.make_store(tmp_path / "other.h5", synthetic.make_cohort(20))
-    with FeatureStore.open(other) as store, pytest.raises(RunError, match="run's own store"):
-        measure_leakage(store, Run.open(leaking[1]))
+    run = Run.open(leaking[1])
+    with FeatureStore.open(other) as store:
+        with pytest.raises(RunError, match="run's own store"):
+            measure_leakage(store, run)
+        with pytest.raises(RunError, match=r"200 of the 240 images .* is '00040\.png'"):
+            audit_store(store, run=run)

@@ -78,7 +78,11 @@ def folder(tmp_path_factory) -> Path:
         "text_cfg": text_cfg,
     }
     model = open_clip.CustomTextCLIP(**model_cfg)
-    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = {
+        # BERT begins with weights so small that all texts are one
+        name: tensor * 10 if name.startswith("text.") and tensor.ndim > 1 else tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
     write_folder(folder, state, {"model_cfg": model_cfg, "preprocess_cfg": {}})
     return folder
 
@@ -114,8 +118,8 @@ def test_image_and_text_meet_as_in_open_clip(folder, encoder):
     embeddings = encoder.encode(pixels)[1].numpy()
     logits = score_prompts(embeddings, ours, [PromptPair((texts[0],), (texts[1],))])
     difference = (expected[:, 0] - expected[:, 1]).numpy()
-    np.testing.assert_allclose(logits[:, 0], difference, rtol=1e-4, atol=1e-4)
-    assert np.ptp(difference) > 1e-4, "the images differ"
+    np.testing.assert_allclose(logits[:, 0], difference, rtol=1e-3, atol=1e-4)
+    assert np.abs(difference).min() > 0.02, "the texts differ"
     softmax = torch.softmax(expected, dim=1)[:, 0].numpy()
     np.testing.assert_allclose(1 / (1 + np.exp(-logits[:, 0])), softmax, rtol=1e-4)
 
@@ -145,7 +149,10 @@ def test_sentences_are_averaged_at_length_one(folder):
     present = F.normalize((first + second) / 2, dim=0)
     cosines = F.normalize(torch.from_numpy(image), dim=-1) @ (present - absent)
     np.testing.assert_allclose(
-        score_prompts(image, ours, [pair])[:, 0], ours.logit_scale * cosines.numpy(), rtol=1e-3
+        score_prompts(image, ours, [pair])[:, 0],
+        ours.logit_scale * cosines.numpy(),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
