@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from cxr_cache.bootstrap import bootstrap
 from cxr_cache.errors import RunError
@@ -236,7 +236,7 @@ def _difference(
     error = np.where((error == 0) & (difference != 0), np.nan, error)
     with np.errstate(invalid="ignore"):
         t = np.where(difference == 0, 0.0, np.abs(difference) / error)
-    reach = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    reach = stdtrit(freedom, (1 + LEVEL) / 2) * error
     table: pd.DataFrame = pd.DataFrame(
         {
             "first": first,
@@ -244,7 +244,7 @@ def _difference(
             "difference": difference,
             "low": np.maximum(difference - reach, -1),  # no two shares differ by more
             "high": np.minimum(difference + reach, 1),
-            "p": np.where(np.isnan(error), np.nan, 2 * stats.t.sf(t, freedom)),
+            "p": np.where(np.isnan(error), np.nan, 2 * stdtr(freedom, -t)),
             "n_undefined_resamples": np.append(n_undefined, n_undefined.sum()),
         }
     )

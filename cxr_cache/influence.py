@@ -12,9 +12,8 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
-from cxr_cache.metrics import Array, FloatArray
+from cxr_cache.metrics import Array, FloatArray, mean_ranks
 
 
 def macro_auroc_influence(targets: Array, scores: Array) -> FloatArray:
@@ -35,10 +34,10 @@ def macro_auroc_influence(targets: Array, scores: Array) -> FloatArray:
             continue
         n_defined += 1
         both = np.concatenate([positives, negatives])
-        ranks = rankdata(score[both])
+        ranks = mean_ranks(score[both])
         n = len(positives)
-        beaten = (ranks[:n] - rankdata(score[positives])) / len(negatives)
-        beating = 1 - (ranks[n:] - rankdata(score[negatives])) / n
+        beaten = (ranks[:n] - mean_ranks(score[positives])) / len(negatives)
+        beating = 1 - (ranks[n:] - mean_ranks(score[negatives])) / n
         influence[positives] += (beaten - beaten.mean()) / n
         influence[negatives] += (beating - beating.mean()) / len(negatives)
     return influence / max(n_defined, 1)

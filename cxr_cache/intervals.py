@@ -18,7 +18,7 @@ import math
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from cxr_cache.metrics import Array, FloatArray, macro_mean
 
@@ -80,7 +80,7 @@ def student_interval(
         *(np.asarray(values, np.float64) for values in (estimates, errors, n_studies))
     )
     tail = (1 - level) / 2
-    quantile = stats.t.ppf(1 - tail, np.where(n_studies > 1, n_studies - 1, np.nan))
+    quantile = stdtrit(np.where(n_studies > 1, n_studies - 1, np.nan), 1 - tail)
     low, high = _on_scale(estimates, quantile * errors, scale)
     if scale == "logit":
         with np.errstate(divide="ignore"):

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Array: TypeAlias = NDArray[Any]
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -89,8 +88,19 @@ def _rank_sums(scores: Array, chosen: NDArray[np.bool_]) -> FloatArray:
     return summed
 
 
+def mean_ranks(scores: Array) -> FloatArray:
+    """Ranks from 1, equal scores sharing their mean, ``(N,)`` both ways.
+
+    ``scipy.stats.rankdata``, without the second that importing scipy.stats takes.
+    """
+    order = np.argsort(scores)
+    ranks = np.empty(len(scores))
+    ranks[order] = _mean_ranks(scores[order][None])[0]
+    return ranks
+
+
 def _mean_ranks(ordered: Array) -> FloatArray:
-    """Ranks from 1 of ascending rows, equal ones sharing their mean, ``(F, N)`` both ways."""
+    """Ranks of ascending rows, ``(F, N)`` both ways."""
     differs = ordered[:, 1:] != ordered[:, :-1]
     edge = np.ones((len(ordered), 1), dtype=bool)
     places = np.arange(ordered.shape[1])
@@ -126,13 +136,16 @@ def average_precision(targets: Array, scores: Array) -> FloatArray:
         A score is NaN or infinite.
     """
     present, n_present, n_absent = _count(targets)
-    unlabelled = np.isnan(targets)
+    labelled = ~np.isnan(targets)
 
     def precision_sum(matrix: Array) -> FloatArray:
-        n_called = rankdata(np.where(unlabelled, np.inf, -matrix), "max", axis=0)
-        n_found = rankdata(np.where(present, -matrix, np.inf), "max", axis=0)
-        summed: FloatArray = np.where(present, n_found / n_called, 0.0).sum(axis=0)
-        return summed
+        sums = np.zeros(matrix.shape[1])
+        for f, scores in enumerate(matrix.T):
+            everything, positives = (np.sort(scores[of[:, f]]) for of in (labelled, present))
+            n_called = len(everything) - np.searchsorted(everything, positives)
+            n_found = len(positives) - np.searchsorted(positives, positives)
+            sums[f] = (n_found / n_called).sum()
+        return sums
 
     return divide(_per_matrix(precision_sum, scores), np.where(n_absent > 0, n_present, 0))
 

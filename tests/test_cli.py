@@ -368,7 +368,7 @@ def test_the_demo_runs_twice(tmp_path, monkeypatch):
     assert re.search(r"frozen +finetuned +difference\n  macro AUROC ", output)
     assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
     assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
-    monkeypatch.setattr(demo, "write_report", lambda run: run.report_path)  # drawn once already
+    monkeypatch.setattr(demo, "write_report", lambda run, **_: run.report_path)  # drawn once
     assert "nothing was left to compute" in succeed(*command)
 
 

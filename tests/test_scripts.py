@@ -29,6 +29,7 @@ def run(command: list[object], **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_measured_against_the_plain_ways_and_the_floor(tmp_path):
     out = tmp_path / "made" / "finetune.json"
     script = REPOSITORY / "scripts" / "bench_finetune.py"
@@ -54,6 +55,7 @@ def test_fine_tuning_is_measured_against_the_plain_ways_and_the_floor(tmp_path):
     assert str(Path.home()) not in out.read_text()
 
 
+@pytest.mark.slow
 def test_extraction_is_measured_against_a_plain_script_and_the_bare_forward_pass(tmp_path):
     out = tmp_path / "extract.json"
     script = REPOSITORY / "scripts" / "bench_extract.py"
@@ -68,6 +70,7 @@ def test_extraction_is_measured_against_a_plain_script_and_the_bare_forward_pass
     assert "the limit was: " in printed
 
 
+@pytest.mark.slow
 def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
     out = tmp_path / "tokens.json"
     script = REPOSITORY / "scripts" / "bench_tokens.py"
@@ -133,6 +136,7 @@ def test_resampling_reaches_its_goals_at_full_size(tmp_path):
     assert many["peak_mb"] < 1.2 * 4 * few["peak_mb"]
 
 
+@pytest.mark.slow
 def test_coverage_is_simulated_for_both_kinds_of_intervals(tmp_path):
     out = tmp_path / "coverage.json"
     script = REPOSITORY / "scripts" / "interval_coverage.py"
@@ -200,3 +204,38 @@ def test_a_section_that_fails_is_reported_and_the_others_go_on(tmp_path):
     sections = json.loads(out.read_text())["sections"]
     assert sections["heads"]["status"] == "failed: ValueError: broken on purpose"
     assert sections["exactness"]["status"] == "done"
+
+
+@pytest.mark.slow
+def test_the_search_is_measured_against_the_plain_loop_and_the_floor(tmp_path):
+    out = tmp_path / "search.json"
+
+    printed = run(
+        [sys.executable, REPOSITORY / "scripts" / "bench_search.py", "--quick", "--out", out]
+    )
+
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == [
+        "search, batch 16",
+        "search, batch 256",
+        "100 settings, batch 256",
+        "macro AUROC of 5 folds",
+    ]
+    assert all(seconds > 0 for times in results.values() for seconds in times.values())
+    assert "plain/ours" in printed
+
+
+def test_all_measurements_make_one_table_and_one_picture(tmp_path):
+    search = {"a search": {"seconds": 2.0, "plain": 50.0, "floor": 1.6}}
+    (tmp_path / "search.json").write_text(json.dumps({"results": search}))
+    plot = tmp_path / "plot.png"
+
+    printed = run(
+        [
+            *(sys.executable, REPOSITORY / "scripts" / "bench_table.py"),
+            *("--folder", tmp_path, "--plot", plot),
+        ]
+    )
+
+    assert printed.splitlines()[1].split() == "a search 2 s 50 s 1.6 s 25 1.25".split()
+    assert plot.stat().st_size > 5000
