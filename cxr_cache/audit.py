@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cxr_cache.cohort import Cohort
 from cxr_cache.duplicates import Neighbourhood, find_neighbours, find_same_digests
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
-from cxr_cache.leakage import Leakage, measure_leakage
+from cxr_cache.leakage import Leakage, measure_leakage, recipe_of
 from cxr_cache.outliers import find_embedding_outliers, find_pixel_outliers, standardise
 from cxr_cache.picture_facts import THUMBNAIL_PX, PictureFacts, examine_pictures
 from cxr_cache.run import Run
@@ -196,6 +196,8 @@ def audit_store(
     config = config or AuditConfig()
     if with_leakage and run is None:
         raise ConfigError("--leakage trains the head of a run. Give one with --run-dir.")
+    if with_leakage and run is not None:
+        recipe_of(run)  # refuses before the long work
     rows = store.embedded_rows
     if len(rows) < _MIN_ROWS:
         raise StoreIncompleteError(

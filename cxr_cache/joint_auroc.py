@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,6 +44,10 @@ class Figure:
 
     def to_text(self, sign: str = "") -> str:
         """Three digits, with `sign` ``"+"`` for differences."""
+        if math.isnan(self.value):
+            return "undefined"
+        if math.isnan(self.low):  # a single study shows no variance
+            return f"{self.value:{sign}.3f} [no interval]"
         low, high = f"{self.low:{sign}.3f}", f"{self.high:{sign}.3f}"
         return f"{self.value:{sign}.3f} [{low}, {high}]"
 

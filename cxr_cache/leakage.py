@@ -103,7 +103,7 @@ def measure_leakage(
     ConfigError
         Too few images.
     """
-    config = _config_of(run)
+    config = recipe_of(run)
     data = _data_of(store, run, config)
     rates = _learning_rates(run)
     cohort = data.cohort
@@ -169,7 +169,14 @@ def _train(
     ]
 
 
-def _config_of(run: Run) -> TrainConfig:
+def recipe_of(run: Run) -> TrainConfig:
+    """What the head of a run was trained with.
+
+    Raises
+    ------
+    RunError
+        The run was fine-tuned.
+    """
     if run.config.get("kind") != "train":
         raise RunError(
             f"{run.path} was fine-tuned; the leak is measured with heads on cached embeddings. "

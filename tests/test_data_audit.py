@@ -340,6 +340,16 @@ def test_what_cannot_be_done_is_said(leaking, tmp_path):
         audit_store(store)
 
 
+def test_a_fine_tuned_run_has_no_head_of_its_own_to_leak(leaking):
+    run = Run.open(leaking[1])
+    run.config["kind"] = "finetune"
+    with (
+        FeatureStore.open(leaking[0]) as store,
+        pytest.raises(RunError, match=r"was fine-tuned; .* Give a run of `cxr-cache train`"),
+    ):
+        audit_store(store, run=run, with_leakage=True)
+
+
 def test_a_run_of_another_store_is_refused(leaking, tmp_path):
     other = synthetic.make_store(tmp_path / "other.h5", synthetic.make_cohort(20))
     run = Run.open(leaking[1])
