@@ -43,10 +43,14 @@ class AuditConfig:
     """Embeddings closer than this share of the usual distance are looked at as pictures."""
     n_jobs: int = 1
     """Processes that decode images."""
+    n_repeats: int = 5
+    """Trainings of each head that measures the leak."""
 
     def __post_init__(self) -> None:
         if not 0 < self.closeness <= 1:
             raise ConfigError(f"--closeness must lie in (0, 1], not at {self.closeness}.")
+        if self.n_repeats < 1:
+            raise ConfigError(f"--repeats must be 1 or more, not {self.n_repeats}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +216,9 @@ def audit_store(
         [find_embedding_outliers(near.distances), find_pixel_outliers(facts, cohort.projections)],
         ignore_index=True,
     )
+    leakage = None
+    if with_leakage and run is not None:
+        leakage = measure_leakage(store, run, n_repeats=config.n_repeats)
     return Audit(
         store=str(store.path),
         run=None if run is None else str(run.path),
@@ -223,7 +230,7 @@ def audit_store(
         outliers=_describe_rows(outliers, cohort, sides),
         unreadable=unreadable,
         looked_at_pixels=image_dir is not None,
-        leakage=measure_leakage(store, run) if with_leakage and run is not None else None,
+        leakage=leakage,
     )
 
 
