@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cxr_cache.cohort import Cohort
 from cxr_cache.duplicates import Neighbourhood, find_neighbours, find_same_digests
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
-from cxr_cache.leakage import Leakage, measure_leakage
+from cxr_cache.leakage import Leakage, measure_leakage, recipe_of
 from cxr_cache.outliers import find_embedding_outliers, find_pixel_outliers, standardise
 from cxr_cache.picture_facts import THUMBNAIL_PX, PictureFacts, examine_pictures
 from cxr_cache.run import Run
@@ -43,10 +43,14 @@ class AuditConfig:
     """Embeddings closer than this share of the usual distance are looked at as pictures."""
     n_jobs: int = 1
     """Processes that decode images."""
+    n_repeats: int = 5
+    """Trainings of each head that measures the leak."""
 
     def __post_init__(self) -> None:
         if not 0 < self.closeness <= 1:
             raise ConfigError(f"--closeness must lie in (0, 1], not at {self.closeness}.")
+        if self.n_repeats < 1:
+            raise ConfigError(f"--repeats must be 1 or more, not {self.n_repeats}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +200,8 @@ def audit_store(
     config = config or AuditConfig()
     if with_leakage and run is None:
         raise ConfigError("--leakage trains the head of a run. Give one with --run-dir.")
+    if with_leakage and run is not None:
+        recipe_of(run)  # refuses before the long work
     rows = store.embedded_rows
     if len(rows) < _MIN_ROWS:
         raise StoreIncompleteError(
@@ -210,6 +216,9 @@ def audit_store(
         [find_embedding_outliers(near.distances), find_pixel_outliers(facts, cohort.projections)],
         ignore_index=True,
     )
+    leakage = None
+    if with_leakage and run is not None:
+        leakage = measure_leakage(store, run, n_repeats=config.n_repeats)
     return Audit(
         store=str(store.path),
         run=None if run is None else str(run.path),
@@ -221,7 +230,7 @@ def audit_store(
         outliers=_describe_rows(outliers, cohort, sides),
         unreadable=unreadable,
         looked_at_pixels=image_dir is not None,
-        leakage=measure_leakage(store, run) if with_leakage and run is not None else None,
+        leakage=leakage,
     )
 
 

@@ -295,6 +295,9 @@ def _load_encoder_of_store(
 @click.option("--image-dir", type=FOLDER, help="Also compare the pictures themselves.")
 @click.option("--leakage", is_flag=True, help="Measure what a split by image would have gained.")
 @click.option(
+    "--repeats", "n_repeats", default=5, help="With --leakage: trainings that are averaged."
+)
+@click.option(
     "--closeness",
     default=0.1,
     help="Share of the usual distance of embeddings below which two images may be one.",
@@ -306,6 +309,7 @@ def audit(
     run_dir: Path | None,
     image_dir: Path | None,
     leakage: bool,
+    n_repeats: int,
     closeness: float,
     n_jobs: int,
     out: Path | None,
@@ -317,7 +321,7 @@ def audit(
 
     if image_dir is not None:
         _require_folder(image_dir)
-    config = AuditConfig(closeness=closeness, n_jobs=n_jobs)
+    config = AuditConfig(closeness=closeness, n_jobs=n_jobs, n_repeats=n_repeats)
     run = None if run_dir is None else Run.open(run_dir)
     with FeatureStore.open(store) as features, _progress_bar(None, "img") as bar:
         found = audit_store(

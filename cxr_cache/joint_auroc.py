@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,10 @@ class Figure:
 
     def to_text(self, sign: str = "") -> str:
         """Three digits, with `sign` ``"+"`` for differences."""
+        if math.isnan(self.value):
+            return "undefined"
+        if math.isnan(self.low):  # a single study shows no variance
+            return f"{self.value:{sign}.3f} [no interval]"
         low, high = f"{self.low:{sign}.3f}", f"{self.high:{sign}.3f}"
         return f"{self.value:{sign}.3f} [{low}, {high}]"
 
@@ -75,6 +80,16 @@ class JointAuroc:
             self.resampled - other.resampled,
             np.minimum(self.n_studies, other.n_studies),
             "identity",
+        )
+
+    @classmethod
+    def average(cls, trainings: Sequence[JointAuroc]) -> JointAuroc:
+        """Of several trainings tested on the same rows: their mean AUROC, resample by resample."""
+        return cls(
+            np.mean([one.once for one in trainings], axis=0),
+            np.mean([one.resampled for one in trainings], axis=0),
+            trainings[0].n_studies,
+            trainings[0].scale,
         )
 
     def _figure(self, value: Array, error: Array, n_studies: Array) -> Figure:

@@ -15,7 +15,7 @@ from cxr_cache.errors import RunError
 from cxr_cache.features import prepare_embeddings
 from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads
 from cxr_cache.heads import HeadBank, predict_probabilities
-from cxr_cache.joint_auroc import Figure, ScoredRows, score_jointly
+from cxr_cache.joint_auroc import Figure, JointAuroc, ScoredRows, score_jointly
 from cxr_cache.outcome import FINAL
 from cxr_cache.run import Run
 from cxr_cache.splits import split_test, split_test_by_image
@@ -49,13 +49,17 @@ class Leakage:
     """By image minus by study: other test images, the same studies resampled."""
     gain_on_same_images: Figure
     """With the leak minus without: the same test images, as many train images."""
+    gain_sd: float
+    gain_on_same_images_sd: float
+    """Standard deviation of either over trainings; the intervals are those of the mean."""
     n_epochs: int
+    n_repeats: int
 
     def to_text(self) -> str:
         """A table for a terminal."""
         lines = [
-            f"Leakage: the run's head, {self.n_epochs} epochs, test macro AUROC [95 % interval "
-            "over studies]",
+            f"Leakage: the run's head, {self.n_epochs} epochs, test macro AUROC, mean of "
+            f"{self.n_repeats} trainings [95 % interval over studies]",
             f"  {'':<37}{'train':>7}{'test':>7}{'shared':>8}",
         ]
         lines += [
@@ -66,9 +70,10 @@ class Leakage:
         return "\n".join(
             [
                 *lines,
-                f"  by image minus by study, findings that both score: {self.gain.to_text('+')}",
+                f"  by image minus by study, findings that both score: {self.gain.to_text('+')}, "
+                f"sd over trainings {self.gain_sd:.3f}",
                 "  the leak alone, on the same test images:            "
-                f"{self.gain_on_same_images.to_text('+')}",
+                f"{self.gain_on_same_images.to_text('+')}, sd {self.gain_on_same_images_sd:.3f}",
             ]
         )
 
@@ -78,13 +83,19 @@ class Leakage:
 
 
 def measure_leakage(
-    store: FeatureStore, run: Run, *, n_resamples: int = 1000, seed: int = 0
+    store: FeatureStore,
+    run: Run,
+    *,
+    n_repeats: int = 5,
+    n_resamples: int = 1000,
+    seed: int = 0,
 ) -> Leakage:
     """Train a run's head on a split by image and on one by study, and test both.
 
     Two test splits hold different images, so two more heads are tested on the images of the split
     by image: one trained without any study (or patient) of theirs, one with their studies, on as
-    many images, drawn at random. Only the leak is between these two.
+    many images, drawn at random. Only the leak is between these two. One training differs from the
+    next by more than most leaks, so each is repeated.
 
     Parameters
     ----------
@@ -93,6 +104,8 @@ def measure_leakage(
     run
         Of `cxr-cache train`: gives recipe, number of epochs, learning rate of every epoch, findings
         and targets.
+    n_repeats
+        Trainings of each head, which differ in initial weights, order and dropout.
     n_resamples, seed
         Of the bootstrap over studies.
 
@@ -103,7 +116,7 @@ def measure_leakage(
     ConfigError
         Too few images.
     """
-    config = _config_of(run)
+    config = recipe_of(run)
     data = _data_of(store, run, config)
     rates = _learning_rates(run)
     cohort = data.cohort
@@ -117,40 +130,58 @@ def measure_leakage(
         {BY_STUDY: (np.flatnonzero(~by_study), by_study), BY_IMAGE: (others, by_image)},
         {LEAKING: (np.sort(leaking), by_image), CLEAN: (clean, by_image)},
     )
-    arms, scored = {}, {}
+    arms: dict[str, tuple[NDArray[np.intp], NDArray[np.intp]]] = {}
+    scored: dict[tuple[str, int], ScoredRows] = {}
     for pair in pairs:  # the heads of a pair take equally many steps
-        tests = [np.flatnonzero(is_test) for _, is_test in pair.values()]
-        scores = _train(data, [train for train, _ in pair.values()], tests, config, rates)
-        for name, test, probabilities in zip(pair, tests, scores, strict=True):
-            arms[name] = (pair[name][0], test)
-            scored[name] = ScoredRows(test, cohort.targets[test], probabilities)
-    areas = score_jointly(scored, cohort.groups, n_resamples=n_resamples, seed=seed)
+        arms |= {name: (train, np.flatnonzero(test)) for name, (train, test) in pair.items()}
+        keys = [(name, k) for name in pair for k in range(n_repeats)]
+        scores = _train(data, [(*arms[name], k) for name, k in keys], config, rates)
+        for key, probabilities in zip(keys, scores, strict=True):
+            test_rows = arms[key[0]][1]
+            scored[key] = ScoredRows(test_rows, cohort.targets[test_rows], probabilities)
+    named = {f"{name} {k}": rows for (name, k), rows in scored.items()}
+    areas = score_jointly(named, cohort.groups, n_resamples=n_resamples, seed=seed)
+    of_arm = {name: [areas[f"{name} {k}"] for k in range(n_repeats)] for name in arms}
+    gain, gain_sd = _subtract(of_arm[BY_IMAGE], of_arm[BY_STUDY])
+    leak, leak_sd = _subtract(of_arm[LEAKING], of_arm[CLEAN])
     return Leakage(
-        tuple(
+        arms=tuple(
             Arm(
                 name,
                 len(train),
                 len(test),
                 int(np.isin(cohort.groups[test], cohort.groups[train]).sum()),
-                areas[name].macro(),
+                JointAuroc.average(of_arm[name]).macro(),
             )
             for name, (train, test) in arms.items()
         ),
-        areas[BY_IMAGE].minus(areas[BY_STUDY]).macro(),
-        areas[LEAKING].minus(areas[CLEAN]).macro(),
-        len(rates),
+        gain=gain,
+        gain_on_same_images=leak,
+        gain_sd=gain_sd,
+        gain_on_same_images_sd=leak_sd,
+        n_epochs=len(rates),
+        n_repeats=n_repeats,
     )
+
+
+def _subtract(ours: Sequence[JointAuroc], theirs: Sequence[JointAuroc]) -> tuple[Figure, float]:
+    """Difference of two arms' means, and its standard deviation over single trainings."""
+    differences = [a.minus(b) for a, b in zip(ours, theirs, strict=True)]
+    single = [one.macro().value for one in differences]
+    spread = float(np.std(single, ddof=1)) if len(single) > 1 else float("nan")
+    return JointAuroc.average(differences).macro(), spread
 
 
 def _train(
     data: TrainingData,
-    train_rows: Sequence[NDArray[np.intp]],
-    test_rows: Sequence[NDArray[np.intp]],
+    heads: Sequence[tuple[NDArray[np.intp], NDArray[np.intp], int]],
     config: TrainConfig,
     rates: Sequence[float],
 ) -> list[NDArray[np.float32]]:
-    """Probabilities of heads trained side by side, each for its own test rows."""
-    tasks = [HeadTask(rows, np.empty(0, np.int64), config.seed) for rows in train_rows]
+    """Probabilities of heads trained side by side, given each one's train rows, test rows, seed."""
+    tasks = [
+        HeadTask(train, np.empty(0, np.int64), config.seed + 1000 * k) for train, _, k in heads
+    ]
     trained = fit_heads(
         data,
         tasks,
@@ -163,13 +194,20 @@ def _train(
     return [
         predict_probabilities(
             HeadBank.from_snapshot(trajectory.weights[len(rates)]),
-            torch.from_numpy(data.embeddings[0, rows]),
+            torch.from_numpy(data.embeddings[0, test]),
         )[0].numpy()
-        for trajectory, rows in zip(trained, test_rows, strict=True)
+        for trajectory, (_, test, _) in zip(trained, heads, strict=True)
     ]
 
 
-def _config_of(run: Run) -> TrainConfig:
+def recipe_of(run: Run) -> TrainConfig:
+    """What the head of a run was trained with.
+
+    Raises
+    ------
+    RunError
+        The run was fine-tuned.
+    """
     if run.config.get("kind") != "train":
         raise RunError(
             f"{run.path} was fine-tuned; the leak is measured with heads on cached embeddings. "

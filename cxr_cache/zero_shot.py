@@ -53,8 +53,7 @@ class ZeroShot:
             for name in columns:
                 figure = Figure(row[name], row[f"{name}_low"], row[f"{name}_high"])
                 sign = "+" if name == "difference" else ""
-                shown = "undefined" if np.isnan(figure.value) else figure.to_text(sign)
-                line += f"  {shown:<24}"
+                line += f"  {figure.to_text(sign):<24}"
             lines.append(line.rstrip())
         if self.without_prompts:
             lines.append(f"No prompts for: {', '.join(self.without_prompts)}")

@@ -296,7 +296,8 @@ def test_a_patient_on_both_sides_is_found_where_studies_are_whole(tmp_path):
 def test_leaking_pays_where_labels_hang_on_the_study_alone(leaking, tmp_path):
     """The honest figure is chance, and both ways of measuring the leak see it."""
     store, run_dir = leaking
-    arguments = ["audit", store, "--run-dir", run_dir, "--leakage", "--out", tmp_path / "out"]
+    arguments = ["audit", store, "--run-dir", run_dir, "--leakage", "--repeats", 2]
+    arguments += ["--out", tmp_path / "out"]
     result = CliRunner().invoke(cli, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert "the leak alone" in result.output
@@ -319,7 +320,7 @@ def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
     store = synthetic.make_store(tmp_path / "features.h5", cohort)
     train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
     with FeatureStore.open(store) as features:
-        found = measure_leakage(features, Run.open(tmp_path / "run"), n_resamples=20)
+        found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=2, n_resamples=20)
     assert all(arm.n_shared == 0 for arm in found.arms)
     assert found.gain_on_same_images.value == pytest.approx(0, abs=0.05)
 
@@ -338,6 +339,16 @@ def test_what_cannot_be_done_is_said(leaking, tmp_path):
         pytest.raises(StoreIncompleteError, match="2 finished rows; an audit compares at least 3"),
     ):
         audit_store(store)
+
+
+def test_a_fine_tuned_run_has_no_head_of_its_own_to_leak(leaking):
+    run = Run.open(leaking[1])
+    run.config["kind"] = "finetune"
+    with (
+        FeatureStore.open(leaking[0]) as store,
+        pytest.raises(RunError, match=r"was fine-tuned; .* Give a run of `cxr-cache train`"),
+    ):
+        audit_store(store, run=run, with_leakage=True)
 
 
 def test_a_run_of_another_store_is_refused(leaking, tmp_path):

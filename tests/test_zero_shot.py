@@ -95,7 +95,9 @@ def encoder(folder) -> Encoder:
 @pytest.fixture(scope="module")
 def store(folder, encoder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("store") / "features.h5"
-    return synthetic.make_store(path, synthetic.make_cohort(40), encoder=encoder.identity.to_dict())
+    return synthetic.make_store(
+        path, synthetic.make_cohort(100), encoder=encoder.identity.to_dict()
+    )
 
 
 def test_image_and_text_meet_as_in_open_clip(folder, encoder):
@@ -187,7 +189,7 @@ def test_the_command_and_its_table(store, folder, tmp_path):
     arguments = ["zero-shot", store, "--prompts", prompts, "--out", out, "--resamples", 20]
     result = CliRunner().invoke(cli, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    assert "all labelled images: 80 images of 40 studies" in result.output
+    assert "all labelled images: 200 images of 100 studies" in result.output
     assert "No prompts for: Nodule, Hernia, Mass, Scoliosis" in result.output
     assert pd.read_csv(out)["finding"].tolist() == [*entries, "macro"]
 
