@@ -237,5 +237,16 @@ def test_all_measurements_make_one_table_and_one_picture(tmp_path):
         ]
     )
 
-    assert printed.splitlines()[1].split() == "a search 2 s 50 s 1.6 s 25 1.25".split()
+    assert printed.splitlines()[1].split() == [
+        "a",
+        "search",
+        "2",
+        "s",
+        "50",
+        "s",
+        "1.6",
+        "s",
+        "25",
+        "1.25",
+    ]
     assert plot.stat().st_size > 5000
