@@ -157,7 +157,12 @@ class TrainConfig(Recipe):
 
 
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "tuned": {},
+    "tuned": {
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "epochs": (5, 10, 20, 30),
+        "final": "ensemble",
+    },
     "reference": {},
 }
 """Options of :class:`TrainConfig` that differ from its defaults, which are the reference's.

@@ -100,15 +100,11 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
             + "\nStart from a run that was trained on this store, with the same options."
         )
     split = _read_split(run, cohort, config)
-    if len(model.head_tensors["weight_0"]) != 1 and config.final == "refit":
-        raise RunError(
-            f"{run.path} averages {len(model.head_tensors['weight_0'])} heads, of which none is "
-            "one to start the final model from. Start from a run with `--final refit`, or use "
-            "--final ensemble here."
-        )
     heads = run.load_fold_heads()
     fold_heads = ({name: t[k : k + 1] for name, t in heads.items()} for k in range(config.n_folds))
-    return Start(split, tuple(fold_heads), model.head_tensors)
+    # Of an ensemble any member will do: none has seen test.
+    final_head = {name: tensor[:1] for name, tensor in model.head_tensors.items()}
+    return Start(split, tuple(fold_heads), final_head)
 
 
 def _encoder_differences(recorded: dict[str, Any], store: FeatureStore) -> dict[str, Any]:

@@ -337,6 +337,18 @@ def test_a_frozen_run_gives_split_epochs_and_heads(store, frozen, tmp_path):
     assert comparison.n_images == int((frozen.read_table("splits")["split"] == "test").sum())
 
 
+def test_the_final_model_starts_from_a_member_of_an_ensemble(store, tmp_path):
+    ensemble = train_head(store, tmp_path / "frozen", replace(FROZEN, final="ensemble")).run
+    config = config_from_run(ensemble, batch_size=8, device="cpu", precision="fp32", epochs=(1,))
+    still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12)
+
+    run = finetune_tail(store, tmp_path / "run", still, from_run=ensemble.path).run
+
+    members = ensemble.load_model().tensors["weight_0"]
+    assert len(members) == FROZEN.n_folds
+    torch.testing.assert_close(weights(run)["weight_0"], members[:1])
+
+
 def test_a_fold_starts_from_the_head_that_has_not_seen_it(store, frozen, tmp_path):
     """The final head has seen every fold, so out-of-fold figures would be too good with it."""
     config = config_from_run(frozen, **{"batch_size": 8, "device": "cpu", "precision": "fp32"})
