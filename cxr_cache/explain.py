@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.encoder import Encoder
-from cxr_cache.errors import ConfigError, ImageError
+from cxr_cache.errors import ConfigError, ImageError, RunError
 from cxr_cache.images import read_image, read_picture
 from cxr_cache.predict import predict_images, require_encoder_of_run
 from cxr_cache.relevance import map_findings
@@ -80,12 +80,17 @@ def explain_images(
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none.
+        `encoder` is not the run's, or there is none; or the head reads the pooled output.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
     """
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
+    if (features := model.head.get("features", "projected")) != "projected":
+        raise RunError(
+            f"{run.path} was trained with --features {features}; maps follow the projected "
+            "embedding back. Train with --features projected."
+        )
     tuned = DEFAULT_BLOCKS if model.tail is None else int(model.tail["unfreeze_layers"])
     columns = [model.findings.index(finding) for finding in findings]
     prep = encoder.preprocessing

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import RunError
-from cxr_cache.features import prepare_embeddings
 from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.joint_auroc import Figure, JointAuroc, ScoredRows, score_jointly
@@ -20,7 +19,7 @@ from cxr_cache.outcome import FINAL
 from cxr_cache.run import Run
 from cxr_cache.splits import split_test, split_test_by_image
 from cxr_cache.store import FeatureStore
-from cxr_cache.training_rows import find_done_rows
+from cxr_cache.training_rows import find_done_rows, read_features
 
 BY_STUDY: Final = "split by study"
 BY_IMAGE: Final = "split by image"
@@ -229,8 +228,7 @@ def _data_of(store: FeatureStore, run: Run, config: TrainConfig) -> TrainingData
         )
     targets = table.loc[store.image_ids[rows], list(findings)].to_numpy(np.float32)
     cohort = replace(store.cohort.take(rows), targets=targets, findings=findings)
-    embeddings = np.ascontiguousarray(store.embeddings[rows].swapaxes(0, 1))  # (V, N, D)
-    return TrainingData(prepare_embeddings(embeddings, config.input_norm), cohort)
+    return TrainingData(read_features(store, rows, config), cohort)
 
 
 def _learning_rates(run: Run) -> list[float]:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
-import numpy as np
 import torch
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
-from cxr_cache.errors import StoreFormatError
-from cxr_cache.features import COLUMNS, prepare_features
 from cxr_cache.fit import TrainingData
 from cxr_cache.heads import predict_probabilities
 from cxr_cache.outcome import (
@@ -31,9 +27,7 @@ from cxr_cache.search import (
     train_final,
 )
 from cxr_cache.store import FeatureStore
-from cxr_cache.training_rows import find_labelled_rows
-
-_ROWS_AT_ONCE: Final = 8192
+from cxr_cache.training_rows import find_labelled_rows, read_features
 
 
 def train_head(
@@ -140,21 +134,8 @@ def load_training_data(
 ) -> TrainingData:
     """Read the embeddings that can be trained on, prepared as the head reads them.
 
-    Parameters and errors are those of :func:`cxr_cache.training_rows.find_labelled_rows`; and
-    StoreFormatError where the store lacks what `config.features` asks for.
+    Parameters and errors are those of :func:`cxr_cache.training_rows.find_labelled_rows` and
+    :func:`cxr_cache.training_rows.read_features`.
     """
     found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
-    columns = COLUMNS[config.features]
-    if lacking := [name for name in columns if name not in store.feature_shapes]:
-        raise StoreFormatError(
-            f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
-            f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
-        )
-    n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
-    width = sum(store.feature_shapes[name][1] for name in columns)
-    prepared = np.empty((n_views, len(found.rows), width), np.float32)
-    for start in range(0, len(found.rows), _ROWS_AT_ONCE):  # so that they are in memory once
-        rows = found.rows[start : start + _ROWS_AT_ONCE]
-        parts = [store.read_rows(name, rows)[:, :n_views].swapaxes(0, 1) for name in columns]
-        prepared[:, start : start + len(rows)] = prepare_features(parts, config.input_norm)
-    return TrainingData(prepared, found.cohort, found.notes)
+    return TrainingData(read_features(store, found.rows, config), found.cohort, found.notes)

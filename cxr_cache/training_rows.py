@@ -1,16 +1,21 @@
-"""Which rows of a store can be trained on."""
+"""Rows of a store that can be trained on, as a head reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxr_cache.cohort import Cohort, load_labels
+from cxr_cache.config import TrainConfig
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
+from cxr_cache.features import COLUMNS, prepare_features
 from cxr_cache.store import FAILED, PENDING, FeatureStore
+
+_ROWS_AT_ONCE: Final = 8192
 
 
 @dataclass(frozen=True)
@@ -107,3 +112,29 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
             f"Run `cxr-cache {command}` again: it writes them anew."
         )
     return done
+
+
+def read_features(
+    store: FeatureStore, rows: NDArray[np.intp], config: TrainConfig
+) -> NDArray[np.float32]:
+    """Embeddings of some rows as a head of this recipe reads them, ``(V, N, D)``.
+
+    Raises
+    ------
+    StoreFormatError
+        The store lacks what `config.features` asks for.
+    """
+    columns = COLUMNS[config.features]
+    if lacking := [name for name in columns if name not in store.feature_shapes]:
+        raise StoreFormatError(
+            f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
+            f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
+        )
+    n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
+    width = sum(store.feature_shapes[name][1] for name in columns)
+    prepared = np.empty((n_views, len(rows), width), np.float32)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):  # so that they are in memory once
+        part = rows[start : start + _ROWS_AT_ONCE]
+        parts = [store.read_rows(name, part)[:, :n_views].swapaxes(0, 1) for name in columns]
+        prepared[:, start : start + len(part)] = prepare_features(parts, config.input_norm)
+    return prepared
