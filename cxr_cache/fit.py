@@ -324,13 +324,17 @@ class _Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "bank": self.bank.state_dict(),
+            # Not the parameters: each is a view of `flat`, and would bring all of it along.
+            "flat": self.bank.flat,
+            "buffers": dict(self.bank.named_buffers()),
             "optimizer": self.optimizer.state_dict(),
             "generators": [g.get_state() for g in self.shuffles + self.bank.generators],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bank.load_state_dict(state["bank"])
+        self.bank.flat.copy_(state["flat"])
+        for name, buffer in self.bank.named_buffers():
+            buffer.copy_(state["buffers"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         generators = self.shuffles + self.bank.generators
         for generator, its_state in zip(generators, state["generators"], strict=True):

@@ -146,12 +146,22 @@ def measure_floor(pool: Parallel, batch_size: int, n_steps: int) -> float:
 # -- ours -------------------------------------------------------------------------------
 
 
-def search(rows: PlainRows, config: TrainConfig) -> float:
-    """Seconds of the whole search over the folds."""
-    started = time.perf_counter()
-    n_epochs = config.epochs[-1]
-    fit_on_cores(rows, make_tasks(len(rows.targets)), config, n_epochs=n_epochs, keep=config.epochs)
-    return time.perf_counter() - started
+def search(
+    rows: PlainRows, config: TrainConfig, between_turns: Callable[[], None] = lambda: None
+) -> float:
+    """Seconds of the whole search over the folds, but for what is done between turns."""
+    elsewhere = 0.0
+
+    def pause(_n_epochs: int) -> None:
+        nonlocal elsewhere
+        paused = time.perf_counter()
+        between_turns()
+        elsewhere += time.perf_counter() - paused
+
+    started, tasks = time.perf_counter(), make_tasks(len(rows.targets))
+    options = {"n_epochs": config.epochs[-1], "keep": config.epochs, "on_epochs": pause}
+    fit_on_cores(rows, tasks, config, **options)  # type: ignore[arg-type]
+    return time.perf_counter() - started - elsewhere
 
 
 def train_setting(
@@ -186,18 +196,21 @@ def ablate(pool: Parallel, rows: PlainRows, n_settings: int, n_epochs: int) -> f
 def measure_search(
     pool: Parallel, rows: PlainRows, batch_size: int, epochs: tuple[int, ...], n_timed: int
 ) -> dict[str, float]:
-    """Ours, the floor before and after it, and the plain way's extrapolation."""
+    """Ours; floor and plain way are measured between its turns, and extrapolated."""
     n_steps = (len(rows.targets) - len(rows.targets) // K) // batch_size
-    before = measure_floor(pool, batch_size, n_timed)
-    seconds = search(rows, TrainConfig(batch_size=batch_size, epochs=epochs))
-    floor = (before + measure_floor(pool, batch_size, n_timed)) / 2 * n_steps * epochs[-1] * K
     task = make_tasks(len(rows.targets))[0]
-    plain = min(
-        K * sum(epochs) * (n_steps * per_step + score)
-        for per_step, score in (
-            train_plainly(rows, task, batch_size, n_timed, threads) for threads in {1, cpu_count()}
-        )
-    )
+    floors: list[float] = []
+    plains: dict[int, list[float]] = {threads: [] for threads in {1, cpu_count()}}
+
+    def sample() -> None:
+        floors.append(measure_floor(pool, batch_size, max(3, n_timed // 4)))
+        for threads, seconds in plains.items():
+            step, score = train_plainly(rows, task, batch_size, max(3, n_timed // 4), threads)
+            seconds.append(K * sum(epochs) * (n_steps * step + score))
+
+    seconds = search(rows, TrainConfig(batch_size=batch_size, epochs=epochs), sample)
+    floor = statistics.mean(floors) * n_steps * epochs[-1] * K
+    plain = min(statistics.mean(samples) for samples in plains.values())
     return {"seconds": seconds, "floor": floor, "plain": plain}
 
 

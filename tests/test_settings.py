@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -72,3 +73,16 @@ def test_a_sample_larger_than_the_grid_is_the_grid():
 def test_what_cannot_be_set_is_explained(options, message):
     with pytest.raises(ConfigError, match=message):
         make_settings(BASE, options)
+
+
+# --- Recipes --------------------------------------------------------------------------------------
+
+
+def test_recipes_differ_in_what_they_say_and_options_go_before_them():
+    tuned = TrainConfig.of_recipe("tuned")
+
+    assert TrainConfig.of_recipe("reference") == TrainConfig()
+    assert (tuned.batch_size, tuned.learning_rate, tuned.final) == (64, 1e-3, "ensemble")
+    assert TrainConfig.of_recipe("tuned", batch_size=8) == replace(tuned, batch_size=8)
+    with pytest.raises(ConfigError, match="--recipe is one of tuned, reference, not 'best'"):
+        TrainConfig.of_recipe("best")
