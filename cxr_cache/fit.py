@@ -22,6 +22,7 @@ from cxr_cache.heads import HeadBank
 from cxr_cache.losses import make_loss, stack_losses
 from cxr_cache.metrics import auroc, macro_mean
 from cxr_cache.optim import BankOptimizer
+from cxr_cache.standards import Standards
 
 _SCORED_AT_ONCE: Final = 8192  # rows of one head
 _TRAINED_AT_ONCE: Final = 1024
@@ -444,46 +445,6 @@ class _Trainer:
             self.loss(logits, targets).cpu(),
             [p[: len(t)] for p, t in zip(probabilities, self.held_out_targets, strict=True)],
         )
-
-
-@dataclass(frozen=True)
-class Standards:
-    """Mean and spread of each head's training inputs, to standardise by."""
-
-    mean: Tensor
-    """``(H, 1, D)``."""
-    std: Tensor
-    """``(H, 1, D)``; 1 where an input never varies."""
-
-    @classmethod
-    def of(cls, embeddings: Tensor, rows: Sequence[Tensor]) -> Standards:
-        """Those of the rows of each head, of embeddings ``(N, D)``."""
-        means, variances = [], []
-        for chosen in rows:
-            total, squares = torch.zeros(2, embeddings.shape[1], device=embeddings.device).double()
-            for part in torch.split(chosen, _SCORED_AT_ONCE):
-                x = embeddings[part].double()
-                total += x.sum(dim=0)
-                squares += x.square().sum(dim=0)
-            means.append(total / len(chosen))
-            variances.append((squares / len(chosen) - means[-1].square()).clamp(min=0))
-        std = torch.stack(variances).sqrt()
-        std = torch.where(std > 1e-6 * std.amax(dim=1, keepdim=True), std, 1.0)
-        mean = torch.stack(means)
-        return cls(mean[:, None].to(embeddings.dtype), std[:, None].to(embeddings.dtype))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Standardise ``(H, n, D)`` in place."""
-        return x.sub_(self.mean).div_(self.std)
-
-    def fold_into(self, state: dict[str, Tensor], h: int) -> dict[str, Tensor]:
-        """Head `h` with its first layer changed so that it reads what is not standardised."""
-        weight = state["weight_0"] / self.std[h].mT  # (1, D, C) / (D, 1)
-        bias = state["bias_0"] - self.mean[h] @ weight  # (1, 1, C) - (1, D) @ (1, D, C)
-        folded = {"weight_0": weight, "bias_0": bias}
-        if "mean_0" in state:  # the norm has seen the shift, too
-            folded["mean_0"] = state["mean_0"] + 0.0
-        return state | folded
 
 
 def _pad(rows: Sequence[NDArray[np.int64]]) -> Tensor:

@@ -38,7 +38,7 @@ def fit_on_cores(
     """
     n_steps = count_steps(tasks, config.batch_size)
     options: dict[str, Any] = {"n_epochs": n_epochs, "n_steps": n_steps, "keep": keep}
-    n_cores = min(cpu_count() if config.n_jobs < 0 else config.n_jobs, len(tasks))
+    n_cores = min(cpu_count() if config.n_jobs < 1 else config.n_jobs, len(tasks))
     # As many turns as let the cores finish together, and twice that, to show progress.
     turn = -(-n_epochs * math.gcd(len(tasks), n_cores) // (2 * n_cores))
     work = n_epochs * n_steps * len(tasks) * _estimate_step(config.batch_size)
