@@ -42,7 +42,10 @@ def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
             (~is_head, _BASELINE, "D", "baseline"),
         ):
             means = shown["mean_auroc"].to_numpy()[kind]
-            axes.plot(means, places[kind], marker, color=color, label=f"{name}, mean over folds")
+            if kind.any():
+                axes.plot(
+                    means, places[kind], marker, color=color, label=f"{name}, mean over folds"
+                )
         axes.set_yticks(places, [str(label) for label in shown["setting"]])
         axes.set_ylim(-0.7, len(shown) - 0.3)
         axes.set_xlabel("macro AUROC on held-out folds (each fold a line)")

@@ -44,7 +44,7 @@ def _of_finetune(results: Any) -> Iterator[Line]:
         "fine-tuning, per image (plain: from files)",
         1 / ours["images_per_s"],
         1 / ways["files"]["images_per_s"],
-        1 / ours["floor_images_per_s"],
+        1 / ways["tail"]["floor_images_per_s"],
     )
 
 
