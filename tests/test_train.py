@@ -622,7 +622,7 @@ def test_embeddings_are_in_memory_once(tmp_path, monkeypatch, n_views):
     """Read and normalised part by part: the same numbers, and no second copy of them."""
     cohort = make_cohort(n_studies=2000)
     path = make_store(tmp_path / "s.h5", cohort, n_views=n_views)
-    monkeypatch.setattr("cxr_cache.train._ROWS_AT_ONCE", 300)
+    monkeypatch.setattr("cxr_cache.training_rows._ROWS_AT_ONCE", 300)
     rows = np.arange(10, len(cohort))
     found = LabelledRows(rows, cohort.take(rows), ())  # what this takes is another matter
     monkeypatch.setattr("cxr_cache.train.find_labelled_rows", lambda *_, **__: found)
