@@ -122,11 +122,11 @@ def draw(lines: list[Line], path: Path) -> None:
             for place, ratio in zip(places, ratios, strict=True):
                 if not np.isnan(ratio):
                     axes.annotate(
-                        f"{ratio:.2g}",
+                        f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}",
                         (ratio, place),
                         xytext=(0, 6),
                         textcoords="offset points",
-                        ha="center",
+                        ha="right" if way == "floor" else "left",
                         fontsize=8,
                         color=color,
                     )
