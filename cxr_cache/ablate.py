@@ -18,6 +18,7 @@ from cxr_cache.ablation_results import Results
 from cxr_cache.backends import open_backend, streams_results
 from cxr_cache.baselines import BASELINES, Baseline
 from cxr_cache.cohort import Cohort
+from cxr_cache.config import TrainConfig
 from cxr_cache.fit import PlainRows
 from cxr_cache.influence import clustered_error, macro_auroc_influence
 from cxr_cache.intervals import student_interval
@@ -121,16 +122,16 @@ def run_ablation(
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
         results = Results.open(out, _identify(store, found, split), split.n_folds)
+        folds = range(split.n_folds)
         todo = [method for method in methods if not results.has(method)]
-        n_folds = split.n_folds
-        n_done, n_all = (len(methods) - len(todo)) * n_folds, len(methods) * n_folds
+        n_done = sum(results.has(method, k) for method in methods for k in folds)
+        n_all = len(methods) * split.n_folds
+        on_progress(n_done, n_all)
         n_workers = n_workers or cpu_count()
-        for alike in _by_data(todo):
+        for alike in _by_data(todo, base):
             config = alike[0].config or base
             data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
-            missing = [(m, k) for m in alike for k in range(n_folds) if not results.has(m, k)]
-            n_done += len(alike) * n_folds - len(missing)
-            on_progress(n_done, n_all)
+            missing = [(m, k) for m in alike for k in folds if not results.has(m, k)]
             trained = train_folds(
                 PlainRows(data.embeddings, data.targets),
                 missing,
@@ -151,18 +152,13 @@ def run_ablation(
 # -- what there is to do ----------------------------------------------------------------
 
 
-def _by_data(methods: Sequence[Method]) -> list[list[Method]]:
-    """Methods that read the same prepared embeddings; baselines go with the first of them."""
-
-    def what_is_read(method: Method) -> tuple[Any, ...]:
-        config = method.config
-        if config is None:
-            return ()
-        return (config.features, config.flip, config.input_norm == "l2")
-
+def _by_data(methods: Sequence[Method], base: TrainConfig) -> list[list[Method]]:
+    """Methods that read the same prepared embeddings; baselines read those of `base`."""
     groups: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
-        groups.setdefault(what_is_read(method), []).append(method)
+        config = method.config or base
+        what_is_read = (config.features, config.flip, config.input_norm == "l2")
+        groups.setdefault(what_is_read, []).append(method)
     return list(groups.values())
 
 

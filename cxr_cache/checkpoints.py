@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_cache.errors import EncoderError, nearest_names
+from cxr_cache.errors import EncoderError, suggest
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = (  # in open_clip's own order of preference
@@ -263,12 +263,6 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
         "Either connect to the network once, or set HF_HOME to a cache that holds the model, or "
         f"copy {CONFIG_FILE} and the weights from {repo} into a folder and name it local-dir:PATH."
     )
-
-
-def suggest(name: str, known: Collection[str]) -> str:
-    """A question with the names nearest to `name`; empty where none is near."""
-    close = nearest_names(name, known, n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def list_names(names: Sequence[str], n_shown: int) -> str:

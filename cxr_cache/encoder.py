@@ -14,10 +14,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from cxr_cache.checkpoints import Source, find_source, suggest
+from cxr_cache.checkpoints import Source, find_source
 from cxr_cache.config import DEFAULT_ENCODER
 from cxr_cache.devices import Precision, require_choice, resolve_device, resolve_precision
-from cxr_cache.errors import ConfigError, EncoderError
+from cxr_cache.errors import ConfigError, EncoderError, suggest
 from cxr_cache.images import Preprocessing, normalise
 from cxr_cache.towers import SplitTower, run_whole, split_tower
 from cxr_cache.weights import fill_with_noise, hash_tensors, load_weights

@@ -92,6 +92,12 @@ def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
     return [spelled[match] for match in difflib.get_close_matches(normalise(name), spelled, n)]
 
 
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A question with the names nearest to `name`; empty where none is near."""
+    close = nearest_names(name, known, n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
 def normalise(name: str) -> str:
     """A name in small letters, with single spaces."""
     return " ".join(name.split()).lower()

@@ -15,8 +15,7 @@ from cxr_cache.errors import RunError
 from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.joint_auroc import Figure, JointAuroc, ScoredRows, score_jointly
-from cxr_cache.outcome import FINAL
-from cxr_cache.run import Run
+from cxr_cache.run import FINAL_FOLD, Run
 from cxr_cache.splits import split_test, split_test_by_image
 from cxr_cache.store import FeatureStore
 from cxr_cache.training_rows import find_done_rows, read_features
@@ -234,7 +233,7 @@ def _data_of(store: FeatureStore, run: Run, config: TrainConfig) -> TrainingData
 def _learning_rates(run: Run) -> list[float]:
     """Rate of every epoch up to the chosen number: the folds' geometric mean, as in a refit."""
     history = run.read_table("history")
-    history = history[history["fold"] != FINAL]
+    history = history[history["fold"] != FINAL_FOLD]
     if "horizon" in history:
         history = history[history["horizon"] == run.config["chosen_epochs"]]
     history = history[history["epoch"] <= run.config["chosen_epochs"]]

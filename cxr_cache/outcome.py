@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -14,13 +13,10 @@ from numpy.typing import NDArray
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import Recipe
 from cxr_cache.operating_point import choose_operating_point
-from cxr_cache.run import Run, SavedModel
+from cxr_cache.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.search import EpochSearch
 from cxr_cache.splits import Split, count_shared_studies
 from cxr_cache.tables import hash_file
-
-FINAL: Final = "final"
-"""What stands in the column `fold` of history.csv for the final model."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +186,6 @@ def _history_table(
         for k, trajectory in enumerate(search.trajectories[horizon], start=1)
         for row in trajectory.history
     ]
-    rows += [{"fold": FINAL, "horizon": search.chosen, **row} for row in final_history]
+    rows += [{"fold": FINAL_FOLD, "horizon": search.chosen, **row} for row in final_history]
     table: pd.DataFrame = pd.DataFrame(rows)
     return table if config.has_horizon else table.drop(columns="horizon")

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from cxr_cache.config import TrainConfig
-from cxr_cache.errors import ConfigError, nearest_names
+from cxr_cache.errors import ConfigError, suggest
 
 _SHORT: Final = {"lr": "learning_rate", "clip": "max_grad_norm"}
 _SHARED: Final = (
@@ -104,15 +104,8 @@ def _field(name: str) -> str:
             f"--set {name}: all settings share it. Use the option of that name instead."
         )
     if field not in allowed:
-        close = nearest_names(name, [*_SHORT, *allowed], n=3)
-        raise ConfigError(
-            f"--set {name}: there is no such option. "
-            + (
-                f"Did you mean {' or '.join(close)}?"
-                if close
-                else f"Choose from {', '.join(allowed)}."
-            )
-        )
+        hint = suggest(name, [*_SHORT, *allowed]) or f" Choose from {', '.join(allowed)}."
+        raise ConfigError(f"--set {name}: there is no such option.{hint}")
     return field
 
 
