@@ -15,7 +15,7 @@ from cxr_cache.errors import ConfigError, ImageError, RunError
 from cxr_cache.images import read_image, read_picture
 from cxr_cache.predict import predict_images, require_encoder_of_run
 from cxr_cache.relevance import map_findings
-from cxr_cache.run import Run
+from cxr_cache.run import Run, SavedModel
 
 DEFAULT_BLOCKS = 2
 """Of a frozen run; of a fine-tuned one it is the blocks that were tuned."""
@@ -84,14 +84,7 @@ def explain_images(
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
     """
-    model = run.load_model()
-    require_encoder_of_run(run, model.encoder, encoder)
-    if (features := model.head.get("features", "projected")) != "projected":
-        raise RunError(
-            f"{run.path} was trained with --features {features}; maps follow the projected "
-            "embedding back. Train with --features projected."
-        )
-    tuned = DEFAULT_BLOCKS if model.tail is None else int(model.tail["unfreeze_layers"])
+    model = load_traceable_model(run, encoder)
     columns = [model.findings.index(finding) for finding in findings]
     prep = encoder.preprocessing
     for path in paths:
@@ -102,7 +95,7 @@ def explain_images(
             yield ImageError(f"{path}: {error}")
             continue
         pixels = torch.from_numpy(decoded.pixels[None])
-        maps = map_findings(model, encoder, pixels, columns, n_blocks or tuned)
+        maps = map_findings(model, encoder, pixels, columns, n_blocks or count_blocks(model))
         probabilities = predict_images(run, [path], encoder).probabilities[0]
         for finding, column, one in zip(findings, columns, maps, strict=True):
             yield Explanation(
@@ -114,6 +107,29 @@ def explain_images(
                 picture=picture,
                 extent=find_extent(picture.shape[:2], prep.resize),
             )
+
+
+def load_traceable_model(run: Run, encoder: Encoder) -> SavedModel:
+    """The run's model, whose answers can be followed back into `encoder`.
+
+    Raises
+    ------
+    RunError
+        `encoder` is not the run's, or there is none; or the head reads the pooled output.
+    """
+    model = run.load_model()
+    require_encoder_of_run(run, model.encoder, encoder)
+    if (features := model.head.get("features", "projected")) != "projected":
+        raise RunError(
+            f"{run.path} was trained with --features {features}; maps follow the projected "
+            "embedding back. Train with --features projected."
+        )
+    return model
+
+
+def count_blocks(model: SavedModel) -> int:
+    """How many last blocks are followed back unless another number is asked for."""
+    return DEFAULT_BLOCKS if model.tail is None else int(model.tail["unfreeze_layers"])
 
 
 def find_extent(shape: tuple[int, ...], resize: str) -> tuple[float, float, float, float]:

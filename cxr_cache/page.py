@@ -30,6 +30,7 @@ def render_page(
     differences: Mapping[str, Any] | None = None,
     cases: Sequence[Mapping[str, Any]] | None = None,
     pictures: Mapping[str, str] | None = None,
+    maps: Mapping[str, Any] | None = None,
     problems: list[str] | None = None,
 ) -> str:
     """The page of one run, or of several with the same findings and test studies.
@@ -44,6 +45,8 @@ def render_page(
         Per run, cases by finding as :func:`cxr_cache.cases.find_cases` returns them.
     pictures
         Data address by image id; None leaves the cases out.
+    maps
+        Where the first run looked in its cases, as :func:`cxr_cache.case_maps.draw_maps` returns.
     problems
         What was wrong with images that have no picture.
     """
@@ -51,7 +54,7 @@ def render_page(
     program = _source(environment, "page.js")
     charts = collect_charts(views)
     if pictures is not None:
-        charts |= {"cases": cases, "pictures": dict(pictures)}
+        charts |= {"cases": cases, "pictures": dict(pictures), "maps": maps}
     return environment.get_template("page.html.j2").render(
         views=views,
         first=views[0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,8 +33,26 @@ _GROUP_COLUMNS: Final = (
     *("group", "value", "n_positive_test", "n_test", "auroc", "auroc_low", "auroc_high"),
     *("sensitivity", "specificity"),
 )
+_FIGURES_OF_ZERO_SHOT: Final = ("zero_shot", "run", "difference")
+_ZERO_SHOT_COLUMNS: Final = (
+    *("finding", "n_positive"),
+    *(name + bound for name in _FIGURES_OF_ZERO_SHOT for bound in ("", "_low", "_high")),
+)
+_SAME_AUROC: Final = 1e-6
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShotRows:
+    """What prompts alone score on a run's test images, and how much better the run is."""
+
+    by_finding: dict[str, Record]
+    """Rows of ``zero_shot.csv`` of the findings that have prompts."""
+    macro: Record
+    """Its last row."""
+    n_findings: int
+    """Over how many findings that is the mean."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +69,9 @@ class RunView:
     n_folds: int
     tables: dict[str, pd.DataFrame]
     """``history``, and of ``curves``, ``calibration`` and ``subgroups`` those that are there."""
+    zero_shot: ZeroShotRows | None
+    zero_shot_is_stale: bool
+    """Whether ``zero_shot.csv`` is there and of other predictions than the figures."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,15 +103,45 @@ def read_view(run: Run, name: str | None = None) -> RunView:
     for table in optional:
         if run.has_table(table):
             tables[table] = run.read_table(table)
+    per_finding = {row["finding"]: row for row in to_records(run.read_table("per_finding"))}
+    has_zero_shot = run.has_table("zero_shot")
+    zero_shot = _read_zero_shot(run, per_finding) if has_zero_shot else None
     return RunView(
         name=name or run.path.resolve().name,
         config=run.config,
         metrics=metrics,
-        per_finding={row["finding"]: row for row in to_records(run.read_table("per_finding"))},
+        per_finding=per_finding,
         search=to_records(search),
         n_folds=sum(column.startswith("fold_") for column in search.columns),
         tables=tables,
+        zero_shot=zero_shot,
+        zero_shot_is_stale=has_zero_shot and zero_shot is None,
     )
+
+
+def _read_zero_shot(run: Run, per_finding: Mapping[str, Record]) -> ZeroShotRows | None:
+    """The table, or None where what it says of the run is not what the run's own figures say.
+
+    So a table of other test images, targets or predictions is never shown beside these.
+    """
+    table = run.read_table("zero_shot")
+    if table.empty or not set(_ZERO_SHOT_COLUMNS) <= set(table):
+        return None
+    *rows, macro = to_records(table)
+    by_finding = {row["finding"]: row for row in rows}
+    if not all(
+        finding in per_finding
+        and row["n_positive"] == per_finding[finding]["n_positive_test"]
+        and _is_same(row["run"], per_finding[finding]["auroc"])
+        for finding, row in by_finding.items()
+    ):
+        return None
+    return ZeroShotRows(by_finding, macro, sum(row["zero_shot"] is not None for row in rows))
+
+
+def _is_same(left: float | None, right: float | None) -> bool:
+    """Equal but for the digits that a table keeps."""
+    return left is right if left is None or right is None else abs(left - right) < _SAME_AUROC
 
 
 def to_records(table: pd.DataFrame) -> list[Record]:
@@ -123,9 +174,9 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
     -------
     dict[str, Any]
         ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one
-        for all cells pooled; ``curves``, ``calibration``, ``points`` and ``groups`` hold a list per
-        run with one entry per finding, in that order, None where there is nothing to draw; what is
-        unknown of a point is None.
+        for all cells pooled; ``curves``, ``calibration``, ``points``, ``groups`` and ``zero_shot``
+        hold a list per run with one entry per finding, in that order, None where there is nothing
+        to draw; what is unknown of a point is None.
     """
     findings = [*views[0].per_finding, POOLED]
     n_points = POINTS_OF_ALL_CURVES // (len(findings) * len(views))
@@ -143,6 +194,7 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
             for view in views
         ],
         "groups": [_groups(view, findings) for view in views],
+        "zero_shot": [_zero_shot(view, findings) for view in views],
         "n_points": n_points,
     }
 
@@ -227,6 +279,14 @@ def _groups(view: RunView, findings: Sequence[str]) -> list[list[Record] | None]
         for finding, rows in view.tables["subgroups"].groupby("finding")
     }
     return [entries.get(finding) for finding in findings]
+
+
+def _zero_shot(view: RunView, findings: Sequence[str]) -> list[Record | None]:
+    rows = {} if view.zero_shot is None else view.zero_shot.by_finding
+    return [
+        {name: _tidy(cell) for name, cell in rows[finding].items()} if finding in rows else None
+        for finding in findings
+    ]
 
 
 def _thin(table: pd.DataFrame, n_rows: int) -> pd.DataFrame:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cxr_cache.cases import PER_KIND, find_cases
 from cxr_cache.compare import N_RESAMPLES, compare_runs
@@ -17,6 +17,9 @@ from cxr_cache.run import Run, write_whole
 from cxr_cache.scored import read_scored
 from cxr_cache.thumbnails import draw_thumbnails
 
+if TYPE_CHECKING:
+    from cxr_cache.encoder import Encoder
+
 _MARK: Final = b'<meta name="generator" content="cxr-cache">'
 
 
@@ -24,8 +27,10 @@ def write_report(
     run: Run,
     *,
     image_dir: str | Path | None = None,
+    encoder: Encoder | None = None,
     license_id: str = UNKNOWN,
     dataset_id: str = UNKNOWN,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Draw the plots of an evaluated run, and write its page and model card into its folder.
 
@@ -36,8 +41,13 @@ def write_report(
     image_dir
         Folder of its images: small pictures of the surest hits, misses and false alarms go into
         the page, which may then not be shared if the images may not. None leaves them out.
+    encoder
+        The run's: the page then also shows where in these pictures the run looked. Goes with
+        `image_dir`.
     license_id, dataset_id
         What the model card states, as identifiers of the Hugging Face Hub.
+    on_progress
+        Called with the numbers of pictures looked into and in all, where there is an encoder.
 
     Returns
     -------
@@ -47,12 +57,19 @@ def write_report(
     Raises
     ------
     RunError
-        The run has not been evaluated, or a table is missing.
+        The run has not been evaluated, or a table is missing; or `encoder` is another one.
     ConfigError
         `image_dir` is not the folder of the run's images.
+    EncoderError
+        `encoder` is of a kind that cannot show where it looked.
     """
     view = read_view(run)  # fails before anything is drawn
     shown = {} if image_dir is None else _show_cases([run], image_dir)
+    if image_dir is not None and encoder is not None:
+        from cxr_cache.case_maps import draw_maps  # torch takes seconds to import
+
+        cases = shown["cases"][0]
+        shown["maps"] = draw_maps(run, cases, image_dir, encoder, on_progress=on_progress)
     draw_plots(run)
     run.write_model_card(render_card(view, license_id=license_id, dataset_id=dataset_id))
     return run.write_report(render_page([view], **shown))

@@ -38,6 +38,7 @@ TableName = Literal[
     "subgroups",
     "curves",
     "calibration",
+    "zero_shot",
 ]
 
 FINAL_FOLD: Final = "final"
@@ -67,6 +68,7 @@ _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
     "subgroups": ("group", "value", "finding"),
     "curves": ("finding",),
     "calibration": ("stage", "finding"),
+    "zero_shot": ("finding",),
 }
 """More columns of text, whatever is in them; other tables may have a finding of such a name."""
 
@@ -227,10 +229,12 @@ class Run:
 
     # -- tables -------------------------------------------------------------------------
 
-    def write_table(self, name: TableName, table: pd.DataFrame) -> None:
+    def write_table(self, name: TableName, table: pd.DataFrame) -> Path:
         """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
-        with _replacing(self.path / f"{name}.csv") as file:
+        path = self.path / f"{name}.csv"
+        with _replacing(path) as file:
             file.writelines(format_csv(table))
+        return path
 
     def read_table(self, name: TableName) -> pd.DataFrame:
         """Read ``NAME.csv``; ids are text, whatever they look like."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from cxr_cache.encoder import EncoderIdentity
 from cxr_cache.errors import RunError, StoreMismatchError, TrainingError
 from cxr_cache.joint_auroc import Figure, JointAuroc, ScoredRows, score_jointly
+from cxr_cache.metrics import Array, FloatArray
 from cxr_cache.prompts import PromptPair
 from cxr_cache.run import Run
+from cxr_cache.scored import read_scored
 from cxr_cache.store import FeatureStore
 from cxr_cache.text_encoder import TextEncoder
 from cxr_cache.training_rows import find_done_rows
@@ -37,6 +39,9 @@ class ZeroShot:
     rows: str
     """Which images these are, in words."""
     without_prompts: tuple[str, ...]
+    is_of_run: bool
+    """Whether it is a run's own encoder, on the run's test images: such a table belongs into the
+    run's folder."""
     notes: tuple[str, ...]
 
     def to_text(self) -> str:
@@ -125,9 +130,11 @@ def score_zero_shot(
     Raises
     ------
     RunError
-        The run's test images are not in the store.
+        The run's test images are not in the store, or one of its tables is missing.
     TrainingError
         No finding has prompts.
+    TableError
+        The run's tables do not fit each other.
     StoreIncompleteError, StoreFormatError
         As :func:`cxr_cache.training_rows.find_done_rows`.
     """
@@ -149,12 +156,13 @@ def score_zero_shot(
         areas["difference"] = areas[_RUN].minus(areas[_ZERO_SHOT])
     findings = [images.findings[f] for f in chosen]
     return ZeroShot(
-        table=_tabulate(findings, (targets == 1).sum(axis=0), areas),
+        table=tabulate_areas(findings, (targets == 1).sum(axis=0), areas),
         n_images=len(images.rows),
         n_studies=len(np.unique(images.study_uids)),
         rows="all labelled images" if run is None else f"the test images of {run.path}",
         without_prompts=tuple(f for f in images.findings if f not in prompts),
-        notes=_notes(run),
+        is_of_run=run is not None and _is_encoder_of(run, store),
+        notes=() if run is None else tuple(_notes(run, store)),
     )
 
 
@@ -180,10 +188,10 @@ class _Images:
     """Rows of the store to score, and what is known of them."""
 
     rows: NDArray[np.intp]
-    study_uids: NDArray[np.str_]
-    targets: NDArray[np.float32]
+    study_uids: NDArray[Any]
+    targets: Array
     findings: tuple[str, ...]
-    probabilities: NDArray[np.float64] | None
+    probabilities: FloatArray | None
 
 
 def _all_images(store: FeatureStore) -> _Images:
@@ -196,12 +204,9 @@ def _all_images(store: FeatureStore) -> _Images:
 
 
 def _test_images(store: FeatureStore, run: Run) -> _Images:
-    findings = tuple(run.config["findings"])
-    predictions = run.read_table("predictions")
-    predictions = predictions[predictions["split"] == "test"]
-    targets = run.read_table("targets").set_index("image_id").loc[predictions["image_id"]]
+    scored = read_scored(run)
     done = find_done_rows(store, allow_pending=True)
-    place = pd.Index(store.image_ids[done]).get_indexer(pd.Index(predictions["image_id"]))
+    place = pd.Index(store.image_ids[done]).get_indexer(pd.Index(scored.image_ids))
     if (place < 0).any():
         raise RunError(
             f"{(place < 0).sum():,} of the {len(place):,} test images of {run.path} are not in "
@@ -209,16 +214,17 @@ def _test_images(store: FeatureStore, run: Run) -> _Images:
         )
     return _Images(
         rows=done[place],
-        study_uids=predictions["study_uid"].to_numpy(str),
-        targets=targets[list(findings)].to_numpy(np.float32),
-        findings=findings,
-        probabilities=predictions[list(findings)].to_numpy(np.float64),
+        study_uids=scored.study_uids,
+        targets=scored.targets,
+        findings=scored.findings,
+        probabilities=scored.probabilities,
     )
 
 
-def _tabulate(
+def tabulate_areas(
     findings: Sequence[str], n_positive: NDArray[np.intp], areas: Mapping[str, JointAuroc]
 ) -> pd.DataFrame:
+    """One row per finding, and the macro row, as :attr:`ZeroShot.table` describes them."""
     rows = []
     for f, finding in enumerate([*findings, MACRO]):
         row: dict[str, object] = {
@@ -233,10 +239,19 @@ def _tabulate(
     return table
 
 
-def _notes(run: Run | None) -> tuple[str, ...]:
-    if run is None or run.config.get("kind") == "train":
-        return ()
-    return (
-        f"{run.path} was fine-tuned. Zero-shot is that of the encoder before: the text tower was "
-        "not trained along, so the prompts do not fit the tuned embeddings.",
-    )
+def _is_encoder_of(run: Run, store: FeatureStore) -> bool:
+    trained_with = run.config["store"]["encoder"].get("weights_sha256")
+    return bool(trained_with == store.header.encoder["weights_sha256"])
+
+
+def _notes(run: Run, store: FeatureStore) -> Iterator[str]:
+    if run.config.get("kind") != "train":
+        yield (
+            f"{run.path} was fine-tuned. Zero-shot is that of the encoder before: the text tower "
+            "was not trained along, so the prompts do not fit the tuned embeddings."
+        )
+    if not _is_encoder_of(run, store):
+        yield (
+            f"{store.path} was extracted with another encoder than {run.path} was trained with, so "
+            "the table is not kept with the run."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_cache.case_maps import draw_maps
+from cxr_cache.cases import Case
 from cxr_cache.cli import cli
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import FinetuneConfig, TrainConfig
 from cxr_cache.encoder import Encoder, load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, ImageError, RunError
+from cxr_cache.evaluate import evaluate_run
 from cxr_cache.explain import Explanation, explain_images, find_extent, parse_findings
 from cxr_cache.explain_plot import write_explanations
 from cxr_cache.extract import ExtractConfig, extract_embeddings
@@ -29,6 +33,7 @@ from cxr_cache.train import train_head
 from cxr_cache.whole_model import plain_heads
 from tests import synthetic
 from tests.test_encoder import TINY_VIT, draw_pixels, write_open_clip_model
+from tests.test_report import Page
 
 FINDINGS = ("Cardiomegaly", "Consolidation", "Pleural Effusion", "Pneumothorax")
 SIZE_PX = 160
@@ -241,6 +246,62 @@ def test_a_run_on_imported_embeddings_has_no_encoder(tmp_path):
     result = CliRunner().invoke(cli, [*map(str, arguments), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "there is no encoder to run new images through" in " ".join(result.output.split())
+
+
+# --- on the page ---------------------------------------------------------------------------------
+
+
+def test_maps_of_a_page_are_those_of_explain(runs, tiny):
+    """A byte per patch, though several images went through the encoder together."""
+    run, names = Run.open(runs["tuned"]), ["3.png", "gone.png", "5.png"]
+    cases = [Case(image_id=name, probability=0.5) for name in names]
+    calls = []
+
+    maps = draw_maps(
+        run,
+        {"Consolidation": {"hits": cases[:2], "misses": [], "false_alarms": cases[2:]}},
+        runs["images"],
+        tiny,
+        on_progress=lambda *numbers: calls.append(numbers),
+    )
+
+    assert calls == [(3, 3)]
+    assert list(maps["by_finding"]["Consolidation"]) == ["3.png", "5.png"]
+    for name, packed in maps["by_finding"]["Consolidation"].items():
+        drawn = np.frombuffer(base64.b64decode(packed), np.uint8)
+        (expected,) = explain_images(run, [runs["images"] / name], ["Consolidation"], tiny)
+        assert isinstance(expected, Explanation)
+        shares = expected.relevance / expected.relevance.max()
+        assert shares.shape == (maps["rows"], maps["columns"]) == (10, 10)
+        np.testing.assert_allclose(drawn, 255 * shares.ravel(), atol=1)
+        assert drawn.max() == 255
+
+
+def test_the_report_shows_maps_on_request(runs):
+    run = Run.open(runs["frozen"])
+    evaluate_run(run, n_resamples=0)
+    arguments = ["report", run.path, "--image-dir", runs["images"], "--maps"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "RANDOM WEIGHTS" in result.output
+    data = Page(run.report_path.read_text()).data
+    for finding, kinds in data["cases"][0].items():
+        ids = {case["image_id"] for of_kind in kinds.values() for case in of_kind}
+        assert set(data["maps"]["by_finding"].get(finding, {})) == ids
+
+
+def test_a_report_without_an_encoder_says_so_before_it_draws(tmp_path):
+    store = synthetic.make_store(tmp_path / "f.h5", synthetic.make_cohort(30))
+    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(1,)))
+    arguments = ["report", tmp_path / "run", "--image-dir", tmp_path, "--maps"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 1
+    assert "there is no encoder to run new images through" in " ".join(result.output.split())
+    assert not (tmp_path / "run" / "report.html").exists()
+    for wrong in (["--maps"], [str(tmp_path / "run"), "--image-dir", str(tmp_path), "--maps"]):
+        result = CliRunner().invoke(cli, ["report", str(tmp_path / "run"), *wrong])
+        assert result.exit_code == 2
+        assert "--maps goes with --image-dir and one run" in result.output
 
 
 # --- does it find what is known to be there? -----------------------------------------------------

@@ -11,6 +11,7 @@ from cxr_cache.model_card import render_card
 from cxr_cache.page_data import RunView, read_view
 from cxr_cache.run import Run
 from tests.test_evaluate import make_run
+from tests.test_report import copy_run, keep_zero_shot
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,15 @@ def test_the_body_holds_data_metrics_use_and_limits(run, view):
         assert f"| {row.finding} | {row.n_positive_test} |" in text
     assert "None" not in text
     assert "nan" not in text.lower().split()
+
+
+def test_zero_shot_has_its_line_where_it_was_scored(run, tmp_path):
+    copy = copy_run(run, tmp_path / "run")
+    macro = keep_zero_shot(copy).loc["macro"]
+
+    line = f"(zero-shot), 5 findings | {macro['zero_shot']:.3f} ("
+    assert line in render_card(read_view(copy))
+    assert "zero-shot" not in render_card(read_view(run))
 
 
 def test_a_name_cannot_break_a_table(view):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from cxr_cache.page_data import collect_differences, read_view
 from cxr_cache.report import write_joint_report
 from cxr_cache.run import Run
 from tests.test_evaluate import FINDINGS, make_run
-from tests.test_report import make_rival
+from tests.test_report import copy_run, keep_zero_shot, make_rival
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -161,6 +163,40 @@ def test_headings_sort_the_findings_and_blanks_stay_last(see, page, run):
     seen.tab.locator("th[data-key=name] button").press("Space")
     assert seen.shown_findings() == sorted(FINDINGS)
     assert heading.get_attribute("aria-sort") is None
+
+
+def test_zero_shot_is_a_column_that_sorts(see, page, run, folder):
+    """In place beside AUROC; blank and last where there are no prompts; absent without the table."""
+    copy = copy_run(run, folder / "prompted")
+    table = keep_zero_shot(copy, without=("Hernia",)).drop(index="macro").dropna()
+    file = folder / "prompted.html"
+    file.write_text(render_page([read_view(copy)]))
+    seen = see(file)
+
+    cells = seen.tab.eval_on_selector_all(
+        "#finding-table tbody td[data-zero-shot]",
+        "cells => cells.map(c => [c.closest('tr').cells[0].dataset.name, c.innerText.trim()])",
+    )
+    assert cells == [[finding, f"{value:.3f}"] for finding, value in table["zero_shot"].items()]
+    heading = seen.tab.locator("th[data-key=zero-shot]")
+    heading.locator("button").click()
+    best_first = table.sort_values("zero_shot", ascending=False).index.tolist()
+    assert seen.shown_findings() == [*best_first, "Hernia", "Bronchiolitis"]
+    assert heading.evaluate("cell => cell.cellIndex") == 3
+    seen.tab.get_by_role("button", name="Nodule").click()
+    words = seen.tab.locator("tr.detail p.zero-shot").inner_text()
+    row = table.loc["Nodule"]
+    assert f"have AUROC {row['zero_shot']:.3f} (" in words
+    assert f"the run minus zero-shot is {row['difference']:+.3f} (" in words
+    assert "over the 4 of 5 scored findings" in seen.tab.locator("#zero-shot").inner_text()
+    assert seen.tab.evaluate(
+        "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('#findings .scroll'))"
+    )
+
+    without = see(page)
+    assert without.tab.locator("th[data-key=zero-shot], [data-zero-shot], #zero-shot").count() == 0
+    without.tab.get_by_role("button", name="Nodule").click()
+    assert "zero-shot" not in without.tab.locator("main").inner_text().lower()
 
 
 def test_the_filter_finds_names_and_hides_rare_findings(see, page, run):
@@ -394,6 +430,49 @@ def test_pictures_are_shown_with_their_warning(see, run, rival, folder):
         assert "Mass, probability 0." in picture.get_attribute("alt")
 
 
+def test_maps_are_laid_over_the_pictures_by_one_switch(see, run, folder):
+    """Two patches by two, the strongest at the lower left; the second image has no map."""
+    cases = {
+        "Nodule": {
+            "hits": [{"image_id": "a.png", "probability": 0.9}],
+            "misses": [{"image_id": "b.png", "probability": 0.1}],
+            "false_alarms": [],
+        }
+    }
+    jpeg = io.BytesIO()
+    Image.new("L", (144, 144), 90).save(jpeg, format="JPEG")
+    picture = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    packed = base64.b64encode(bytes([0, 51, 255, 0])).decode()
+    maps = {"rows": 2, "columns": 2, "by_finding": {"Nodule": {"a.png": packed}}}
+    file = folder / "maps.html"
+    pictures = dict.fromkeys(("a.png", "b.png"), picture)
+    file.write_text(render_page([read_view(run)], cases=[cases], pictures=pictures, maps=maps))
+    seen = see(file, viewport={"width": 390, "height": 800})
+    canvas, switch = seen.tab.locator("#case-rows canvas"), seen.tab.locator("#cases input")
+
+    assert canvas.count() == 1
+    assert not canvas.is_visible()
+    switch.press("Space")
+    assert canvas.is_visible()
+    box, of_image = canvas.bounding_box(), seen.tab.locator("#case-rows img").first.bounding_box()
+    assert box == pytest.approx(of_image)
+    assert canvas.get_attribute("aria-label") == (
+        "where it looked for Nodule, strongest 25 % from the left and 75 % from the top"
+    )
+    data = canvas.evaluate("c => [...c.getContext('2d').getImageData(0, 0, 2, 2).data]")
+    assert np.array(data)[3::4] == pytest.approx([0, 0.2 * 191, 191, 0], abs=1)  # opacity
+    assert data[8:11] == pytest.approx([254, 232, 56], abs=2)
+    assert "not whether the answer is right" in seen.tab.locator("#cases").inner_text()
+
+    seen.tab.get_by_role("button", name="Nodule").click()
+    detail = seen.tab.locator("tr.detail")
+    assert detail.locator("canvas").is_visible()
+    detail.get_by_label("show where it looked").uncheck()
+    assert not switch.is_checked()
+    assert not canvas.is_visible()
+    assert seen.width() == 390
+
+
 @pytest.mark.slow
 def test_the_picture_of_the_readme_is_made_from_a_page(browser, page, folder):
     demo = folder / "demo" / "finetuned"
@@ -412,4 +491,4 @@ def test_a_page_without_pictures_says_how_to_get_them(see, page):
     seen = see(page)
 
     assert "--image-dir DIR adds small pictures" in seen.tab.locator("#cases").inner_text()
-    assert seen.tab.locator("img").count() == 0
+    assert seen.tab.locator("img, canvas, #cases input").count() == 0

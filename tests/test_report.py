@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,11 +19,20 @@ from cxr_cache.compare import compare_runs
 from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.evaluate import evaluate_run
 from cxr_cache.findings import FINDINGS
+from cxr_cache.joint_auroc import ScoredRows, score_jointly
 from cxr_cache.page import render_page
-from cxr_cache.page_data import MIN_POINTS, POINTS_OF_ALL_CURVES, collect_charts, read_view
+from cxr_cache.page_data import (
+    MIN_POINTS,
+    POINTS_OF_ALL_CURVES,
+    collect_charts,
+    collect_differences,
+    read_view,
+)
 from cxr_cache.plots import PLOTS, draw_class_distribution
 from cxr_cache.report import write_joint_report, write_report
 from cxr_cache.run import Run
+from cxr_cache.scored import read_scored
+from cxr_cache.zero_shot import tabulate_areas
 from tests.test_evaluate import make_run
 
 FIGURES_OF_0_1 = (
@@ -108,6 +118,24 @@ def make_rival(run: Run, path: Path) -> Run:
     rival.write_table("predictions", predictions)
     evaluate_run(rival, n_resamples=50)
     return rival
+
+
+def keep_zero_shot(run: Run, without: tuple[str, ...] = ()) -> pd.DataFrame:
+    """The table of `zero-shot` in an evaluated run's folder, had the prompts told nothing."""
+    images = read_scored(run)
+    chosen = [f for f, finding in enumerate(images.findings) if finding not in without]
+    rows, targets = np.arange(len(images)), images.targets[:, chosen]
+    noise = np.random.default_rng(2).random(targets.shape)
+    models = {
+        "zero_shot": ScoredRows(rows, targets, noise),
+        "run": ScoredRows(rows, targets, images.probabilities[:, chosen]),
+    }
+    areas = score_jointly(models, images.study_uids, n_resamples=50)
+    areas["difference"] = areas["run"].minus(areas["zero_shot"])
+    names = [images.findings[f] for f in chosen]
+    table = tabulate_areas(names, (targets == 1).sum(axis=0), areas)
+    run.write_table("zero_shot", table)
+    return table.set_index("finding")
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +332,76 @@ def test_a_run_that_was_not_evaluated_is_refused(tmp_path):
 
     with pytest.raises(RunError, match=r"metrics\.json is missing.*cxr-cache evaluate"):
         write_report(run)
+
+
+# --- zero-shot -----------------------------------------------------------------------------------
+
+
+def copy_run(run: Run, path: Path) -> Run:
+    shutil.copytree(run.path, path)
+    return Run.open(path)
+
+
+def test_zero_shot_stands_beside_the_headline_over_the_same_findings(evaluated, tmp_path):
+    run = copy_run(evaluated, tmp_path / "run")
+    macro = keep_zero_shot(run).loc["macro"]
+
+    text = render(run).text
+
+    assert f"Macro AUROC, zero-shot {macro['zero_shot']:.3f} 95 % interval " in text
+    assert "over the same 5 findings." in text  # Bronchiolitis is not scored
+    low, high = macro["difference_low"], macro["difference_high"]
+    assert f"Run minus zero-shot: {macro['difference']:+.3f} {low:+.3f} to {high:+.3f}" in text
+    assert macro["run"] == pytest.approx(run.read_metrics()["test"]["macro_auroc"]["value"])
+
+
+def test_findings_without_prompts_are_left_out_of_both_figures(evaluated, tmp_path):
+    run = copy_run(evaluated, tmp_path / "run")
+    macro = keep_zero_shot(run, without=("Mass", "Hernia")).loc["macro"]
+    run.config["kind"], run.config["finetune"] = "finetune", {"unfreeze_layers": 1, "source": "t"}
+    run.config["from_run"], run.config["store"]["encoder"]["n_blocks"] = None, 2
+
+    text = render(run).text
+
+    shown = f"over the 3 of 5 scored findings that have prompts; over these the run has {{:.3f}}."
+    assert shown.format(macro["run"]) in text
+    assert macro["run"] != pytest.approx(run.read_metrics()["test"]["macro_auroc"]["value"])
+    assert "It is the encoder before fine-tuning." in text
+
+
+@pytest.mark.parametrize("change", ["labels", "predictions", "columns"])
+def test_zero_shot_of_other_test_images_is_left_out_and_said(evaluated, tmp_path, change):
+    """A table that was written before the run's figures changed, or by hand."""
+    run = copy_run(evaluated, tmp_path / "run")
+    table = keep_zero_shot(run).reset_index()
+    if change == "columns":  # scored without the run
+        run.write_table("zero_shot", table[["finding", "n_positive", "zero_shot"]])
+    else:
+        name = "targets" if change == "labels" else "predictions"
+        changed = run.read_table(name)
+        test = run.read_table("predictions")["split"] == "test"
+        changed.loc[test, "Nodule"] = changed.loc[test, "Nodule"].to_numpy()[::-1]
+        run.write_table(name, changed)
+        evaluate_run(run, n_resamples=0)
+
+    page = render(run)
+
+    assert "Zero-shot is left out" in page.text
+    assert "cxr-cache zero-shot STORE --run-dir RUN" in page.text
+    assert "zero-shot" not in page.ids
+    assert set(page.data["zero_shot"][0]) == {None}
+
+
+def test_a_page_of_several_runs_has_the_macro_figure(evaluated, rival, tmp_path):
+    run = copy_run(evaluated, tmp_path / "run")
+    macro = keep_zero_shot(run).loc["macro"]
+    comparison = compare_runs(run, rival, n_resamples=20)
+    views = [read_view(run), read_view(rival)]
+
+    page = Page(render_page(views, differences=collect_differences(comparison)))
+
+    assert f"prompts alone, without training {macro['zero_shot']:.3f}" in page.text
+    assert "zero-shot" not in page.ids
 
 
 # --- several runs --------------------------------------------------------------------------------

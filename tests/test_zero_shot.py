@@ -20,7 +20,9 @@ from sklearn.metrics import roc_auc_score
 from cxr_cache.cli import cli
 from cxr_cache.encoder import Encoder, load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError
+from cxr_cache.evaluate import evaluate_run
 from cxr_cache.findings import FINDINGS
+from cxr_cache.page_data import read_view
 from cxr_cache.prompts import PromptPair, load_prompts
 from cxr_cache.run import Run
 from cxr_cache.store import FeatureStore
@@ -192,6 +194,48 @@ def test_the_command_and_its_table(store, folder, tmp_path):
     assert "all labelled images: 200 images of 100 studies" in result.output
     assert "No prompts for: Nodule, Hernia, Mass, Scoliosis" in result.output
     assert pd.read_csv(out)["finding"].tolist() == [*entries, "macro"]
+
+
+def test_a_runs_table_is_kept_with_it_until_it_is_trained_anew(store, folder, tmp_path):
+    """What `zero-shot --run-dir` writes is what the run's page reads, to the last digit."""
+    recipe = replace(synthetic.QUICK, epochs=(2,))
+    train_head(store, tmp_path / "run", recipe)
+    run = Run.open(tmp_path / "run")
+    evaluate_run(run, n_resamples=10)
+    prompts = tmp_path / "prompts.json"
+    entries = {f: {"present": [f"a {f}"], "absent": [f"no {f}"]} for f in list(PROMPTS)[:4]}
+    prompts.write_text(json.dumps(entries))
+    arguments = ["zero-shot", store, "--run-dir", run.path, "--prompts", prompts]
+
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--resamples", "20"])
+
+    assert result.exit_code == 0, result.output
+    kept = run.path / "zero_shot.csv"
+    assert f"Kept as {kept}; `cxr-cache report {run.path}` puts it on the run's page." in (
+        " ".join(result.output.split())
+    )
+    view = read_view(run)
+    assert view.zero_shot is not None
+    assert list(view.zero_shot.by_finding) == list(entries)
+    assert view.zero_shot.n_findings == 4
+    by_finding = view.zero_shot.by_finding.values()
+    assert view.zero_shot.macro["run"] == pytest.approx(np.mean([r["run"] for r in by_finding]))
+    evaluate_run(run, calibration="platt", n_resamples=0)
+    assert not read_view(run).zero_shot_is_stale, "calibration leaves the order as it is"
+    train_head(store, run.path, recipe, overwrite=True)
+    assert not kept.exists()
+
+
+def test_a_table_of_another_encoder_is_not_kept(folder, store, tmp_path):
+    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    run = Run.open(tmp_path / "run")
+    ours = load_text_encoder(f"local-dir:{folder}")
+    with FeatureStore.open(store) as features:
+        assert score_zero_shot(features, ours, PROMPTS, run=run, n_resamples=5).is_of_run
+        run.config["store"]["encoder"]["weights_sha256"] = "0" * 64
+        found = score_zero_shot(features, ours, PROMPTS, run=run, n_resamples=5)
+    assert not found.is_of_run
+    assert "the table is not kept with the run" in found.to_text()
 
 
 def test_a_fine_tuned_run_is_said_not_to_fit(folder, store, tmp_path):

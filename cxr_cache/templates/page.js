@@ -163,8 +163,10 @@
         : "No curve: the test images hold no positive or no negative."));
     }
     if (!isPooled) box.append(figures(points));
+    box.append(...zeroShot(data.zero_shot.map((of) => of[f])));
     const groups = data.groups.map((of) => of[f]);
     if (groups.some((group) => group !== null)) box.append(groupTable(groups));
+    if (data.maps && !isPooled) box.append(make("div", { class: "tools" }, mapSwitch()), make("p", { class: "note" }, ABOUT_MAPS));
     if (data.cases) box.append(...caseRows(name));
     return box;
   }
@@ -189,6 +191,14 @@
     const rows = points.map((point, run) => make("tr", {}, make("th", { scope: "row" }, several ? data.runs[run].name : `${count(point.n_test)}`),
       ...AT_THRESHOLD.map(([key, , form]) => make("td", {}, point[key] === null ? "–" : form(point[key])))));
     return table(head, rows, "Figures at the threshold");
+  }
+
+  function zeroShot(rows) {
+    const sign = (value) => (value > 0 ? "+" : "") + fixed(value);
+    const interval = (row, name, form) => (row[name + "_low"] === null ? "" : ` (${form(row[name + "_low"])} to ${form(row[name + "_high"])})`);
+    return rows.flatMap((row, run) => (row === null || row.zero_shot === null ? [] : [make("p", { class: "zero-shot" },
+      `${several ? data.runs[run].name + ": prompts" : "Prompts"} alone, without training, have AUROC ${fixed(row.zero_shot)}${interval(row, "zero_shot", fixed)}; `
+      + `the run minus zero-shot is ${sign(row.difference)}${interval(row, "difference", sign)}.`)]));
   }
 
   function groupTable(groups) {
@@ -231,12 +241,53 @@
     const shown = source
       ? make("img", { src: source, alt: `${one.image_id}: ${words.split(":")[0].toLowerCase()} for ${name}, probability ${fixed(one.probability)}`, width: 144, height: 144 })
       : make("div", { class: "blank" }, "no picture");
-    return make("figure", {}, shown, make("b", {}, fixed(one.probability)), make("span", { title: one.image_id }, one.image_id));
+    const map = source && data.maps ? drawMap(one.image_id, name) : null;
+    return make("figure", {}, map ? make("div", { class: "frame" }, shown, map) : shown, make("b", {}, fixed(one.probability)), make("span", { title: one.image_id }, one.image_id));
+  }
+
+  const ABOUT_MAPS = "Where it looked: what the model’s answer rests on, not whether the answer is right; with a frozen encoder of random weights it is no better than chance. Each map is scaled to its own maximum, so compare places, not colours.";
+  const COLOURS = [[0, 34, 78], [67, 78, 108], [125, 124, 120], [188, 174, 108], [254, 232, 56]]; // cividis
+  const STRONGEST = 0.75; // opacity of the maximum; zero is transparent
+  const switches = [];
+
+  /* A pixel per patch, which the browser enlarges smoothly. */
+  function drawMap(imageId, name) {
+    const packed = data.maps.by_finding[name]?.[imageId];
+    if (!packed) return null;
+    const { rows, columns } = data.maps;
+    const values = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+    const peak = values.indexOf(255);
+    const place = peak < 0 ? "" : `, strongest ${Math.round(100 * (peak % columns + 0.5) / columns)} % from the left and ${Math.round(100 * (Math.floor(peak / columns) + 0.5) / rows)} % from the top`;
+    const canvas = make("canvas", { width: columns, height: rows, role: "img", "aria-label": `where it looked for ${name}${place}` });
+    const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+    values.forEach((value, k) => {
+      const share = value / 255, at = share * (COLOURS.length - 1), low = Math.min(Math.floor(at), COLOURS.length - 2);
+      const colour = COLOURS[low].map((from, c) => from + (at - low) * (COLOURS[low + 1][c] - from));
+      image.data.set([...colour, 255 * STRONGEST * share], 4 * k);
+    });
+    context.putImageData(image, 0, 0);
+    return canvas;
+  }
+
+  /* All of them switch the maps of the whole page. */
+  function mapSwitch() {
+    const page = document.documentElement, box = make("input", { type: "checkbox" });
+    box.checked = page.classList.contains("maps");
+    box.addEventListener("change", () => {
+      page.classList.toggle("maps", box.checked);
+      for (const other of switches) other.checked = box.checked;
+    });
+    switches.push(box);
+    return make("label", {}, box, " show where it looked");
   }
 
   function setUpCases() {
     const chooser = document.getElementById("case-finding"), place = document.getElementById("case-rows");
     if (!chooser || !data.cases) return;
+    if (data.maps) {
+      chooser.closest(".tools").append(mapSwitch());
+      place.before(make("p", { class: "note" }, ABOUT_MAPS));
+    }
     const named = data.findings.filter((name) => data.cases.some((cases) => name in cases));
     const positives = (name) => data.points[0][data.findings.indexOf(name)].n_positive_test;
     chooser.append(...named.map((name) => make("option", { value: name }, `${name} (${count(positives(name))})`)));
