@@ -805,8 +805,8 @@ def ablate(
 @click.option(
     "--from-run",
     type=FOLDER,
-    help="A run of `train` on this store: takes its split, its number of epochs, and its heads to "
-    "start from.",
+    help="A run of `train` on this store: takes its split, its number of epochs, its rule of "
+    "thresholds and its calibration, and its heads to start from.",
 )
 @click.option(
     "--source",
