@@ -561,7 +561,7 @@ def _resamples(least: int) -> Callable[[Command], Command]:
         "--resamples",
         type=click.IntRange(min=least),
         default=2000,
-        help="Bootstrap resamples of studies.",
+        help="Bootstrap resamples of studies, of patients where they are known.",
     )
 
 
@@ -805,8 +805,8 @@ def ablate(
 @click.option(
     "--from-run",
     type=FOLDER,
-    help="A run of `train` on this store: takes its split, its number of epochs, and its heads to "
-    "start from.",
+    help="A run of `train` on this store: takes its split, its number of epochs, its rule of "
+    "thresholds and its calibration, and its heads to start from.",
 )
 @click.option(
     "--source",
@@ -1071,7 +1071,10 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 @click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
 @click.option("--out", type=FILE, help="Write the table to this CSV file.")
 @click.option(
-    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
+    "--resamples",
+    type=click.IntRange(min=1),
+    default=1000,
+    help="Bootstrap resamples of studies, of patients where they are known.",
 )
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from cxr_cache.clusters import UNITS
 from cxr_cache.compare import MACRO, Comparison
 from cxr_cache.run import write_whole
 
@@ -60,7 +61,8 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
         axes.set_xlim(-furthest, furthest)
         axes.set_ylim(-0.7, len(findings) - 0.3)
         axes.set_xlabel(
-            f"AUROC difference to {comparison.runs[0]}, with 95 % interval over studies"
+            f"AUROC difference to {comparison.runs[0]}, with 95 % interval over "
+            f"{UNITS[comparison.unit]}"
         )
         axes.grid(axis="x", color="#E4E7EB")
         axes.set_axisbelow(True)
