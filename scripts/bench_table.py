@@ -130,6 +130,7 @@ def draw(lines: list[Line], path: Path) -> None:
                         color=color,
                     )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
         label_rows(axes, [line.what for line in shown])
         axes.set_xlabel("time, as a multiple of cxr-cache's (measured in the same run)")
         put_legend_on_top(axes, 2)
