@@ -197,7 +197,7 @@ def _train(
         predict_probabilities(
             HeadBank.from_snapshot(trajectory.weights[len(rates)]),
             torch.from_numpy(data.embeddings[0, test]),
-        )[0].numpy()
+        ).numpy()
         for trajectory, (_, test, _) in zip(trained, heads, strict=True)
     ]
 

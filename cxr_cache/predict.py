@@ -198,8 +198,8 @@ def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDAr
         parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
         prepared = prepare_features(parts, model.head["input_norm"])
         prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
-        members = predict_probabilities(bank, torch.from_numpy(prepared))  # (H, B, F)
-        probabilities[start : start + len(prepared)] = members.mean(dim=0).numpy()
+        averaged = predict_probabilities(bank, torch.from_numpy(prepared))
+        probabilities[start : start + len(prepared)] = averaged.numpy()
     return probabilities
 
 
