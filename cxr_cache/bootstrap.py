@@ -1,4 +1,4 @@
-"""The study-clustered bootstrap: random weights for whole studies, and figures under them."""
+"""The clustered bootstrap: random weights for whole patients or studies, figures under them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, log_expit, logit
 
 from cxr_cache.metrics import Array, FloatArray, divide, require_finite
@@ -197,6 +196,8 @@ def has_both_classes(targets: Array) -> NDArray[np.bool_]:
 
 def _fit_temperature(targets: Array, logits: FloatArray) -> float:
     """1 / T; log loss is convex in it, hence has one minimum in its logarithm too."""
+    from scipy.optimize import minimize_scalar  # half a second, which most runs need not wait for
+
     labelled = ~np.isnan(targets)
     if not (labelled & (targets == 1)).any() or not (targets == 0).any():
         return 1.0
@@ -211,6 +212,8 @@ def _fit_temperature(targets: Array, logits: FloatArray) -> float:
 
 def _fit_platt(present: NDArray[np.bool_], logits: FloatArray) -> tuple[float, float]:
     """Slope and intercept with the least log loss against targets that are not quite 0 and 1."""
+    from scipy.optimize import minimize  # as above
+
     n_present = int(present.sum())
     n_absent = len(present) - n_present
     wanted = np.where(present, (n_present + 1) / (n_present + 2), 1 / (n_absent + 2))

@@ -561,7 +561,7 @@ def _resamples(least: int) -> Callable[[Command], Command]:
         "--resamples",
         type=click.IntRange(min=least),
         default=2000,
-        help="Bootstrap resamples of studies.",
+        help="Bootstrap resamples of studies, of patients where they are known.",
     )
 
 
@@ -805,8 +805,8 @@ def ablate(
 @click.option(
     "--from-run",
     type=FOLDER,
-    help="A run of `train` on this store: takes its split, its number of epochs, and its heads to "
-    "start from.",
+    help="A run of `train` on this store: takes its split, its number of epochs, its rule of "
+    "thresholds and its calibration, and its heads to start from.",
 )
 @click.option(
     "--source",
@@ -1071,7 +1071,10 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 @click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
 @click.option("--out", type=FILE, help="Write the table to this CSV file.")
 @click.option(
-    "--resamples", type=click.IntRange(min=1), default=1000, help="Bootstrap resamples of studies."
+    "--resamples",
+    type=click.IntRange(min=1),
+    default=1000,
+    help="Bootstrap resamples of studies, of patients where they are known.",
 )
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
@@ -1174,21 +1177,16 @@ def report(
     if maps and (image_dir is None or len(runs) > 1):
         raise click.UsageError("--maps goes with --image-dir and one run.")
     opened = [Run.open(run) for run in runs]
-    card = {"license_id": license_id, "dataset_id": dataset_id}
+    options: dict[str, Any] = {"license_id": license_id, "dataset_id": dataset_id}
     if len(opened) > 1:
         page = write_joint_report(opened, out, image_dir=image_dir, n_resamples=resamples)
     elif maps:
         encoder = _load_encoder_of_run(opened[0], model, device)
         with _progress_bar(None, "map") as bar:
-            page = write_report(
-                opened[0],
-                image_dir=image_dir,
-                encoder=encoder,
-                on_progress=_count_progress(bar),
-                **card,
-            )
+            options |= {"encoder": encoder, "on_progress": _count_progress(bar)}
+            page = write_report(opened[0], image_dir=image_dir, **options)
     else:
-        page = write_report(opened[0], image_dir=image_dir, **card)
+        page = write_report(opened[0], image_dir=image_dir, **options)
     click.echo(f"Report: {page}")
 
 

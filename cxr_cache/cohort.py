@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.clusters import assign_clusters
 from cxr_cache.errors import TableError
 from cxr_cache.findings import FINDINGS, assign_targets, parse_labels, parse_target_table
 from cxr_cache.tables import (
@@ -106,9 +107,7 @@ class Cohort:
     @property
     def groups(self) -> NDArray[np.str_]:
         """What a split keeps together: the patient where known, else the study; shape ``(N,)``."""
-        of_patient = np.char.add("patient ", self.patient_ids)
-        of_study = np.char.add("study ", self.study_uids)
-        return np.where(self.patient_ids != "", of_patient, of_study)
+        return assign_clusters(self.patient_ids, self.study_uids)
 
     def take(self, rows: NDArray[Any] | slice) -> Cohort:
         """Return the images at `rows` (indices, mask or slice), in that order."""

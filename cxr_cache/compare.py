@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from cxr_cache.bootstrap import bootstrap
+from cxr_cache.clusters import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.intervals import LEVEL, macro_error, standard_errors
 from cxr_cache.metrics import FloatArray, macro_mean
@@ -41,6 +42,8 @@ class Comparison:
     """Names, the first being what the others are compared with."""
     n_images: int
     n_studies: int
+    unit: Unit
+    """What was resampled."""
     table: pd.DataFrame
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
 
@@ -55,7 +58,7 @@ class Comparison:
         """Macro figures, and the findings that differ, for a terminal."""
         lines = [
             f"{self.n_images:,} test images of {self.n_studies:,} studies; differences to "
-            f"{self.runs[0]} with {LEVEL:.0%} paired intervals over studies",
+            f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
         ]
         for run in self.runs[1:]:
             width = max(len(self.runs[0]), len(run), 10)
@@ -93,7 +96,7 @@ def _describe(row: Any) -> str:
 
 
 def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Comparison:
-    """Compare runs with the first by a paired bootstrap: each resample of studies scores all.
+    """Compare runs with the first by a paired bootstrap: each resample scores all.
 
     The interval of a difference is the difference and Student's t times its standard error over
     the resamples, and its p value belongs to the same statistic (as in pROC's bootstrap test;
@@ -105,6 +108,7 @@ def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> C
     ----------
     runs
         Two or more finished runs with the same test images, findings and targets.
+        What is resampled are the patients of the first of them that names any, else studies.
     n_resamples, seed
         As in :func:`cxr_cache.bootstrap.bootstrap`.
 
@@ -120,6 +124,7 @@ def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> C
     images = [first]
     for run in runs[1:]:
         images.append(_align(runs[0], first, run, read_scored(run)))
+    images = _share_patients(images)
     kinds: dict[Rows, list[ScoredImages]] = {
         "images": images,
         "studies": [part.by_study() for part in images],
@@ -128,7 +133,8 @@ def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> C
         _tabulate(names, rows, parts, _score(parts, n_resamples, seed))
         for rows, parts in kinds.items()
     ]
-    return Comparison(names, len(first), first.n_studies, pd.concat(tables, ignore_index=True))
+    table = pd.concat(tables, ignore_index=True)
+    return Comparison(names, len(first), first.n_studies, images[0].unit, table)
 
 
 def _name(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -157,6 +163,13 @@ def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) ->
                 f"{ours.image_ids[differs.argmax()]!r}. Train both with the same labels."
             )
     return theirs
+
+
+def _share_patients(images: Sequence[ScoredImages]) -> list[ScoredImages]:
+    """All runs with the patients of the first that names any; those of old versions name none."""
+    known = (part.patient_ids for part in images if part.unit != "study")
+    patient_ids = next(known, images[0].patient_ids)
+    return [replace(part, patient_ids=patient_ids) for part in images]
 
 
 def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) -> None:
@@ -193,7 +206,7 @@ def _score(images: Sequence[ScoredImages], n_resamples: int, seed: int) -> _Scor
         }
 
     once = statistics(np.ones((1, len(images[0]))))
-    resampled = bootstrap(statistics, images[0].study_uids, n_resamples, seed)
+    resampled = bootstrap(statistics, images[0].clusters, n_resamples, seed)
     return _Scores({measure: values[0] for measure, values in once.items()}, resampled)
 
 
@@ -203,13 +216,13 @@ def _tabulate(
     """All runs but the first against the first, finding by finding and their mean."""
     targets = images[0].targets
     present, absent = targets == 1, targets == 0
-    n_studies = np.minimum(*(images[0].count_studies(cells) for cells in (present, absent)))
+    n_clusters = np.minimum(*(images[0].count_clusters(cells) for cells in (present, absent)))
     parts = []
     for measure in MEASURES:
         estimates, resampled = scores.estimates[measure], scores.resampled[measure]
         of_runs = [
             _difference(
-                estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_studies
+                estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_clusters
             ).assign(run=names[k], finding=[*images[0].findings, MACRO])
             for k in range(1, len(names))
         ]
@@ -224,14 +237,14 @@ def _tabulate(
 
 
 def _difference(
-    first: FloatArray, second: FloatArray, resampled: FloatArray, n_studies: NDArray[np.int64]
+    first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: NDArray[np.int64]
 ) -> pd.DataFrame:
     """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows."""
     n_undefined = np.isnan(resampled).sum(axis=0)
-    error = np.append(standard_errors(resampled, n_studies), macro_error(resampled, n_studies))
+    error = np.append(standard_errors(resampled, n_clusters), macro_error(resampled, n_clusters))
     first, second = (np.append(values, macro_mean(values)) for values in (first, second))
     difference = second - first
-    freedom = np.append(np.maximum(n_studies - 1, 1).astype(float), np.inf)
+    freedom = np.append(np.maximum(n_clusters - 1, 1).astype(float), np.inf)
     # Without any spread there is nothing to measure a difference by.
     error = np.where((error == 0) & (difference != 0), np.nan, error)
     with np.errstate(invalid="ignore"):

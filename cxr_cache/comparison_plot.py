@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
+from cxr_cache.clusters import UNITS
 from cxr_cache.compare import MACRO, Comparison
+from cxr_cache.drawing import GREY, PALETTE, Axes, label_rows, open_figure, put_legend_on_top
 from cxr_cache.run import write_whole
 
-# Okabe and Ito's palette, told apart by people with any colour vision; markers differ as well.
-_COLORS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS: Final = "osD^v*"
+_MARKERS: Final = "osD^v*"  # runs differ by more than their colour
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[Path, Path]:
@@ -46,29 +43,20 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     table = table[(table["rows"] == "images") & (table["measure"] == "auroc")]
     findings = _order(table)
     runs = comparison.runs[1:]
-    with mpl.rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(8, 1.4 + 0.26 * len(findings)), layout="constrained")
+    furthest = max(0.05, 1.4 * table["difference"].abs().max())
+    with open_figure(path, 8, 1.4 + 0.26 * len(findings)) as figure:
         axes = figure.add_subplot()
-        axes.axvline(0, color="#8A8F98", linewidth=1)
+        axes.axvline(0, color=GREY, linewidth=1)
         for k, run in enumerate(runs):
             shift = 0.5 * ((k + 0.5) / len(runs) - 0.5)
             _draw_run(axes, table[table["run"] == run], findings, run, k, shift)
-        axes.set_yticks(
-            np.arange(len(findings)), [name or "mean over findings" for name in findings]
-        )
-        furthest = max(0.05, 1.4 * table["difference"].abs().max())
+        label_rows(axes, [name or "mean over findings" for name in findings])
         axes.set_xlim(-furthest, furthest)
-        axes.set_ylim(-0.7, len(findings) - 0.3)
         axes.set_xlabel(
-            f"AUROC difference to {comparison.runs[0]}, with 95 % interval over studies"
+            f"AUROC difference to {comparison.runs[0]}, with 95 % interval over "
+            f"{UNITS[comparison.unit]}"
         )
-        axes.grid(axis="x", color="#E4E7EB")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
-    write_whole(Path(path), image.getvalue())
+        put_legend_on_top(axes, 3)
 
 
 def _order(table: pd.DataFrame) -> list[str]:
@@ -79,10 +67,10 @@ def _order(table: pd.DataFrame) -> list[str]:
 
 
 def _draw_run(
-    axes: Any, rows: pd.DataFrame, findings: list[str], run: str, k: int, shift: float
+    axes: Axes, rows: pd.DataFrame, findings: list[str], run: str, k: int, shift: float
 ) -> None:
     rows = rows.set_index("finding").loc[findings]
-    color, marker = _COLORS[k % len(_COLORS)], _MARKERS[k % len(_MARKERS)]
+    color, marker = PALETTE[k % len(PALETTE)], _MARKERS[k % len(_MARKERS)]
     places = np.arange(len(findings)) - shift
     bounds = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
     reach = np.nan_to_num(np.array(bounds))

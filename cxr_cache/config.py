@@ -160,7 +160,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "tuned": {
         "batch_size": 64,
         "learning_rate": 1e-3,
-        "epochs": (5, 10, 20, 30),
+        "epochs": (5, 10, 20, 30, 50),
         "final": "ensemble",
     },
     "reference": {},

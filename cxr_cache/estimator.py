@@ -30,9 +30,10 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Linear, norm, ReLU and dropout, twice, and a last linear layer, on embeddings.
 
     :meth:`fit` is the package's own training (:func:`cxr_cache.fit.fit_heads`) on all rows, for a
-    fixed number of epochs: what ``cxr-cache train`` does for its final model. Defaults are those
-    of ``cxr-cache train``, except that the learning rate stays constant, for nothing is held out
-    here that could say when to lower it.
+    fixed number of epochs. Defaults are those of the recipe ``tuned``
+    (:data:`cxr_cache.config.RECIPES`) and the number of epochs that was best on real radiographs,
+    except that the learning rate stays constant, for nothing is held out here that could say when
+    to lower it.
 
     A `y` of shape ``(N, F)`` has one column per finding: 1 present, 0 absent, NaN unlabelled. A
     `y` of shape ``(N,)`` holds two classes of any kind; more are refused, since the head knows no
@@ -101,9 +102,9 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        n_epochs: int = 100,
-        batch_size: int = Recipe.batch_size,
-        learning_rate: float = Recipe.learning_rate,
+        n_epochs: int = 20,
+        batch_size: int = 64,
+        learning_rate: float = 1e-3,
         weight_decay: float = Recipe.weight_decay,
         max_grad_norm: float | None = Recipe.max_grad_norm,
         schedule: str = "constant",

@@ -1,4 +1,4 @@
-"""Predictions -> metrics, with intervals from a bootstrap over studies."""
+"""Predictions -> metrics, with intervals from a bootstrap over patients or studies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.calibration import Calibration, has_both_classes
+from cxr_cache.clusters import UNITS, Unit
 from cxr_cache.curves import calibration_curves, ranking_curves
 from cxr_cache.errors import TableError
 from cxr_cache.figures import Entry, Estimates, estimate, to_number
@@ -33,8 +34,8 @@ FEW_POSITIVES: Final = 10
 N_RESAMPLES: Final = 2000
 
 _INTERVAL: Final = (
-    "Student's t on the logit scale, with the standard error of a Bayesian bootstrap over studies "
-    "and the number of studies that a figure rests on"
+    "Student's t on the logit scale, with the standard error of a Bayesian bootstrap over {units} "
+    "and the number of {units} that a figure rests on"
 )
 
 
@@ -90,7 +91,8 @@ def evaluate_predictions(
     Parameters
     ----------
     predictions
-        Columns image_id, study_uid, projection and one probability per finding, not calibrated.
+        Columns image_id, study_uid, projection and one probability per finding, not calibrated;
+        patient_id, blank where unknown, if there is any: patients are then resampled.
     targets
         Columns image_id and one target per finding: 1, 0 or NaN.
     thresholds
@@ -105,7 +107,7 @@ def evaluate_predictions(
     n_resamples
         Bootstrap resamples; 0 leaves the intervals out.
     seed
-        Of the resampling. Evaluations of the same studies with one seed resample alike.
+        Of the resampling. Evaluations of the same rows with one seed resample alike.
 
     Returns
     -------
@@ -227,7 +229,7 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         **_counts(images, by_image.figures["auroc"], reading.cuts),
         "threshold_rule": reading.rule,
         "calibration": _describe_calibration(raw, images, reading.calibration),
-        "bootstrap": _describe_bootstrap(by_image, reading),
+        "bootstrap": _describe_bootstrap(by_image, reading, images.unit),
     }
     tables: dict[TableName, pd.DataFrame] = {
         "per_finding": tabulate_findings(images, reading.cuts, by_image).assign(
@@ -265,14 +267,14 @@ def _named(findings: Sequence[str], chosen: NDArray[np.bool_] | bool) -> list[st
     return [finding for finding, is_chosen in zip(findings, chosen, strict=True) if is_chosen]
 
 
-def _describe_bootstrap(estimates: Estimates, reading: _Reading) -> dict[str, Any]:
+def _describe_bootstrap(estimates: Estimates, reading: _Reading, unit: Unit) -> dict[str, Any]:
     n_undefined = {name: int(counts.sum()) for name, counts in estimates.n_undefined.items()}
     return {
         "n_resamples": reading.n_resamples,
         "seed": reading.seed,
         "level": LEVEL,
-        "unit": "study",
-        "interval": _INTERVAL,
+        "unit": unit,
+        "interval": _INTERVAL.format(units=UNITS[unit]),
         "n_undefined": {name: count for name, count in n_undefined.items() if count},
     }
 
@@ -324,7 +326,8 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     ]
     if boot["n_resamples"]:
         lines.append(
-            f"  [{boot['level']:.0%} intervals, from {boot['n_resamples']:,} resamples of studies]"
+            f"  [{boot['level']:.0%} intervals, from {boot['n_resamples']:,} resamples of "
+            f"{UNITS[boot['unit']]}]"
         )
     if metrics["findings_undefined"]:
         lines.append(

@@ -1,4 +1,4 @@
-"""All figures of a set of scored rows, with intervals over its studies."""
+"""All figures of a set of scored rows, with intervals over its patients or studies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Figures: TypeAlias = dict[str, FloatArray]
 Entry: TypeAlias = dict[str, float | int | None]
 """``{"value", "low", "high"}``, as JSON has it."""
 Behind: TypeAlias = Literal["labelled", "positive", "both", "negative", "called", "not called"]
-"""Which studies a figure of a finding rests on; ``"both"`` is the fewer of the two classes."""
+"""Which clusters a figure of a finding rests on; ``"both"`` is the fewer of the two classes."""
 
 
 class Measure(NamedTuple):
@@ -126,7 +126,7 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """Figures of some rows, and their bounds where studies were resampled."""
+    """Figures of some rows, and their bounds where clusters were resampled."""
 
     figures: Figures
     """Overall ``()``, per finding ``(F,)``."""
@@ -174,7 +174,7 @@ class Estimates:
 def estimate(
     images: ScoredImages, thresholds: FloatArray, *, n_resamples: int = 0, seed: int = 0
 ) -> Estimates:
-    """Evaluate on the rows themselves, then on resampled studies; no resamples, no bounds.
+    """Evaluate on the rows themselves, then on resampled clusters; no resamples, no bounds.
 
     Parameters
     ----------
@@ -188,9 +188,10 @@ def estimate(
     intervals: dict[str, Interval] = {}
     n_undefined: dict[str, NDArray[np.int64]] = {}
     if n_resamples:
-        resampled = bootstrap(statistics, images.study_uids, n_resamples, seed)
-        behind = _count_studies(images, images.probabilities >= thresholds)
-        intervals = _intervals(figures, resampled, behind, images.n_studies)
+        clusters = images.clusters
+        resampled = bootstrap(statistics, clusters, n_resamples, seed)
+        behind = _count_clusters(images, images.probabilities >= thresholds)
+        intervals = _intervals(figures, resampled, behind, len(np.unique(clusters)))
         n_undefined = {name: np.isnan(resampled[name]).sum(axis=0) for name in MEASURES}
     errors = expected_calibration_error(images.targets, images.probabilities)
     cells = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
@@ -204,10 +205,10 @@ def estimate(
     )
 
 
-def _count_studies(
+def _count_clusters(
     images: ScoredImages, decisions: NDArray[np.bool_]
 ) -> dict[Behind, NDArray[np.int64]]:
-    """Studies with at least one image of each kind, per finding, ``(F,)``."""
+    """Clusters with at least one image of each kind, per finding, ``(F,)``."""
     labelled = ~np.isnan(images.targets)
     kinds: dict[Behind, NDArray[np.bool_]] = {
         "labelled": labelled,
@@ -216,7 +217,7 @@ def _count_studies(
         "called": labelled & decisions,
         "not called": labelled & ~decisions,
     }
-    counts = {kind: images.count_studies(cells) for kind, cells in kinds.items()}
+    counts = {kind: images.count_clusters(cells) for kind, cells in kinds.items()}
     counts["both"] = np.minimum(counts["positive"], counts["negative"])
     return counts
 
@@ -225,7 +226,7 @@ def _intervals(
     figures: Figures,
     resampled: Figures,
     behind: dict[Behind, NDArray[np.int64]],
-    n_studies: int,
+    n_clusters: int,
 ) -> dict[str, Interval]:
     intervals = {}
     for name, (scale, kind) in MEASURES.items():
@@ -234,8 +235,8 @@ def _intervals(
         intervals[name] = student_interval(figures[name], errors, n, scale)
         intervals[f"macro_{name}"] = macro_interval(figures[name], values, n, scale)
     for name in figures.keys() - MEASURES.keys():
-        error = standard_errors(resampled[name], n_studies)
-        intervals[name] = student_interval(figures[name], error, n_studies, _scale_of(name))
+        error = standard_errors(resampled[name], n_clusters)
+        intervals[name] = student_interval(figures[name], error, n_clusters, _scale_of(name))
     return intervals
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from joblib import Parallel, cpu_count, delayed
+from joblib.externals.loky import get_reusable_executor
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
@@ -61,6 +62,11 @@ def fit_on_cores(
                 states[h] = state
             on_epochs(sum(state["epoch"] for state in states))
     return [state["trajectories"][0] for state in states]
+
+
+def release_cores() -> None:
+    """End the processes that wait for more heads; each holds as much as torch takes."""
+    get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def _estimate_step(batch_size: int) -> float:

@@ -37,7 +37,7 @@ class Start:
 
 
 def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
-    """Options for fine-tuning on from a frozen run: its folds, its head, its number of epochs.
+    """Options for fine-tuning on from a frozen run: its folds, head, epochs, rule and calibration.
 
     Parameters
     ----------
@@ -50,7 +50,10 @@ def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
     own = {name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]}
     if own["input_norm"] == "standard":
         own["input_norm"] = "none"  # mean and spread are in the head's first layer
-    return FinetuneConfig(**({**own, "epochs": (run.config["chosen_epochs"],)} | given))
+    own["epochs"] = (run.config["chosen_epochs"],)
+    own["threshold_rule"] = run.threshold_rule  # of the model: `evaluate` may have chosen anew
+    own["calibration"] = run.calibration.method
+    return FinetuneConfig(**(own | given))
 
 
 def _require_frozen(run: Run) -> None:

@@ -256,7 +256,7 @@ class HeadBank(nn.Module):
 
 @torch.inference_mode()
 def predict_probabilities(bank: HeadBank, embeddings: Tensor, *, batch_size: int = 8192) -> Tensor:
-    """Probabilities of every head for every row, in evaluation mode, ``(H, N, F)``.
+    """Probabilities of every row in evaluation mode, averaged over the heads, ``(N, F)``.
 
     Parameters
     ----------
@@ -265,6 +265,8 @@ def predict_probabilities(bank: HeadBank, embeddings: Tensor, *, batch_size: int
     """
     was_training = bank.training
     bank.eval()
-    parts = [torch.sigmoid(bank(batch)) for batch in torch.split(embeddings, batch_size)]
+    parts = [
+        torch.sigmoid(bank(batch)).mean(dim=0) for batch in torch.split(embeddings, batch_size)
+    ]
     bank.train(was_training)
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts)

@@ -7,9 +7,10 @@ the standard error, and the interval is that of Student's t on a scale without b
 
     g(estimate) +- t(n - 1) * g'(estimate) * sd(resamples) * sqrt(n / (n - 1)),
 
-where g is the logit for shares and n the number of studies that the figure rests on (those with a
-positive, say). It contains the estimate, stays inside [0, 1] and, with n of three, is as wide as
-three studies deserve. ``scripts/interval_coverage.py`` measures how often it covers.
+where g is the logit for shares and n the number of clusters (patients where known, else studies)
+that the figure rests on: those with a positive, say. It contains the estimate, stays inside [0, 1]
+and, with n of three, is as wide as three studies deserve. ``scripts/interval_coverage.py`` measures
+how often it covers.
 """
 
 from __future__ import annotations
@@ -30,61 +31,61 @@ Scale: TypeAlias = Literal["logit", "log", "identity"]
 
 
 class Interval(NamedTuple):
-    """Bounds, NaN where there is none: the figure is undefined, or rests on a single study."""
+    """Bounds, NaN where there is none: the figure is undefined, or rests on a single cluster."""
 
     low: FloatArray
     high: FloatArray
 
 
-def standard_errors(resampled: FloatArray, n_studies: Array | int) -> FloatArray:
-    """Standard deviation over resamples, corrected for the number of studies behind a figure.
+def standard_errors(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
+    """Standard deviation over resamples, corrected for the number of clusters behind a figure.
 
     Parameters
     ----------
     resampled
         Shape ``(R, ...)``, NaN where a resample leaves a figure undefined.
-    n_studies
-        Studies that each figure rests on, shape ``(...)``.
+    n_clusters
+        Clusters that each figure rests on, shape ``(...)``.
 
     Returns
     -------
     FloatArray
-        Shape ``(...)``; NaN with fewer than two studies.
+        Shape ``(...)``; NaN with fewer than two clusters.
     """
-    errors: FloatArray = _deviations(resampled, n_studies).std(axis=0)
+    errors: FloatArray = _deviations(resampled, n_clusters).std(axis=0)
     return errors
 
 
 def student_interval(
     estimates: Array,
     errors: Array | float,
-    n_studies: Array | float,
+    n_clusters: Array | float,
     scale: Scale,
     level: float = LEVEL,
 ) -> Interval:
     """Student's t interval on a scale without bounds.
 
     A share of exactly 0 or 1 shows no variance; it gets the bound of Clopper and Pearson (1934)
-    for as many studies, which also holds for the mean of anything inside [0, 1].
+    for as many clusters, which also holds for the mean of anything inside [0, 1].
 
     Parameters
     ----------
-    estimates, errors, n_studies
-        Figures, their standard errors and the studies that they rest on, shape ``(...)``.
+    estimates, errors, n_clusters
+        Figures, their standard errors and the clusters that they rest on, shape ``(...)``.
     scale
         Of the figures.
     level
         How often to cover, in (0, 1).
     """
-    estimates, errors, n_studies = np.broadcast_arrays(
-        *(np.asarray(values, np.float64) for values in (estimates, errors, n_studies))
+    estimates, errors, n_clusters = np.broadcast_arrays(
+        *(np.asarray(values, np.float64) for values in (estimates, errors, n_clusters))
     )
     tail = (1 - level) / 2
-    quantile = stdtrit(np.where(n_studies > 1, n_studies - 1, np.nan), 1 - tail)
+    quantile = stdtrit(np.where(n_clusters > 1, n_clusters - 1, np.nan), 1 - tail)
     low, high = _on_scale(estimates, quantile * errors, scale)
     if scale == "logit":
         with np.errstate(divide="ignore"):
-            furthest = tail ** (1 / np.maximum(n_studies, 0))  # all of n, by chance
+            furthest = tail ** (1 / np.maximum(n_clusters, 0))  # all of n, by chance
         is_none, is_all = estimates == 0, estimates == 1
         low = np.where(is_none, 0.0, np.where(is_all, furthest, low))
         high = np.where(is_none, 1 - furthest, np.where(is_all, 1.0, high))
@@ -92,12 +93,12 @@ def student_interval(
 
 
 def macro_interval(
-    estimates: Array, resampled: FloatArray, n_studies: Array, scale: Scale, level: float = LEVEL
+    estimates: Array, resampled: FloatArray, n_clusters: Array, scale: Scale, level: float = LEVEL
 ) -> Interval:
-    """Normal interval of a mean over findings, which share their studies.
+    """Normal interval of a mean over findings, which share their clusters.
 
     The resamples are joint, so the findings' covariance is in the variance of their mean. A finding
-    that rests on one study shows no variance at all; it is given that of one study of the others,
+    that rests on one cluster shows no variance at all; it is given that of one of the others,
     as strata with a single unit are collapsed in survey sampling.
 
     Parameters
@@ -105,40 +106,40 @@ def macro_interval(
     estimates
         One per finding, NaN where undefined, shape ``(F,)``.
     resampled
-        The same on resampled studies, shape ``(R, F)``.
-    n_studies
-        Studies that each finding's figure rests on, shape ``(F,)``.
+        The same on resampled clusters, shape ``(R, F)``.
+    n_clusters
+        Clusters that each finding's figure rests on, shape ``(F,)``.
     scale, level
         As in :func:`student_interval`.
     """
-    mean, error = macro_mean(estimates), macro_error(resampled, n_studies)
-    if scale == "logit" and mean in (0, 1):  # as many studies as the best known finding has
-        return student_interval(mean, error, np.max(n_studies), scale, level)
+    mean, error = macro_mean(estimates), macro_error(resampled, n_clusters)
+    if scale == "logit" and mean in (0, 1):  # as many clusters as the best known finding has
+        return student_interval(mean, error, np.max(n_clusters), scale, level)
     return student_interval(mean, error, np.inf, scale, level)
 
 
-def macro_error(resampled: FloatArray, n_studies: Array) -> float:
+def macro_error(resampled: FloatArray, n_clusters: Array) -> float:
     """Standard error of a mean over findings, shapes ``(R, F)`` and ``(F,)``; see above."""
     defined = ~np.isnan(resampled).all(axis=0)
     if not defined.any():
         return math.nan
-    n = np.asarray(n_studies, np.float64)[defined]
+    n = np.asarray(n_clusters, np.float64)[defined]
     deviations = _deviations(resampled[:, defined], n)
     measured = n > 1
     variance = np.nan_to_num(deviations).mean(axis=1).var()
     if not measured.all():
-        of_one_study = (deviations.var(axis=0) * n)[measured]
-        mean = of_one_study.mean() if measured.any() else math.nan
+        of_one_cluster = (deviations.var(axis=0) * n)[measured]
+        mean = of_one_cluster.mean() if measured.any() else math.nan
         variance += mean * (~measured).sum() / len(n) ** 2
     return math.sqrt(variance)
 
 
-def _deviations(resampled: FloatArray, n_studies: Array | int) -> FloatArray:
-    """Resamples less their mean, widened by sqrt(n / (n - 1)); NaN with fewer than two studies."""
+def _deviations(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
+    """Resamples less their mean, widened by sqrt(n / (n - 1)); NaN with fewer than two clusters."""
     n_defined = (~np.isnan(resampled)).sum(axis=0)
     centre = np.nansum(resampled, axis=0) / np.maximum(n_defined, 1)
     deviations = np.nan_to_num(resampled - centre)  # what a resample leaves out deviates by nothing
-    n = np.asarray(n_studies, np.float64)
+    n = np.asarray(n_clusters, np.float64)
     shown = np.where((n > 1) & (n_defined > 0), 1 - 1 / np.maximum(n, 1), np.nan)
     widened: FloatArray = deviations / np.sqrt(shown)
     return widened

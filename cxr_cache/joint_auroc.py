@@ -1,4 +1,4 @@
-"""AUROC of several models on resamples of the same studies: intervals, and of differences."""
+"""AUROC of several models on the same resamples: intervals, and of differences."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ScoredRows:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its 95 % interval over studies; NaN where it is undefined."""
+    """A figure with its 95 % interval over clusters; NaN where it is undefined."""
 
     value: float
     low: float
@@ -46,7 +46,7 @@ class Figure:
         """Three digits, with `sign` ``"+"`` for differences."""
         if math.isnan(self.value):
             return "undefined"
-        if math.isnan(self.low):  # a single study shows no variance
+        if math.isnan(self.low):  # a single cluster shows no variance
             return f"{self.value:{sign}.3f} [no interval]"
         low, high = f"{self.low:{sign}.3f}", f"{self.high:{sign}.3f}"
         return f"{self.value:{sign}.3f} [{low}, {high}]"
@@ -59,26 +59,26 @@ class JointAuroc:
     once: FloatArray
     resampled: FloatArray
     """``(R, F)``."""
-    n_studies: FloatArray
-    """Studies with a positive, or with a negative where those are fewer, ``(F,)``."""
+    n_clusters: FloatArray
+    """Clusters with a positive, or with a negative where those are fewer, ``(F,)``."""
     scale: Scale = "logit"
 
     def macro(self) -> Figure:
         """Mean over the defined findings."""
-        error = macro_error(self.resampled, self.n_studies)
+        error = macro_error(self.resampled, self.n_clusters)
         return self._figure(macro_mean(self.once), np.array(error), np.array(np.inf))
 
     def of_finding(self, f: int) -> Figure:
         """One finding's."""
-        errors = standard_errors(self.resampled, self.n_studies)
-        return self._figure(self.once[f], errors[f], self.n_studies[f])
+        errors = standard_errors(self.resampled, self.n_clusters)
+        return self._figure(self.once[f], errors[f], self.n_clusters[f])
 
     def minus(self, other: JointAuroc) -> JointAuroc:
         """Differences, finding by finding, resample by resample; NaN where either is undefined."""
         return JointAuroc(
             self.once - other.once,
             self.resampled - other.resampled,
-            np.minimum(self.n_studies, other.n_studies),
+            np.minimum(self.n_clusters, other.n_clusters),
             "identity",
         )
 
@@ -88,29 +88,29 @@ class JointAuroc:
         return cls(
             np.mean([one.once for one in trainings], axis=0),
             np.mean([one.resampled for one in trainings], axis=0),
-            trainings[0].n_studies,
+            trainings[0].n_clusters,
             trainings[0].scale,
         )
 
-    def _figure(self, value: Array, error: Array, n_studies: Array) -> Figure:
-        interval = student_interval(value, error, n_studies, self.scale)
+    def _figure(self, value: Array, error: Array, n_clusters: Array) -> Figure:
+        interval = student_interval(value, error, n_clusters, self.scale)
         return Figure(float(value), float(interval.low), float(interval.high))
 
 
 def score_jointly(
-    models: Mapping[str, ScoredRows], study_uids: Array, *, n_resamples: int = 1000, seed: int = 0
+    models: Mapping[str, ScoredRows], clusters: Array, *, n_resamples: int = 1000, seed: int = 0
 ) -> dict[str, JointAuroc]:
-    """Score models on resamples of all studies, so that their differences can be resampled too.
+    """Score models on resamples of all clusters, so that their differences can be resampled too.
 
-    The models need not have been scored on the same rows. A study that two of them share counts as
-    often for the one as for the other.
+    The models need not have been scored on the same rows. A cluster that two of them share counts
+    as often for the one as for the other.
 
     Parameters
     ----------
     models
         By name.
-    study_uids
-        Study of each of the N rows.
+    clusters
+        Of each of the N rows, as :func:`cxr_cache.clusters.assign_clusters` names them.
     n_resamples, seed
         As in :func:`cxr_cache.bootstrap.bootstrap`.
     """
@@ -121,19 +121,19 @@ def score_jointly(
             name: ranked[name].auroc_and_ap(weights[:, models[name].rows])[0] for name in models
         }
 
-    once = areas(np.ones((1, len(study_uids)), np.float32))
-    resampled = bootstrap(areas, study_uids, n_resamples, seed)
+    once = areas(np.ones((1, len(clusters)), np.float32))
+    resampled = bootstrap(areas, clusters, n_resamples, seed)
     return {
         name: JointAuroc(
-            once[name][0], resampled[name], _count_studies(model.targets, study_uids[model.rows])
+            once[name][0], resampled[name], _count_clusters(model.targets, clusters[model.rows])
         )
         for name, model in models.items()
     }
 
 
-def _count_studies(targets: Array, study_uids: Array) -> FloatArray:
-    """Of each finding, the studies of its rarer class, ``(F,)``."""
+def _count_clusters(targets: Array, clusters: Array) -> FloatArray:
+    """Of each finding, the clusters of its rarer class, ``(F,)``."""
     counts = [
-        min(len(np.unique(study_uids[target == value])) for value in (0, 1)) for target in targets.T
+        min(len(np.unique(clusters[target == value])) for value in (0, 1)) for target in targets.T
     ]
     return np.array(counts, np.float64)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxr_cache.clusters import UNITS, Unit, name_unit
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import RunError
 from cxr_cache.fit import HeadTask, TrainingData, count_steps, fit_heads
@@ -44,7 +45,7 @@ class Leakage:
 
     arms: tuple[Arm, ...]
     gain: Figure
-    """By image minus by study: other test images, the same studies resampled."""
+    """By image minus by study: other test images, the same studies (or patients) resampled."""
     gain_on_same_images: Figure
     """With the leak minus without: the same test images, as many train images."""
     gain_sd: float
@@ -52,12 +53,14 @@ class Leakage:
     """Standard deviation of either over trainings; the intervals are those of the mean."""
     n_epochs: int
     n_repeats: int
+    unit: Unit
+    """What was resampled."""
 
     def to_text(self) -> str:
         """A table for a terminal."""
         lines = [
             f"Leakage: the run's head, {self.n_epochs} epochs, test macro AUROC, mean of "
-            f"{self.n_repeats} trainings [95 % interval over studies]",
+            f"{self.n_repeats} trainings [95 % interval over {UNITS[self.unit]}]",
             f"  {'':<37}{'train':>7}{'test':>7}{'shared':>8}",
         ]
         lines += [
@@ -105,7 +108,7 @@ def measure_leakage(
     n_repeats
         Trainings of each head, which differ in initial weights, order and dropout.
     n_resamples, seed
-        Of the bootstrap over studies.
+        Of the bootstrap.
 
     Raises
     ------
@@ -159,6 +162,7 @@ def measure_leakage(
         gain_on_same_images_sd=leak_sd,
         n_epochs=len(rates),
         n_repeats=n_repeats,
+        unit=name_unit(cohort.patient_ids),
     )
 
 
@@ -193,7 +197,7 @@ def _train(
         predict_probabilities(
             HeadBank.from_snapshot(trajectory.weights[len(rates)]),
             torch.from_numpy(data.embeddings[0, test]),
-        )[0].numpy()
+        ).numpy()
         for trajectory, (_, test, _) in zip(trained, heads, strict=True)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,9 @@ from cxr_cache.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.search import EpochSearch
 from cxr_cache.splits import Split, count_shared_studies
 from cxr_cache.tables import hash_file
+
+IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
+"""What a table of predictions says of every image; patients are needed for its intervals."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ def finding_table(
     described = {
         "image_id": cohort.image_ids,
         "study_uid": cohort.study_uids,
+        "patient_id": cohort.patient_ids,
         "projection": cohort.projections,
     }
     left = pd.DataFrame({name: described[name] for name in columns})
@@ -169,8 +174,8 @@ def finding_table(
 def _prediction_table(
     cohort: Cohort, probabilities: NDArray[np.float32], sides: NDArray[np.str_]
 ) -> pd.DataFrame:
-    table = finding_table(cohort, probabilities, ("image_id", "study_uid", "projection"))
-    table.insert(3, "split", sides)
+    table = finding_table(cohort, probabilities, IMAGE_COLUMNS)
+    table.insert(len(IMAGE_COLUMNS), "split", sides)
     return table
 
 

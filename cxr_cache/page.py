@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import jinja2
 
+from cxr_cache.clusters import UNITS, Unit
 from cxr_cache.curves import MAX_POINTS
 from cxr_cache.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.findings import FINDINGS
@@ -28,6 +29,7 @@ def render_page(
     views: list[RunView],
     *,
     differences: Mapping[str, Any] | None = None,
+    unit: Unit = "study",
     cases: Sequence[Mapping[str, Any]] | None = None,
     pictures: Mapping[str, str] | None = None,
     maps: Mapping[str, Any] | None = None,
@@ -41,6 +43,8 @@ def render_page(
         The runs; the first is what the others are compared with.
     differences
         What :func:`cxr_cache.page_data.collect_differences` returns, for several runs.
+    unit
+        What was resampled for their intervals.
     cases
         Per run, cases by finding as :func:`cxr_cache.cases.find_cases` returns them.
     pictures
@@ -60,6 +64,7 @@ def render_page(
         first=views[0],
         several=len(views) > 1,
         differences=differences,
+        units=UNITS[unit],
         has_pictures=pictures is not None,
         problems=problems or [],
         charts=charts,
@@ -90,6 +95,7 @@ def make_environment() -> jinja2.Environment:
         "count": _count,
         "plain": _plain,
         "log_share": _log_share,
+        "plural": UNITS.get,
         "folder_name": _folder_name,
     }
     return environment

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from cxr_cache.curves import POOLED
+from cxr_cache.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    Axes,
+    label_rows,
+    open_figure,
+    put_legend_on_top,
+)
 from cxr_cache.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.metrics import CONFUSION_COLUMNS
-from cxr_cache.run import FINAL_FOLD, Run, write_whole
-
-Axes: TypeAlias = Any  # matplotlib has no types of its own
+from cxr_cache.run import FINAL_FOLD, Run
 
 PLOTS = (
     "epoch_search",
@@ -34,51 +39,10 @@ PLOTS = (
 )
 MAX_MATRICES = 35
 N_COMMON_MATRICES = 6
+_TILE = 2.6, 3.1
+"""Width and height of a confusion matrix with its margin, in cells."""
 
 _CLASS_COLUMNS = ("finding", "n_images", "n_studies")
-
-# Okabe and Ito's palette, told apart by people with any colour vision.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
-INK = "#22262B"
-
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "grid.color": "#E4E7EB",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.9,
-    "savefig.dpi": 130,
-    "text.color": INK,
-    "text.parse_math": False,  # a finding may be called anything
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
-
-@contextmanager
-def _figure(
-    path: Path, width: float, height: float, layout: Literal["constrained"] | None = "constrained"
-) -> Iterator[Figure]:
-    """A figure of so many inches, written whole to `path` when the block ends.
-
-    No pyplot: it keeps global state, and would look for a screen.
-    """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        yield figure
-        image = io.BytesIO()
-        figure.savefig(image, format="png", metadata={"Software": None})
-    write_whole(path, image.getvalue())
 
 
 def draw_class_distribution(
@@ -97,10 +61,10 @@ def draw_class_distribution(
     """
     table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
     table = table.sort_values("n_images", kind="stable")
-    with _figure(Path(path), 8, _rows_height(table)) as figure:
+    with open_figure(path, 8, _rows_height(table)) as figure:
         axes = figure.add_subplot()
         _draw_counts(axes, table)
-        _label_findings(axes, table["finding"])
+        label_rows(axes, table["finding"])
 
 
 def _draw_counts(axes: Axes, table: pd.DataFrame) -> None:
@@ -119,7 +83,6 @@ def _draw_counts(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.8, max(10, table["n_images"].max()) * 2)
     axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
-    axes.grid(visible=False, axis="y")
     axes.set_xlabel("with the finding (log scale)")
     axes.legend(loc="lower right")
     axes.set_title("How often each finding occurs")
@@ -150,13 +113,7 @@ def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
         axes.text(0.51, place, "not scored", va="center", color=GREY, style="italic", fontsize=8)
     axes.set_xlim(min(0.4, np.nanmin([0.4, *table["auroc_low"]]) - 0.02), 1.01)
     axes.set_xlabel("AUROC on the test images")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, fontsize=8)
-
-
-def _label_findings(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_yticks(np.arange(len(labels)), list(labels))
-    axes.set_ylim(-0.7, len(labels) - 0.3)
-    axes.tick_params(axis="y", length=0)
+    put_legend_on_top(axes, 3)
 
 
 def _rows_height(table: pd.DataFrame) -> float:
@@ -165,7 +122,7 @@ def _rows_height(table: pd.DataFrame) -> float:
 
 
 def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> None:
-    with _figure(path, 7, 4) as figure:
+    with open_figure(path, 7, 4) as figure:
         axes = figure.add_subplot()
         epochs = search["epochs"]
         for fold in _fold_columns(search):
@@ -202,7 +159,7 @@ def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
         history = history[longest | (history["fold"] == FINAL_FOLD)]
     folds = history[history["fold"] != FINAL_FOLD]
     final = history[history["fold"] == FINAL_FOLD]
-    with _figure(path, 9, 3.6) as figure:
+    with open_figure(path, 9, 3.6) as figure:
         loss, auroc = figure.subplots(1, 2)
         _draw_folds(loss, folds, "train_loss", BLUE, "train")
         _draw_folds(loss, folds, "val_loss", GREEN, "held-out fold")
@@ -229,69 +186,66 @@ def _draw_folds(axes: Axes, folds: pd.DataFrame, column: str, color: str, label:
 
 def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("auroc", na_position="first", kind="stable")
-    with _figure(path, 8, _rows_height(table)) as figure:
+    with open_figure(path, 8, _rows_height(table)) as figure:
         axes = figure.add_subplot()
         _draw_auroc(axes, table)
         names = zip(table["finding"], table["n_positive_test"], strict=True)
-        _label_findings(axes, [f"{finding}  ({n})" for finding, n in names])
+        label_rows(axes, [f"{finding}  ({n})" for finding, n in names])
         axes.set_ylabel("finding (images with it in test)")
 
 
 def _draw_class_vs_performance(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("n_images", kind="stable")
-    with _figure(path, 10.5, _rows_height(table)) as figure:
+    with open_figure(path, 10.5, _rows_height(table)) as figure:
         counts, aurocs = figure.subplots(1, 2, sharey=True)
         _draw_counts(counts, table)
         _draw_auroc(aurocs, table)
-        _label_findings(counts, table["finding"])
+        label_rows(counts, table["finding"])
         counts.set_title("")
         aurocs.tick_params(axis="y", length=0)
 
 
 def _draw_confusion_matrices(per_finding: pd.DataFrame, n_columns: int, path: Path) -> None:
-    """One 2 x 2 matrix per finding: counts, coloured and annotated by the share of their row."""
+    """One 2 x 2 matrix per finding: counts, coloured and annotated by the share of their row.
+
+    All in one pair of axes, in units of a cell: 35 pairs take seconds.
+    """
     n_rows = max(1, math.ceil(len(per_finding) / n_columns))
-    width, height = 1.75 * n_columns, 2.05 * n_rows
-    # Fixed margins: working them out for 35 axes takes seconds.
-    margins = {"left": 0.3 / width, "right": 1 - 0.1 / width, "wspace": 0.25, "hspace": 0.5}
-    margins |= {"bottom": 0.25 / height, "top": 1 - 0.4 / height}
-    with _figure(path, width, height, layout=None) as figure:
-        grid = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=margins).ravel()
-        for axes, (_, row) in zip(grid, per_finding.iterrows(), strict=False):
-            _draw_confusion_matrix(axes, row)
-        for axes in grid[len(per_finding) :]:
-            axes.set_axis_off()
+    width, height = n_columns * _TILE[0], n_rows * _TILE[1]
+    size = 0.65 * (width + 0.3), 0.65 * (height + 0.2)
+    with open_figure(path, *size, layout=None) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        for place, (_, row) in enumerate(per_finding.iterrows()):
+            i, j = divmod(place, n_columns)
+            _draw_confusion_matrix(axes, row, j * _TILE[0], i * _TILE[1])
+        axes.set(xlim=(-0.5, width - 0.2), ylim=(height - 0.5, -0.7), aspect="equal")
+        axes.set_axis_off()
 
 
-def _draw_confusion_matrix(axes: Axes, row: pd.Series[Any]) -> None:
+def _draw_confusion_matrix(axes: Axes, row: pd.Series[Any], left: float, top: float) -> None:
     tp, fp, fn, tn = (int(row[column]) for column in CONFUSION_COLUMNS)
     counts = np.array([[tp, fn], [fp, tn]])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    extent = (left, left + 2, top + 2, top)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, extent=extent)
+    middle = {"ha": "center", "va": "center"}
     for (i, j), count in np.ndenumerate(counts):
-        axes.text(
-            j,
-            i,
-            f"{count:,}\n{shares[i, j]:.0%}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if shares[i, j] > 0.55 else INK,
-        )
-    axes.set_xticks([0, 1], ["called", "not called"], fontsize=7.5)
-    axes.set_yticks([0, 1], ["present", "absent"], fontsize=7.5, rotation=90, va="center")
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
+        color = "white" if shares[i, j] > 0.55 else INK
+        cell = left + j + 0.5, top + i + 0.5
+        axes.text(*cell, f"{count:,}\n{shares[i, j]:.0%}", fontsize=8, color=color, **middle)
+    for i, name in enumerate(("present", "absent")):
+        axes.text(left - 0.15, top + i + 0.5, name, fontsize=7.5, rotation=90, **middle)
+    for j, name in enumerate(("called", "not called")):
+        axes.text(left + j + 0.5, top + 2.15, name, fontsize=7.5, **middle)
     title = textwrap.fill(str(row["finding"]), 22)
-    axes.set_title(title, fontsize=8, loc="center")
+    axes.text(left + 1, top - 0.1, title, fontsize=8, weight="bold", ha="center", va="bottom")
 
 
 def _draw_curves(curves: pd.DataFrame, calibration: pd.DataFrame, path: Path) -> None:
     """ROC, precision-recall and calibration: a thin line per finding, thick for all pooled."""
     stage = "after" if (calibration["stage"] == "after").any() else "before"
     bins = calibration[calibration["stage"] == stage]
-    with _figure(path, 10.5, 3.7) as figure:
+    with open_figure(path, 10.5, 3.7) as figure:
         roc, ranked, reliability = figure.subplots(1, 3)
         for finding, rows in curves.groupby("finding"):
             style = _curve_style(str(finding))

@@ -24,7 +24,7 @@ from cxr_cache.errors import (
 from cxr_cache.features import COLUMNS, prepare_features
 from cxr_cache.heads import HeadBank, predict_probabilities
 from cxr_cache.images import read_image
-from cxr_cache.outcome import finding_table
+from cxr_cache.outcome import IMAGE_COLUMNS, finding_table
 from cxr_cache.run import Run, SavedModel, read_calibration
 from cxr_cache.store import DONE, FeatureStore
 from cxr_cache.training_rows import find_done_rows
@@ -198,8 +198,8 @@ def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDAr
         parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
         prepared = prepare_features(parts, model.head["input_norm"])
         prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
-        members = predict_probabilities(bank, torch.from_numpy(prepared))  # (H, B, F)
-        probabilities[start : start + len(prepared)] = members.mean(dim=0).numpy()
+        averaged = predict_probabilities(bank, torch.from_numpy(prepared))
+        probabilities[start : start + len(prepared)] = averaged.numpy()
     return probabilities
 
 
@@ -225,7 +225,8 @@ def predict_store(
     Returns
     -------
     predictions
-        Columns image_id, study_uid, projection and one probability per finding, not calibrated.
+        Columns image_id, study_uid, patient_id, projection and one probability per finding, not
+        calibrated.
     targets
         Columns image_id and one target per finding of the run.
 
@@ -256,7 +257,7 @@ def predict_store(
         require_encoder_of_run(run, model.encoder, encoder)
         probabilities = _predict_cached(model, encoder, store, rows)
     return (
-        finding_table(cohort, probabilities, ("image_id", "study_uid", "projection")),
+        finding_table(cohort, probabilities, IMAGE_COLUMNS),
         finding_table(cohort, cohort.targets, ("image_id",)),
     )
 

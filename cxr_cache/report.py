@@ -114,7 +114,9 @@ def write_joint_report(
     comparison = compare_runs(*runs, n_resamples=n_resamples)
     views = [read_view(run, name) for run, name in zip(runs, comparison.runs, strict=True)]
     shown = {} if image_dir is None else _show_cases(runs, image_dir)
-    page = render_page(views, differences=collect_differences(comparison), **shown)
+    page = render_page(
+        views, differences=collect_differences(comparison), unit=comparison.unit, **shown
+    )
     write_whole(path, page.encode())
     return path
 

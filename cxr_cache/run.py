@@ -60,7 +60,7 @@ _MODEL_FIELDS: Final = (
 _LATER_FIELDS: Final = {"tail": None, "threshold_rule": "f1", "calibration": None}
 """What a model says that was saved before the field existed."""
 _ENCODER_PREFIX: Final = "visual."
-_TEXT_COLUMNS: Final = ("image_id", "study_uid", "projection", "split")
+_TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
 _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
     "history": ("fold",),
     "per_finding": ("finding",),

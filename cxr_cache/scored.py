@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.clusters import Unit, assign_clusters, name_unit
 from cxr_cache.errors import TableError
-from cxr_cache.metrics import FloatArray
+from cxr_cache.metrics import Array, FloatArray
 from cxr_cache.run import Run
 from cxr_cache.tables import read_csv, require_unique
 
@@ -29,6 +30,8 @@ class ScoredImages:
     ----------
     image_ids, study_uids, projections
         Shape ``(N,)``; a study carries its own uid as its image_id and no projection.
+    patient_ids
+        ``""`` where unknown, shape ``(N,)``. All rows of a study name the same patient.
     targets
         1 present, 0 absent, NaN unlabelled; shape ``(N, F)``.
     probabilities
@@ -42,6 +45,7 @@ class ScoredImages:
 
     image_ids: NDArray[np.object_]
     study_uids: NDArray[np.object_]
+    patient_ids: NDArray[np.object_]
     projections: NDArray[np.object_]
     targets: FloatArray
     probabilities: FloatArray
@@ -56,27 +60,30 @@ class ScoredImages:
         """Number of different studies."""
         return len(np.unique(self.study_uids))
 
+    @property
+    def clusters(self) -> Array:
+        """What intervals resample as a whole: the patient where known, else the study, ``(N,)``."""
+        return assign_clusters(self.patient_ids, self.study_uids)
+
+    @property
+    def unit(self) -> Unit:
+        """What the clusters are."""
+        return name_unit(self.patient_ids)
+
     def count_studies(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Studies with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
-        if not len(self):
-            return np.zeros(cells.shape[1], np.int64)
-        order, starts = self._study_starts()
-        counted: NDArray[np.int64] = np.logical_or.reduceat(cells[order], starts, axis=0).sum(
-            axis=0
-        )
-        return counted
+        return _count_names(self.study_uids, cells)
 
-    def _study_starts(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """An order that puts the images of each study together, and where each study starts."""
-        codes = np.unique(self.study_uids, return_inverse=True)[1]
-        order = np.argsort(codes, kind="stable")
-        return order, np.flatnonzero(np.diff(codes[order], prepend=-1))
+    def count_clusters(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Clusters with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
+        return _count_names(self.clusters, cells)
 
     def take(self, rows: NDArray[Any]) -> ScoredImages:
         """Rows by number or mask."""
         return ScoredImages(
             self.image_ids[rows],
             self.study_uids[rows],
+            self.patient_ids[rows],
             self.projections[rows],
             self.targets[rows],
             self.probabilities[rows],
@@ -98,17 +105,34 @@ class ScoredImages:
         """One row per study: probabilities averaged, a finding present where any image has it."""
         if not len(self):
             return self
-        order, starts = self._study_starts()
+        order, starts = _bring_together(self.study_uids)
         uids = self.study_uids[order][starts]
         n_images = np.diff(np.append(starts, len(order)))[:, None]
         return ScoredImages(
             image_ids=uids,
             study_uids=uids,
+            patient_ids=self.patient_ids[order][starts],
             projections=np.full(len(uids), "", dtype=object),
             targets=np.fmax.reduceat(self.targets[order], starts, axis=0),  # NaN only if all are
             probabilities=np.add.reduceat(self.probabilities[order], starts, axis=0) / n_images,
             findings=self.findings,
         )
+
+
+def _count_names(names: Array, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Names with at least one such cell, per finding, ``(N,)`` and ``(N, F)`` -> ``(F,)``."""
+    if not len(names):
+        return np.zeros(cells.shape[1], np.int64)
+    order, starts = _bring_together(names)
+    counted: NDArray[np.int64] = np.logical_or.reduceat(cells[order], starts, axis=0).sum(axis=0)
+    return counted
+
+
+def _bring_together(names: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """An order that puts the rows of each name together, and where each name starts."""
+    codes = np.unique(names, return_inverse=True)[1]
+    order = np.argsort(codes, kind="stable")
+    return order, np.flatnonzero(np.diff(codes[order], prepend=-1))
 
 
 def parse_predictions(
@@ -119,7 +143,8 @@ def parse_predictions(
     Parameters
     ----------
     predictions
-        Columns image_id, study_uid, projection and one probability per finding.
+        Columns image_id, study_uid, projection and one probability per finding; patient_id, blank
+        where unknown, if there is any.
     targets
         Columns image_id and one target per finding: 1, 0 or NaN. More rows than predictions are
         fine.
@@ -152,11 +177,20 @@ def parse_predictions(
     return ScoredImages(
         image_ids=predictions["image_id"].to_numpy(object),
         study_uids=predictions["study_uid"].to_numpy(object),
+        patient_ids=_parse_patient_ids(predictions),
         projections=predictions["projection"].to_numpy(object),
         targets=targets[list(findings)].to_numpy(np.float64)[rows],
         probabilities=probabilities,
         findings=findings,
     )
+
+
+def _parse_patient_ids(predictions: pd.DataFrame) -> NDArray[np.object_]:
+    """As text, ``""`` where blank; runs of earlier versions lack the column."""
+    if "patient_id" not in predictions:
+        return np.full(len(predictions), "", object)
+    cells = predictions["patient_id"].to_numpy(object)
+    return np.where(pd.isna(cells), "", cells.astype(str)).astype(object)
 
 
 def _require_columns(table: pd.DataFrame, columns: Sequence[str], name: str) -> None:

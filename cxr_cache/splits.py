@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.model_selection import train_test_split
 
 from cxr_cache.errors import ConfigError
 
@@ -197,6 +196,8 @@ def split_test_by_image(
     ConfigError
         There are too few images for so many first labels.
     """
+    from sklearn.model_selection import train_test_split  # a second to import, for few runs
+
     _require_fraction(test_fraction)
     present = targets == 1
     first_labels = np.asarray(findings)[present.argmax(axis=1)]  # (N,)

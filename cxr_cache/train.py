@@ -11,6 +11,7 @@ import torch
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.fit import TrainingData
+from cxr_cache.fit_on_cores import release_cores
 from cxr_cache.heads import predict_probabilities
 from cxr_cache.outcome import (
     TrainResult,
@@ -101,7 +102,8 @@ def train_head(
     )
     search = search_epochs(data, split, config, on_progress=on_progress)
     bank, final_history = train_final(data, split, search, config)
-    members = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
+    release_cores()
+    probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
     head = {
         # What is standardised in training is folded into the head.
         "input_norm": "none" if config.input_norm == "standard" else config.input_norm,
@@ -116,7 +118,7 @@ def train_head(
         split,
         search,
         config,
-        predictions=members.mean(dim=0).numpy(),  # (H, N, F) -> (N, F)
+        predictions=probabilities.numpy(),
         final_history=final_history,
         make_model=lambda thresholds: SavedModel(
             bank.snapshot(), cohort.findings, thresholds, encoder, head

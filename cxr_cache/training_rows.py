@@ -13,6 +13,7 @@ from cxr_cache.cohort import Cohort, load_labels
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.features import COLUMNS, prepare_features
+from cxr_cache.shared_arrays import allocate_shared
 from cxr_cache.store import FAILED, PENDING, FeatureStore
 
 _ROWS_AT_ONCE: Final = 8192
@@ -132,7 +133,7 @@ def read_features(
         )
     n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
     width = sum(store.feature_shapes[name][1] for name in columns)
-    prepared = np.empty((n_views, len(rows), width), np.float32)
+    prepared = allocate_shared((n_views, len(rows), width))
     for start in range(0, len(rows), _ROWS_AT_ONCE):  # so that they are in memory once
         part = rows[start : start + _ROWS_AT_ONCE]
         parts = [store.read_rows(name, part)[:, :n_views].swapaxes(0, 1) for name in columns]

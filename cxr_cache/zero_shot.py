@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from cxr_cache.clusters import UNITS, Unit, name_unit
+from cxr_cache.cohort import Cohort
 from cxr_cache.encoder import EncoderIdentity
 from cxr_cache.errors import RunError, StoreMismatchError, TrainingError
 from cxr_cache.joint_auroc import Figure, JointAuroc, ScoredRows, score_jointly
-from cxr_cache.metrics import Array, FloatArray
+from cxr_cache.metrics import FloatArray
 from cxr_cache.prompts import PromptPair
 from cxr_cache.run import Run
 from cxr_cache.scored import read_scored
@@ -36,6 +38,8 @@ class ZeroShot:
     run_low, run_high, difference, difference_low, difference_high; the last row is macro."""
     n_images: int
     n_studies: int
+    unit: Unit
+    """What was resampled."""
     rows: str
     """Which images these are, in words."""
     without_prompts: tuple[str, ...]
@@ -49,7 +53,7 @@ class ZeroShot:
         columns = [name for name in (_ZERO_SHOT, _RUN, "difference") if name in self.table]
         lines = [
             f"Zero-shot AUROC on {self.rows}: {self.n_images:,} images of {self.n_studies:,} "
-            "studies [95 % intervals over studies]",
+            f"studies [95 % intervals over {UNITS[self.unit]}]",
             f"  {'':<30}{'positive':>9}" + "".join(f"  {name:<24}" for name in columns),
         ]
         for row in self.table.to_dict("records"):
@@ -125,7 +129,7 @@ def score_zero_shot(
     run
         Its test images, targets and predictions are taken; without one, all labelled images.
     n_resamples, seed
-        Of the bootstrap over studies.
+        Of the bootstrap.
 
     Raises
     ------
@@ -139,28 +143,30 @@ def score_zero_shot(
         As :func:`cxr_cache.training_rows.find_done_rows`.
     """
     images = _all_images(store) if run is None else _test_images(store, run)
-    chosen = [f for f, finding in enumerate(images.findings) if finding in prompts]
+    cohort = images.cohort
+    chosen = [f for f, finding in enumerate(cohort.findings) if finding in prompts]
     if not chosen:
         raise TrainingError(
-            f"None of the findings has prompts: {', '.join(images.findings)}. Give a file with "
+            f"None of the findings has prompts: {', '.join(cohort.findings)}. Give a file with "
             "--prompts."
         )
-    pairs = [prompts[images.findings[f]] for f in chosen]
-    targets, own = images.targets[:, chosen], np.arange(len(images.rows))
+    findings = [cohort.findings[f] for f in chosen]
+    pairs = [prompts[finding] for finding in findings]
+    targets, own = cohort.targets[:, chosen], np.arange(len(cohort))
     embeddings = np.array(store.embeddings[images.rows, 0])
     models = {_ZERO_SHOT: ScoredRows(own, targets, score_prompts(embeddings, text_encoder, pairs))}
     if images.probabilities is not None:
         models[_RUN] = ScoredRows(own, targets, images.probabilities[:, chosen])
-    areas = score_jointly(models, images.study_uids, n_resamples=n_resamples, seed=seed)
+    areas = score_jointly(models, cohort.groups, n_resamples=n_resamples, seed=seed)
     if _RUN in areas:
         areas["difference"] = areas[_RUN].minus(areas[_ZERO_SHOT])
-    findings = [images.findings[f] for f in chosen]
     return ZeroShot(
         table=tabulate_areas(findings, (targets == 1).sum(axis=0), areas),
-        n_images=len(images.rows),
-        n_studies=len(np.unique(images.study_uids)),
+        n_images=len(cohort),
+        n_studies=len(np.unique(cohort.study_uids)),
+        unit=name_unit(cohort.patient_ids),
         rows="all labelled images" if run is None else f"the test images of {run.path}",
-        without_prompts=tuple(f for f in images.findings if f not in prompts),
+        without_prompts=tuple(f for f in cohort.findings if f not in prompts),
         is_of_run=run is not None and _is_encoder_of(run, store),
         notes=() if run is None else tuple(_notes(run, store)),
     )
@@ -188,19 +194,17 @@ class _Images:
     """Rows of the store to score, and what is known of them."""
 
     rows: NDArray[np.intp]
-    study_uids: NDArray[Any]
-    targets: Array
-    findings: tuple[str, ...]
+    cohort: Cohort
+    """Of these rows, with the targets to score."""
     probabilities: FloatArray | None
 
 
 def _all_images(store: FeatureStore) -> _Images:
     done = find_done_rows(store, allow_pending=True)
-    cohort = store.cohort
-    rows = done[~np.isnan(cohort.targets[done]).all(axis=1)]
+    rows = done[~np.isnan(store.cohort.targets[done]).all(axis=1)]
     if not len(rows):
         raise TrainingError(f"None of the images of {store.path} has a label.")
-    return _Images(rows, cohort.study_uids[rows], cohort.targets[rows], cohort.findings, None)
+    return _Images(rows, store.cohort.take(rows), None)
 
 
 def _test_images(store: FeatureStore, run: Run) -> _Images:
@@ -212,13 +216,12 @@ def _test_images(store: FeatureStore, run: Run) -> _Images:
             f"{(place < 0).sum():,} of the {len(place):,} test images of {run.path} are not in "
             f"{store.path}. Give the run's own store."
         )
-    return _Images(
-        rows=done[place],
-        study_uids=scored.study_uids,
-        targets=scored.targets,
+    cohort = replace(
+        store.cohort.take(done[place]),
+        targets=scored.targets.astype(np.float32),
         findings=scored.findings,
-        probabilities=scored.probabilities,
     )
+    return _Images(done[place], cohort, scored.probabilities)
 
 
 def tabulate_areas(

@@ -41,6 +41,7 @@ def make_images(n_rows: int) -> ScoredImages:
     return ScoredImages(
         image_ids=np.arange(n_rows).astype(str).astype(object),
         study_uids=uids,
+        patient_ids=np.full(n_rows, "", object),
         projections=np.full(n_rows, "", object),
         targets=present,
         probabilities=(rng.random(present.shape) * 0.8 + 0.2 * present),
@@ -77,7 +78,7 @@ def resample_ranking(images: ScoredImages, n_resamples: int) -> None:
         areas, precisions = ranked.auroc_and_ap(weights)
         return {"auroc": areas, "ap": precisions}
 
-    bootstrap(statistics, images.study_uids, n_resamples, seed=0)
+    bootstrap(statistics, images.clusters, n_resamples, seed=0)
 
 
 def resample_everything(images: ScoredImages, n_resamples: int) -> None:

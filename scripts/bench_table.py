@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from benchmarking import format_table
-from matplotlib.figure import Figure
+
+from cxr_cache.drawing import BLUE, INK, ORANGE, label_rows, open_figure, put_legend_on_top
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,13 +108,12 @@ def draw(lines: list[Line], path: Path) -> None:
     """Each line's three times on a common scale: ours is 1."""
     shown = lines[::-1]
     places = np.arange(len(shown))
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(8, 0.9 + 0.42 * len(shown)), layout="constrained")
+    with open_figure(path, 8, 0.9 + 0.42 * len(shown)) as figure:
         axes = figure.add_subplot()
-        axes.axvline(1, color="#1F2933", linewidth=1)
+        axes.axvline(1, color=INK, linewidth=1)
         for way, color, marker, label in (
-            ("floor", "#0072B2", "s", "floor: the bare arithmetic"),
-            ("plain", "#D55E00", "o", "plain way"),
+            ("floor", BLUE, "s", "floor: the bare arithmetic"),
+            ("plain", ORANGE, "o", "plain way"),
         ):
             ratios = np.array([getattr(line, way) / line.ours for line in shown])
             axes.hlines(places, np.minimum(ratios, 1), np.maximum(ratios, 1), color, alpha=0.35)
@@ -131,14 +130,10 @@ def draw(lines: list[Line], path: Path) -> None:
                         color=color,
                     )
         axes.set_xscale("log")
-        axes.set_yticks(places, [line.what for line in shown])
-        axes.set_ylim(-0.6, len(shown) - 0.2)
+        axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
+        label_rows(axes, [line.what for line in shown])
         axes.set_xlabel("time, as a multiple of cxr-cache's (measured in the same run)")
-        axes.grid(axis="x", color="#E4E7EB")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-        figure.savefig(path, dpi=130, metadata={"Software": None})
+        put_legend_on_top(axes, 2)
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
-"""How often intervals cover: known AUROC, AP and F1, and images of one study that are alike.
+"""How often intervals cover: known AUROC, AP and F1, of images and studies that are alike.
 
     python scripts/interval_coverage.py --repeats 500
 
-Two simulations, scores being normal, shifted where the finding is present, with most of their
+Three simulations, scores being normal, shifted where the finding is present, with most of their
 variance shared by the images of a study:
 
 * one finding, 100 studies of three images: intervals over studies, and over images as if each
   were evidence of its own;
+* one finding, 60 patients of one to six studies that are alike too: intervals over patients, and
+  over studies;
 * 35 findings as frequent as those of the Indiana collection, in a test split of 770 studies of two
   images: the intervals of this package, and percentiles of studies drawn with replacement.
 
@@ -20,7 +22,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,11 @@ from cxr_cache.metrics import confusion_counts, macro_mean, rates
 from cxr_cache.ranked import RankedScores
 
 Array = NDArray[Any]
+Draw = tuple[Array, Array, dict[str, Array]]
+"""Present or not and scores, ``(N, 1)``, and what may be resampled as a whole, by name."""
 MEASURES = ("auroc", "ap", "f1")
 N_STUDIES = 770  # a fifth of the Indiana collection
+DISTANCE = 1.0  # in the simulations of one finding
 SHARED = 0.8  # of the variance of a score, by the images of a study
 CLASSES = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 10**6))
 """Findings by their number of studies with a positive."""
@@ -46,19 +51,36 @@ CLASSES = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 10**6))
 # --- one finding ---------------------------------------------------------------------------------
 
 
-def cover_one_finding(repeats: int, n_resamples: int) -> dict[str, float]:
-    """Share of intervals of AUROC that cover, with whole studies and with images resampled."""
-    distance, n_studies, n_each = 1.0, 100, 3
-    truth = float(norm.cdf(distance / np.sqrt(2)))
-    study = np.repeat(np.arange(n_studies), n_each)
-    groupings = {"studies": study, "images": np.arange(len(study))}
+def draw_alike_images(rng: np.random.Generator) -> Draw:
+    """100 studies of three images."""
+    study = np.repeat(np.arange(100), 3)
+    present = (rng.random((100, 1)) < 0.4)[study]
+    scores = draw_scores(rng, present, np.array([DISTANCE]), study, shared=0.9)
+    return present, scores, {"studies": study, "images": np.arange(len(study))}
+
+
+def draw_alike_studies(rng: np.random.Generator) -> Draw:
+    """60 patients of one to six studies of two images."""
+    patient_of_study = np.repeat(np.arange(60), rng.integers(1, 7, 60))
+    study = np.repeat(np.arange(len(patient_of_study)), 2)
+    patient = patient_of_study[study]
+    present = (rng.random((60, 1)) < 0.4)[patient]
+    of_patient = rng.standard_normal((60, 1))[patient]
+    of_study = draw_scores(rng, np.zeros_like(present), np.zeros(1), study, shared=0.75)
+    scores = present * DISTANCE + np.sqrt(0.6) * of_patient + np.sqrt(0.4) * of_study
+    return present, scores, {"patients": patient, "studies": study}
+
+
+def cover_one_finding(
+    draw: Callable[[np.random.Generator], Draw], repeats: int, n_resamples: int
+) -> dict[str, float]:
+    """Share of intervals of AUROC that cover, by what is resampled as a whole."""
+    truth = float(norm.cdf(DISTANCE / np.sqrt(2)))
     n_covered: dict[str, int] = defaultdict(int)
     for repeat in range(repeats):
-        rng = np.random.default_rng([1, repeat])
-        present = (rng.random((n_studies, 1)) < 0.4)[study]
-        scores = draw_scores(rng, present, np.array([distance]), study, shared=0.9)
+        present, scores, groupings = draw(np.random.default_rng([1, repeat]))
         ranked = RankedScores(present.astype(float), scores)
-        once = ranked.auroc_and_ap(np.ones((1, len(study))))[0][0]
+        once = ranked.auroc_and_ap(np.ones((1, len(scores))))[0][0]
         for name, groups in groupings.items():
             areas = ranked.auroc_and_ap(bootstrap_weights(groups, n_resamples, repeat))[0]
             n = fewer_of_both(present.astype(float), groups)
@@ -209,15 +231,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     started = time.perf_counter()
-    one = cover_one_finding(options.repeats, options.resamples)
+    of_one = options.repeats, options.resamples
+    one = cover_one_finding(draw_alike_images, *of_one)
+    patients = cover_one_finding(draw_alike_studies, *of_one)
     many = cover_many_findings(options.repeats, options.resamples)
-    print("One finding, 100 studies of three images; intervals of AUROC that cover, of 95 %:")
-    print("\n".join(f"  resampling {name}: {100 * share:.1f} %" for name, share in one.items()))
+    print("One finding; intervals of AUROC that cover, of 95 %:")
+    for what, shares in (("100 studies of three images", one), ("60 patients", patients)):
+        covered = ", ".join(
+            f"resampling {name} {100 * share:.1f}" for name, share in shares.items()
+        )
+        print(f"  {what}: {covered}")
     print(f"35 findings, 770 studies of two images, {options.repeats} repeats; coverage in %:")
     print(tabulate(many))
     print(f"{time.perf_counter() - started:.0f} s")
     if options.out:
-        write_json(options.out, {"one_finding": one, "many_findings": many, **vars_of(options)})
+        found = {"one_finding": one, "patients": patients, "many_findings": many}
+        write_json(options.out, found | vars_of(options))
 
 
 def vars_of(options: argparse.Namespace) -> dict[str, int]:

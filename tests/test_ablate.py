@@ -250,10 +250,11 @@ def test_the_command_ranks_and_refits(store, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["loky", "dask"])
-def test_processes_and_clusters_say_the_same(store, ablation, tmp_path, backend):
-    if backend == "dask":
-        pytest.importorskip("distributed")
+@pytest.mark.parametrize(
+    ("backend", "package"), [("loky", "joblib"), ("dask", "distributed"), ("ray", "ray")]
+)
+def test_processes_and_clusters_say_the_same(store, ablation, tmp_path, backend, package):
+    pytest.importorskip(package)
 
     spread = ablate(store, tmp_path / "a", backend=backend, n_workers=2)
 

@@ -19,7 +19,8 @@ def make_images(targets: np.ndarray, probabilities: np.ndarray) -> ScoredImages:
     N, F = targets.shape
     ids = np.array([f"{row}.png" for row in range(N)], object)
     empty = np.full(N, "", object)
-    return ScoredImages(ids, ids, empty, targets, probabilities, tuple(f"f{k}" for k in range(F)))
+    findings = tuple(f"f{k}" for k in range(F))
+    return ScoredImages(ids, ids, empty, empty, targets, probabilities, findings)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from cxr_cache import demo
 from cxr_cache.cli import cli
 from cxr_cache.config import TrainConfig
+from cxr_cache.errors import TrainingError
 from cxr_cache.phantoms import write_phantoms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -438,6 +439,25 @@ def test_fine_tuning_refuses_in_one_message(store, with_tokens, tuned, tmp_path)
     assert "--accumulate must be 1 or more" in refuse(*command, "--accumulate", 0)
     assert "--crop-scale must lie in (0, 1]" in refuse(*command, "--crop-scale", 2)
     assert not path.exists()
+
+
+def test_fine_tuning_takes_over_how_a_run_is_read(with_tokens, run, tmp_path, monkeypatch):
+    """Unless the command line says otherwise, be it the default that it says."""
+    configs = []
+
+    def refuse_to_train(_store, _run_dir, config, **_):
+        configs.append(config)
+        raise TrainingError("seen enough")
+
+    monkeypatch.setattr("cxr_cache.finetune.finetune_tail", refuse_to_train)
+    frozen = Path(shutil.copytree(run, tmp_path / "frozen"))
+    succeed("evaluate", frozen, "--threshold-rule", "youden", "--calibration", "platt")
+    command = ["finetune", with_tokens, "--run-dir", tmp_path / "run", "--from-run", frozen]
+    for choice in ((), ("--threshold-rule", "f1"), ("--calibration", "none")):
+        assert "seen enough" in refuse(*command, *choice)
+
+    chosen = [(config.threshold_rule, config.calibration) for config in configs]
+    assert chosen == [("youden", "platt"), ("f1", "platt"), ("youden", "none")]
 
 
 def test_ctrl_c_keeps_the_finished_epochs(with_tokens, tmp_path):

@@ -323,6 +323,18 @@ def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
         found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=2, n_resamples=20)
     assert all(arm.n_shared == 0 for arm in found.arms)
     assert found.gain_on_same_images.value == pytest.approx(0, abs=0.05)
+    assert "[95 % interval over studies]" in found.to_text()
+
+
+def test_the_leak_is_measured_over_patients_where_they_are_known(tmp_path):
+    cohort = synthetic.make_cohort(80)
+    known = replace(cohort, patient_ids=np.char.add("p", (np.arange(160) // 4).astype(str)))
+    store = synthetic.make_store(tmp_path / "features.h5", known)
+    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    with FeatureStore.open(store) as features:
+        found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=1, n_resamples=20)
+    assert found.to_dict()["unit"] == "patient"
+    assert "[95 % interval over patients]" in found.to_text()
 
 
 # --- wording -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ COHORT = make_cohort(n_studies=60, unlabelled=0.1)
 X = make_embeddings(COHORT)[:, 0]
 Y = COHORT.targets
 COMPLETE = np.nan_to_num(Y).astype(int)
-RECIPE = {"learning_rate": 3e-3, "hidden": (12, 8), "n_epochs": 4}
+RECIPE = {"learning_rate": 3e-3, "hidden": (12, 8), "n_epochs": 4, "batch_size": 16}
 
 EXPECTED_FAILURES = {
     "check_classifier_multioutput": (
@@ -58,6 +58,15 @@ def make_head(**changes: object) -> FocalHeadClassifier:
 )
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
+
+
+def test_defaults_are_the_tuned_recipe():
+    tuned, defaults = TrainConfig.of_recipe("tuned"), FocalHeadClassifier().get_params()
+
+    assert {name: getattr(tuned, name) for name in defaults if hasattr(tuned, name)} == {
+        name: value for name, value in defaults.items() if hasattr(tuned, name)
+    } | {"schedule": "plateau"}  # which needs rows to be held out
+    assert defaults["n_epochs"] in tuned.epochs
 
 
 def test_fit_is_the_training_of_the_package():

@@ -337,6 +337,20 @@ def test_a_frozen_run_gives_split_epochs_and_heads(store, frozen, tmp_path):
     assert comparison.n_images == int((frozen.read_table("splits")["split"] == "test").sum())
 
 
+def test_rule_and_calibration_are_those_that_the_frozen_run_has_now(frozen, tmp_path):
+    """Also where they were chosen after its training; what is given explicitly wins."""
+    copy = Run.open(shutil.copytree(frozen.path, tmp_path / "copy"))
+    evaluate_run(copy, threshold_rule="sensitivity=0.8", calibration="platt", n_resamples=0)
+
+    config = config_from_run(copy, batch_size=8)
+    given = config_from_run(copy, batch_size=8, threshold_rule="f1", calibration="none")
+
+    assert (config.threshold_rule, config.calibration) == ("sensitivity=0.8", "platt")
+    assert (given.threshold_rule, given.calibration) == ("f1", "none")
+    plain = config_from_run(frozen, batch_size=8)
+    assert (plain.threshold_rule, plain.calibration) == ("f1", "none")
+
+
 def test_the_final_model_starts_from_a_member_of_an_ensemble(store, tmp_path):
     ensemble = train_head(store, tmp_path / "frozen", replace(FROZEN, final="ensemble")).run
     config = config_from_run(ensemble, batch_size=8, device="cpu", precision="fp32", epochs=(1,))

@@ -249,7 +249,7 @@ def test_probabilities_are_the_evaluated_sigmoid_in_any_batch_size():
     bank = make_bank()
     train_a_little(bank)
     x = draw(0, 11, D)
-    expected = torch.stack([bank.as_sequential(h)(x).sigmoid() for h in range(H)])
+    expected = torch.stack([bank.as_sequential(h)(x).sigmoid() for h in range(H)]).mean(dim=0)
 
     for batch_size in (1, 4, 11, 100):
         probabilities = predict_probabilities(bank, x, batch_size=batch_size)
@@ -271,7 +271,7 @@ def test_an_empty_batch_gives_empty_logits():
     bank = make_bank().eval()
 
     assert bank(torch.empty(H, 0, D)).shape == (H, 0, N_FINDINGS)
-    assert predict_probabilities(bank, torch.empty(0, D)).shape == (H, 0, N_FINDINGS)
+    assert predict_probabilities(bank, torch.empty(0, D)).shape == (0, N_FINDINGS)
 
 
 def test_a_row_of_nan_stays_alone():
@@ -284,9 +284,9 @@ def test_a_row_of_nan_stays_alone():
 
     probabilities = predict_probabilities(bank, broken)
 
-    assert probabilities[:, 2].isnan().all()
+    assert probabilities[2].isnan().all()
     rest = [0, 1, 3]
-    assert torch.equal(probabilities[:, rest], predict_probabilities(bank, x)[:, rest])
+    assert torch.equal(probabilities[rest], predict_probabilities(bank, x)[rest])
 
 
 def test_the_reference_head_in_float32_equals_torchs():

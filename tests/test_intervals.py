@@ -153,6 +153,8 @@ def test_coverage_at_full_size(tmp_path):
     assert found["repeats"] == 500
     assert 0.92 <= found["one_finding"]["studies"] <= 0.98
     assert found["one_finding"]["images"] < 0.85
+    assert 0.92 <= found["patients"]["patients"] <= 0.98
+    assert found["patients"]["studies"] < 0.85
     by_key = {
         (r["measure"], r["truth"], r["method"], r["of"]): r["coverage"]
         for r in found["many_findings"]

@@ -28,6 +28,15 @@ def test_auroc_and_ap_equal_scikit_learn(seed, decimals):
     )
 
 
+def test_many_rows_are_ranked_a_few_findings_at_a_time(monkeypatch):
+    targets, scores = make_predictions(0, decimals=1)
+    expected = auroc(targets, scores)
+
+    monkeypatch.setattr(metrics, "_RANKED_AT_ONCE", 2 * N + 1)
+
+    np.testing.assert_array_equal(auroc(targets, scores), expected)
+
+
 def test_without_both_classes_ranking_is_undefined_and_not_zero():
     """scikit-learn says AP = 0 for a finding without positives, which would sink a macro mean."""
     targets, scores = make_predictions(0)

@@ -166,7 +166,7 @@ def test_headings_sort_the_findings_and_blanks_stay_last(see, page, run):
 
 
 def test_zero_shot_is_a_column_that_sorts(see, page, run, folder):
-    """In place beside AUROC; blank and last where there are no prompts; absent without the table."""
+    """Beside AUROC; blank and last where there are no prompts; absent without the table."""
     copy = copy_run(run, folder / "prompted")
     table = keep_zero_shot(copy, without=("Hernia",)).drop(index="macro").dropna()
     file = folder / "prompted.html"

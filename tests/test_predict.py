@@ -289,7 +289,13 @@ def test_predicting_the_runs_own_store_gives_its_predictions(run, store, cohort)
         predictions, targets = predict_store(run, features)
 
     findings = run.config["findings"]
-    assert predictions.columns.tolist() == ["image_id", "study_uid", "projection", *findings]
+    assert predictions.columns.tolist() == [
+        "image_id",
+        "study_uid",
+        "patient_id",
+        "projection",
+        *findings,
+    ]
     assert predictions["image_id"].tolist() == cohort.image_ids.tolist()
     assert predictions["study_uid"].tolist() == cohort.study_uids.tolist()
     assert predictions["projection"].tolist() == cohort.projections.tolist()

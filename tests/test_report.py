@@ -363,7 +363,7 @@ def test_findings_without_prompts_are_left_out_of_both_figures(evaluated, tmp_pa
 
     text = render(run).text
 
-    shown = f"over the 3 of 5 scored findings that have prompts; over these the run has {{:.3f}}."
+    shown = "over the 3 of 5 scored findings that have prompts; over these the run has {:.3f}."
     assert shown.format(macro["run"]) in text
     assert macro["run"] != pytest.approx(run.read_metrics()["test"]["macro_auroc"]["value"])
     assert "It is the encoder before fine-tuning." in text

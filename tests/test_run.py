@@ -218,6 +218,7 @@ def test_ids_survive_whatever_they_look_like(tmp_path):
         {
             "image_id": ids,
             "study_uid": ids[::-1],
+            "patient_id": [*ids[1:], ""],
             "projection": ["", "Frontal"] * 5 + [""],
             "split": "train",
             "Mass": np.linspace(0, 1, len(ids)),
@@ -228,7 +229,7 @@ def test_ids_survive_whatever_they_look_like(tmp_path):
     run.write_table("predictions", table)
     restored = run.read_table("predictions")
 
-    for column in ("image_id", "study_uid", "projection", "split"):
+    for column in ("image_id", "study_uid", "patient_id", "projection", "split"):
         assert restored[column].tolist() == table[column].tolist(), column
     np.testing.assert_allclose(restored["Mass"], table["Mass"], rtol=1e-8)
 

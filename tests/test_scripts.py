@@ -145,6 +145,7 @@ def test_coverage_is_simulated_for_both_kinds_of_intervals(tmp_path):
 
     written = json.loads(out.read_text())
     assert set(written["one_finding"]) == {"studies", "images"}
+    assert set(written["patients"]) == {"patients", "studies"}
     assert {row["method"] for row in written["many_findings"]} == {"package", "percentiles"}
     assert {row["truth"] for row in written["many_findings"]} == {"population", "as large"}
     assert all(0 <= row["coverage"] <= 1 for row in written["many_findings"])

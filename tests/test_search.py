@@ -41,8 +41,10 @@ def split(data) -> Split:
 
 
 def final_probabilities(data: TrainingData, bank: HeadBank) -> np.ndarray:
-    """(H, N, F)."""
-    return predict_probabilities(bank, torch.from_numpy(data.embeddings[0])).numpy()
+    """Of every head by itself, (H, N, F)."""
+    x = torch.from_numpy(data.embeddings[0])
+    heads = [HeadBank.from_snapshot(bank.snapshot([h])) for h in range(bank.n_heads)]
+    return np.stack([predict_probabilities(head, x).numpy() for head in heads])
 
 
 # --- The table ------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_training_leaves_the_files_of_the_design_and_no_others(run, store):
     ]
     history = ["fold", "epoch", "lr", "train_loss", "val_loss", "val_auroc", "seconds"]
     assert read(run, "history").columns.tolist() == history
-    described = ["image_id", "study_uid", "projection", "split", *FINDINGS]
+    described = ["image_id", "study_uid", "patient_id", "projection", "split", *FINDINGS]
     assert predictions.columns.tolist() == read(run, "out_of_fold").columns.tolist() == described
     assert set(predictions["image_id"]) == set(splits["image_id"])
     is_train = splits["split"] == "train"

@@ -183,6 +183,35 @@ def test_figures_are_scikit_learns_on_the_runs_test_images(folder, store, tmp_pa
     assert f"the test images of {run.path}" in found.to_text()
 
 
+def test_patients_of_the_store_are_resampled_with_and_without_a_run(folder, store, tmp_path):
+    """As studies of that name would be, to the bit."""
+    ours = load_text_encoder(f"local-dir:{folder}")
+    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    run = Run.open(tmp_path / "run")
+    with FeatureStore.open(store) as features:
+        cohort, embeddings = features.cohort, np.array(features.embeddings)
+        encoder = features.header.encoder
+        by_study = score_zero_shot(features, ours, PROMPTS, run=run, n_resamples=20)
+    patients = np.char.add("p", (np.arange(len(cohort)) // 6).astype(str))  # three studies each
+    named = {"patient_ids": patients}, {"study_uids": patients}
+    found = []
+    for k, names in enumerate(named):
+        path = tmp_path / f"{k}.h5"
+        synthetic.make_store(path, replace(cohort, **names), encoder=encoder, embeddings=embeddings)
+        with FeatureStore.open(path) as features:
+            found += [
+                score_zero_shot(features, ours, PROMPTS, run=tested, n_resamples=20)
+                for tested in (run, None)
+            ]
+    for by_patient, merged in zip(found[:2], found[2:], strict=True):
+        pd.testing.assert_frame_equal(by_patient.table, merged.table)
+        assert by_patient.n_studies > merged.n_studies
+        assert "[95 % intervals over patients]" in by_patient.to_text()
+    assert "[95 % intervals over studies]" in by_study.to_text()
+    assert by_study.n_studies == found[0].n_studies
+    assert not by_study.table["zero_shot_low"].equals(found[0].table["zero_shot_low"])
+
+
 def test_the_command_and_its_table(store, folder, tmp_path):
     out = tmp_path / "zero_shot.csv"
     prompts = tmp_path / "prompts.json"

@@ -1,0 +1,47 @@
+"""What a split keeps and a resample draws as a whole: patients where known, else studies."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+
+from cxr_cache.metrics import Array
+
+Unit: TypeAlias = Literal["study", "patient", "patient or study"]
+"""What the clusters of some rows are."""
+
+UNITS: Final[dict[Unit, str]] = {
+    "study": "studies",
+    "patient": "patients",
+    "patient or study": "patients or studies",
+}
+"""Several of each, in words."""
+
+
+def assign_clusters(patient_ids: Array, study_uids: Array) -> Array:
+    """The patient of every row where known, else its study, shape ``(N,)``.
+
+    Two studies of one patient are as little evidence of their own as two images of one study.
+
+    Parameters
+    ----------
+    patient_ids
+        ``""`` where unknown, shape ``(N,)``.
+    study_uids
+        Shape ``(N,)``; all rows of a study name the same patient.
+    """
+    known = patient_ids != ""
+    if not known.any():
+        return study_uids
+    of_patient = np.char.add("patient ", patient_ids.astype(str))
+    of_study = np.char.add("study ", study_uids.astype(str))
+    return np.where(known, of_patient, of_study)
+
+
+def name_unit(patient_ids: Array) -> Unit:
+    """Which the clusters of such rows are."""
+    known = patient_ids != ""
+    if not known.any():
+        return "study"
+    return "patient" if known.all() else "patient or study"

@@ -1,0 +1,43 @@
+"""Large arrays that other processes map instead of copying."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import weakref
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WORTH_A_FILE: Final = 2**28
+"""Bytes from which on a second copy in memory would be felt."""
+
+
+def allocate_shared(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeros, float32; a large array lies in a temporary file, which goes when the array does.
+
+    joblib hands an array to another process of this machine by its file's name if it has one;
+    other arrays it writes to such a file first, and then both are in memory. Where the temporary
+    folder has no room, the array is an ordinary one.
+    """
+    n_bytes = 4 * math.prod(shape)
+    if n_bytes < _WORTH_A_FILE:
+        return np.zeros(shape, np.float32)
+    file = tempfile.NamedTemporaryFile(prefix="cxr-cache-")  # noqa: SIM115  # closed with the array
+    try:
+        os.truncate(file.name, n_bytes)
+        _reserve(file.fileno(), n_bytes)
+    except OSError:
+        file.close()
+        return np.zeros(shape, np.float32)
+    mapped = np.memmap(file.name, np.float32, "r+", shape=shape)
+    weakref.finalize(mapped, file.close)
+    return np.asarray(mapped)  # pickled by value, where it must go to another machine
+
+
+def _reserve(descriptor: int, n_bytes: int) -> None:
+    """Raise now if the disk is too full: later, writing to a mapped page would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, n_bytes)

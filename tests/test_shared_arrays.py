@@ -1,0 +1,75 @@
+"""Large arrays: mapped by other processes, gone with their last reader, ordinary when they must."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from joblib import Parallel, delayed
+
+from cxr_cache import shared_arrays
+from cxr_cache.shared_arrays import allocate_shared
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where temporary files go, and every array is large."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_arrays, "_WORTH_A_FILE", 1)
+    return tmp_path
+
+
+def describe(array: np.ndarray) -> tuple[float, str]:
+    """Its sum, and the file that it is mapped from."""
+    while array.base is not None and not isinstance(array, np.memmap):
+        array = array.base
+    return float(array.sum()), str(getattr(array, "filename", ""))
+
+
+def test_small_arrays_are_ordinary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    array = allocate_shared((2, 3))
+    assert (array.shape, array.dtype, array.sum()) == ((2, 3), np.float32, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_maps_the_same_file(folder):
+    array = allocate_shared((1, 40, 8))
+    array[:] = 1
+    (file,) = folder.iterdir()
+
+    with Parallel(n_jobs=2) as pool:
+        ((total, name),) = pool([delayed(describe)(array)])
+
+    assert (total, name) == (320, str(file))
+
+
+def test_the_file_goes_when_nothing_refers_to_the_array(folder):
+    array = allocate_shared((4, 5))
+    part = array[1:]
+    del array
+    assert len(list(folder.iterdir())) == 1
+    del part
+    assert list(folder.iterdir()) == []
+
+
+def test_pickled_it_is_its_values(folder):
+    array = allocate_shared((3,))
+    array[:] = (1, 2, 3)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)), [1, 2, 3])
+
+
+def test_without_room_it_is_ordinary(folder, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shared_arrays, "_reserve", refuse)
+    array = allocate_shared((3, 4))
+    array[:] = 2
+    assert array.sum() == 24
+    assert list(folder.iterdir()) == []
