@@ -22,13 +22,13 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.fit import PlainRows
 from cxr_cache.influence import clustered_error, macro_auroc_influence
 from cxr_cache.intervals import student_interval
-from cxr_cache.run import write_whole
 from cxr_cache.search import require_trainable_folds, split_cohort
 from cxr_cache.settings import Setting
 from cxr_cache.splits import Split
 from cxr_cache.store import FeatureStore
 from cxr_cache.train import load_training_data
 from cxr_cache.training_rows import LabelledRows, find_labelled_rows
+from cxr_cache.whole_files import write_whole
 
 TABLE: Final = "ablation.csv"
 

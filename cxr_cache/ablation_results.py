@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cxr_cache.ablation_fit import Fold, Method
 from cxr_cache.differences import describe_differences, find_differences
 from cxr_cache.errors import RunError
-from cxr_cache.run import write_whole
+from cxr_cache.whole_files import write_whole
 
 _IDENTITY: Final = "ablation.json"
 _FILES: Final = "finished"

@@ -11,7 +11,7 @@ import pandas as pd
 from cxr_cache.clusters import UNITS
 from cxr_cache.compare import MACRO, Comparison
 from cxr_cache.drawing import GREY, PALETTE, Axes, label_rows, open_figure, put_legend_on_top
-from cxr_cache.run import write_whole
+from cxr_cache.whole_files import write_whole
 
 _MARKERS: Final = "osD^v*"  # runs differ by more than their colour
 

@@ -13,9 +13,10 @@ from cxr_cache.model_card import UNKNOWN, render_card
 from cxr_cache.page import MAX_RUNS, render_page
 from cxr_cache.page_data import collect_differences, read_view
 from cxr_cache.plots import draw_plots
-from cxr_cache.run import Run, write_whole
+from cxr_cache.run import Run
 from cxr_cache.scored import read_scored
 from cxr_cache.thumbnails import draw_thumbnails
+from cxr_cache.whole_files import write_whole
 
 if TYPE_CHECKING:
     from cxr_cache.encoder import Encoder

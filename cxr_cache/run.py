@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from cxr_cache.calibration import Calibration
 from cxr_cache.differences import describe_differences, find_differences
-from cxr_cache.durable import OUT_OF_SPACE
-from cxr_cache.errors import DiskFullError, RunError
+from cxr_cache.errors import RunError
 from cxr_cache.tables import format_csv
+from cxr_cache.whole_files import replacing, write_whole
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
@@ -232,7 +231,7 @@ class Run:
     def write_table(self, name: TableName, table: pd.DataFrame) -> Path:
         """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
         path = self.path / f"{name}.csv"
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.writelines(format_csv(table))
         return path
 
@@ -295,7 +294,7 @@ class Run:
         import torch
 
         (self.path / _STATES).mkdir(exist_ok=True)
-        with _replacing(self._state_path(name)) as file:
+        with replacing(self._state_path(name)) as file:
             torch.save(dict(state), file)
 
     def load_state(self, name: str) -> dict[str, Any] | None:
@@ -452,36 +451,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the whole new one."""
-    with _replacing(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write under a temporary name, then rename: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-        free = shutil.disk_usage(path.parent).free
-        number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
-        if number not in OUT_OF_SPACE:
-            raise
-        raise DiskFullError(
-            f"{path} could not be written: {path.parent} has {free:,} bytes free (or a quota or a "
-            "limit on file sizes allows less). Free some space and run the same command again; "
-            "what was finished before is kept."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _jsonable(value: Any) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import weakref
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cxr_cache.durable import reserve
 
 _WORTH_A_FILE: Final = 2**28
 """Bytes from which on a second copy in memory would be felt."""
@@ -27,17 +28,11 @@ def allocate_shared(shape: tuple[int, ...]) -> NDArray[np.float32]:
         return np.zeros(shape, np.float32)
     file = tempfile.NamedTemporaryFile(prefix="cxr-cache-")  # noqa: SIM115  # closed with the array
     try:
-        os.truncate(file.name, n_bytes)
-        _reserve(file.fileno(), n_bytes)
+        file.truncate(n_bytes)
+        reserve(file.fileno())  # a write to a mapped page that the disk lacks ends the process
     except OSError:
         file.close()
         return np.zeros(shape, np.float32)
     mapped = np.memmap(file.name, np.float32, "r+", shape=shape)
     weakref.finalize(mapped, file.close)
     return np.asarray(mapped)  # pickled by value, where it must go to another machine
-
-
-def _reserve(descriptor: int, n_bytes: int) -> None:
-    """Raise now if the disk is too full: later, writing to a mapped page would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, n_bytes)

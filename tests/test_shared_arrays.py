@@ -68,7 +68,7 @@ def test_without_room_it_is_ordinary(folder, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shared_arrays, "_reserve", refuse)
+    monkeypatch.setattr(shared_arrays, "reserve", refuse)
     array = allocate_shared((3, 4))
     array[:] = 2
     assert array.sum() == 24
