@@ -12,7 +12,7 @@ import pandas as pd
 from cxr_cache.compare import MACRO, Comparison
 from cxr_cache.curves import MAX_POINTS, POOLED
 from cxr_cache.metrics import CONFUSION_COLUMNS
-from cxr_cache.run import FINAL_FOLD, Run, TableName
+from cxr_cache.run import Run, TableName, keep_longest
 
 POINTS_OF_ALL_CURVES: Final = 30_000
 """What a page draws at most: about 0.7 MB, however many findings and runs there are."""
@@ -212,10 +212,7 @@ def _search(view: RunView) -> Record:
 
 def _history(view: RunView) -> list[Record]:
     """Epochs of every fold; where each candidate was trained by itself, of the longest."""
-    history = view.tables["history"]
-    if "horizon" in history:
-        longest = history["horizon"] == history["horizon"].max()
-        history = history[longest | (history["fold"] == FINAL_FOLD)]
+    history = keep_longest(view.tables["history"])
     return [
         {
             "fold": fold,

@@ -25,7 +25,7 @@ from cxr_cache.drawing import (
 )
 from cxr_cache.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.metrics import CONFUSION_COLUMNS
-from cxr_cache.run import FINAL_FOLD, Run
+from cxr_cache.run import FINAL_FOLD, Run, keep_longest
 
 PLOTS = (
     "epoch_search",
@@ -154,9 +154,7 @@ def _fold_columns(search: pd.DataFrame) -> list[str]:
 
 
 def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
-    if "horizon" in history:  # every candidate was trained by itself: show the longest
-        longest = history["horizon"] == history["horizon"].max()
-        history = history[longest | (history["fold"] == FINAL_FOLD)]
+    history = keep_longest(history)
     folds = history[history["fold"] != FINAL_FOLD]
     final = history[history["fold"] == FINAL_FOLD]
     with open_figure(path, 9, 3.6) as figure:

@@ -419,6 +419,15 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
+def keep_longest(history: pd.DataFrame) -> pd.DataFrame:
+    """Of a history whose candidates were trained one by one, the longest, and the final model."""
+    if "horizon" not in history:
+        return history
+    is_longest = history["horizon"] == history["horizon"].max()
+    kept: pd.DataFrame = history[is_longest | (history["fold"] == FINAL_FOLD)]
+    return kept
+
+
 def _read_config(path: Path) -> dict[str, Any] | None:
     try:
         config = json.loads((path / _CONFIG).read_text())
