@@ -358,7 +358,8 @@ def test_zero_shot_stands_beside_the_headline_over_the_same_findings(evaluated, 
 def test_findings_without_prompts_are_left_out_of_both_figures(evaluated, tmp_path):
     run = copy_run(evaluated, tmp_path / "run")
     macro = keep_zero_shot(run, without=("Mass", "Hernia")).loc["macro"]
-    run.config["kind"], run.config["finetune"] = "finetune", {"unfreeze_layers": 1, "source": "t"}
+    run.config["kind"] = "finetune"
+    run.config["finetune"] = run.config["train"] | {"unfreeze_layers": 1, "source": "tokens"}
     run.config["from_run"], run.config["store"]["encoder"]["n_blocks"] = None, 2
 
     text = render(run).text

@@ -63,7 +63,7 @@ def test_extraction_is_measured_against_a_plain_script_and_the_bare_forward_pass
     printed = run([sys.executable, script, "--quick", "--rounds", 1, "--images", 8, "--out", out])
 
     written = json.loads(out.read_text())
-    assert set(written["results"]) == {"plain", "shared", "alone", "product"}
+    assert set(written["results"]) == {"plain", "shared", "alone", "product", "products"}
     assert [goal["against"] for goal in written["goals"]] == ["plain", "floor"]
     assert written["disagreement"] <= 1e-5
     assert "÷ floor" in printed
