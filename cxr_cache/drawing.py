@@ -51,14 +51,23 @@ def open_figure(
     path: str | Path,
     width: float,
     height: float,
-    layout: Literal["constrained"] | None = "constrained",
+    margins: tuple[float, float, float, float] | None = None,
 ) -> Iterator[Figure]:
     """A figure of so many inches, written whole to `path` as a PNG when the block ends.
 
-    No pyplot: it keeps global state, and would look for a screen.
+    `margins` are inches on the left, at the right, below and above; None works them out, which
+    takes as long as drawing. No pyplot: it keeps global state, and would look for a screen.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
+        figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
+        if margins:
+            left, right, bottom, top = margins
+            figure.subplots_adjust(
+                left=left / width,
+                right=1 - right / width,
+                bottom=bottom / height,
+                top=1 - top / height,
+            )
         yield figure
         image = io.BytesIO()
         figure.savefig(image, format="png", metadata={"Software": None})
@@ -73,8 +82,14 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def put_legend_on_top(axes: Axes, n_columns: int) -> None:
-    """Outside, above the left corner: rows may reach anywhere."""
+def label_width(labels: Sequence[str]) -> float:
+    """Inches that the longest of some row labels takes, about."""
+    return 0.25 + 0.078 * max(map(len, labels), default=0)
+
+
+def put_legend_on_top(axes: Axes, n_columns: int, side: Literal["left", "right"] = "left") -> None:
+    """Outside, above a corner: rows may reach anywhere."""
+    corner = (0, 1) if side == "left" else (1, 1)
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=n_columns, borderaxespad=0.2, fontsize=8
+        loc=f"lower {side}", bbox_to_anchor=corner, ncols=n_columns, borderaxespad=0.2, fontsize=8
     )

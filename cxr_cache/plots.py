@@ -20,6 +20,7 @@ from cxr_cache.drawing import (
     ORANGE,
     Axes,
     label_rows,
+    label_width,
     open_figure,
     put_legend_on_top,
 )
@@ -39,6 +40,8 @@ PLOTS = (
 )
 MAX_MATRICES = 35
 N_COMMON_MATRICES = 6
+_ROWS_MARGINS = 0.55, 0.4  # inches below and above rows
+_PANEL_MARGINS = 0.75, 0.15, 0.5, 0.35
 _TILE = 2.6, 3.1
 """Width and height of a confusion matrix with its margin, in cells."""
 
@@ -61,7 +64,8 @@ def draw_class_distribution(
     """
     table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
     table = table.sort_values("n_images", kind="stable")
-    with open_figure(path, 8, _rows_height(table)) as figure:
+    margins = (label_width(table["finding"]), 0.15, *_ROWS_MARGINS)
+    with open_figure(path, 8, _rows_height(table), margins) as figure:
         axes = figure.add_subplot()
         _draw_counts(axes, table)
         label_rows(axes, table["finding"])
@@ -113,7 +117,7 @@ def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
         axes.text(0.51, place, "not scored", va="center", color=GREY, style="italic", fontsize=8)
     axes.set_xlim(min(0.4, np.nanmin([0.4, *table["auroc_low"]]) - 0.02), 1.01)
     axes.set_xlabel("AUROC on the test images")
-    put_legend_on_top(axes, 3)
+    put_legend_on_top(axes, 3, "right")
 
 
 def _rows_height(table: pd.DataFrame) -> float:
@@ -157,8 +161,8 @@ def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
     history = keep_longest(history)
     folds = history[history["fold"] != FINAL_FOLD]
     final = history[history["fold"] == FINAL_FOLD]
-    with open_figure(path, 9, 3.6) as figure:
-        loss, auroc = figure.subplots(1, 2)
+    with open_figure(path, 9, 3.6, _PANEL_MARGINS) as figure:
+        loss, auroc = figure.subplots(1, 2, gridspec_kw={"wspace": 0.22})
         _draw_folds(loss, folds, "train_loss", BLUE, "train")
         _draw_folds(loss, folds, "val_loss", GREEN, "held-out fold")
         if len(final):
@@ -184,18 +188,21 @@ def _draw_folds(axes: Axes, folds: pd.DataFrame, column: str, color: str, label:
 
 def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("auroc", na_position="first", kind="stable")
-    with open_figure(path, 8, _rows_height(table)) as figure:
+    names = zip(table["finding"], table["n_positive_test"], strict=True)
+    labels = [f"{finding}  ({n})" for finding, n in names]
+    margins = (0.25 + label_width(labels), 0.15, *_ROWS_MARGINS)
+    with open_figure(path, 8, _rows_height(table), margins) as figure:
         axes = figure.add_subplot()
         _draw_auroc(axes, table)
-        names = zip(table["finding"], table["n_positive_test"], strict=True)
-        label_rows(axes, [f"{finding}  ({n})" for finding, n in names])
+        label_rows(axes, labels)
         axes.set_ylabel("finding (images with it in test)")
 
 
 def _draw_class_vs_performance(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("n_images", kind="stable")
-    with open_figure(path, 10.5, _rows_height(table)) as figure:
-        counts, aurocs = figure.subplots(1, 2, sharey=True)
+    margins = (label_width(table["finding"]), 0.15, *_ROWS_MARGINS)
+    with open_figure(path, 10.5, _rows_height(table), margins) as figure:
+        counts, aurocs = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.05})
         _draw_counts(counts, table)
         _draw_auroc(aurocs, table)
         label_rows(counts, table["finding"])
@@ -211,7 +218,7 @@ def _draw_confusion_matrices(per_finding: pd.DataFrame, n_columns: int, path: Pa
     n_rows = max(1, math.ceil(len(per_finding) / n_columns))
     width, height = n_columns * _TILE[0], n_rows * _TILE[1]
     size = 0.65 * (width + 0.3), 0.65 * (height + 0.2)
-    with open_figure(path, *size, layout=None) as figure:
+    with open_figure(path, *size, margins=(0, 0, 0, 0)) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         for place, (_, row) in enumerate(per_finding.iterrows()):
             i, j = divmod(place, n_columns)
@@ -243,8 +250,8 @@ def _draw_curves(curves: pd.DataFrame, calibration: pd.DataFrame, path: Path) ->
     """ROC, precision-recall and calibration: a thin line per finding, thick for all pooled."""
     stage = "after" if (calibration["stage"] == "after").any() else "before"
     bins = calibration[calibration["stage"] == stage]
-    with open_figure(path, 10.5, 3.7) as figure:
-        roc, ranked, reliability = figure.subplots(1, 3)
+    with open_figure(path, 10.5, 3.7, _PANEL_MARGINS) as figure:
+        roc, ranked, reliability = figure.subplots(1, 3, gridspec_kw={"wspace": 0.22})
         for finding, rows in curves.groupby("finding"):
             style = _curve_style(str(finding))
             roc.plot(1 - rows["specificity"], rows["sensitivity"], **style)
