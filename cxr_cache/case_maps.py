@@ -26,7 +26,8 @@ class CaseMaps(TypedDict):
     rows: int
     columns: int
     by_finding: dict[str, dict[str, str]]
-    """By finding and image id: a byte per patch, row by row, 255 its maximum, in base64."""
+    """By finding and image id: a byte per patch, row by row, 255 its
+    maximum (all 0 where nothing counts), in base64."""
 
 
 def draw_maps(

@@ -46,6 +46,8 @@ from cxr_cache.config import (
 from cxr_cache.errors import CxrCacheError, StoreFormatError, StoreMismatchError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from cxr_cache.cohort import Cohort
     from cxr_cache.encoder import Encoder
     from cxr_cache.run import Run
@@ -684,6 +686,7 @@ def train(
     **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once."""
+    from cxr_cache.fit_on_cores import release_cores
     from cxr_cache.train import train_head
 
     config = TrainConfig.of_recipe(recipe, **_given(options))
@@ -697,6 +700,7 @@ def train(
             overwrite=overwrite,
             on_progress=_count_progress(bar),
         )
+    release_cores()  # evaluating needs the memory
     _warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
     _evaluate_and_report(run_dir)
@@ -1116,12 +1120,21 @@ def zero_shot(
             seed=seed,
         )
     click.echo(found.to_text())
-    if run is not None and found.is_of_run:
-        kept = run.write_table("zero_shot", found.table)
-        command = shlex.join(["cxr-cache", "report", str(run.path)])
-        click.echo(f"Kept as {kept}; `{command}` puts it on the run's page.")
     if out is not None:
         found.table.to_csv(out, index=False, float_format="%.6g")
+    if run is not None and found.is_of_run:
+        _keep_zero_shot(run, found.table)
+
+
+def _keep_zero_shot(run: Run, table: pd.DataFrame) -> None:
+    """Put the table into the run's folder, which may be someone else's."""
+    try:
+        kept = run.write_table("zero_shot", table)
+    except PermissionError as error:
+        click.echo(f"Not kept with the run: {error.filename} cannot be written.", err=True)
+        return
+    command = shlex.join(["cxr-cache", "report", str(run.path)])
+    click.echo(f"Kept as {kept}; `{command}` puts it on the run's page.")
 
 
 @cli.command()
@@ -1176,6 +1189,8 @@ def report(
 
     if maps and (image_dir is None or len(runs) > 1):
         raise click.UsageError("--maps goes with --image-dir and one run.")
+    if not maps and (idle := _given({"model": model, "device": device})):
+        raise click.UsageError(f"--{min(idle)} goes with --maps.")
     opened = [Run.open(run) for run in runs]
     options: dict[str, Any] = {"license_id": license_id, "dataset_id": dataset_id}
     if len(opened) > 1:

@@ -22,6 +22,9 @@ BLUE, ORANGE, GREEN = PALETTE[:3]
 GREY: Final = "#8A8F98"
 INK: Final = "#22262B"
 
+_LONGEST_LABEL: Final = 44
+"""Characters; half of the narrowest figure."""
+
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
@@ -75,8 +78,11 @@ def open_figure(
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """One label per row of a horizontal plot, from the bottom up, at the heights 0, 1, ..."""
-    axes.set_yticks(np.arange(len(labels)), list(labels))
+    """One label per row of a horizontal plot, from the bottom up, at the heights 0, 1, ...
+
+    Long ones are cut in the middle: a finding may be called anything.
+    """
+    axes.set_yticks(np.arange(len(labels)), [_shorten(label) for label in labels])
     axes.set_ylim(-0.7, len(labels) - 0.3)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -84,7 +90,14 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 def label_width(labels: Sequence[str]) -> float:
     """Inches that the longest of some row labels takes, about."""
-    return 0.25 + 0.078 * max(map(len, labels), default=0)
+    return 0.25 + 0.078 * max((len(_shorten(label)) for label in labels), default=0)
+
+
+def _shorten(label: str) -> str:
+    if len(label) <= _LONGEST_LABEL:
+        return label
+    half = _LONGEST_LABEL // 2
+    return f"{label[:half]}…{label[-half + 1 :]}"
 
 
 def put_legend_on_top(axes: Axes, n_columns: int, side: Literal["left", "right"] = "left") -> None:

@@ -45,7 +45,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Passes over the rows. Each has as many full batches as there are; the few rows left over
         wait for the next shuffle.
     batch_size
-        Rows per step, at least 2, at most N.
+        Rows per step, at least 2, at most N: fewer than 64 rows need a smaller one.
     learning_rate, weight_decay
         Of AdamW (Loshchilov & Hutter 2019).
     max_grad_norm

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from joblib import Parallel, cpu_count, delayed
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals import loky
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
@@ -65,8 +65,13 @@ def fit_on_cores(
 
 
 def release_cores() -> None:
-    """End the processes that wait for more heads; each holds as much as torch takes."""
-    get_reusable_executor(reuse=True).shutdown(wait=True)
+    """End the processes that wait for more heads; each holds as much as torch takes.
+
+    They are joblib's, which shares them with whatever else uses it in this process: a library
+    leaves them, a command that has no more use for them need not.
+    """
+    if loky.reusable_executor._executor is not None:  # asking for it by the front door starts one
+        loky.get_reusable_executor(reuse=True).shutdown(wait=True)
 
 
 def _estimate_step(batch_size: int) -> float:

@@ -174,10 +174,12 @@ def parse_predictions(
         )
     probabilities = predictions[list(findings)].to_numpy(np.float64)
     _require_probabilities(probabilities, predictions["image_id"].to_numpy(object), findings)
+    patient_ids = _parse_patient_ids(predictions)
+    _require_one_patient_per_study(predictions["study_uid"], patient_ids)
     return ScoredImages(
         image_ids=predictions["image_id"].to_numpy(object),
         study_uids=predictions["study_uid"].to_numpy(object),
-        patient_ids=_parse_patient_ids(predictions),
+        patient_ids=patient_ids,
         projections=predictions["projection"].to_numpy(object),
         targets=targets[list(findings)].to_numpy(np.float64)[rows],
         probabilities=probabilities,
@@ -191,6 +193,20 @@ def _parse_patient_ids(predictions: pd.DataFrame) -> NDArray[np.object_]:
         return np.full(len(predictions), "", object)
     cells = predictions["patient_id"].to_numpy(object)
     return np.where(pd.isna(cells), "", cells.astype(str)).astype(object)
+
+
+def _require_one_patient_per_study(
+    study_uids: pd.Series[str], patient_ids: NDArray[np.object_]
+) -> None:
+    pairs = pd.DataFrame({"study": study_uids.to_numpy(), "patient": patient_ids}).drop_duplicates()
+    twice = pairs[pairs["study"].duplicated(keep=False)]
+    if len(twice):
+        study, patient = twice.iloc[0]
+        other = twice.loc[twice["study"] == study, "patient"].iloc[1]
+        raise TableError(
+            f"predictions: study {study!r} belongs to patient {patient!r} and to patient "
+            f"{other!r}. Give all its images one patient id, or none."
+        )
 
 
 def _require_columns(table: pd.DataFrame, columns: Sequence[str], name: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.durable import reserve
+from cxr_cache.durable import require_space, reserve
 
 _WORTH_A_FILE: Final = 2**28
 """Bytes from which on a second copy in memory would be felt."""
@@ -21,17 +22,19 @@ def allocate_shared(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
     joblib hands an array to another process of this machine by its file's name if it has one;
     other arrays it writes to such a file first, and then both are in memory. Where the temporary
-    folder has no room, the array is an ordinary one.
+    folder cannot be used or has no room, the array is an ordinary one. A process that is killed
+    leaves its file behind.
     """
     n_bytes = 4 * math.prod(shape)
     if n_bytes < _WORTH_A_FILE:
         return np.zeros(shape, np.float32)
-    file = tempfile.NamedTemporaryFile(prefix="cxr-cache-")  # noqa: SIM115  # closed with the array
     try:
+        # A write to a mapped page that the disk has no room for would end the process.
+        require_space(Path(tempfile.gettempdir(), "features"), n_bytes)
+        file = tempfile.NamedTemporaryFile(prefix="cxr-cache-")  # noqa: SIM115  # closed with the array
         file.truncate(n_bytes)
-        reserve(file.fileno())  # a write to a mapped page that the disk lacks ends the process
+        reserve(file.fileno())
     except OSError:
-        file.close()
         return np.zeros(shape, np.float32)
     mapped = np.memmap(file.name, np.float32, "r+", shape=shape)
     weakref.finalize(mapped, file.close)

@@ -11,7 +11,6 @@ import torch
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
 from cxr_cache.fit import TrainingData
-from cxr_cache.fit_on_cores import release_cores
 from cxr_cache.heads import predict_probabilities
 from cxr_cache.outcome import (
     TrainResult,
@@ -102,7 +101,6 @@ def train_head(
     )
     search = search_epochs(data, split, config, on_progress=on_progress)
     bank, final_history = train_final(data, split, search, config)
-    release_cores()
     probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
     head = {
         # What is standardised in training is folded into the head.

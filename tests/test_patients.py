@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from cxr_cache.cli import cli
 from cxr_cache.clusters import UNITS, assign_clusters, name_unit
 from cxr_cache.compare import compare_runs
+from cxr_cache.errors import TableError
 from cxr_cache.evaluate import Evaluation, evaluate_predictions, evaluate_run, format_summary
 from cxr_cache.figures import estimate
 from cxr_cache.report import write_joint_report, write_report
@@ -75,6 +76,19 @@ def test_patients_are_resampled_as_studies_of_that_name_would_be():
         assert figures == expected[projection]
     columns = known.per_finding.columns.drop("n_positive_studies_test")
     pd.testing.assert_frame_equal(known.per_finding[columns], merged.per_finding[columns])
+
+
+def test_a_study_of_two_patients_is_refused():
+    tables = make_tables(0)
+    predictions, targets = tables["predictions"], tables["targets"]
+    predictions["patient_id"] = name_patients(predictions["study_uid"])
+    study = predictions["study_uid"].value_counts().index[0]
+    row = predictions.index[predictions["study_uid"] == study][-1]
+    predictions.loc[row, "patient_id"] = "Q"
+
+    words = rf"predictions: study '{study}' belongs to patient .* and to patient 'Q'\. Give all"
+    with pytest.raises(TableError, match=words):
+        parse_predictions(predictions, targets, FINDINGS)
 
 
 def test_studies_keep_their_patients_when_their_images_are_averaged():

@@ -28,7 +28,7 @@ from cxr_cache.page_data import (
     collect_differences,
     read_view,
 )
-from cxr_cache.plots import PLOTS, draw_class_distribution
+from cxr_cache.plots import PLOTS, draw_class_distribution, draw_plots
 from cxr_cache.report import write_joint_report, write_report
 from cxr_cache.run import Run
 from cxr_cache.scored import read_scored
@@ -475,6 +475,15 @@ def test_class_distribution_is_drawn_without_a_run(tmp_path):
     with Image.open(path) as plot:
         assert plot.format == "PNG"
     assert [entry.name for entry in tmp_path.iterdir()] == ["classes.png"]
+
+
+def test_a_finding_may_have_a_long_name(evaluated, tmp_path):
+    run = copy_run(evaluated, tmp_path / "run")
+    table = run.read_table("per_finding")
+    table.loc[0, "finding"] = "Opacity of unknown meaning, " * 10
+    run.write_table("per_finding", table)
+
+    assert all(path.stat().st_size for path in draw_plots(run).values())
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):

@@ -64,6 +64,11 @@ def test_pickled_it_is_its_values(folder):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)), [1, 2, 3])
 
 
+def test_without_a_folder_it_is_ordinary(folder, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "gone"))
+    assert allocate_shared((3, 4)).sum() == 0
+
+
 def test_without_room_it_is_ordinary(folder, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

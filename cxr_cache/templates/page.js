@@ -166,7 +166,7 @@
     box.append(...zeroShot(data.zero_shot.map((of) => of[f])));
     const groups = data.groups.map((of) => of[f]);
     if (groups.some((group) => group !== null)) box.append(groupTable(groups));
-    if (data.maps && !isPooled) box.append(make("div", { class: "tools" }, mapSwitch()), make("p", { class: "note" }, ABOUT_MAPS));
+    if (data.maps?.by_finding[name]) box.append(make("div", { class: "tools" }, mapSwitch()), make("p", { class: "note" }, ABOUT_MAPS));
     if (data.cases) box.append(...caseRows(name));
     return box;
   }
