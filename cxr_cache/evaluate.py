@@ -107,7 +107,7 @@ def evaluate_predictions(
     n_resamples
         Bootstrap resamples; 0 leaves the intervals out.
     seed
-        Of the resampling. Evaluations of the same rows with one seed resample alike.
+        Of the resampling. Evaluations of the same rows and patients with one seed resample alike.
 
     Returns
     -------

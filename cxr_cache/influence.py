@@ -3,7 +3,7 @@
 DeLong et al. (1988) write the variance of an AUROC, and of the difference of two, through one
 number per row, how many of the other class it beats; Obuchowski (1997, "Nonparametric analysis of
 clustered ROC curve data") sums those numbers over a cluster first. Means over findings are means
-of them. It is what a bootstrap over studies tends to, in the time of a sort.
+of them. It is what a bootstrap over clusters tends to, in the time of a sort.
 """
 
 from __future__ import annotations
