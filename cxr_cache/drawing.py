@@ -22,6 +22,8 @@ BLUE, ORANGE, GREEN = PALETTE[:3]
 GREY: Final = "#8A8F98"
 INK: Final = "#22262B"
 
+_PNG: Final = {"compress_level": 3}
+"""Half the time of the usual 6, for a tenth more bytes."""
 _LONGEST_LABEL: Final = 44
 """Characters; half of the narrowest figure."""
 
@@ -73,7 +75,7 @@ def open_figure(
             )
         yield figure
         image = io.BytesIO()
-        figure.savefig(image, format="png", metadata={"Software": None})
+        figure.savefig(image, format="png", metadata={"Software": None}, pil_kwargs=_PNG)
     write_whole(Path(path), image.getvalue())
 
 

@@ -129,7 +129,7 @@ def _rows_height(table: pd.DataFrame) -> float:
 
 
 def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> None:
-    with open_figure(path, 7, 4) as figure:
+    with open_figure(path, 7, 4, _PANEL_MARGINS) as figure:
         axes = figure.add_subplot()
         epochs = search["epochs"]
         for fold in _fold_columns(search):
