@@ -558,11 +558,11 @@ def _calibration(default: str | None) -> Callable[[Command], Command]:
     )
 
 
-def _resamples(least: int) -> Callable[[Command], Command]:
+def _resamples(least: int, default: int = 2000) -> Callable[[Command], Command]:
     return click.option(
         "--resamples",
         type=click.IntRange(min=least),
-        default=2000,
+        default=default,
         help="Bootstrap resamples of studies, of patients where they are known.",
     )
 
@@ -1074,12 +1074,7 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 @click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
 @click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
 @click.option("--out", type=FILE, help="Write the table to this CSV file.")
-@click.option(
-    "--resamples",
-    type=click.IntRange(min=1),
-    default=1000,
-    help="Bootstrap resamples of studies, of patients where they are known.",
-)
+@_resamples(1, default=1000)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @click.option("--model", help="The store's encoder, where it has moved.  [default: as recorded]")
 def zero_shot(

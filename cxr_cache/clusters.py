@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
+import pandas as pd
 
+from cxr_cache.errors import TableError
 from cxr_cache.metrics import Array
+from cxr_cache.tables import find_duplicates
 
 Unit: TypeAlias = Literal["study", "patient", "patient or study"]
 """What the clusters of some rows are."""
@@ -37,6 +40,24 @@ def assign_clusters(patient_ids: Array, study_uids: Array) -> Array:
     of_patient = np.char.add("patient ", patient_ids.astype(str))
     of_study = np.char.add("study ", study_uids.astype(str))
     return np.where(known, of_patient, of_study)
+
+
+def require_one_patient_per_study(patient_ids: Array, study_uids: Array, source: str = "") -> None:
+    """Raise for a study of two patients, which would end up on both sides of a split.
+
+    Raises
+    ------
+    TableError
+        Its message begins with `source`.
+    """
+    pairs = pd.DataFrame({"study": study_uids, "patient": patient_ids}).drop_duplicates()
+    duplicates = find_duplicates(pairs["study"])
+    if duplicates:
+        patients = pairs.loc[pairs["study"] == duplicates[0], "patient"]
+        raise TableError(
+            f"{source}study {duplicates[0]!r} belongs to patient {patients.iloc[0]!r} and to "
+            f"patient {patients.iloc[1]!r}. Give all its images one patient id, or none."
+        )
 
 
 def name_unit(patient_ids: Array) -> Unit:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.clusters import assign_clusters
+from cxr_cache.clusters import assign_clusters, require_one_patient_per_study
 from cxr_cache.errors import TableError
 from cxr_cache.findings import FINDINGS, assign_targets, parse_labels, parse_target_table
 from cxr_cache.tables import (
@@ -78,7 +78,7 @@ class Cohort:
         if duplicates:
             raise TableError(f"image {duplicates[0]!r} is listed twice; image ids must be unique")
         self._require_utf8()
-        self._require_one_patient_per_study()
+        require_one_patient_per_study(self.patient_ids, self.study_uids)
 
     def _require_utf8(self) -> None:
         """Names of files may be any bytes; Python reads those outside UTF-8 as surrogates."""
@@ -88,18 +88,6 @@ class Cohort:
                     f"image {image_id!r} has a name that is not UTF-8, in which stores and tables "
                     "keep names. Rename the file."
                 )
-
-    def _require_one_patient_per_study(self) -> None:
-        """A study of two patients would end up on both sides of a split."""
-        pairs = pd.DataFrame({"study": self.study_uids, "patient": self.patient_ids})
-        pairs = pairs.drop_duplicates()
-        duplicates = find_duplicates(pairs["study"])
-        if duplicates:
-            patients = pairs.loc[pairs["study"] == duplicates[0], "patient"]
-            raise TableError(
-                f"study {duplicates[0]!r} belongs to patient {patients.iloc[0]!r} and to patient "
-                f"{patients.iloc[1]!r}. Give all its images one patient id, or none."
-            )
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -11,7 +12,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.clusters import Unit, assign_clusters, name_unit
+from cxr_cache.clusters import (
+    Unit,
+    assign_clusters,
+    name_unit,
+    require_one_patient_per_study,
+)
 from cxr_cache.errors import TableError
 from cxr_cache.metrics import Array, FloatArray
 from cxr_cache.run import Run
@@ -60,7 +66,7 @@ class ScoredImages:
         """Number of different studies."""
         return len(np.unique(self.study_uids))
 
-    @property
+    @cached_property
     def clusters(self) -> Array:
         """What intervals resample as a whole: the patient where known, else the study, ``(N,)``."""
         return assign_clusters(self.patient_ids, self.study_uids)
@@ -175,7 +181,9 @@ def parse_predictions(
     probabilities = predictions[list(findings)].to_numpy(np.float64)
     _require_probabilities(probabilities, predictions["image_id"].to_numpy(object), findings)
     patient_ids = _parse_patient_ids(predictions)
-    _require_one_patient_per_study(predictions["study_uid"], patient_ids)
+    require_one_patient_per_study(
+        patient_ids, predictions["study_uid"].to_numpy(object), "predictions: "
+    )
     return ScoredImages(
         image_ids=predictions["image_id"].to_numpy(object),
         study_uids=predictions["study_uid"].to_numpy(object),
@@ -193,20 +201,6 @@ def _parse_patient_ids(predictions: pd.DataFrame) -> NDArray[np.object_]:
         return np.full(len(predictions), "", object)
     cells = predictions["patient_id"].to_numpy(object)
     return np.where(pd.isna(cells), "", cells.astype(str)).astype(object)
-
-
-def _require_one_patient_per_study(
-    study_uids: pd.Series[str], patient_ids: NDArray[np.object_]
-) -> None:
-    pairs = pd.DataFrame({"study": study_uids.to_numpy(), "patient": patient_ids}).drop_duplicates()
-    twice = pairs[pairs["study"].duplicated(keep=False)]
-    if len(twice):
-        study, patient = twice.iloc[0]
-        other = twice.loc[twice["study"] == study, "patient"].iloc[1]
-        raise TableError(
-            f"predictions: study {study!r} belongs to patient {patient!r} and to patient "
-            f"{other!r}. Give all its images one patient id, or none."
-        )
 
 
 def _require_columns(table: pd.DataFrame, columns: Sequence[str], name: str) -> None:
