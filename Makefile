@@ -17,8 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/cxr-cache demo demo
 
+# A test that hangs shows where all its threads are, and fails.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not faults'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 1 \
+	  -m 'not slow and not faults' -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,10 +141,11 @@ def run_ablation(
                 open_pool=partial(open_backend, backend, n_workers=n_workers, scheduler=scheduler),
                 streams=streams_results(backend),
             )
-            for fold in trained:
-                results.add(fold)
-                n_done += 1
-                on_progress(n_done, n_all)
+            with closing(trained):  # a failed disk ends the workers too
+                for fold in trained:
+                    results.add(fold)
+                    n_done += 1
+                    on_progress(n_done, n_all)
     table = _tabulate(methods, results, found.cohort, split)
     write_whole(out / TABLE, table.to_csv(index=False, float_format="%.6g").encode())
     return Ablation(table, tuple(settings), _describe_horizons(settings))

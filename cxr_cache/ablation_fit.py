@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
@@ -81,7 +81,7 @@ def train_folds(
     base: TrainConfig,
     open_pool: Callable[..., AbstractContextManager[Parallel]],
     streams: bool,
-) -> Iterator[Fold]:
+) -> Generator[Fold, None, None]:
     """Train methods in folds, in whatever order they finish."""
     tasks = fold_tasks(split, base.seed)
     if resolve_device(base.device).type != "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -270,13 +271,14 @@ def _look_at(
         image_ids = cohort.image_ids.tolist()
         bits_stored = store.header.encoder.get("preprocessing", {}).get("bits_stored")
         examined = examine_pictures(image_dir, image_ids, bits_stored=bits_stored, n_jobs=n_jobs)
-        for row, found in enumerate(examined):
-            if isinstance(found, PictureFacts):
-                facts[row] = found
-            else:
-                reasons.append((image_ids[row], str(found)))
-            if on_progress is not None:
-                on_progress(row + 1, len(image_ids))
+        with closing(examined):
+            for row, found in enumerate(examined):
+                if isinstance(found, PictureFacts):
+                    facts[row] = found
+                else:
+                    reasons.append((image_ids[row], str(found)))
+                if on_progress is not None:
+                    on_progress(row + 1, len(image_ids))
     unreadable: pd.DataFrame = pd.DataFrame(reasons, columns=["image_id", "reason"])
     return facts, unreadable
 

@@ -8,8 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cxr_cache.errors import CxrCacheError, ImageError
 from cxr_cache.images import DecodedImage, Preprocessing, decode_image, read_bytes
+from cxr_cache.read_ahead import read_ahead
 
 
 @dataclass
@@ -45,7 +45,7 @@ def decode_batches(
     *,
     batch_size: int,
     num_workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Decode some rows of an image table, in order.
 
     Parameters
@@ -70,16 +70,8 @@ def decode_batches(
         collate_fn=_collate,
         worker_init_fn=_depend_on_parent,
     )
-    yield from loader if num_workers else _one_ahead(iter(loader))
-
-
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Pillow gives the interpreter's lock away while it decodes, and so does torch at work."""
-    with ThreadPoolExecutor(1, "decoder") as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
+    # Pillow gives the interpreter's lock away while it decodes, and so does torch at work.
+    yield from loader if num_workers else read_ahead(iter(loader), 1)
 
 
 @contextlib.contextmanager

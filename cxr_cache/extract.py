@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -359,7 +359,11 @@ def _encoded_batches(
     )
     fitting = FittingEncoder(encoder, flip=config.flip, n_unfrozen=config.unfreeze_layers)
     under_way: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
-    with encoder.cast_weights(), encoding_threads(encoder.device) as (threads, n_threads):
+    with (
+        closing(batches),
+        encoder.cast_weights(),
+        encoding_threads(encoder.device) as (threads, n_threads),
+    ):
         for batch in _timed(batches, summary):
             under_way.append((batch, threads.submit(_encode, store, batch, fitting, config)))
             if len(under_way) > n_threads:

@@ -14,7 +14,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -196,16 +197,17 @@ def _fill_by_parts(
     made_s, failures = 0.0, list[tuple[str, str]]()
     for attempt in range(N_ATTEMPTS if parts else 0):
         try:
-            for path, made in _make_parts(list(left.values()), workers):
-                _take_over(store, path, row_of_id)
-                part = left.pop(path)
-                _add_work(summary, made)
-                made_s += made.elapsed_s
-                failures += made.failures
-                if on_progress is not None:
-                    on_progress(made.n_computed, made.n_failed, sum(len(p.rows) for p in parts))
-                if len(failures) > (part.config.max_failures or 0):
-                    give_up(store, failures, part.config.max_failures or 0)
+            with closing(_make_parts(list(left.values()), workers)) as finished:
+                for path, made in finished:
+                    _take_over(store, path, row_of_id)
+                    part = left.pop(path)
+                    _add_work(summary, made)
+                    made_s += made.elapsed_s
+                    failures += made.failures
+                    if on_progress is not None:
+                        on_progress(made.n_computed, made.n_failed, sum(len(p.rows) for p in parts))
+                    if len(failures) > (part.config.max_failures or 0):
+                        give_up(store, failures, part.config.max_failures or 0)
             break
         except WorkerLostError as error:
             if attempt == N_ATTEMPTS - 1:
@@ -214,7 +216,9 @@ def _fill_by_parts(
     _share_time(summary, time.perf_counter() - started, made_s)
 
 
-def _make_parts(parts: list[_Part], workers: Workers) -> Iterator[tuple[Path, ExtractSummary]]:
+def _make_parts(
+    parts: list[_Part], workers: Workers
+) -> Generator[tuple[Path, ExtractSummary], None, None]:
     """Path and summary of each part as soon as it is made, in any order."""
     streams = streams_results(workers.backend)
     options = {"return_as": "generator_unordered"} if streams else {}

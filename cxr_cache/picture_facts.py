@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +44,7 @@ def examine_pictures(
     *,
     bits_stored: int | None = None,
     n_jobs: int = 1,
-) -> Iterator[PictureFacts | ImageError]:
+) -> Generator[PictureFacts | ImageError, None, None]:
     """Facts about files, in their order; where a file cannot be decoded, the reason.
 
     Parameters

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -22,6 +20,7 @@ from cxr_cache.decoding import Batch, decode_batches
 from cxr_cache.distributed import world_size
 from cxr_cache.encoder import Encoder
 from cxr_cache.errors import TrainingError
+from cxr_cache.read_ahead import read_ahead
 from cxr_cache.store import FeatureStore
 
 _SHARE_OF_MEMORY: Final = 0.5
@@ -110,7 +109,9 @@ class ResidentTokens:
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`."""
         batches = self._gather(rows, views, batch_size)
-        return _read_ahead(batches, pins=True) if self._pins else batches
+        if not self._pins:
+            return batches
+        return read_ahead(map(Tensor.pin_memory, batches), _BATCHES_AHEAD)
 
     def _gather(self, rows: Tensor, views: Tensor, batch_size: int) -> Iterator[Tensor]:
         rows, views = rows.to(self.tokens.device), views.to(self.tokens.device)
@@ -152,7 +153,9 @@ class StoredTokens:
         self, rows: Tensor, views: Tensor, batch_size: int, *, seeds: Tensor | None = None
     ) -> Iterator[Tensor]:
         """See :class:`TokenSource`."""
-        return _read_ahead(self._read(rows.numpy(), views.numpy(), batch_size), pins=self._pins)
+        batches = self._read(rows.numpy(), views.numpy(), batch_size)
+        pinned = map(Tensor.pin_memory, batches) if self._pins else batches
+        return read_ahead(pinned, _BATCHES_AHEAD)
 
     def _read(
         self, rows: NDArray[np.int64], views: NDArray[np.int64], batch_size: int
@@ -321,21 +324,3 @@ def _read_numbers(path: Path) -> dict[str, int]:
     """A file of lines such as ``MemAvailable: 12345 kB``."""
     lines = (line.split() for line in path.read_text().splitlines())
     return {words[0]: int(words[1]) for words in lines}
-
-
-def _read_ahead(batches: Iterator[Tensor], *, pins: bool) -> Iterator[Tensor]:
-    """The same batches, a few of them fetched by a thread while the current one is used."""
-
-    def fetch() -> Tensor | None:
-        batch = next(batches, None)
-        return batch.pin_memory() if pins and batch is not None else batch
-
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        waiting: deque[Future[Tensor | None]] = deque()
-        while True:
-            while len(waiting) <= _BATCHES_AHEAD:
-                waiting.append(reader.submit(fetch))
-            batch = waiting.popleft().result()
-            if batch is None:
-                return
-            yield batch

@@ -305,6 +305,30 @@ def test_an_interrupted_extraction_goes_on(
     assert_same_store(path, reference)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_leaves_nothing_running(
+    phantoms, cohort, encoder, tmp_path, monkeypatch, num_workers
+):
+    """Not even while somebody keeps the error, and with it all that was under way."""
+    encode, before = encoder.encode, set(threading.enumerate())
+
+    def fail(pixels):
+        if len(pixels) == 2:  # not the canaries
+            raise OSError("the driver is gone")
+        return encode(pixels)
+
+    monkeypatch.setattr(encoder, "encode", fail)
+    config = ExtractConfig(batch_size=2, num_workers=num_workers)
+    with pytest.raises(OSError, match="the driver is gone") as kept:
+        extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+        assert not thread.is_alive(), thread.name
+    assert multiprocessing.active_children() == []
+    assert kept.value.__traceback__ is not None
+
+
 FORK = multiprocessing.get_context("fork")  # spares the child the import of torch
 
 

@@ -203,7 +203,9 @@ def test_an_interrupted_driver_begins_with_the_parts_that_are_there(
     assert 0 < n_done < len(cohort)
 
     monkeypatch.setattr(
-        extract_workers, "_make_parts", lambda parts, _: map(extract_workers._make_part, parts)
+        extract_workers,
+        "_make_parts",
+        lambda parts, _: (extract_workers._make_part(part) for part in parts),
     )
     summary = extract_on_workers(
         cohort, phantoms / "images", path, OPTIONS, TOKENS, Workers(n_workers=3)
