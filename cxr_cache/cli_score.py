@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from cxr_cache.run import Run
 
 
-def _resamples(least: int, default: int = 2000) -> Callable[[Command], Command]:
+def _resamples(least: int) -> Callable[[Command], Command]:
     return click.option(
         "--resamples",
         type=click.IntRange(min=least),
-        default=default,
+        default=2000,
         help="Bootstrap resamples of studies, of patients where they are known.",
     )
 
@@ -160,7 +160,7 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 @click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
 @click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
 @click.option("--out", type=FILE, help="Write the table to this CSV file.")
-@_resamples(1, default=1000)
+@_resamples(1)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @MODEL_OF_STORE
 def zero_shot(

@@ -67,7 +67,7 @@ _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
     "subgroups": ("group", "value", "finding"),
     "curves": ("finding",),
     "calibration": ("stage", "finding"),
-    "zero_shot": ("finding",),
+    "zero_shot": ("finding", "present", "absent"),
 }
 """More columns of text, whatever is in them; other tables may have a finding of such a name."""
 

@@ -35,7 +35,8 @@ class ZeroShot:
 
     table: pd.DataFrame
     """Columns finding, n_positive, zero_shot, zero_shot_low, zero_shot_high and, with a run, run,
-    run_low, run_high, difference, difference_low, difference_high; the last row is macro."""
+    run_low, run_high, difference, difference_low, difference_high; then the prompts, present and
+    absent, as :func:`name_prompts` writes them. The last row is macro."""
     n_images: int
     n_studies: int
     unit: Unit
@@ -113,7 +114,7 @@ def score_zero_shot(
     prompts: Mapping[str, PromptPair],
     *,
     run: Run | None = None,
-    n_resamples: int = 1000,
+    n_resamples: int = 2000,
     seed: int = 0,
 ) -> ZeroShot:
     """Score prompts on a run's test images, or on all of a store.
@@ -160,8 +161,9 @@ def score_zero_shot(
     areas = score_jointly(models, cohort.groups, n_resamples=n_resamples, seed=seed)
     if _RUN in areas:
         areas["difference"] = areas[_RUN].minus(areas[_ZERO_SHOT])
+    table = tabulate_areas(findings, (targets == 1).sum(axis=0), areas)
     return ZeroShot(
-        table=tabulate_areas(findings, (targets == 1).sum(axis=0), areas),
+        table=table.assign(**name_prompts(pairs)),
         n_images=len(cohort),
         n_studies=len(np.unique(cohort.study_uids)),
         unit=name_unit(cohort.patient_ids),
@@ -240,6 +242,14 @@ def tabulate_areas(
         rows.append(row)
     table: pd.DataFrame = pd.DataFrame(rows)
     return table
+
+
+def name_prompts(pairs: Sequence[PromptPair]) -> dict[str, list[str]]:
+    """Columns that say what was asked: of each finding its sentences, none of the macro row."""
+    return {
+        side: [*(" | ".join(getattr(pair, side)) for pair in pairs), ""]
+        for side in ("present", "absent")
+    }
 
 
 def _is_encoder_of(run: Run, store: FeatureStore) -> bool:

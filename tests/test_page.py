@@ -188,6 +188,7 @@ def test_zero_shot_is_a_column_that_sorts(see, page, run, folder):
     row = table.loc["Nodule"]
     assert f"have AUROC {row['zero_shot']:.3f} (" in words
     assert f"the run minus zero-shot is {row['difference']:+.3f} (" in words
+    assert "They were “nodule is seen” against “no finding | normal”." in words
     assert "over the 4 of 5 scored findings" in seen.tab.locator("#zero-shot").inner_text()
     assert seen.tab.evaluate(
         "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('#findings .scroll'))"

@@ -29,10 +29,11 @@ from cxr_cache.page_data import (
     read_view,
 )
 from cxr_cache.plots import PLOTS, draw_class_distribution, draw_plots
+from cxr_cache.prompts import PromptPair
 from cxr_cache.report import write_joint_report, write_report
 from cxr_cache.run import Run
 from cxr_cache.scored import read_scored
-from cxr_cache.zero_shot import tabulate_areas
+from cxr_cache.zero_shot import name_prompts, tabulate_areas
 from tests.test_evaluate import make_run
 
 FIGURES_OF_0_1 = (
@@ -133,7 +134,8 @@ def keep_zero_shot(run: Run, without: tuple[str, ...] = ()) -> pd.DataFrame:
     areas = score_jointly(models, images.study_uids, n_resamples=50)
     areas["difference"] = areas["run"].minus(areas["zero_shot"])
     names = [images.findings[f] for f in chosen]
-    table = tabulate_areas(names, (targets == 1).sum(axis=0), areas)
+    pairs = [PromptPair((f"{name.lower()} is seen",), ("no finding", "normal")) for name in names]
+    table = tabulate_areas(names, (targets == 1).sum(axis=0), areas).assign(**name_prompts(pairs))
     run.write_table("zero_shot", table)
     return table.set_index("finding")
 

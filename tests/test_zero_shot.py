@@ -222,7 +222,10 @@ def test_the_command_and_its_table(store, folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "all labelled images: 200 images of 100 studies" in result.output
     assert "No prompts for: Nodule, Hernia, Mass, Scoliosis" in result.output
-    assert pd.read_csv(out)["finding"].tolist() == [*entries, "macro"]
+    table = pd.read_csv(out, keep_default_na=False)
+    assert table["finding"].tolist() == [*entries, "macro"]
+    assert table["present"].tolist() == [*(f"a {f}" for f in entries), ""]
+    assert table["absent"].tolist() == [*(f"no {f}" for f in entries), ""]
 
 
 def test_a_runs_table_is_kept_with_it_until_it_is_trained_anew(store, folder, tmp_path):

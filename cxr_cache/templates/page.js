@@ -198,7 +198,8 @@
     const interval = (row, name, form) => (row[name + "_low"] === null ? "" : ` (${form(row[name + "_low"])} to ${form(row[name + "_high"])})`);
     return rows.flatMap((row, run) => (row === null || row.zero_shot === null ? [] : [make("p", { class: "zero-shot" },
       `${several ? data.runs[run].name + ": prompts" : "Prompts"} alone, without training, have AUROC ${fixed(row.zero_shot)}${interval(row, "zero_shot", fixed)}; `
-      + `the run minus zero-shot is ${sign(row.difference)}${interval(row, "difference", sign)}.`)]));
+      + `the run minus zero-shot is ${sign(row.difference)}${interval(row, "difference", sign)}.`
+      + (row.present ? ` They were “${row.present}” against “${row.absent}”.` : ""))]));
   }
 
   function groupTable(groups) {
