@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -41,21 +44,46 @@ def test_small_arrays_are_ordinary(tmp_path, monkeypatch):
 def test_another_process_maps_the_same_file(folder):
     array = allocate_shared((1, 40, 8))
     array[:] = 1
-    (file,) = folder.iterdir()
 
     with Parallel(n_jobs=2) as pool:
         ((total, name),) = pool([delayed(describe)(array)])
 
-    assert (total, name) == (320, str(file))
+    assert (total, name) == (320, describe(array)[1])
+    assert name.startswith(f"/proc/{os.getpid()}/fd/" if sys.platform == "linux" else str(folder))
 
 
 def test_the_file_goes_when_nothing_refers_to_the_array(folder):
     array = allocate_shared((4, 5))
+    file = Path(describe(array)[1])
     part = array[1:]
     del array
-    assert len(list(folder.iterdir())) == 1
+    assert file.stat().st_size == 80
     del part
+    assert not file.exists()
+
+
+def test_without_names_of_descriptors_the_file_lies_in_the_folder(folder, monkeypatch):
+    """Systems other than Linux; there too it goes with the array."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    array = allocate_shared((4, 5))
+    array[:] = 3
+    (file,) = folder.iterdir()
+    assert describe(array) == (60, str(file))
+    del array
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file stays")
+def test_a_killed_process_leaves_nothing(tmp_path):
+    code = (
+        "import os, signal, cxr_cache.shared_arrays as s; s._WORTH_A_FILE = 1; "
+        "array = s.allocate_shared((1000, 1000)); array[:] = 1; "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pickled_it_is_its_values(folder):
