@@ -33,6 +33,12 @@ MODEL_OF_RUN: Final = click.option(
 MODEL_OF_STORE: Final = click.option(
     "--model", help="The store's encoder, where it has moved.  [default: as recorded]"
 )
+GROUPS: Final = click.option(
+    "--groups",
+    type=FILE,
+    help="CSV with image_id or study_uid and columns such as sex and age: figures for each group. "
+    "Kept with the run.",
+)
 
 
 class Terminated(KeyboardInterrupt):

@@ -15,6 +15,7 @@ from cxr_cache.cli_parts import (
     DEVICE,
     FILE,
     FOLDER,
+    GROUPS,
     MODEL_OF_STORE,
     RUN,
     RUNS,
@@ -50,11 +51,7 @@ def _resamples(least: int) -> Callable[[Command], Command]:
 @click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
 @threshold_rule_option(None)
 @calibration_option(None)
-@click.option(
-    "--groups",
-    type=FILE,
-    help="CSV with image_id or study_uid and columns such as sex and age: figures for each group.",
-)
+@GROUPS
 @_resamples(0)
 @click.option("--seed", default=0, help="Seed of the bootstrap.")
 @click.option(

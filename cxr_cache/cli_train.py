@@ -14,6 +14,7 @@ import click
 from cxr_cache.cli_parts import (
     FILE,
     FOLDER,
+    GROUPS,
     MODEL_OF_STORE,
     STORE,
     Command,
@@ -42,6 +43,7 @@ from cxr_cache.config import (
     Recipe,
     TrainConfig,
 )
+from cxr_cache.errors import CxrCacheError
 
 _AFTER_TRAINING: Final = ("evaluate", "report")
 
@@ -127,6 +129,7 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
         click.option("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1, mps."),
         threshold_rule_option(defaults.threshold_rule),
         calibration_option(defaults.calibration),
+        GROUPS,
         click.option(
             "--allow-pending", is_flag=True, help="Train although rows are still pending."
         ),
@@ -173,6 +176,7 @@ def train(
     recipe: str,
     run_dir: Path,
     labels: Path | None,
+    groups: Path | None,
     allow_pending: bool,
     overwrite: bool,
     **options: Any,
@@ -182,6 +186,7 @@ def train(
     from cxr_cache.train import train_head
 
     config = TrainConfig.of_recipe(recipe, **options_given(options))
+    _require_groups(groups)
     with counting("epoch") as on_progress:
         result = train_head(
             store,
@@ -195,7 +200,7 @@ def train(
     release_cores()  # evaluating needs the memory
     warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
-    _evaluate_and_report(run_dir)
+    _evaluate_and_report(run_dir, groups)
 
 
 @click.command()
@@ -367,6 +372,7 @@ def finetune(
     store: Path,
     run_dir: Path,
     labels: Path | None,
+    groups: Path | None,
     from_run: Path | None,
     image_dir: Path | None,
     model: str | None,
@@ -387,6 +393,7 @@ def finetune(
     changes = {field.name for field in fields(Augmentation)}
     pixels = {name: given.pop(name) for name in changes & given.keys()}
     given["augmentation"] = Augmentation(**pixels)
+    _require_groups(groups)
     config = (
         FinetuneConfig(**given)
         if from_run is None
@@ -410,11 +417,14 @@ def finetune(
         return
     warn_if_random(result.run.config["random_encoder"])
     click.echo(result.to_text())
-    _evaluate_and_report(run_dir)
-    if from_run is not None:
-        from cxr_cache.compare import compare_runs
+    if from_run is None:
+        _evaluate_and_report(run_dir, groups)
+        return
+    from cxr_cache.compare import compare_runs
 
-        click.echo(compare_runs(Run.open(from_run), Run.open(run_dir)).to_text())
+    frozen = Run.open(from_run)
+    _evaluate_and_report(run_dir, groups or frozen.groups_path)
+    click.echo(compare_runs(frozen, Run.open(run_dir)).to_text())
 
 
 def _is_another_process() -> bool:
@@ -422,16 +432,27 @@ def _is_another_process() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
-def _evaluate_and_report(run_dir: Path) -> None:
+def _require_groups(groups: Path | None) -> None:
+    """Refuse a table that cannot be read, before anything takes long."""
+    if groups is not None:
+        from cxr_cache.scored import read_groups
+
+        read_groups(groups)
+
+
+def _evaluate_and_report(run_dir: Path, groups: Path | None = None) -> None:
     from cxr_cache.evaluate import evaluate_run, format_summary
     from cxr_cache.report import write_report
     from cxr_cache.run import Run
 
     run = Run.open(run_dir)
+    commands = (shlex.join(["cxr-cache", verb, str(run_dir)]) for verb in _AFTER_TRAINING)
+    left = f"{run_dir} is trained; what is left to do:\n" + "\n".join(commands)
     try:
-        click.echo(format_summary(evaluate_run(run)))
+        click.echo(format_summary(evaluate_run(run, groups=groups)))
         click.echo(f"Report: {write_report(run)}")
+    except CxrCacheError as error:
+        raise click.ClickException(f"{error}\n{left}") from error
     except KeyboardInterrupt as stop:
-        left = "\n".join(shlex.join(["cxr-cache", verb, str(run_dir)]) for verb in _AFTER_TRAINING)
-        click.echo(f"\nStopped. {run_dir} is trained; what is left to do:\n{left}", err=True)
+        click.echo(f"\nStopped. {left}", err=True)
         click.get_current_context().exit(exit_status(stop))

@@ -147,7 +147,10 @@ def evaluate_run(
     threshold_rule, calibration
         Choose thresholds and calibration anew, on the run's out-of-fold predictions, and store them
         with its model; None keeps what is stored, of both.
-    groups, n_resamples, seed
+    groups
+        As in :func:`evaluate_predictions`. They are kept in the run's ``groups.csv``, and taken
+        from there where None are given.
+    n_resamples, seed
         As in :func:`evaluate_predictions`.
 
     Returns
@@ -175,6 +178,8 @@ def evaluate_run(
     train = reading.calibrate(images.take(~is_test))
     out_of_fold = read_scored(run, "out_of_fold")
 
+    if groups is None:
+        groups = run.groups_path
     evaluation = _evaluate(images.take(is_test), reading, groups)
     uncalibrated = reading.calibration.method == "platt" and ~has_both_classes(out_of_fold.targets)
     metrics = {
@@ -242,6 +247,8 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
             raw, None if reading.calibration.method == "none" else images
         ),
     }
+    if images.groups:
+        tables["groups"] = pd.DataFrame({"image_id": images.image_ids, **images.groups})
     return Evaluation(metrics, tables)
 
 

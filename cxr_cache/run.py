@@ -34,6 +34,7 @@ TableName = Literal[
     "out_of_fold",
     "per_finding",
     "per_finding_by_study",
+    "groups",
     "subgroups",
     "curves",
     "calibration",
@@ -286,6 +287,11 @@ class Run:
     def has_table(self, name: TableName) -> bool:
         """Whether ``NAME.csv`` is there; runs of earlier versions lack some."""
         return (self.path / f"{name}.csv").is_file()
+
+    @property
+    def groups_path(self) -> Path | None:
+        """The table of the groups that test images are evaluated by, where there is one."""
+        return self.path / "groups.csv" if self.has_table("groups") else None
 
     # -- what an interrupted training continues from ------------------------------------
 

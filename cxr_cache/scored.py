@@ -26,6 +26,7 @@ from cxr_cache.tables import read_csv, require_unique
 AGE_BANDS: Final = (0, 18, 40, 60, 80)
 """First year of each band; the last has no end."""
 MAX_GROUP_VALUES: Final = 20
+_KEYS_OF_GROUPS: Final = ("image_id", "study_uid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,14 +240,7 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
         The file is broken, knows none of the images, or has a column of too many values.
     """
     path = Path(path)
-    table = read_csv(path)
-    key = next((name for name in ("image_id", "study_uid") if name in table), None)
-    if key is None or len(table.columns) == 1:
-        raise TableError(
-            f"{path} needs a column image_id or study_uid, and a column to group by, such as sex; "
-            f"its columns are {', '.join(table.columns)}."
-        )
-    require_unique(table, key, path)
+    key, table = read_groups(path)
     ids = images.image_ids if key == "image_id" else images.study_uids
     rows = pd.Index(table[key]).get_indexer(pd.Index(ids))
     if (rows < 0).all():
@@ -255,15 +249,32 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
             f"{table[key].iloc[0]!r}, the first of the images {ids[0]!r}."
         )
     groups = {}
-    for column in table.columns.drop([name for name in ("image_id", "study_uid") if name in table]):
-        cells = table[column].to_numpy(object)
-        name = "age_band" if column == "age" else str(column)
-        if column == "age":
-            cells = _to_age_bands(table[column], path)
-        values = np.where(rows < 0, "", cells[rows])
-        _require_few(values, column, path)
-        groups[name] = values
+    for name in table.columns.drop([name for name in _KEYS_OF_GROUPS if name in table]):
+        values = np.where(rows < 0, "", table[name].to_numpy(object)[rows])
+        _require_few(values, name, path)
+        groups[str(name)] = values
     return replace(images, groups=groups)
+
+
+def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
+    """Read such a CSV: the column that names its rows, and the table with ages as bands.
+
+    Raises
+    ------
+    TableError
+        The file is broken.
+    """
+    table = read_csv(path)
+    key = next((name for name in _KEYS_OF_GROUPS if name in table), None)
+    if key is None or len(table.columns) == 1:
+        raise TableError(
+            f"{path} needs a column image_id or study_uid, and a column to group by, such as sex; "
+            f"its columns are {', '.join(table.columns)}."
+        )
+    require_unique(table, key, path)
+    if "age" in table:
+        table = table.assign(age_band=_to_age_bands(table["age"], path)).drop(columns="age")
+    return key, table
 
 
 def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -284,16 +285,53 @@ def test_thresholds_and_calibration_are_chosen_while_training_or_afterwards(stor
     assert "never on another store" in misuse.output
 
 
-def test_groups_come_from_a_table(run, tmp_path):
+@pytest.fixture(scope="module")
+def sexes(run, tmp_path_factory) -> Path:
     uids = pd.read_csv(run / "predictions.csv", dtype=str)["study_uid"].unique()
-    path = tmp_path / "groups.csv"
-    pd.DataFrame({"study_uid": uids, "sex": np.where(np.arange(len(uids)) % 2, "F", "M")}).to_csv(
-        path, index=False
-    )
-    succeed("evaluate", run, "--groups", path, "--resamples", 10)
-    groups = json.loads((run / "metrics.json").read_text())["test_by_group"]
-    assert groups["sex"].keys() == {"F", "M"}
+    path = tmp_path_factory.mktemp("groups") / "sexes.csv"
+    table = pd.DataFrame({"study_uid": uids, "sex": np.where(np.arange(len(uids)) % 2, "F", "M")})
+    table.to_csv(path, index=False)
+    return path
+
+
+def groups_of(run: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((run / "metrics.json").read_text())["test_by_group"]
+
+
+def test_groups_come_from_a_table_and_stay_with_the_run(run, sexes, tmp_path):
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    assert groups_of(run) == {}
+    succeed("evaluate", run, "--groups", sexes, "--resamples", 10)
+    assert groups_of(run)["sex"].keys() == {"F", "M"}
+    succeed("evaluate", run, "--threshold-rule", "youden", "--resamples", 0)
+    assert groups_of(run)["sex"].keys() == {"F", "M"}
     assert "cannot be read" in refuse("evaluate", run, "--groups", tmp_path / "absent.csv")
+
+
+def test_training_takes_groups_and_refuses_a_broken_table_first(store, sexes, tmp_path):
+    path = tmp_path / "run"
+    broken, strange = tmp_path / "broken.csv", tmp_path / "strange.csv"
+    broken.write_text("study_uid\n1\n")
+    strange.write_text("study_uid,sex\nnobody,F\n")
+    command = ["train", store, "--run-dir", path, *QUICK, "--groups"]
+    assert "needs a column image_id or study_uid" in refuse(*command, broken)
+    assert not path.exists()
+    output = refuse(*command, strange)
+    assert "has no row for any of the" in output
+    assert f"{path} is trained; what is left to do:\ncxr-cache evaluate {path}" in output
+
+    succeed(*command, sexes, "--overwrite")
+    assert groups_of(path)["sex"].keys() == {"F", "M"}
+
+
+def test_fine_tuning_takes_over_the_groups_of_the_run_it_starts_from(
+    with_tokens, run, sexes, tmp_path
+):
+    frozen = Path(shutil.copytree(run, tmp_path / "frozen"))
+    succeed("evaluate", frozen, "--groups", sexes, "--resamples", 0)
+    path = tmp_path / "run"
+    succeed("finetune", with_tokens, "--run-dir", path, "--from-run", frozen, *TUNING)
+    assert groups_of(path)["sex"].keys() == {"F", "M"}
 
 
 def test_a_finished_run_is_not_replaced_unasked(store, run):

@@ -548,7 +548,23 @@ def test_groups_of_a_table_are_scored_one_by_one(run, tmp_path):
     band = table[(table["group"] == "age_band") & (table["value"] == "18-39")]
     in_band = (age >= 18) & (age < 40) & (np.arange(N_STUDIES) % 5 == 0)
     assert (band["n_studies_group"] == in_band.sum()).all()
+    path.unlink()
+    again = evaluate_run(run, n_resamples=0)["test_by_group"]
+    assert again.keys() == {"sex", "age_band"}, "they are kept with the run"
+    for value, entry in metrics["test_by_group"]["age_band"].items():
+        assert again["age_band"][value]["macro_auroc"]["value"] == pytest.approx(
+            entry["macro_auroc"]["value"], nan_ok=True
+        )
+    run.groups_path.unlink()
     assert evaluate_run(run, n_resamples=0)["test_by_group"] == {}
+
+
+def test_bands_of_age_go_before_a_column_of_that_name(run, tmp_path):
+    path = write_groups(tmp_path / "g.csv", "study_uid,age_band,age\n0,old,30\n5,old,50")
+    assert evaluate_run(run, groups=path, n_resamples=0)["test_by_group"].keys() == {"age_band"}
+    table = pd.read_csv(run.groups_path, dtype=str, keep_default_na=False)
+    assert set(table["age_band"]) == {"18-39", "40-59", ""}
+    run.groups_path.unlink()
 
 
 @pytest.mark.parametrize(
