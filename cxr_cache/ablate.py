@@ -18,10 +18,12 @@ from cxr_cache.ablation_fit import Method, train_folds
 from cxr_cache.ablation_results import Results
 from cxr_cache.backends import open_backend, streams_results
 from cxr_cache.baselines import BASELINES, Baseline
+from cxr_cache.calibration import has_both_classes
+from cxr_cache.clusters import count_rarer_class
 from cxr_cache.cohort import Cohort
 from cxr_cache.config import TrainConfig
 from cxr_cache.fit import PlainRows
-from cxr_cache.influence import clustered_error, macro_auroc_influence
+from cxr_cache.influence import auroc_influence, clustered_error
 from cxr_cache.intervals import student_interval
 from cxr_cache.search import require_trainable_folds, split_cohort
 from cxr_cache.settings import Setting
@@ -187,18 +189,21 @@ def _tabulate(
 ) -> pd.DataFrame:
     """Every method against the first, by influence: a bootstrap of each would cost its training."""
     first, rows, first_influence = results.load(methods[0]), [], None
+    groups = cohort.groups[~split.is_test]
+    n_clusters = count_rarer_class(cohort.targets[~split.is_test], groups)
     for method in methods:
         finished = results.load(method)
-        influence = np.zeros(len(cohort))
+        influence = np.zeros(cohort.targets.shape)
         for k, probabilities in enumerate(finished.probabilities):
             held_out = split.held_out(k)
-            of_fold = macro_auroc_influence(cohort.targets[held_out], probabilities)
-            influence[held_out] = of_fold / split.n_folds
+            of_fold = auroc_influence(cohort.targets[held_out], probabilities)
+            n_defined = max(1, has_both_classes(cohort.targets[held_out]).sum())
+            influence[held_out] = of_fold / n_defined / split.n_folds
         first_influence = influence if first_influence is None else first_influence
         difference = float(finished.aurocs.mean() - first.aurocs.mean())
         own = (influence - first_influence)[~split.is_test]
-        error = clustered_error(own, cohort.groups[~split.is_test])
-        interval = student_interval(np.array(difference), error, np.inf, "identity")
+        spread = clustered_error(own, groups, n_clusters)
+        interval = student_interval(np.array(difference), *spread, "identity")
         rows.append(
             {
                 "setting": method.label,

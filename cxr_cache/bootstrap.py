@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_cache.errors import ConfigError
 from cxr_cache.metrics import Array, FloatArray
 
 # Weights of one chunk of resamples. Small enough for the caches; what is made of a chunk takes
@@ -24,9 +25,10 @@ def bootstrap_weights(
     rows share: two images of one study then count more or less together, as they would in another
     hospital's sample, while weights for single rows make intervals too narrow (Field and Welsh,
     "Bootstrapping clustered data", 2007). Drawing groups with replacement gives whole-numbered
-    weights of the same mean and variance, but leaves a third of the groups out of each resample,
-    and with them every positive of some rare finding. Here no group has weight zero, so what is
-    defined on the rows is defined in every resample, for all findings at once.
+    weights of the same mean and, with many groups, the same variance, but leaves a third of the
+    groups out of each resample, and with them every positive of some rare finding. Here no group
+    has weight zero, so what is defined on the rows is defined in every resample, for all findings
+    at once.
 
     Parameters
     ----------
@@ -83,10 +85,17 @@ def bootstrap(
     dict[str, FloatArray]
         The same names, shape ``(n_resamples, ...)``.
 
+    Raises
+    ------
+    ConfigError
+        There are fewer than two resamples.
+
     Notes
     -----
     A chunk's weights take 4 MiB, or as much as 16 resamples need.
     """
+    if n_resamples < 2:
+        raise ConfigError(f"{n_resamples} resamples show no spread; 2 or more do.")
     names, codes = np.unique(groups, return_inverse=True)
     n_per_chunk = max(_MIN_PER_CHUNK, _CHUNK_BYTES // (4 * max(1, len(codes))))
     chunks = []

@@ -33,6 +33,9 @@ MODEL_OF_RUN: Final = click.option(
 MODEL_OF_STORE: Final = click.option(
     "--model", help="The store's encoder, where it has moved.  [default: as recorded]"
 )
+SEED: Final = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Seed of the bootstrap."
+)
 GROUPS: Final = click.option(
     "--groups",
     type=FILE,

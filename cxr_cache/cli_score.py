@@ -19,6 +19,7 @@ from cxr_cache.cli_parts import (
     MODEL_OF_STORE,
     RUN,
     RUNS,
+    SEED,
     STORE,
     Command,
     calibration_option,
@@ -53,7 +54,7 @@ def _resamples(least: int) -> Callable[[Command], Command]:
 @calibration_option(None)
 @GROUPS
 @_resamples(0)
-@click.option("--seed", default=0, help="Seed of the bootstrap.")
+@SEED
 @click.option(
     "--model",
     help="With --store, for a fine-tuned run: the encoder, where it has moved.  "
@@ -135,7 +136,7 @@ def evaluate(
 @RUNS
 @click.option("--out", type=FOLDER, help="Folder for comparison.csv and comparison.png.")
 @_resamples(2)
-@click.option("--seed", default=0, help="Seed of the bootstrap.")
+@SEED
 def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int) -> None:
     """How much better RUNS are than the first of them, on the same test studies."""
     from cxr_cache.compare import compare_runs
@@ -157,8 +158,8 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 @click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
 @click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
 @click.option("--out", type=FILE, help="Write the table to this CSV file.")
-@_resamples(1)
-@click.option("--seed", default=0, help="Seed of the bootstrap.")
+@_resamples(2)
+@SEED
 @MODEL_OF_STORE
 def zero_shot(
     store: Path,

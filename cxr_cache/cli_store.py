@@ -81,7 +81,9 @@ def inspect(store: Path, as_json: bool) -> None:
 @STORE
 @click.option("--images", "image_dir", type=FOLDER, help="Encode a sample of these images again.")
 @click.option("--sample", default=32, help="With --images: how many.")
-@click.option("--seed", default=0, help="With --images: chooses the sample.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="With --images: chooses the sample."
+)
 @MODEL_OF_STORE
 @DEVICE
 @click.option("--repair", is_flag=True, help="Mark bad rows pending, for `extract` to heal.")

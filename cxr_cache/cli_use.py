@@ -127,7 +127,7 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--studies", default=450, help="Phantom studies to draw.")
-@click.option("--seed", default=0, help="Of phantoms and training.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of phantoms and training.")
 def demo(folder: Path, studies: int, seed: int) -> None:
     """The whole job on synthetic chest X-rays: no data, no network, two minutes."""
     from cxr_cache.demo import run_demo

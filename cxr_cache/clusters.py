@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_cache.errors import TableError
-from cxr_cache.metrics import Array
+from cxr_cache.metrics import Array, FloatArray
 from cxr_cache.tables import find_duplicates
 
 Unit: TypeAlias = Literal["study", "patient", "patient or study"]
@@ -40,6 +40,27 @@ def assign_clusters(patient_ids: Array, study_uids: Array) -> Array:
     of_patient = np.char.add("patient ", patient_ids.astype(str))
     of_study = np.char.add("study ", study_uids.astype(str))
     return np.where(known, of_patient, of_study)
+
+
+def count_rarer_class(targets: Array, clusters: Array) -> FloatArray:
+    """Clusters with a positive, or with a negative where those are fewer, of each finding.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, ``(N, F)``.
+    clusters
+        Of every row, ``(N,)``.
+
+    Returns
+    -------
+    FloatArray
+        Shape ``(F,)``.
+    """
+    counts = [
+        min(len(np.unique(clusters[target == value])) for value in (0, 1)) for target in targets.T
+    ]
+    return np.array(counts, np.float64)
 
 
 def require_one_patient_per_study(patient_ids: Array, study_uids: Array, source: str = "") -> None:

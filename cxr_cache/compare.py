@@ -100,9 +100,9 @@ def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> C
 
     The interval of a difference is the difference and Student's t times its standard error over
     the resamples, and its p value belongs to the same statistic (as in pROC's bootstrap test;
-    Robin et al., 2011), so that the two agree. With one image per study it is DeLong's test up to
-    the bootstrap's error. P values are corrected by Holm's method (1979) over all findings of all
-    runs, and macro figures over all runs, each kind of rows and measure by itself.
+    Robin et al., 2011), so that the two agree. With one image per study the standard error is
+    DeLong's up to the bootstrap's error. P values are corrected by Holm's method (1979) over all
+    findings of all runs, and macro figures over all runs, each kind of rows and measure by itself.
 
     Parameters
     ----------
@@ -241,10 +241,11 @@ def _difference(
 ) -> pd.DataFrame:
     """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows."""
     n_undefined = np.isnan(resampled).sum(axis=0)
-    error = np.append(standard_errors(resampled, n_clusters), macro_error(resampled, n_clusters))
+    of_macro = macro_error(resampled, n_clusters)
+    error = np.append(standard_errors(resampled, n_clusters), of_macro.error)
     first, second = (np.append(values, macro_mean(values)) for values in (first, second))
     difference = second - first
-    freedom = np.append(np.maximum(n_clusters - 1, 1).astype(float), np.inf)
+    freedom = np.append(np.maximum(n_clusters - 1, 1.0), of_macro.n_clusters - 1)
     # Without any spread there is nothing to measure a difference by.
     error = np.where((error == 0) & (difference != 0), np.nan, error)
     with np.errstate(invalid="ignore"):

@@ -323,8 +323,10 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"{metrics['n_findings_scored']} of {metrics['n_findings']} findings scored",
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
         f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}",
-        f"  macro AP        {_with_interval(test['macro_ap'])}",
-        f"  macro F1        {_with_interval(test['macro_f1'])}",
+        f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "
+        f"{_with_interval(test['macro_ap_of_chance'])}",
+        f"  macro F1        {_with_interval(test['macro_f1'])}; calling everything present scores "
+        f"{_with_interval(test['macro_f1_of_calling_all'])}",
         f"  label accuracy  {accuracy}; predicting nothing scores {all_negative}",
         f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
         f"{_with_interval(test['macro_sensitivity'])}, specificity "

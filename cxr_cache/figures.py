@@ -16,15 +16,18 @@ from cxr_cache.intervals import (
     Interval,
     Scale,
     macro_interval,
+    share_interval_of_mean,
     standard_errors,
     student_interval,
 )
 from cxr_cache.metrics import (
     Array,
     FloatArray,
+    average_precision_of_chance,
     confusion_counts,
     divide,
     exact_matches,
+    f1_of_calling_all,
     label_accuracy,
     label_accuracy_all_negative,
     macro_mean,
@@ -61,7 +64,7 @@ MEASURES: Final = {
     "balanced_accuracy": Measure("logit", "both"),
     "brier": Measure("logit", "labelled"),
     "log_loss": Measure("log", "labelled"),
-    "prevalence": Measure("logit", "labelled"),  # what guessing gets as AP
+    "prevalence": Measure("logit", "labelled"),  # beside AP
 }
 
 
@@ -134,6 +137,8 @@ class Estimates:
     """By the same names, and ``macro_...``; empty without resamples."""
     n_undefined: dict[str, NDArray[np.int64]]
     """Resamples that left a figure of a finding undefined, ``(F,)``."""
+    by_chance: Figures
+    """What knowing nothing gets, ``(F,)``: ``ap_of_chance``, ``f1_of_calling_all``."""
     calibration_error: FloatArray
     """Shape ``(F,)``; resampling would bias it upwards, so it has no interval."""
     calibration_error_weighted: float
@@ -143,10 +148,8 @@ class Estimates:
         """The figures over all findings, as metrics.json has them."""
         return {
             **{f"macro_{name}": self._macro(name) for name in MEASURES},
-            "macro_calibration_error": {
-                "value": to_number(macro_mean(self.calibration_error)),
-                "n_findings": int((~np.isnan(self.calibration_error)).sum()),
-            },
+            **{f"macro_{name}": _mean_entry(values) for name, values in self.by_chance.items()},
+            "macro_calibration_error": _mean_entry(self.calibration_error),
             **{
                 name: {"value": to_number(figure), **self._bounds(name)}
                 for name, figure in self.figures.items()
@@ -157,12 +160,8 @@ class Estimates:
         }
 
     def _macro(self, name: str) -> Entry:
-        figure = self.figures[name]
-        return {
-            "value": to_number(macro_mean(figure)),
-            **self._bounds(f"macro_{name}"),
-            "n_findings": int((~np.isnan(figure)).sum()),
-        }
+        value, n_findings = _mean_entry(self.figures[name]).items()
+        return dict([value, *self._bounds(f"macro_{name}").items(), n_findings])
 
     def _bounds(self, name: str) -> Entry:
         if name not in self.intervals:
@@ -199,10 +198,32 @@ def estimate(
         figures,
         intervals,
         n_undefined,
+        _by_chance(images, figures),
         errors,
         float(support_mean(errors, (images.targets == 1).sum(axis=0))),
         float(expected_calibration_error(*cells)[0]),
     )
+
+
+def _by_chance(images: ScoredImages, figures: Figures) -> Figures:
+    """Of the findings for which the run's own figure is defined."""
+    n_positive, n_labelled = (
+        (images.targets == 1).sum(axis=0),
+        (~np.isnan(images.targets)).sum(axis=0),
+    )
+    ap = average_precision_of_chance(n_positive, n_labelled)
+    f1 = f1_of_calling_all(n_positive, n_labelled)
+    return {
+        "ap_of_chance": np.where(np.isnan(figures["ap"]), np.nan, ap),
+        "f1_of_calling_all": np.where(np.isnan(figures["f1"]), np.nan, f1),
+    }
+
+
+def _mean_entry(of_findings: FloatArray) -> Entry:
+    return {
+        "value": to_number(macro_mean(of_findings)),
+        "n_findings": int((~np.isnan(of_findings)).sum()),
+    }
 
 
 def _count_clusters(
@@ -234,6 +255,10 @@ def _intervals(
         errors = standard_errors(values, n)
         intervals[name] = student_interval(figures[name], errors, n, scale)
         intervals[f"macro_{name}"] = macro_interval(figures[name], values, n, scale)
+    intervals["balanced_accuracy"] = share_interval_of_mean(
+        figures["balanced_accuracy"],
+        *((figures[name], intervals[name]) for name in ("sensitivity", "specificity")),
+    )
     for name in figures.keys() - MEASURES.keys():
         error = standard_errors(resampled[name], n_clusters)
         intervals[name] = student_interval(figures[name], error, n_clusters, _scale_of(name))

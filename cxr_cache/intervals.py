@@ -5,12 +5,15 @@ findings it lies beside its own estimate: resampling three positive studies show
 their variance, and the AP of a resample is biased. So the bootstrap is asked for one thing only,
 the standard error, and the interval is that of Student's t on a scale without bounds:
 
-    g(estimate) +- t(n - 1) * g'(estimate) * sd(resamples) * sqrt(n / (n - 1)),
+    g(estimate) +- t(n - 1) * g'(estimate) * sd(resamples) * sqrt((n + 1) / (n - 1)),
 
 where g is the logit for shares and n the number of clusters (patients where known, else studies)
-that the figure rests on: those with a positive, say. It contains the estimate, stays inside [0, 1]
-and, with n of three, is as wide as three studies deserve. ``scripts/interval_coverage.py`` measures
-how often it covers.
+that the figure rests on: those with a positive, say. The root makes the error of a mean of n values
+the textbook's: with their mean square deviation d, a mean under exponential weights that are made
+to sum to one has the variance d / (n + 1) (Rubin 1981), and is to have d / (n - 1). The interval
+contains the estimate, stays inside [0, 1] and, with n of three, is as wide as three studies
+deserve. A mean over findings has the degrees of freedom of Satterthwaite (1946).
+``scripts/interval_coverage.py`` measures how often they cover.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ class Interval(NamedTuple):
 
     low: FloatArray
     high: FloatArray
+
+
+Bounded: TypeAlias = tuple[Array, Interval]
+"""Figures and their intervals."""
 
 
 def standard_errors(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
@@ -95,11 +102,7 @@ def student_interval(
 def macro_interval(
     estimates: Array, resampled: FloatArray, n_clusters: Array, scale: Scale, level: float = LEVEL
 ) -> Interval:
-    """Normal interval of a mean over findings, which share their clusters.
-
-    The resamples are joint, so the findings' covariance is in the variance of their mean. A finding
-    that rests on one cluster shows no variance at all; it is given that of one of the others,
-    as strata with a single unit are collapsed in survey sampling.
+    """Interval of a mean over findings, which share their clusters.
 
     Parameters
     ----------
@@ -112,35 +115,82 @@ def macro_interval(
     scale, level
         As in :func:`student_interval`.
     """
-    mean, error = macro_mean(estimates), macro_error(resampled, n_clusters)
+    mean, spread = macro_mean(estimates), macro_error(resampled, n_clusters)
     if scale == "logit" and mean in (0, 1):  # as many clusters as the best known finding has
-        return student_interval(mean, error, np.max(n_clusters), scale, level)
-    return student_interval(mean, error, np.inf, scale, level)
+        return student_interval(mean, spread.error, np.max(n_clusters), scale, level)
+    # Without any variance, though the mean is none of the bounds, nothing is known of its error.
+    error = spread.error or math.nan
+    return student_interval(mean, error, spread.n_clusters, scale, level)
 
 
-def macro_error(resampled: FloatArray, n_clusters: Array) -> float:
-    """Standard error of a mean over findings, shapes ``(R, F)`` and ``(F,)``; see above."""
+class MeanError(NamedTuple):
+    """Standard error of a mean over findings, and how many clusters it is known as well as."""
+
+    error: float
+    n_clusters: float
+    """Satterthwaite's degrees of freedom, and one."""
+
+
+def macro_error(resampled: FloatArray, n_clusters: Array) -> MeanError:
+    """Standard error of a mean over findings, shapes ``(R, F)`` and ``(F,)``.
+
+    The resamples are joint, so the findings' covariance is in the variance of their mean. A finding
+    that rests on one cluster shows no variance at all; it is given that of one of the others,
+    as strata with a single unit are collapsed in survey sampling.
+    """
     defined = ~np.isnan(resampled).all(axis=0)
-    if not defined.any():
-        return math.nan
     n = np.asarray(n_clusters, np.float64)[defined]
-    deviations = _deviations(resampled[:, defined], n)
     measured = n > 1
+    if not measured.any():
+        return MeanError(math.nan, math.nan)
+    deviations = _deviations(resampled[:, defined], n)
+    variances = deviations.var(axis=0)[measured]
     variance = np.nan_to_num(deviations).mean(axis=1).var()
-    if not measured.all():
-        of_one_cluster = (deviations.var(axis=0) * n)[measured]
-        mean = of_one_cluster.mean() if measured.any() else math.nan
-        variance += mean * (~measured).sum() / len(n) ** 2
-    return math.sqrt(variance)
+    of_one_cluster = (variances * n[measured]).mean()
+    variance += of_one_cluster * (~measured).sum() / len(n) ** 2
+    return MeanError(math.sqrt(variance), pool_clusters(variances, n[measured]))
+
+
+def pool_clusters(variances: Array, n_clusters: Array) -> float:
+    """How many clusters the variance of a sum is known as well as, by Satterthwaite's formula.
+
+    Satterthwaite, "An approximate distribution of estimates of variance components", 1946, plus
+    one, since a variance from n clusters has n - 1 degrees of freedom. Infinite without variance.
+
+    Parameters
+    ----------
+    variances
+        Of the terms, ``(F,)``; their covariances are left out.
+    n_clusters
+        That each comes from, more than one, ``(F,)``.
+    """
+    scatter = float((np.square(variances) / (np.asarray(n_clusters) - 1)).sum())
+    return float(np.square(np.sum(variances))) / scatter + 1 if scatter > 0 else math.inf
+
+
+def share_interval_of_mean(estimate: Array, first: Bounded, second: Bounded) -> Interval:
+    """Interval of the mean of two shares that have intervals of their own: MOVER.
+
+    Zou and Donner, "Construction of confidence limits about effect measures", 2008: the distances
+    to the bounds are added as independent errors are. Unlike an error by resampling it knows of the
+    uncertainty of a share of exactly 0 or 1.
+    """
+    (a, (a_low, a_high)), (b, (b_low, b_high)) = first, second
+    return Interval(
+        estimate - np.hypot(a - a_low, b - b_low) / 2,
+        estimate + np.hypot(a_high - a, b_high - b) / 2,
+    )
 
 
 def _deviations(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
-    """Resamples less their mean, widened by sqrt(n / (n - 1)); NaN with fewer than two clusters."""
+    """Resamples less their mean, widened as at the top; NaN with fewer than two clusters."""
     n_defined = (~np.isnan(resampled)).sum(axis=0)
     centre = np.nansum(resampled, axis=0) / np.maximum(n_defined, 1)
     deviations = np.nan_to_num(resampled - centre)  # what a resample leaves out deviates by nothing
     n = np.asarray(n_clusters, np.float64)
-    shown = np.where((n > 1) & (n_defined > 0), 1 - 1 / np.maximum(n, 1), np.nan)
+    with np.errstate(invalid="ignore"):  # of infinitely many clusters all is shown
+        shown = np.where(np.isinf(n), 1.0, (n - 1) / (n + 1))
+    shown = np.where((n > 1) & (n_defined > 0), shown, np.nan)
     widened: FloatArray = deviations / np.sqrt(shown)
     return widened
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_cache.bootstrap import bootstrap
+from cxr_cache.clusters import count_rarer_class
 from cxr_cache.intervals import Scale, macro_error, standard_errors, student_interval
 from cxr_cache.metrics import Array, FloatArray, macro_mean
 from cxr_cache.ranked import RankedScores
@@ -65,8 +66,7 @@ class JointAuroc:
 
     def macro(self) -> Figure:
         """Mean over the defined findings."""
-        error = macro_error(self.resampled, self.n_clusters)
-        return self._figure(macro_mean(self.once), np.array(error), np.array(np.inf))
+        return self._figure(macro_mean(self.once), *macro_error(self.resampled, self.n_clusters))
 
     def of_finding(self, f: int) -> Figure:
         """One finding's."""
@@ -92,7 +92,7 @@ class JointAuroc:
             trainings[0].scale,
         )
 
-    def _figure(self, value: Array, error: Array, n_clusters: Array) -> Figure:
+    def _figure(self, value: Array, error: Array | float, n_clusters: Array | float) -> Figure:
         interval = student_interval(value, error, n_clusters, self.scale)
         return Figure(float(value), float(interval.low), float(interval.high))
 
@@ -125,15 +125,7 @@ def score_jointly(
     resampled = bootstrap(areas, clusters, n_resamples, seed)
     return {
         name: JointAuroc(
-            once[name][0], resampled[name], _count_clusters(model.targets, clusters[model.rows])
+            once[name][0], resampled[name], count_rarer_class(model.targets, clusters[model.rows])
         )
         for name, model in models.items()
     }
-
-
-def _count_clusters(targets: Array, clusters: Array) -> FloatArray:
-    """Of each finding, the clusters of its rarer class, ``(F,)``."""
-    counts = [
-        min(len(np.unique(clusters[target == value])) for value in (0, 1)) for target in targets.T
-    ]
-    return np.array(counts, np.float64)

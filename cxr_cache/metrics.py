@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import digamma
 
 Array: TypeAlias = NDArray[Any]
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -156,6 +157,35 @@ def average_precision(targets: Array, scores: Array) -> FloatArray:
         return sums
 
     return divide(_per_matrix(precision_sum, scores), np.where(n_absent > 0, n_present, 0))
+
+
+def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatArray:
+    """Expected average precision of labelled rows in random order, per finding.
+
+    The precision at the place of a positive is that of the k rows so far: itself, and of the k - 1
+    others the share that is positive; k is any place alike. This lies above the prevalence, by much
+    where positives are few: one among N rows has H(N) / N, the harmonic number over N, not 1 / N.
+
+    Parameters
+    ----------
+    n_positive, n_labelled
+        Shape ``(...)``.
+
+    Returns
+    -------
+    FloatArray
+        Shape ``(...)``; NaN without a positive.
+    """
+    positive, n = np.asarray(n_positive, np.float64), np.asarray(n_labelled, np.float64)
+    harmonic = digamma(n + 1) + np.euler_gamma
+    share_of_others = divide(positive - 1, n - 1)
+    others = np.where(n > 1, share_of_others * (n - harmonic), 0)
+    return np.where(positive > 0, divide(harmonic + others, n), np.nan)
+
+
+def f1_of_calling_all(n_positive: Array, n_labelled: Array) -> FloatArray:
+    """F1 of calling a finding present in every labelled row, ``2 p / (1 + p)`` at prevalence p."""
+    return divide(2 * np.asarray(n_positive, np.float64), n_positive + n_labelled)
 
 
 def macro_mean(values: Array) -> FloatArray:

@@ -97,6 +97,8 @@ def make_environment() -> jinja2.Environment:
         "log_share": _log_share,
         "plural": UNITS.get,
         "folder_name": _folder_name,
+        "ap_of_chance": _ap_of_chance,
+        "f1_of_calling_all": _f1_of_calling_all,
     }
     return environment
 
@@ -117,6 +119,18 @@ def _source(environment: jinja2.Environment, name: str) -> str:
 
 def _fixed(value: float | None, digits: int = 3) -> str:
     return UNDEFINED if value is None else f"{value:.{digits}f}"
+
+
+def _ap_of_chance(figures: Mapping[str, Any]) -> float | None:
+    """What guessing gets as macro AP; metrics of earlier versions know its limit only."""
+    value: float | None = figures.get("macro_ap_of_chance", figures["macro_prevalence"])["value"]
+    return value
+
+
+def _f1_of_calling_all(figures: Mapping[str, Any]) -> float | None:
+    """What calling everything present gets as macro F1, where metrics.json says."""
+    value: float | None = figures.get("macro_f1_of_calling_all", {"value": None})["value"]
+    return value
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

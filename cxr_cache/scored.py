@@ -21,12 +21,16 @@ from cxr_cache.clusters import (
 from cxr_cache.errors import TableError
 from cxr_cache.metrics import Array, FloatArray
 from cxr_cache.run import Run
-from cxr_cache.tables import read_csv, require_unique
+from cxr_cache.tables import find_duplicates, read_csv, require_unique
 
 AGE_BANDS: Final = (0, 18, 40, 60, 80)
 """First year of each band; the last has no end."""
 MAX_GROUP_VALUES: Final = 20
 _KEYS_OF_GROUPS: Final = ("image_id", "study_uid")
+_NOT_GROUPS: Final = {
+    "projection": "figures by projection are those of the image table's own",
+    "age_band": "its column 'age' becomes that",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,17 +165,17 @@ def parse_predictions(
     Raises
     ------
     TableError
-        A column is missing, an image has no row of targets or two, or a probability lies outside
-        [0, 1].
+        A column is missing, an image has no row of targets or two of either, a target is none of
+        1, 0 and NaN, or a probability lies outside [0, 1].
     """
     findings = tuple(findings)
     columns = ("image_id", "study_uid", "projection", *findings)
     _require_columns(predictions, columns, "predictions")
     _require_columns(targets, ("image_id", *findings), "targets")
+    for name, table in (("predictions", predictions), ("targets", targets)):
+        if twice := find_duplicates(table["image_id"]):
+            raise TableError(f"{name}: image_id {twice[0]!r} has more than one row; keep one.")
     index = pd.Index(targets["image_id"])
-    if not index.is_unique:
-        twice = index[index.duplicated()][0]
-        raise TableError(f"targets: image_id {twice!r} has more than one row; keep one.")
     rows = index.get_indexer(pd.Index(predictions["image_id"]))
     if (rows < 0).any():
         missing = predictions["image_id"].to_numpy()[rows < 0]
@@ -181,6 +185,8 @@ def parse_predictions(
         )
     probabilities = predictions[list(findings)].to_numpy(np.float64)
     _require_probabilities(probabilities, predictions["image_id"].to_numpy(object), findings)
+    wanted = targets[list(findings)].to_numpy(np.float64)[rows]
+    _require_targets(wanted, predictions["image_id"].to_numpy(object), findings)
     patient_ids = _parse_patient_ids(predictions)
     require_one_patient_per_study(
         patient_ids, predictions["study_uid"].to_numpy(object), "predictions: "
@@ -190,7 +196,7 @@ def parse_predictions(
         study_uids=predictions["study_uid"].to_numpy(object),
         patient_ids=patient_ids,
         projections=predictions["projection"].to_numpy(object),
-        targets=targets[list(findings)].to_numpy(np.float64)[rows],
+        targets=wanted,
         probabilities=probabilities,
         findings=findings,
     )
@@ -222,6 +228,18 @@ def _require_probabilities(
         )
 
 
+def _require_targets(
+    targets: FloatArray, image_ids: NDArray[np.object_], findings: tuple[str, ...]
+) -> None:
+    strange = ~(np.isnan(targets) | (targets == 0) | (targets == 1))
+    if strange.any():
+        row, column = np.argwhere(strange)[0]
+        raise TableError(
+            f"targets: {image_ids[row]} has {targets[row, column]:g} for {findings[column]!r}; "
+            "write 1 for present, 0 for absent, and leave blank what is uncertain or unknown."
+        )
+
+
 def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
     """Give images the groups of a CSV, to be evaluated one by one.
 
@@ -237,7 +255,8 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
     Raises
     ------
     TableError
-        The file is broken, knows none of the images, or has a column of too many values.
+        The file is broken, knows none of the images, or has a column of too many values or of a
+        name that is taken.
     """
     path = Path(path)
     key, table = read_groups(path)
@@ -272,6 +291,9 @@ def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
             f"its columns are {', '.join(table.columns)}."
         )
     require_unique(table, key, path)
+    for name, reason in _NOT_GROUPS.items():
+        if name in table and (name != "age_band" or "age" in table):
+            raise TableError(f"{path} has a column {name!r}, but {reason}. Give it another name.")
     if "age" in table:
         table = table.assign(age_band=_to_age_bands(table["age"], path)).drop(columns="age")
     return key, table
@@ -279,7 +301,7 @@ def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
 
 def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:
     years = pd.Series(pd.to_numeric(ages.to_numpy(object), errors="coerce"), ages.index)
-    broken = ((ages != "") & years.isna()) | (years < 0)
+    broken = ((ages != "") & ~np.isfinite(years)) | (years < 0)
     if broken.any():
         first = int(broken.to_numpy().argmax())
         raise TableError(

@@ -2,7 +2,7 @@
 
     python scripts/interval_coverage.py --repeats 500
 
-Three simulations, scores being normal, shifted where the finding is present, with most of their
+Four simulations, scores being normal, shifted where the finding is present, with most of their
 variance shared by the images of a study:
 
 * one finding, 100 studies of three images: intervals over studies, and over images as if each
@@ -10,7 +10,9 @@ variance shared by the images of a study:
 * one finding, 60 patients of one to six studies that are alike too: intervals over patients, and
   over studies;
 * 35 findings as frequent as those of the Indiana collection, in a test split of 770 studies of two
-  images: the intervals of this package, and percentiles of studies drawn with replacement.
+  images: the intervals of this package, and percentiles of studies drawn with replacement;
+* one to twenty findings with three to ten positives each among 200 studies of one image: their mean
+  AUROC, and its difference between two models that are equally good.
 
 AP and F1 of a finding with few positives are biased: those of another test split as large are not
 those of the population. Coverage is given for both, "as large" being the mean over all repeats.
@@ -34,6 +36,7 @@ from scipy.stats import norm
 
 from cxr_cache.bootstrap import bootstrap, bootstrap_weights
 from cxr_cache.intervals import Interval, macro_interval, standard_errors, student_interval
+from cxr_cache.joint_auroc import ScoredRows, score_jointly
 from cxr_cache.metrics import confusion_counts, macro_mean, rates
 from cxr_cache.ranked import RankedScores
 
@@ -44,6 +47,8 @@ MEASURES = ("auroc", "ap", "f1")
 N_STUDIES = 770  # a fifth of the Indiana collection
 DISTANCE = 1.0  # in the simulations of one finding
 SHARED = 0.8  # of the variance of a score, by the images of a study
+FEW = ((1, 3), (1, 5), (5, 3), (20, 3), (20, 10))
+"""Findings, and studies with a positive of each."""
 CLASSES = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 10**6))
 """Findings by their number of studies with a positive."""
 
@@ -110,6 +115,31 @@ def covers(interval: Interval, truth: Array | float) -> Array:
     """Where the truth lies inside."""
     covered: Array = np.logical_and(interval.low <= truth, truth <= interval.high)
     return covered
+
+
+# --- few positives -------------------------------------------------------------------------------
+
+
+def cover_few_positives(repeats: int, n_resamples: int) -> list[dict[str, float]]:
+    """Coverage of a macro AUROC, and how often equal models are called different at 5 %."""
+    truth = float(norm.cdf(DISTANCE / np.sqrt(2)))
+    found = []
+    for n_findings, n_positive in FEW:
+        n_covered = n_different = 0
+        for repeat in range(repeats):
+            rng = np.random.default_rng([4, n_findings, n_positive, repeat])
+            targets = rng.permuted(np.tile(np.arange(200) < n_positive, (n_findings, 1)), axis=1).T
+            shared, *own = rng.standard_normal((3, *targets.shape))
+            scores = [targets * DISTANCE + np.sqrt(0.5) * (shared + z) for z in own]
+            rows = np.arange(len(targets))
+            models = {str(k): ScoredRows(rows, targets * 1.0, z) for k, z in enumerate(scores)}
+            areas = score_jointly(models, rows, n_resamples=n_resamples, seed=repeat)
+            macro, difference = areas["0"].macro(), areas["1"].minus(areas["0"]).macro()
+            n_covered += macro.low <= truth <= macro.high
+            n_different += not difference.low <= 0 <= difference.high
+        shares = {"coverage": n_covered / repeats, "false_differences": n_different / repeats}
+        found.append({"n_findings": n_findings, "n_positive": n_positive, **shares})
+    return found
 
 
 # --- 35 findings ---------------------------------------------------------------------------------
@@ -234,18 +264,32 @@ def main() -> None:
     of_one = options.repeats, options.resamples
     one = cover_one_finding(draw_alike_images, *of_one)
     patients = cover_one_finding(draw_alike_studies, *of_one)
-    many = cover_many_findings(options.repeats, options.resamples)
+    few = cover_few_positives(*of_one)
+    many = cover_many_findings(*of_one)
     print("One finding; intervals of AUROC that cover, of 95 %:")
     for what, shares in (("100 studies of three images", one), ("60 patients", patients)):
         covered = ", ".join(
             f"resampling {name} {100 * share:.1f}" for name, share in shares.items()
         )
         print(f"  {what}: {covered}")
+    print(
+        "Macro AUROC of findings with few positive studies; coverage, and false differences, in %:"
+    )
+    for row in few:
+        print(
+            f"  {row['n_findings']} x {row['n_positive']}: {100 * row['coverage']:.1f}, "
+            f"{100 * row['false_differences']:.1f}"
+        )
     print(f"35 findings, 770 studies of two images, {options.repeats} repeats; coverage in %:")
     print(tabulate(many))
     print(f"{time.perf_counter() - started:.0f} s")
     if options.out:
-        found = {"one_finding": one, "patients": patients, "many_findings": many}
+        found = {
+            "one_finding": one,
+            "patients": patients,
+            "few_positives": few,
+            "many_findings": many,
+        }
         write_json(options.out, found | vars_of(options))
 
 

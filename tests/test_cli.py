@@ -334,6 +334,13 @@ def test_fine_tuning_takes_over_the_groups_of_the_run_it_starts_from(
     assert groups_of(path)["sex"].keys() == {"F", "M"}
 
 
+@pytest.mark.parametrize("command", ["evaluate", "compare", "zero-shot", "verify", "demo"])
+def test_a_seed_below_zero_is_refused_by_name(command, tmp_path):
+    result = CliRunner().invoke(cli, [command, str(tmp_path / "x"), "--seed", "-1"])
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed': -1 is not in the range x>=0" in result.output
+
+
 def test_a_finished_run_is_not_replaced_unasked(store, run):
     before = (run / "model.safetensors").read_bytes()
     assert "--overwrite" in refuse("train", store, "--run-dir", run, *QUICK)

@@ -79,9 +79,10 @@ def test_figures_intervals_and_p_values_are_those_of_an_independent_loop(runs):
                 for f in runs[0].config["findings"]
             ]
         )
-        widened = (resampled - resampled.mean(axis=0)) * np.sqrt(n / (n - 1))
+        widened = (resampled - resampled.mean(axis=0)) * np.sqrt((n + 1) / (n - 1))
         error = np.append(widened.std(axis=0), widened.mean(axis=1).std())
-        freedom = np.append(n - 1, np.inf)
+        v = widened.var(axis=0)
+        freedom = np.append(n - 1, v.sum() ** 2 / (v**2 / (n - 1)).sum())
         difference = rows["difference"].to_numpy()
         reach = stats.t.ppf(0.975, freedom) * error
         np.testing.assert_allclose(rows["low"], np.maximum(difference - reach, -1), atol=1e-6)

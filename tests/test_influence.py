@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from cxr_cache.bootstrap import bootstrap
-from cxr_cache.influence import clustered_error, macro_auroc_influence
+from cxr_cache.clusters import count_rarer_class
+from cxr_cache.influence import auroc_influence, clustered_error
+from cxr_cache.intervals import MeanError
 from cxr_cache.metrics import auroc, macro_mean
 from cxr_cache.ranked import RankedScores
 
@@ -27,29 +29,37 @@ def delong_variance(target: np.ndarray, score: np.ndarray) -> float:
     return of_positives.var(ddof=1) / len(positives) + of_negatives.var(ddof=1) / len(negatives)
 
 
+def macro_spread(targets: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> MeanError:
+    influence = auroc_influence(targets, scores) / targets.shape[1]
+    return clustered_error(influence, groups, count_rarer_class(targets, groups))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_with_one_image_per_study_it_is_delongs_standard_error(seed):
-    """To the factors n / (n - 1), which DeLong has for each class and a cluster sum has once."""
-    targets, scores = draw(seed, n=3000, n_findings=1)
+@pytest.mark.parametrize(("n", "tolerance"), [(3000, 1e-3), (20, 0.15)])
+def test_with_one_image_per_study_it_is_delongs_standard_error(seed, n, tolerance):
+    """To the factors n / (n - 1), which DeLong has for each class; here both have the larger."""
+    targets, scores = draw(seed, n=n, n_findings=1)
 
-    error = clustered_error(macro_auroc_influence(targets, scores), np.arange(3000))
+    spread = macro_spread(targets, scores, np.arange(n))
 
-    assert error**2 == pytest.approx(delong_variance(targets[:, 0], scores[:, 0]), rel=2e-3)
+    variance = delong_variance(targets[:, 0], scores[:, 0])
+    assert variance <= spread.error**2 == pytest.approx(variance, rel=tolerance)
+    assert spread.n_clusters == pytest.approx((targets == 1).sum())
 
 
 @pytest.mark.parametrize("unlabelled", [0.0, 0.3])
-def test_influence_is_the_slope_of_the_macro_auroc_in_a_rows_weight(unlabelled):
+def test_influence_is_the_slope_of_the_auroc_in_a_rows_weight(unlabelled):
     """Found by weighing one row a little more, with the weighted AUROC of the bootstrap."""
     targets, scores = draw(3, unlabelled=unlabelled)
-    influence = macro_auroc_influence(targets, scores)
+    influence = auroc_influence(targets, scores)
     step = 1e-5
     weights = 1 + step * np.eye(len(targets))
 
     areas, _ = RankedScores(targets, scores).auroc_and_ap(weights)
 
-    slopes = (macro_mean(areas) - macro_mean(auroc(targets, scores))) / step
+    slopes = (areas - auroc(targets, scores)) / step
     np.testing.assert_allclose(influence, slopes, atol=1e-6)
-    assert influence.sum() == pytest.approx(0, abs=1e-12)
+    np.testing.assert_allclose(influence.sum(axis=0), 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -59,14 +69,13 @@ def test_over_studies_of_several_images_it_is_the_bootstraps_spread(seed):
     studies = np.repeat(np.arange(300), 3)
     ranked = RankedScores(targets, scores)
 
-    error = clustered_error(macro_auroc_influence(targets, scores), studies)
+    error = macro_spread(targets, scores, studies).error
 
     resampled = bootstrap(
         lambda weights: {"macro": macro_mean(ranked.auroc_and_ap(weights)[0])}, studies, 2000, seed
     )["macro"]
     assert error == pytest.approx(resampled.std(), rel=0.08)
-    apart = clustered_error(macro_auroc_influence(targets, scores), np.arange(900))
-    assert error > 1.5 * apart
+    assert error > 1.5 * macro_spread(targets, scores, np.arange(900)).error
 
 
 def test_findings_of_one_class_have_no_influence():
@@ -74,9 +83,11 @@ def test_findings_of_one_class_have_no_influence():
     targets[:, 1] = 0
     targets[:, 2] = np.nan
 
-    influence = macro_auroc_influence(targets, scores)
+    influence = auroc_influence(targets, scores)
 
-    np.testing.assert_allclose(
-        influence, macro_auroc_influence(targets[:, [0, 3]], scores[:, [0, 3]])
+    assert (influence[:, 1:3] == 0).all()
+    np.testing.assert_array_equal(
+        influence[:, [0, 3]], auroc_influence(targets[:, [0, 3]], scores[:, [0, 3]])
     )
-    assert (macro_auroc_influence(targets[:, 1:3], scores[:, 1:3]) == 0).all()
+    groups = np.arange(len(targets))
+    assert np.isnan(macro_spread(targets[:, 1:3], scores[:, 1:3], groups).error)

@@ -13,20 +13,26 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from cxr_cache.bootstrap import bootstrap_weights
-from cxr_cache.intervals import macro_error, macro_interval, standard_errors, student_interval
+from cxr_cache.intervals import (
+    macro_error,
+    macro_interval,
+    pool_clusters,
+    share_interval_of_mean,
+    standard_errors,
+    student_interval,
+)
 from cxr_cache.ranked import RankedScores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def test_the_error_of_a_mean_is_the_textbook_one():
-    """n - 1 in the denominator, though a bootstrap shows n."""
+    """n - 1 in the denominator, though resampled means show n + 1."""
     rng = np.random.default_rng(0)
-    for n in (2, 3, 10):
+    for n in (2, 3, 5, 10, 100):
         values = rng.random(n)
         weights = bootstrap_weights(np.arange(n), 4000, seed=n).astype(np.float64)
-        # Linear in the weights, as figures are to first order.
-        resampled = values.mean() + (weights - 1) @ (values - values.mean()) / n
+        resampled = weights @ values / weights.sum(axis=1)
 
         error = standard_errors(resampled, n)
 
@@ -87,9 +93,9 @@ def test_the_error_of_a_mean_over_findings_keeps_their_covariance():
     resampled = 0.5 + 0.1 * shared + 0.05 * rng.normal(size=(20_000, 4))
     undefined = np.full((20_000, 1), np.nan)
 
-    error = macro_error(np.hstack([resampled, undefined]), np.array([1e6, 1e6, 1e6, 1e6, 0]))
+    spread = macro_error(np.hstack([resampled, undefined]), np.array([1e6, 1e6, 1e6, 1e6, 0]))
 
-    assert error == pytest.approx(np.sqrt(0.1**2 + 0.05**2 / 4), rel=0.02)
+    assert spread.error == pytest.approx(np.sqrt(0.1**2 + 0.05**2 / 4), rel=0.02)
 
 
 def test_a_finding_of_one_study_is_given_the_spread_of_the_others():
@@ -97,13 +103,58 @@ def test_a_finding_of_one_study_is_given_the_spread_of_the_others():
     resampled = 0.5 + np.array([0.1, 0.1, 0.0]) * rng.normal(size=(20_000, 3))
     n = np.array([4, 4, 1])
 
-    error = macro_error(resampled, n)
+    spread = macro_error(resampled, n)
 
-    widened = 0.1**2 / (1 - 1 / 4)
-    assert error == pytest.approx(np.sqrt((2 * widened + 4 * widened) / 9), rel=0.02)
-    assert np.isnan(macro_error(resampled[:, 2:], n[2:]))
+    widened = 0.1**2 * (4 + 1) / (4 - 1)
+    assert spread.error == pytest.approx(np.sqrt((2 * widened + 4 * widened) / 9), rel=0.02)
+    assert spread.n_clusters == pytest.approx(1 + 2 * 3, rel=0.02)
+    assert np.isnan(macro_error(resampled[:, 2:], n[2:])).all()
     alone = macro_interval(np.array([0.5]), resampled[:, 2:], n[2:], "logit")
     assert np.isnan(alone).all()
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 60])
+def test_the_mean_of_one_finding_is_that_finding(n):
+    rng = np.random.default_rng(n)
+    resampled = np.clip(0.7 + 0.05 * rng.standard_normal((500, 1)), 0.01, 0.99)
+
+    macro = macro_interval(np.array([0.7]), resampled, np.array([n]), "logit")
+
+    errors = standard_errors(resampled, np.array([n]))
+    alone = student_interval(np.array([0.7]), errors, np.array([n]), "logit")
+    np.testing.assert_allclose(np.array(macro), np.array(alone)[:, 0])
+
+
+def test_the_freedom_of_a_sum_is_satterthwaites():
+    """As of Welch's test: equal variances add up what each is known by; a known one adds none."""
+    assert pool_clusters(np.ones(5), np.full(5, 4)) == pytest.approx(1 + 5 * 3)
+    assert pool_clusters(np.array([1, 1e-9]), np.array([4, 1000])) == pytest.approx(1 + 3)
+    a, b = np.random.default_rng(0).normal(0, [[1], [3]], (2, 8))
+    b = b[:5]
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    variances = np.array([a.var(ddof=1) / 8, b.var(ddof=1) / 5])
+    assert pool_clusters(variances, np.array([8, 5])) == pytest.approx(1 + welch.df)
+    assert pool_clusters(np.zeros(3), np.full(3, 4)) == np.inf
+
+
+def test_a_mean_without_any_variance_has_no_interval():
+    """Sensitivities of 0 and 1 only: their mean of a half is not certain, it is unknown."""
+    found = macro_interval(np.array([0.0, 1.0]), np.tile([0.0, 1.0], (9, 1)), [3, 4], "logit")
+    assert np.isnan(found).all()
+
+
+def test_the_mean_of_two_shares_knows_what_they_do_not():
+    """No positive found of 16: the error of that by resampling is zero, its bound 0.206."""
+    sensitivity = student_interval(np.array(0.0), 0.0, 16, "logit")
+    specificity = student_interval(np.array(0.99), 0.005, 600, "logit")
+    pairs = (np.array(0.0), sensitivity), (np.array(0.99), specificity)
+
+    low, high = share_interval_of_mean(np.array(0.495), *pairs)
+
+    assert low == pytest.approx(0.495 - (0.99 - specificity.low) / 2)
+    assert high == pytest.approx(0.495 + np.hypot(0.206, specificity.high - 0.99) / 2, abs=1e-3)
+    unknown = student_interval(np.array(0.5), np.nan, 1, "logit")
+    assert np.isnan(share_interval_of_mean(np.array(0.5), pairs[0], (0.5, unknown))).all()
 
 
 def test_a_perfect_mean_is_no_certainty():
@@ -155,6 +206,9 @@ def test_coverage_at_full_size(tmp_path):
     assert found["one_finding"]["images"] < 0.85
     assert 0.92 <= found["patients"]["patients"] <= 0.98
     assert found["patients"]["studies"] < 0.85
+    for row in found["few_positives"]:  # of a nominal 95 and 5 %
+        assert row["coverage"] >= 0.92, row
+        assert row["false_differences"] <= 0.08, row
     by_key = {
         (r["measure"], r["truth"], r["method"], r["of"]): r["coverage"]
         for r in found["many_findings"]

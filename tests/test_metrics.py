@@ -7,7 +7,14 @@ import pytest
 from sklearn import metrics as reference
 
 from cxr_cache import metrics
-from cxr_cache.metrics import auroc, average_precision, confusion_counts, rates
+from cxr_cache.metrics import (
+    auroc,
+    average_precision,
+    average_precision_of_chance,
+    confusion_counts,
+    f1_of_calling_all,
+    rates,
+)
 from tests.predictions import SEEDS, F, N, make_predictions, per_finding
 
 # --- ranking -------------------------------------------------------------------------------------
@@ -156,3 +163,31 @@ def test_exact_match_looks_at_labelled_findings_only():
     np.testing.assert_array_equal(
         metrics.exact_matches(targets, decisions), [1.0, 1.0, 0.0, np.nan]
     )
+
+
+# --- what knowing nothing gets -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_positive", "n_labelled"), [(1, 1), (1, 40), (3, 40), (20, 40), (39, 40)]
+)
+def test_the_ap_of_chance_is_the_mean_over_random_orders(n_positive, n_labelled):
+    rng = np.random.default_rng(n_positive)
+    orders = rng.permuted(np.tile(np.arange(n_labelled) < n_positive, (20_000, 1)), axis=1)
+    precision = orders.cumsum(axis=1) / np.arange(1, n_labelled + 1)
+    areas = (precision * orders).sum(axis=1) / n_positive  # from the definition, no ties
+
+    expected = average_precision_of_chance(n_positive, n_labelled)
+
+    assert expected == pytest.approx(areas.mean(), rel=0.02)
+    assert expected >= n_positive / n_labelled
+    assert np.isnan(average_precision_of_chance(0, n_labelled))
+
+
+def test_calling_everything_present_has_scikit_learns_f1():
+    targets, _ = make_predictions(0)
+    for target in targets.T[~np.isnan(targets).all(axis=0)]:
+        known = target[~np.isnan(target)]
+        ours = f1_of_calling_all((known == 1).sum(), len(known))
+        expected = reference.f1_score(known, np.ones_like(known), zero_division=np.nan)
+        np.testing.assert_allclose(ours, expected)

@@ -253,7 +253,7 @@ def test_the_page_of_several_runs_says_what_its_differences_rest_on(trained, tmp
     html = write_joint_report([old, run], tmp_path / "both.html", n_resamples=5).read_text()
 
     assert "a paired bootstrap of whole patients" in html
-    assert "5 bootstrap resamples of whole studies" in html
+    assert "from 5 or 50 bootstrap resamples of whole studies" in html
     assert not re.search("00MRN", html)
 
 

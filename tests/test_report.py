@@ -177,7 +177,24 @@ def test_headline_figures_stand_beside_what_doing_nothing_scores(page, evaluated
         assert shown in page.text, name
     nothing = 100 * test["label_accuracy_all_negative"]["value"]
     assert f"Predicting nothing scores {nothing:.1f} %." in page.text
-    assert f"Guessing scores {test['macro_prevalence']['value']:.3f}" in page.text
+    for name, words in (
+        ("macro_ap_of_chance", "Guessing scores"),
+        ("macro_prevalence", "the mean prevalence is"),
+        ("macro_f1_of_calling_all", "Calling everything present scores"),
+    ):
+        assert f"{words} {test[name]['value']:.3f}" in page.text
+
+
+def test_a_run_of_an_earlier_version_is_shown_with_what_it_knows(evaluated):
+    view = read_view(evaluated)
+    for name in ("macro_ap_of_chance", "macro_f1_of_calling_all"):
+        del view.metrics["test"][name]
+
+    text = Page(render_page([view])).text
+
+    prevalence = view.metrics["test"]["macro_prevalence"]["value"]
+    assert f"Guessing scores {prevalence:.3f}" in text
+    assert "Calling everything present scores –" in text
 
 
 @pytest.mark.parametrize(
