@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,8 @@ def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArr
 @torch.inference_mode()
 def predict_tokens(model: SavedModel, encoder: Encoder, tokens: Tensor) -> NDArray[np.float32]:
     """Probabilities of a fine-tuned model for tokens ``(B, T, W)``; its members are averaged."""
-    members = [torch.sigmoid(member(tokens)) for member in load_members(model, encoder)]
-    mean = torch.stack(members).mean(dim=0)
+    with closing(load_members(model, encoder)) as members:
+        mean = torch.stack([torch.sigmoid(member(tokens)) for member in members]).mean(dim=0)
     finite = mean.isfinite().all(dim=1, keepdim=True)
     probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
     return probabilities

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import torch
 import torch.nn.functional as F
@@ -72,29 +73,31 @@ def map_findings(
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
     """
     maps = []
-    for bank, k in _members(model, encoder):
-        with torch.no_grad():
-            tokens = encoder.stem(encoder.prepare(pixels), n_blocks)
-        embeddings, attentions = encoder.tail_with_attention(tokens.requires_grad_(), n_blocks)
-        if model.head["input_norm"] == "l2":
-            embeddings = F.normalize(embeddings, dim=-1)
-        logits = bank(embeddings)[k]  # (B, F)
-        of_findings = []
-        for f in findings:
-            gradients = torch.autograd.grad(logits[:, f].sum(), attentions, retain_graph=True)
+    with closing(_members(model, encoder)) as members:
+        for bank, k in members:
             with torch.no_grad():
-                of_findings.append(roll_out(attentions, gradients))
-        maps.append(torch.stack(of_findings).detach())
+                tokens = encoder.stem(encoder.prepare(pixels), n_blocks)
+            embeddings, attentions = encoder.tail_with_attention(tokens.requires_grad_(), n_blocks)
+            if model.head["input_norm"] == "l2":
+                embeddings = F.normalize(embeddings, dim=-1)
+            logits = bank(embeddings)[k]  # (B, F)
+            of_findings = []
+            for f in findings:
+                gradients = torch.autograd.grad(logits[:, f].sum(), attentions, retain_graph=True)
+                with torch.no_grad():
+                    of_findings.append(roll_out(attentions, gradients))
+            maps.append(torch.stack(of_findings).detach())
     rows, columns = encoder.patch_grid
     mean = torch.stack(maps).mean(dim=0)[..., -rows * columns :]  # behind any further tokens
     return mean.reshape(*mean.shape[:-1], rows, columns).cpu()
 
 
-def _members(model: SavedModel, encoder: Encoder) -> Iterator[tuple[HeadBank, int]]:
+def _members(model: SavedModel, encoder: Encoder) -> Generator[tuple[HeadBank, int], None, None]:
     """The bank and place of each member's head, while the encoder's blocks are that member's."""
     if model.tail is not None:
-        for member in load_members(model, encoder):
-            yield member.bank, 0
+        with closing(load_members(model, encoder)) as members:
+            for member in members:
+                yield member.bank, 0
         return
     bank = HeadBank.from_snapshot(model.head_tensors, device=encoder.device)
     for k in range(bank.n_heads):

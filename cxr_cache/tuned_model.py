@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Final
 
 import numpy as np
@@ -115,11 +115,12 @@ class TailAndHead(nn.Module):
         return gather_parts(torch.cat(parts), len(rows))
 
 
-def load_members(model: SavedModel, encoder: Encoder) -> Iterator[TailAndHead]:
+def load_members(model: SavedModel, encoder: Encoder) -> Generator[TailAndHead, None, None]:
     """The members of a fine-tuned model one after the other, ready to predict.
 
     They share the encoder: its blocks are the next member's when that is asked for, and its own
-    again in the end.
+    again in the end. Whoever may leave before it has to close the iterator: where an error keeps
+    it, the encoder would keep a member's blocks.
     """
     assert model.tail is not None, "a frozen run has no blocks of its own"
     n_unfrozen = model.tail["unfreeze_layers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from dataclasses import replace
 from typing import cast
 
@@ -117,10 +118,10 @@ class _TunedModel(nn.Module):
         self._model, self._n_unfrozen = replace(model, tensors={}), model.tail["unfreeze_layers"]
         self.encoder, self.heads = encoder, _folded_heads(model)
         self.normalise, self.average = _Normalise(encoder.preprocessing), _Average(model)
-        members = load_members(in_full_precision(model), encoder)
-        self.tails = nn.ModuleList(
-            [_copy_with_own_blocks(member.encoder, self._n_unfrozen) for member in members]
-        )
+        with closing(load_members(in_full_precision(model), encoder)) as members:
+            self.tails = nn.ModuleList(
+                [_copy_with_own_blocks(member.encoder, self._n_unfrozen) for member in members]
+            )
 
     def forward(self, pixels: Tensor) -> Tensor:
         tokens = self.encoder.stem(self.normalise(pixels), self._n_unfrozen)

@@ -30,7 +30,8 @@ from cxr_cache.extract import ExtractConfig, extract_embeddings
 from cxr_cache.finetune import finetune_tail
 from cxr_cache.frozen_start import config_from_run
 from cxr_cache.phantoms import write_phantoms
-from cxr_cache.predict import predict_images, predict_store
+from cxr_cache.predict import predict_images, predict_store, predict_tokens
+from cxr_cache.relevance import map_findings
 from cxr_cache.report import write_report
 from cxr_cache.run import Run
 from cxr_cache.store import FeatureStore
@@ -594,3 +595,26 @@ def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypat
     other = finetune_tail(store, tmp_path / "b", TUNED).run
     assert plain.thresholds == other.thresholds
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, encoder: predict_tokens(model, encoder, torch.zeros(1, 5, 7)),
+        lambda model, encoder: map_findings(
+            model, encoder, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [99], 2
+        ),
+    ],
+    ids=["predict", "explain"],
+)
+def test_an_error_gives_the_encoder_its_own_blocks_back(tuned, use):
+    """Also while somebody keeps the error, as a notebook does."""
+    encoder = load_encoder(ENCODER, precision="fp32")
+    own = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+
+    with pytest.raises((RuntimeError, IndexError)) as kept:
+        use(tuned.load_model(), encoder)
+
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, own[name]), name
+    assert kept.value.__traceback__ is not None
