@@ -147,7 +147,10 @@ class Estimates:
     def overall(self) -> dict[str, Entry]:
         """The figures over all findings, as metrics.json has them."""
         return {
-            **{f"macro_{name}": self._macro(name) for name in MEASURES},
+            **{
+                f"macro_{name}": _mean_entry(self.figures[name]) | self._bounds(f"macro_{name}")
+                for name in MEASURES
+            },
             **{f"macro_{name}": _mean_entry(values) for name, values in self.by_chance.items()},
             "macro_calibration_error": _mean_entry(self.calibration_error),
             **{
@@ -158,10 +161,6 @@ class Estimates:
             "weighted_calibration_error": {"value": to_number(self.calibration_error_weighted)},
             "micro_calibration_error": {"value": to_number(self.calibration_error_micro)},
         }
-
-    def _macro(self, name: str) -> Entry:
-        value, n_findings = _mean_entry(self.figures[name]).items()
-        return dict([value, *self._bounds(f"macro_{name}").items(), n_findings])
 
     def _bounds(self, name: str) -> Entry:
         if name not in self.intervals:
