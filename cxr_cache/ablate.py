@@ -30,7 +30,7 @@ from cxr_cache.settings import Setting
 from cxr_cache.splits import Split
 from cxr_cache.store import FeatureStore
 from cxr_cache.train import load_training_data
-from cxr_cache.training_rows import LabelledRows, find_labelled_rows
+from cxr_cache.training_rows import LabelledRows, find_labelled_rows, require_features
 from cxr_cache.whole_files import write_whole
 
 TABLE: Final = "ablation.csv"
@@ -45,6 +45,8 @@ class Ablation:
     std_auroc, fold_1 ... fold_K, difference, low, high, seconds."""
     settings: tuple[Setting, ...]
     notes: tuple[str, ...] = ()
+    is_random: bool = False
+    """Whether the encoder has random weights."""
 
     @property
     def best(self) -> Setting:
@@ -115,15 +117,21 @@ def run_ablation(
     ------
     RunError
         `out` holds an ablation of other data or folds; both values are named.
+    StoreFormatError
+        The store lacks features that one of the settings reads.
+    TrainingError
+        A setting diverges; it is named.
     """
     out, base = Path(out), settings[0].config
     methods = [Method.of_setting(setting) for setting in settings]
     methods += [Method.of_baseline(baseline, base) for baseline in baselines]
     with FeatureStore.open(store_path) as store:
+        is_random = bool(store.header.encoder.get("is_random"))
         found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
         split = split_cohort(found.cohort, base)
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
+            require_features(store, setting.config)
         results = Results.open(out, _identify(store, found, split), split.n_folds)
         folds = range(split.n_folds)
         todo = [method for method in methods if not results.has(method)]
@@ -150,7 +158,7 @@ def run_ablation(
                     on_progress(n_done, n_all)
     table = _tabulate(methods, results, found.cohort, split)
     write_whole(out / TABLE, table.to_csv(index=False, float_format="%.6g").encode())
-    return Ablation(table, tuple(settings), _describe_horizons(settings))
+    return Ablation(table, tuple(settings), _describe_horizons(settings), is_random)
 
 
 # -- what there is to do ----------------------------------------------------------------
@@ -169,7 +177,7 @@ def _by_data(methods: Sequence[Method], base: TrainConfig) -> list[list[Method]]
 def _identify(store: FeatureStore, found: LabelledRows, split: Split) -> dict[str, Any]:
     """What all results in a folder must have in common, JSON-able."""
     cohort, digest = found.cohort, hashlib.sha256()
-    for array in (cohort.image_ids.astype("S"), cohort.targets):
+    for array in (np.char.encode(cohort.image_ids, "utf-8"), cohort.targets):
         digest.update(np.ascontiguousarray(array).data)
     digest.update(store.read_rows("row_digest", found.rows).data)
     return {

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cxr_cache.baselines import Baseline
 from cxr_cache.config import TrainConfig
 from cxr_cache.devices import resolve_device
+from cxr_cache.errors import TrainingError
 from cxr_cache.fit import HeadFit, HeadTask, PlainRows, Trajectory, can_share_a_bank, count_steps
 from cxr_cache.metrics import auroc, macro_mean
 from cxr_cache.search import fold_tasks
@@ -109,7 +110,13 @@ def _fit_fold(
 ) -> Fold:
     started, task = time.perf_counter(), tasks[k]
     if method.config is not None:
-        (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)], tasks)
+        try:
+            (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)], tasks)
+        except TrainingError as error:
+            raise TrainingError(
+                f"Setting {method.label}: {error} What the others have finished is kept; leave "
+                "this one out of --set and run the command again."
+            ) from error
         return fitted
     assert method.baseline is not None
     predictions = method.baseline.predict(

@@ -63,7 +63,7 @@ def predict_logistic(
 def predict_neighbours(
     embeddings: Array, targets: Array, held_out: Array, candidates: tuple[Any, ...]
 ) -> list[Array]:
-    """Share of positives among the k labelled training images with the nearest direction."""
+    """Share of positives among those that are labelled of the k nearest images, by direction."""
     k_largest = min(max(candidates), len(embeddings))
     index = NearestNeighbors(n_neighbors=k_largest, metric="cosine", algorithm="brute")
     index.fit(embeddings)

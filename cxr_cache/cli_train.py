@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,7 +82,8 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
             "--schedule",
             type=click.Choice(SCHEDULES),
             default=defaults.schedule,
-            help="plateau halves the rate when the validation loss stalls for --patience epochs.",
+            help="plateau halves the rate when the validation loss stalls for more than --patience "
+            "epochs.",
         ),
         click.option("--patience", default=defaults.patience, help="Epochs, for plateau."),
         click.option(
@@ -95,8 +96,12 @@ def _recipe_options(defaults: type[Recipe]) -> Callable[[Command], Command]:
             help="focal weighs every term by alpha, as the reference; focal-balanced is the "
             "paper's.",
         ),
-        click.option("--alpha", default=defaults.alpha, help="Alpha of the focal losses."),
-        click.option("--gamma", default=defaults.gamma, help="Gamma of the focal losses."),
+        click.option("--alpha", default=defaults.alpha, help="Of focal and focal-balanced."),
+        click.option(
+            "--gamma",
+            default=defaults.gamma,
+            help="Of the focal losses, class-balanced and asymmetric (whose authors take 4).",
+        ),
         click.option(
             "--hidden",
             default="x".join(map(str, defaults.hidden)),
@@ -273,6 +278,7 @@ def ablate(
             scheduler=scheduler,
             on_progress=on_progress,
         )
+    warn_if_random(ablation.is_random)
     plot = draw_ablation(ablation.table, out / "ablation.png")
     click.echo(ablation.to_text())
     click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
@@ -280,7 +286,7 @@ def ablate(
         result = train_head(
             store,
             out / "best",
-            ablation.best.config,
+            replace(ablation.best.config, n_jobs=workers or -1),
             labels=labels,
             allow_pending=allow_pending,
             overwrite=True,

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Final, Literal, TypeAlias
 
 from cxr_cache.errors import ConfigError
@@ -76,7 +77,7 @@ class Recipe:
     max_grad_norm: float | None = 1.0
     schedule: str = "plateau"
     patience: int = 3
-    """Epochs without a better validation loss before the rate is halved."""
+    """The rate is halved after more than so many epochs without a better validation loss."""
     early_stopping: int | None = None
     """Epochs without a better validation loss after which a fold stops; None trains on."""
     loss: str = "focal"
@@ -102,6 +103,10 @@ class Recipe:
     def _rules(self) -> list[Rule]:
         calibrations = ", ".join(CALIBRATIONS)
         return [
+            *(
+                (all(isinstance(n, Integral) for n in numbers), f"--{name} must be a whole number")
+                for name, numbers in self._counts().items()
+            ),
             (bool(self.epochs) and self.epochs[0] >= 1, "--epochs must be 1 or more"),
             (self.n_folds >= 2, "--folds must be 2 or more"),
             (0 < self.test_fraction < 1, "--test-fraction must lie between 0 and 1"),
@@ -109,21 +114,33 @@ class Recipe:
             (self.final in FINALS, f"--final is one of {', '.join(FINALS)}"),
             (self.seed >= 0, "--seed must not be negative"),
             (self.batch_size >= 2, "--batch-size must be 2 or more: batch norm needs two rows"),
-            (self.learning_rate > 0, "--lr must be positive"),
-            (self.weight_decay >= 0, "--weight-decay must not be negative"),
+            (0 < self.learning_rate < math.inf, "--lr must be positive and finite"),
+            (0 <= self.weight_decay < math.inf, "--weight-decay must be 0 or more, and finite"),
             (self.max_grad_norm is None or self.max_grad_norm > 0, "--clip must be positive"),
             (self.schedule in SCHEDULES, f"--schedule is one of {', '.join(SCHEDULES)}"),
             (self.patience >= 0, "--patience must not be negative"),
             (self.early_stopping is None or self.early_stopping >= 1, "--early-stopping is >= 1"),
             (self.loss in LOSSES, f"--loss is one of {', '.join(LOSSES)}"),
             (0 <= self.alpha <= 1, "--alpha must lie in [0, 1]"),
-            (self.gamma >= 0, "--gamma must not be negative"),
+            (0 <= self.gamma < math.inf, "--gamma must be 0 or more, and finite"),
             (all(width >= 1 for width in self.hidden), "--hidden widths must be 1 or more"),
             (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
             (self.norm in NORMS, f"--norm is one of {', '.join(NORMS)}"),
             (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
             (self.calibration in CALIBRATIONS, f"--calibration is one of {calibrations}"),
         ]
+
+    def _counts(self) -> dict[str, tuple[int, ...]]:
+        """What has to be whole, by the name of its option."""
+        stopping = () if self.early_stopping is None else (self.early_stopping,)
+        return {
+            "epochs": self.epochs,
+            "folds": (self.n_folds,),
+            "batch-size": (self.batch_size,),
+            "patience": (self.patience,),
+            "early-stopping": stopping,
+            "hidden": self.hidden,
+        }
 
     @property
     def has_horizon(self) -> bool:

@@ -15,8 +15,8 @@ from cxr_cache.calibration import expected_calibration_error, log_losses, square
 from cxr_cache.intervals import (
     Interval,
     Scale,
+    interval_of_mean,
     macro_interval,
-    share_interval_of_mean,
     standard_errors,
     student_interval,
 )
@@ -254,7 +254,7 @@ def _intervals(
         errors = standard_errors(values, n)
         intervals[name] = student_interval(figures[name], errors, n, scale)
         intervals[f"macro_{name}"] = macro_interval(figures[name], values, n, scale)
-    intervals["balanced_accuracy"] = share_interval_of_mean(
+    intervals["balanced_accuracy"] = interval_of_mean(
         figures["balanced_accuracy"],
         *((figures[name], intervals[name]) for name in ("sensitivity", "specificity")),
     )

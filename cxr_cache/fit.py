@@ -189,7 +189,7 @@ class HeadFit:
     @property
     def has_ended(self) -> bool:
         """Whether nothing is left to train."""
-        return not self._running or self.epoch == self._n_epochs
+        return not self._running or self.epoch >= self._n_epochs
 
     def _record(self, h: int, row: dict[str, float], probabilities: NDArray[np.float32]) -> None:
         trajectory = self.trajectories[h]

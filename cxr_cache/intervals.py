@@ -168,7 +168,7 @@ def pool_clusters(variances: Array, n_clusters: Array) -> float:
     return float(np.square(np.sum(variances))) / scatter + 1 if scatter > 0 else math.inf
 
 
-def share_interval_of_mean(estimate: Array, first: Bounded, second: Bounded) -> Interval:
+def interval_of_mean(estimate: Array, first: Bounded, second: Bounded) -> Interval:
     """Interval of the mean of two shares that have intervals of their own: MOVER.
 
     Zou and Donner, "Construction of confidence limits about effect measures", 2008: the distances

@@ -32,7 +32,7 @@ class BankOptimizer:
         Each head's gradient is scaled down to this Euclidean norm; None for no limit.
     schedule
         One of :data:`cxr_cache.config.SCHEDULES`: ``plateau`` halves the rate when the
-        validation loss has not improved for `patience` epochs.
+        validation loss has not improved for more than `patience` epochs.
     n_epochs
         Horizon of the schedules that need one.
     """

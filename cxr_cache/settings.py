@@ -13,12 +13,18 @@ import numpy as np
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, suggest
 
-_SHORT: Final = {"lr": "learning_rate", "clip": "max_grad_norm"}
+_SHORT: Final = {"lr": "learning_rate", "clip": "max_grad_norm", "folds": "n_folds"}
 _SHARED: Final = (
     *("n_folds", "test_fraction", "split_by", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "calibration"),
 )
 """What all settings have in common: folds, and what comes after the comparison."""
+_OF_ABLATE: Final = {
+    **{"n_folds": "--folds", "test_fraction": "--test-fraction", "split_by": "--split-by"},
+    **{"seed": "--seed", "device": "--device", "n_jobs": "--workers"},
+}
+"""Options of `ablate` for them; the rest is the recipe's."""
+_MAY_BE_NONE: Final = ("max_grad_norm", "early_stopping")
 _LARGEST_GRID: Final = 10_000
 
 
@@ -57,7 +63,12 @@ def make_settings(
     ConfigError
         An option or value is unknown or out of range, or there are too many combinations.
     """
-    choices = dict(_parse_option(option) for option in options)
+    choices: dict[str, list[str]] = {}
+    for option in options:
+        name, listed = _parse_option(option)
+        if _field(name) in map(_field, choices):
+            raise ConfigError(f"--set {option}: {name} was given before. List all values at once.")
+        choices[name] = listed
     n_settings = math.prod(map(len, choices.values()))
     if n_settings > _LARGEST_GRID and n_sampled is None:
         raise ConfigError(
@@ -70,8 +81,8 @@ def make_settings(
         combinations = (_nth(choices, n) for n in [0, *sorted(others + 1)])  # type: ignore[assignment]
     varied = [name for name, values in choices.items() if len(values) > 1]
     settings = []
-    for values in combinations:
-        written = dict(zip(choices, values, strict=True))
+    for combination in combinations:
+        written = dict(zip(choices, combination, strict=True))
         parsed = {_field(name): _parse_value(name, text) for name, text in written.items()}
         settings.append(Setting(replace(base, **parsed), {name: written[name] for name in varied}))
     return settings
@@ -89,10 +100,8 @@ def _parse_option(option: str) -> tuple[str, list[str]]:
     listed = [value.strip() for value in values.split(",")]
     if not equals or not all(listed):
         raise ConfigError(f"--set {option}: write NAME=VALUE,VALUE, such as lr=1e-4,1e-3.")
-    if len(set(listed)) < len(listed):
+    if len({_parse_value(name, value) for value in listed}) < len(listed):
         raise ConfigError(f"--set {option}: a value is given twice.")
-    for value in listed:
-        _parse_value(name, value)
     return name, listed
 
 
@@ -100,9 +109,10 @@ def _field(name: str) -> str:
     field = _SHORT.get(name, name)
     allowed = [f.name for f in fields(TrainConfig) if f.name not in _SHARED]
     if field in _SHARED:
-        raise ConfigError(
-            f"--set {name}: all settings share it. Use the option of that name instead."
+        instead = (
+            f"Use {_OF_ABLATE[field]} instead." if field in _OF_ABLATE else "It is the recipe's."
         )
+        raise ConfigError(f"--set {name}: all settings share it. {instead}")
     if field not in allowed:
         hint = suggest(name, [*_SHORT, *allowed]) or f" Choose from {', '.join(allowed)}."
         raise ConfigError(f"--set {name}: there is no such option.{hint}")
@@ -110,22 +120,23 @@ def _field(name: str) -> str:
 
 
 def _parse_value(name: str, text: str) -> Any:
-    default = getattr(TrainConfig(), _field(name))
+    field = _field(name)
+    if text == "none" and field in _MAY_BE_NONE:
+        return None
     try:
-        return _parsers(default)(text)
+        return _parser(field)(text)
     except ValueError as error:
         raise ConfigError(f"--set {name}: {text!r} is not a value for it ({error}).") from error
 
 
-def _parsers(default: Any) -> Callable[[str], Any]:
+def _parser(field: str) -> Callable[[str], Any]:
     """How to read a value of the same type as the default."""
+    default = getattr(TrainConfig(), field)
     if isinstance(default, bool):
         return _parse_bool
     if isinstance(default, tuple):
         return lambda text: () if text == "none" else tuple(int(part) for part in text.split("x"))
-    if default is None or isinstance(default, float):
-        return lambda text: None if text == "none" else float(text)
-    return type(default)
+    return int if default is None else type(default)  # early stopping alone is none by default
 
 
 def _parse_bool(text: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import BaseCrossValidator
 from sklearn.utils import check_random_state
@@ -104,6 +105,8 @@ def _as_targets(y: ArrayLike | None) -> NDArray[Any]:
     """Targets ``(N, F)`` as they are; of class labels, one column per class."""
     if y is None:
         raise ConfigError("GroupedMultilabelSplit needs y: what it spreads evenly over the folds.")
+    if isinstance(y, pd.DataFrame):  # its columns may have a missing value that is not NaN
+        return y.to_numpy(np.float64, na_value=np.nan)
     values = np.asarray(y)
     if values.ndim == 2:
         return values

@@ -34,8 +34,9 @@ class Standards:
             means.append(total / len(chosen))
             variances.append((squares / len(chosen) - means[-1].square()).clamp(min=0))
         std = torch.stack(variances).sqrt()
-        std = torch.where(std > 1e-6 * std.amax(dim=1, keepdim=True), std, 1.0)
         mean = torch.stack(means)
+        # Of an input that never varies, rounding shows less than this share of its size.
+        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
         return cls(mean[:, None].to(embeddings.dtype), std[:, None].to(embeddings.dtype))
 
     def apply(self, x: Tensor) -> Tensor:

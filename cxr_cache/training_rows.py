@@ -115,6 +115,21 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
     return done
 
 
+def require_features(store: FeatureStore, config: TrainConfig) -> None:
+    """Raise unless a store holds what a head of this recipe reads.
+
+    Raises
+    ------
+    StoreFormatError
+        Naming what is there and what is not.
+    """
+    if lacking := [name for name in COLUMNS[config.features] if name not in store.feature_shapes]:
+        raise StoreFormatError(
+            f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
+            f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
+        )
+
+
 def read_features(
     store: FeatureStore, rows: NDArray[np.intp], config: TrainConfig
 ) -> NDArray[np.float32]:
@@ -125,12 +140,8 @@ def read_features(
     StoreFormatError
         The store lacks what `config.features` asks for.
     """
+    require_features(store, config)
     columns = COLUMNS[config.features]
-    if lacking := [name for name in columns if name not in store.feature_shapes]:
-        raise StoreFormatError(
-            f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
-            f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
-        )
     n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
     width = sum(store.feature_shapes[name][1] for name in columns)
     prepared = allocate_shared((n_views, len(rows), width))

@@ -22,14 +22,15 @@ from cxr_cache.baselines import (
     predict_prevalence,
 )
 from cxr_cache.cli import cli
-from cxr_cache.errors import RunError, StoreFormatError
+from cxr_cache.errors import RunError, StoreFormatError, TrainingError
 from cxr_cache.fit import PlainRows
 from cxr_cache.metrics import auroc, macro_mean
+from cxr_cache.run import Run
 from cxr_cache.search import fold_tasks, search_epochs, split_cohort
 from cxr_cache.settings import make_settings
 from cxr_cache.store import FeatureStore
 from cxr_cache.train import load_training_data
-from tests.synthetic import QUICK, make_cohort, make_store
+from tests.synthetic import IMPORTED, QUICK, make_cohort, make_store
 
 FOLDS = [f"fold_{k + 1}" for k in range(QUICK.n_folds)]
 SETTINGS = make_settings(QUICK, ["lr=3e-3,3e-2", "input_norm=l2,standard"])
@@ -232,6 +233,37 @@ def test_features_that_the_store_lacks_are_named(store, tmp_path):
 
 
 # --- Command line ---------------------------------------------------------------------------------
+
+
+def test_names_of_images_may_be_of_any_alphabet(tmp_path):
+    cohort = make_cohort(20)
+    image_ids = cohort.image_ids.astype("<U12")
+    image_ids[0] = "größe 胸.png"
+    path = make_store(tmp_path / "s.h5", replace(cohort, image_ids=image_ids))
+    assert len(ablate(path, tmp_path / "out", SETTINGS[:1], baselines=[]).table) == 1
+
+
+def test_features_that_are_not_there_are_missed_before_anything_is_trained(store, tmp_path):
+    settings = make_settings(QUICK, ["features=projected,pooled"])
+    with pytest.raises(StoreFormatError, match="holds no 'pooled'"):
+        ablate(store, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_that_diverges_is_named(store, tmp_path):
+    settings = make_settings(QUICK, ["lr=3e-3,1e38"])
+    with pytest.raises(TrainingError, match=r"Setting lr=1e38: .*finite.*leave this one out of"):
+        ablate(store, tmp_path / "out", settings, baselines=[])
+
+
+def test_the_command_warns_of_random_weights_and_refits_on_as_many_cores(tmp_path):
+    path = make_store(tmp_path / "s.h5", make_cohort(40), encoder=IMPORTED | {"is_random": True})
+    arguments = ["ablate", path, "--out", tmp_path / "out", "--set", "batch_size=16"]
+    arguments += ["--epochs", 1, "--folds", 2, "--workers", 1, "--no-baselines", "--refit"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "This encoder has RANDOM WEIGHTS" in result.output
+    assert Run.open(tmp_path / "out" / "best").config["train"]["n_jobs"] == 1
 
 
 def test_the_command_ranks_and_refits(store, tmp_path):

@@ -182,6 +182,19 @@ def test_standardising_is_that_of_a_scaler_in_front(norm):
     np.testing.assert_allclose(head.predict_proba(X), expected, atol=1e-4)
 
 
+def test_inputs_of_all_sizes_are_standardised_and_constant_ones_left_alone():
+    """Also beside one that is millions of times as large."""
+    sizes = np.array([2.0**-10, 1, 2**16] * 6)[: X.shape[1]]  # which change no digit
+    others = np.column_stack([np.zeros(len(X)), np.full(len(X), 3.0), np.full(len(X), 1e-4)])
+    head = make_head(input_norm="standard").fit(np.column_stack([X * sizes, others]), Y)
+    expected = make_head(input_norm="standard").fit(np.column_stack([X, others * 0]), Y)
+    np.testing.assert_allclose(
+        head.predict_proba(np.column_stack([X * sizes, others])),
+        expected.predict_proba(np.column_stack([X, others * 0])),
+        atol=1e-4,
+    )
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_seed_decides_and_frames_are_as_good_as_arrays():
     probabilities = make_head().fit(X, Y).predict_proba(X)
@@ -196,6 +209,7 @@ def test_the_seed_decides_and_frames_are_as_good_as_arrays():
     [
         ({"schedule": "plateau"}, Y, ConfigError, "fit holds nothing out. Use 'constant'"),
         ({"loss": "hinge"}, Y, ConfigError, "--loss is one of focal"),
+        ({"n_epochs": 2.5}, Y, ConfigError, "--epochs must be a whole number"),
         ({"batch_size": 500}, Y, ConfigError, r"batch_size=500 .* n_samples = 120\. Use a smaller"),
         ({}, np.where(np.isnan(Y), 2, Y), TableError, r"y holds .*2.* in row \d+, column \d"),
         ({}, np.full(len(X), "a"), TableError, "y holds 1 class, 'a'; there must be two"),

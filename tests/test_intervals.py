@@ -14,10 +14,10 @@ from scipy.special import expit, logit
 
 from cxr_cache.bootstrap import bootstrap_weights
 from cxr_cache.intervals import (
+    interval_of_mean,
     macro_error,
     macro_interval,
     pool_clusters,
-    share_interval_of_mean,
     standard_errors,
     student_interval,
 )
@@ -149,12 +149,12 @@ def test_the_mean_of_two_shares_knows_what_they_do_not():
     specificity = student_interval(np.array(0.99), 0.005, 600, "logit")
     pairs = (np.array(0.0), sensitivity), (np.array(0.99), specificity)
 
-    low, high = share_interval_of_mean(np.array(0.495), *pairs)
+    low, high = interval_of_mean(np.array(0.495), *pairs)
 
     assert low == pytest.approx(0.495 - (0.99 - specificity.low) / 2)
     assert high == pytest.approx(0.495 + np.hypot(0.206, specificity.high - 0.99) / 2, abs=1e-3)
     unknown = student_interval(np.array(0.5), np.nan, 1, "logit")
-    assert np.isnan(share_interval_of_mean(np.array(0.5), pairs[0], (0.5, unknown))).all()
+    assert np.isnan(interval_of_mean(np.array(0.5), pairs[0], (0.5, unknown))).all()
 
 
 def test_a_perfect_mean_is_no_certainty():

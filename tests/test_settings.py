@@ -52,6 +52,13 @@ def test_a_sample_larger_than_the_grid_is_the_grid():
     assert make_settings(BASE, GRID, n_sampled=1000) == make_settings(BASE, GRID)
 
 
+def test_what_may_be_none_and_what_is_whole():
+    (setting,) = make_settings(BASE, ["early_stopping=3", "clip=none", "patience=2"])
+    config = setting.config
+    assert (config.early_stopping, config.max_grad_norm, config.patience) == (3, None, 2)
+    assert type(config.early_stopping) is int
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -64,7 +71,16 @@ def test_a_sample_larger_than_the_grid_is_the_grid():
         (["lr=fast"], "'fast' is not a value"),
         (["hidden=5y6"], "'5y6' is not a value"),
         (["flip=maybe"], "'maybe' is not a value for it .yes or no"),
-        (["seed=1,2"], "all settings share it"),
+        (["lr=1e-3,0.001"], "given twice"),
+        (["lr=1e-3", "lr=1e-2"], "lr=1e-2: lr was given before. List all values at once"),
+        (["lr=1e-3,1e-2", "learning_rate=1"], "learning_rate was given before"),
+        (["lr=none"], "'none' is not a value for it"),
+        (["early_stopping=2.5"], "'2.5' is not a value for it"),
+        (["gamma=inf"], "--gamma must be 0 or more, and finite"),
+        (["seed=1,2"], "all settings share it. Use --seed instead"),
+        (["folds=3"], "all settings share it. Use --folds instead"),
+        (["n_jobs=3"], "all settings share it. Use --workers instead"),
+        (["final=refit"], "all settings share it. It is the recipe's"),
         (["dropout=1.5"], r"--dropout must lie in \[0, 1\)"),
         (["loss=foca"], "--loss is one of"),
         ([f"alpha={','.join(str(i / 500) for i in range(300))}", *GRID[:3], "gamma=1,2,3"], "10,8"),

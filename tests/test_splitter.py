@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn
 from sklearn.dummy import DummyClassifier
@@ -111,3 +112,16 @@ def test_what_is_missing_is_named():
         next(GroupedMultilabelSplit(1).split(targets, targets, patients))
     with pytest.raises(ConfigError, match="5 folds need as many groups"):
         next(GroupedMultilabelSplit(5).split(targets, targets, np.arange(600) % 3))
+
+
+def test_missing_values_of_frames_are_unlabelled():
+    targets, groups = make_rows(0)
+    frame = pd.DataFrame(targets).astype("Int64")
+    frame.iloc[3, 0] = pd.NA
+    as_array = targets.astype(np.float64)
+    as_array[3, 0] = np.nan
+    split = GroupedMultilabelSplit(n_splits=3, random_state=0)
+    for ours, theirs in zip(
+        split.split(frame, frame, groups), split.split(as_array, as_array, groups), strict=True
+    ):
+        np.testing.assert_array_equal(ours[1], theirs[1])
