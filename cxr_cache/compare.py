@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from cxr_cache.bootstrap import bootstrap
-from cxr_cache.clusters import UNITS, Unit
+from cxr_cache.clusters import UNITS, Unit, count_rarer_class
 from cxr_cache.errors import RunError
 from cxr_cache.intervals import LEVEL, macro_error, standard_errors
 from cxr_cache.metrics import FloatArray, macro_mean
@@ -215,8 +215,8 @@ def _tabulate(
 ) -> pd.DataFrame:
     """All runs but the first against the first, finding by finding and their mean."""
     targets = images[0].targets
-    present, absent = targets == 1, targets == 0
-    n_clusters = np.minimum(*(images[0].count_clusters(cells) for cells in (present, absent)))
+    n_positive = (targets == 1).sum(axis=0)
+    n_clusters = count_rarer_class(targets, images[0].clusters)
     parts = []
     for measure in MEASURES:
         estimates, resampled = scores.estimates[measure], scores.resampled[measure]
@@ -229,7 +229,7 @@ def _tabulate(
         part = pd.concat(of_runs, ignore_index=True).assign(measure=measure)
         is_macro = part["finding"] == MACRO
         part["p_holm"] = part["p"].groupby(is_macro).transform(holm)
-        part["n_positive"] = np.tile([*present.sum(axis=0), present.sum()], len(of_runs))
+        part["n_positive"] = np.tile([*n_positive, n_positive.sum()], len(of_runs))
         parts.append(part)
     whole = pd.concat(parts, ignore_index=True).assign(against=names[0], rows=rows)
     table: pd.DataFrame = whole[list(COLUMNS)]
@@ -237,7 +237,7 @@ def _tabulate(
 
 
 def _difference(
-    first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: NDArray[np.int64]
+    first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: FloatArray
 ) -> pd.DataFrame:
     """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows."""
     n_undefined = np.isnan(resampled).sum(axis=0)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import digamma
 
 Array: TypeAlias = NDArray[Any]
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -176,8 +175,9 @@ def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatAr
     FloatArray
         Shape ``(...)``; NaN without a positive.
     """
-    positive, n = np.asarray(n_positive, np.float64), np.asarray(n_labelled, np.float64)
-    harmonic = digamma(n + 1) + np.euler_gamma
+    positive, n = np.asarray(n_positive, np.float64), np.asarray(n_labelled)
+    # From SciPy it would cost every process that trains its import.
+    harmonic = np.append(0, np.cumsum(1 / np.arange(1, n.max(initial=0) + 1)))[n]
     share_of_others = divide(positive - 1, n - 1)
     others = np.where(n > 1, share_of_others * (n - harmonic), 0)
     return np.where(positive > 0, divide(harmonic + others, n), np.nan)

@@ -27,10 +27,11 @@ AGE_BANDS: Final = (0, 18, 40, 60, 80)
 """First year of each band; the last has no end."""
 MAX_GROUP_VALUES: Final = 20
 _KEYS_OF_GROUPS: Final = ("image_id", "study_uid")
-_NOT_GROUPS: Final = {
-    "projection": "figures by projection are those of the image table's own",
-    "age_band": "its column 'age' becomes that",
+_CLASHES: Final = {
+    ("projection",): "figures by projection are those of the image table's own",
+    ("age", "age_band"): "its column 'age' becomes that",
 }
+"""Columns that a table of groups may not have, or not together, and why not the last of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,16 +184,17 @@ def parse_predictions(
             f"targets: no row for {len(missing)} predicted images, the first is {missing[0]!r}. "
             "Use the table of the same cohort."
         )
+    image_ids = predictions["image_id"].to_numpy(object)
     probabilities = predictions[list(findings)].to_numpy(np.float64)
-    _require_probabilities(probabilities, predictions["image_id"].to_numpy(object), findings)
+    _require_probabilities(probabilities, image_ids, findings)
     wanted = targets[list(findings)].to_numpy(np.float64)[rows]
-    _require_targets(wanted, predictions["image_id"].to_numpy(object), findings)
+    _require_targets(wanted, image_ids, findings)
     patient_ids = _parse_patient_ids(predictions)
     require_one_patient_per_study(
         patient_ids, predictions["study_uid"].to_numpy(object), "predictions: "
     )
     return ScoredImages(
-        image_ids=predictions["image_id"].to_numpy(object),
+        image_ids=image_ids,
         study_uids=predictions["study_uid"].to_numpy(object),
         patient_ids=patient_ids,
         projections=predictions["projection"].to_numpy(object),
@@ -291,9 +293,11 @@ def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
             f"its columns are {', '.join(table.columns)}."
         )
     require_unique(table, key, path)
-    for name, reason in _NOT_GROUPS.items():
-        if name in table and (name != "age_band" or "age" in table):
-            raise TableError(f"{path} has a column {name!r}, but {reason}. Give it another name.")
+    for names, reason in _CLASHES.items():
+        if set(names) <= set(table):
+            raise TableError(
+                f"{path} has a column {names[-1]!r}, but {reason}. Give it another name."
+            )
     if "age" in table:
         table = table.assign(age_band=_to_age_bands(table["age"], path)).drop(columns="age")
     return key, table

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from cxr_cache.bootstrap import bootstrap, bootstrap_weights
+from cxr_cache.clusters import count_rarer_class
 from cxr_cache.intervals import Interval, macro_interval, standard_errors, student_interval
 from cxr_cache.joint_auroc import ScoredRows, score_jointly
 from cxr_cache.metrics import confusion_counts, macro_mean, rates
@@ -88,7 +89,7 @@ def cover_one_finding(
         once = ranked.auroc_and_ap(np.ones((1, len(scores))))[0][0]
         for name, groups in groupings.items():
             areas = ranked.auroc_and_ap(bootstrap_weights(groups, n_resamples, repeat))[0]
-            n = fewer_of_both(present.astype(float), groups)
+            n = count_rarer_class(present.astype(float), groups)
             interval = student_interval(once, standard_errors(areas, n), n, "logit")
             n_covered[name] += bool(covers(interval, truth)[0])
     return {name: count / repeats for name, count in n_covered.items()}
@@ -102,13 +103,6 @@ def draw_scores(
     own = rng.standard_normal(present.shape)
     scores: Array = present * distances + np.sqrt(shared) * of_study + np.sqrt(1 - shared) * own
     return scores
-
-
-def fewer_of_both(targets: Array, groups: Array) -> Array:
-    """Groups with a positive or with a negative, whichever are fewer, ``(F,)``."""
-    counts = [[len(np.unique(groups[column == value])) for column in targets.T] for value in (0, 1)]
-    fewer: Array = np.min(counts, axis=0)
-    return fewer
 
 
 def covers(interval: Interval, truth: Array | float) -> Array:
@@ -194,7 +188,7 @@ def simulate(population: Population, seed: int, n_resamples: int) -> dict[str, A
     even = np.full(N_STUDIES, 1 / N_STUDIES)
     drawn = statistics(rng.multinomial(N_STUDIES, even, size=n_resamples)[:, study])
     weighted = bootstrap(statistics, study, n_resamples, seed)
-    n = fewer_of_both(targets, study)
+    n = count_rarer_class(targets, study)
     once = statistics(np.ones((1, len(study))))
     estimates = {name: np.where(n > 0, once[name][0], np.nan) for name in MEASURES}
     scored = n > 0

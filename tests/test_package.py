@@ -38,6 +38,16 @@ def test_importing_the_package_and_asking_for_help_import_nothing_heavy(what):
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
+def test_a_process_that_trains_imports_what_it_needs_alone():
+    """One starts on every core; SciPy would cost each a quarter of a second."""
+    code = (
+        "import sys, cxr_cache.fit_on_cores; "
+        "print(sorted({'scipy.special', 'sklearn', 'matplotlib', 'h5py'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
 def layers() -> dict[str, int]:
     """Level of each module, as the design lists them."""
     listing = (ROOT / "docs" / "design.md").read_text().split("## 4.")[1].split("```")[1]
