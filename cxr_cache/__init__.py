@@ -10,38 +10,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cxr_cache.cohort import Cohort, load_cohort
     from cxr_cache.config import TrainConfig
-    from cxr_cache.encoder import load_encoder
-    from cxr_cache.estimator import FocalHeadClassifier
-    from cxr_cache.evaluate import evaluate_run
-    from cxr_cache.extract import ExtractConfig, extract_embeddings
-    from cxr_cache.importing import import_embeddings
-    from cxr_cache.predict import predict_images
-    from cxr_cache.report import write_report
-    from cxr_cache.run import Run
-    from cxr_cache.splitter import GroupedMultilabelSplit
-    from cxr_cache.store import FeatureStore
-    from cxr_cache.train import train_head
+    from cxr_cache.datasets.cohort import Cohort, load_cohort
+    from cxr_cache.encoders.encoder import load_encoder
+    from cxr_cache.evaluation.evaluate import evaluate_run
+    from cxr_cache.models.predict import predict_images
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.report import write_report
+    from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+    from cxr_cache.store.feature_store import FeatureStore
+    from cxr_cache.store.importing import import_embeddings
+    from cxr_cache.training.estimator import FocalHeadClassifier
+    from cxr_cache.training.splitter import GroupedMultilabelSplit
+    from cxr_cache.training.train import train_head
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Cohort": "cohort",
-    "ExtractConfig": "extract",
-    "FeatureStore": "store",
-    "FocalHeadClassifier": "estimator",
-    "GroupedMultilabelSplit": "splitter",
-    "Run": "run",
+    "Cohort": "datasets.cohort",
+    "ExtractConfig": "store.extract",
+    "FeatureStore": "store.feature_store",
+    "FocalHeadClassifier": "training.estimator",
+    "GroupedMultilabelSplit": "training.splitter",
+    "Run": "models.run",
     "TrainConfig": "config",
-    "evaluate_run": "evaluate",
-    "extract_embeddings": "extract",
-    "import_embeddings": "importing",
-    "load_cohort": "cohort",
-    "load_encoder": "encoder",
-    "predict_images": "predict",
-    "train_head": "train",
-    "write_report": "report",
+    "evaluate_run": "evaluation.evaluate",
+    "extract_embeddings": "store.extract",
+    "import_embeddings": "store.importing",
+    "load_cohort": "datasets.cohort",
+    "load_encoder": "encoders.encoder",
+    "predict_images": "models.predict",
+    "train_head": "training.train",
+    "write_report": "report.report",
 }
 
 __all__ = [

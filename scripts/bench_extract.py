@@ -40,14 +40,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from cxr_cache.canary import cosines
-from cxr_cache.cohort import Cohort
-from cxr_cache.encoder import Encoder, load_encoder
-from cxr_cache.encoding import encoding_threads
-from cxr_cache.extract import ExtractConfig, ExtractSummary, extract_embeddings
-from cxr_cache.images import read_image
-from cxr_cache.phantoms import draw_phantom
-from cxr_cache.store import FeatureStore
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.phantoms.dataset import draw_phantom
+from cxr_cache.encoders.canary import cosines
+from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoding import encoding_threads
+from cxr_cache.store.extract import ExtractConfig, ExtractSummary, extract_embeddings
+from cxr_cache.store.feature_store import FeatureStore
 
 IMAGE_SIZE_PX, PLAIN_BATCH_SIZE = 256, 32
 GOALS = {"plain": 2.0, "floor": 0.9}

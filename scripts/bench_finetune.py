@@ -10,7 +10,7 @@ layout, random weights) and the same head with focal loss and AdamW, 16 images a
 2. the same from decoded pixels (uint8, in memory);
 3. from tokens in memory, with the plain last block;
 4. from tokens in memory, with the last block for the class token only;
-5. the product: `cxr_cache.tuning.tune` on a store with tokens, read from memory and from the file.
+5. the product: `cxr_cache.training.tuning.tune` on a store with tokens, read from memory and from the file.
 
 1 to 4 are bare loops of plain PyTorch. The floor is forward and backward of 4 alone. Each works in
 a process of its own, whose peak memory is its own; they take turns, so that a busy machine slows
@@ -40,15 +40,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cxr_cache.config import FinetuneConfig
-from cxr_cache.encoder import Encoder, load_encoder, trainable_parameter_names
-from cxr_cache.fit import HeadTask
-from cxr_cache.heads import HeadBank
-from cxr_cache.images import read_image
-from cxr_cache.phantoms import draw_phantom
-from cxr_cache.store import FeatureStore
-from cxr_cache.token_sources import open_tokens
-from cxr_cache.tuned_model import copy_tail
-from cxr_cache.tuning import TuningData, tune
+from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.phantoms.dataset import draw_phantom
+from cxr_cache.encoders.encoder import Encoder, load_encoder, trainable_parameter_names
+from cxr_cache.models.heads import HeadBank
+from cxr_cache.models.tuned import copy_tail
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.tokens import open_tokens
+from cxr_cache.training.fit import HeadTask
+from cxr_cache.training.tuning import TuningData, tune
 
 N_UNFROZEN, BATCH_SIZE = 2, 16
 N_IMAGES = BATCH_SIZE

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxr_cache.cohort import Cohort, load_cohort
-from cxr_cache.encoder import Encoder, load_encoder
-from cxr_cache.extract import ExtractConfig, extract_embeddings
-from cxr_cache.phantoms import write_phantoms
-from cxr_cache.store import FeatureStore
+from cxr_cache.datasets.cohort import Cohort, load_cohort
+from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.feature_store import FeatureStore
 
 ENCODER = "random:vit_tiny_patch16_224"
 Commit = Callable[[FeatureStore, NDArray[np.intp], Mapping[str, NDArray[Any]], NDArray[Any]], None]

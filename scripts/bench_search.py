@@ -34,11 +34,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cxr_cache.config import TrainConfig
-from cxr_cache.fit import HeadTask, PlainRows, fit_heads
-from cxr_cache.fit_on_cores import fit_on_cores
-from cxr_cache.heads import HeadBank
-from cxr_cache.losses import reference_focal_loss
-from cxr_cache.metrics import auroc, macro_mean
+from cxr_cache.metrics.scores import auroc, macro_mean
+from cxr_cache.models.heads import HeadBank
+from cxr_cache.training.fit import HeadTask, PlainRows, fit_heads
+from cxr_cache.training.fit_on_cores import fit_on_cores
+from cxr_cache.training.losses import reference_focal_loss
 
 N, D, F, K = 6000, 512, 35, 5
 CANDIDATES = (30, 50, 75, 90, 100)

@@ -22,11 +22,11 @@ from benchmarking import describe_machine, format_table, write_json
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cxr_cache.bootstrap import bootstrap
-from cxr_cache.figures import estimate
-from cxr_cache.metrics import auroc, average_precision
-from cxr_cache.ranked import RankedScores
-from cxr_cache.scored import ScoredImages
+from cxr_cache.evaluation.figures import estimate
+from cxr_cache.evaluation.scored import ScoredImages
+from cxr_cache.metrics.bootstrap import bootstrap
+from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.scores import auroc, average_precision
 
 Array = NDArray[Any]
 N_FINDINGS = 35

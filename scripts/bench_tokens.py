@@ -38,8 +38,8 @@ import xxhash
 from benchmarking import commit_tokens, describe_machine, format_table, make_cohort, write_json
 from numpy.typing import NDArray
 
-from cxr_cache.store import FeatureStore
-from cxr_cache.token_sources import StoredTokens
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.tokens import StoredTokens
 
 BATCH_SIZE, N_WRITTEN_AT_ONCE = 16, 64
 GOAL = 0.6

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxr_cache.cohort import Cohort
-from cxr_cache.store import FeatureStore
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.store.feature_store import FeatureStore
 
 N_FINDINGS = 35
 PREVALENCE = 0.05

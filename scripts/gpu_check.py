@@ -33,17 +33,17 @@ import torch
 from benchmarking import commit_tokens, describe_machine, format_table, make_cohort, write_json
 from torch import Tensor
 
+from cxr_cache.common.devices import resolve_device
+from cxr_cache.common.distributed import is_main, process_group
 from cxr_cache.config import FinetuneConfig, TrainConfig
-from cxr_cache.devices import resolve_device
-from cxr_cache.distributed import is_main, process_group
-from cxr_cache.encoder import Encoder, load_encoder
-from cxr_cache.encoding import encode_views
-from cxr_cache.features import prepare_embeddings
-from cxr_cache.fit import HeadTask, TrainingData, fit_heads
-from cxr_cache.store import FeatureStore
-from cxr_cache.token_sources import ResidentTokens, TokenSource, open_tokens
-from cxr_cache.tuned_model import copy_tail
-from cxr_cache.tuning import TuningData, tune
+from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoding import encode_views
+from cxr_cache.models.tuned import copy_tail
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.features import prepare_embeddings
+from cxr_cache.store.tokens import ResidentTokens, TokenSource, open_tokens
+from cxr_cache.training.fit import HeadTask, TrainingData, fit_heads
+from cxr_cache.training.tuning import TuningData, tune
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 N_UNFROZEN: Final = 2

@@ -34,12 +34,17 @@ from benchmarking import format_table, write_json
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from cxr_cache.bootstrap import bootstrap, bootstrap_weights
-from cxr_cache.clusters import count_rarer_class
-from cxr_cache.intervals import Interval, macro_interval, standard_errors, student_interval
-from cxr_cache.joint_auroc import ScoredRows, score_jointly
-from cxr_cache.metrics import confusion_counts, macro_mean, rates
-from cxr_cache.ranked import RankedScores
+from cxr_cache.datasets.clusters import count_rarer_class
+from cxr_cache.metrics.bootstrap import bootstrap, bootstrap_weights
+from cxr_cache.metrics.intervals import (
+    Interval,
+    macro_interval,
+    standard_errors,
+    student_interval,
+)
+from cxr_cache.metrics.paired import ScoredRows, score_jointly
+from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.scores import confusion_counts, macro_mean, rates
 
 Array = NDArray[Any]
 Draw = tuple[Array, Array, dict[str, Array]]
@@ -143,7 +148,7 @@ class Population:
     """35 findings with known AUROC, AP, best F1, and the threshold that has it."""
 
     def __init__(self) -> None:
-        rules = json.loads((resources.files("cxr_cache") / "data/findings35.json").read_text())
+        rules = json.loads((resources.files("cxr_cache.datasets") / "findings35.json").read_text())
         n_images = np.array([rule["images"] for rule in rules["findings"]])
         self.prevalence = n_images / rules["images"]
         self.distances = np.random.default_rng(5).uniform(0.4, 1.6, len(n_images))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from cxr_cache.cohort import Cohort
-    from cxr_cache.encoder import Encoder
+    from cxr_cache.datasets.cohort import Cohort
+    from cxr_cache.encoders.encoder import Encoder
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -31,7 +31,7 @@ def encoder() -> Encoder:
     """A tiny one of random weights; what a test patches is put back by `monkeypatch`."""
     import torch
 
-    from cxr_cache.encoder import load_encoder
+    from cxr_cache.encoders.encoder import load_encoder
 
     torch.set_num_threads(1)
     return load_encoder("random:test_vit", precision="fp32")
@@ -40,7 +40,7 @@ def encoder() -> Encoder:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """A folder with both tables and about fifteen images, which no test changes."""
-    from cxr_cache.phantoms import write_phantoms
+    from cxr_cache.datasets.phantoms.dataset import write_phantoms
 
     folder = tmp_path_factory.mktemp("phantoms")
     write_phantoms(folder, n_studies=8, image_size_px=64, seed=3)
@@ -55,6 +55,6 @@ def images(phantoms, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def cohort(phantoms) -> Cohort:
-    from cxr_cache.cohort import load_cohort
+    from cxr_cache.datasets.cohort import load_cohort
 
     return load_cohort(phantoms)

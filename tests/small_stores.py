@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.cohort import Cohort
-from cxr_cache.store import FeatureStore
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.store.feature_store import FeatureStore
 
 ENCODER = {"name": "made for a test", "weights_sha256": "0" * 64, "is_random": True}
 SHAPES = {"embeddings": (1, 8), "pooled": (1, 12)}

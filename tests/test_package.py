@@ -1,4 +1,4 @@
-"""The package's door: names that exist, layers that only look down."""
+"""The package's door and its house: names that exist, and imports that only point down."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,69 @@ import pytest
 import cxr_cache
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(path for path in (ROOT / "cxr_cache").glob("*.py") if path.stem[0] != "_")
+PACKAGE = ROOT / "cxr_cache"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def read_ladder() -> dict[str, int]:
+    """Step of each package and of the modules beside them, as docs/design.md shows the ladder."""
+    shown = (ROOT / "docs" / "design.md").read_text().split("## 4.")[1].split("```")[1]
+    steps: dict[str, int] = {}
+    for line in shown.splitlines():
+        if match := re.match(r" ?(\d+)  (\w+)", line):
+            steps[match[2]] = int(match[1])
+    return steps
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """The modules of the package that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cxr_cache."):
+            imported = (node.module or "").removeprefix("cxr_cache.")
+            for alias in node.names:
+                inside = f"{imported}.{alias.name}"
+                yield inside if inside in MODULES else imported
+
+
+def test_the_ladder_in_the_design_names_every_package():
+    beside = {path.stem for path in PACKAGE.glob("*.py") if path.stem[0] != "_"}
+    assert set(read_ladder()) == {*PACKAGES, *beside}
+
+
+def test_imports_only_point_down():
+    """A package imports what stands below it on the ladder, or itself; steps are shared by two."""
+    steps = read_ladder()
+    for module in MODULES:
+        home = module.partition(".")[0]
+        if home[0] == "_":  # the door, and `python -m`
+            continue
+        for imported in imports_of(module):
+            target = imported.partition(".")[0]
+            assert steps[target] < steps[home] or target == home, f"{module} -> {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: set(imports_of(module)) for module in MODULES if module[0] != "_"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_the_house_has_few_files_in_a_room():
+    assert len(list(PACKAGE.glob("*.py"))) == 4
+    for package in PACKAGES:
+        files = [name for name in MODULES if name.rpartition(".")[0] == package]
+        assert len(files) < 16, f"{package} has {len(files)} files beside its __init__.py"
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "datasets.phantoms"])
+def test_a_package_says_what_it_is_for_and_no_more(package):
+    assert len(MODULES[package].read_text().splitlines()) == 1
 
 
 def test_every_public_name_is_there():
@@ -28,7 +92,7 @@ def test_every_public_name_is_there():
     "what",
     [
         "import cxr_cache",
-        "from cxr_cache.cli import cli; cli(['--help'], 'cxr-cache', None, False)",
+        "from cxr_cache.cli.main import cli; cli(['--help'], 'cxr-cache', None, False)",
     ],
 )
 def test_importing_the_package_and_asking_for_help_import_nothing_heavy(what):
@@ -41,54 +105,36 @@ def test_importing_the_package_and_asking_for_help_import_nothing_heavy(what):
 def test_a_process_that_trains_imports_what_it_needs_alone():
     """One starts on every core; SciPy would cost each a quarter of a second."""
     code = (
-        "import sys, cxr_cache.fit_on_cores; "
+        "import sys, cxr_cache.training.fit_on_cores; "
         "print(sorted({'scipy.special', 'sklearn', 'matplotlib', 'h5py'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
-def layers() -> dict[str, int]:
-    """Level of each module, as the design lists them."""
-    listing = (ROOT / "docs" / "design.md").read_text().split("## 4.")[1].split("```")[1]
-    levels: dict[str, int] = {}
-    level = 0
-    for line in listing.splitlines():
-        if match := re.match(r"(\d| )  (\w+)(\*?)\.py ", line):
-            level = int(match[1]) if match[1].strip() else level
-            names = [m.stem for m in MODULES if m.stem.startswith(match[2])] if match[3] else None
-            levels |= dict.fromkeys(names or [match[2]], level)
-    return levels
-
-
-def test_the_design_lists_every_module():
-    assert set(layers()) == {module.stem for module in MODULES}
-
-
-def test_imports_only_point_down():
-    """A module imports from lower levels, or from its own."""
-    levels = layers()
-    for module in MODULES:
-        for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cxr_cache."):
-                imported = node.module.split(".")[1]
-                assert levels[imported] <= levels[module.stem], f"{module.stem} -> {imported}"
-
-
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("h5py", {"layout", "store"}),
-        ("PIL", {"images", "phantoms", "phantom_film", "phantom_anatomy", "thumbnails"}),
-        ("open_clip", {"encoder", "checkpoints", "towers", "text_encoder"}),
-        ("click", {"cli", "cli_parts", "cli_store", "cli_train", "cli_score", "cli_use"}),
-        ("tqdm", {"cli_parts"}),
+        ("h5py", {"store.layout", "store.feature_store"}),
+        (
+            "PIL",
+            {
+                *("datasets.images", "report.cases", "report.thumbnails"),
+                *(f"datasets.phantoms.{name}" for name in ("dataset", "film", "anatomy")),
+            },
+        ),
+        (
+            "open_clip",
+            {f"encoders.{name}" for name in ("encoder", "open_clip", "sources", "towers", "text")},
+        ),
+        ("click", {f"cli.{name}" for name in ("main", "options", "store", "train", "score", "use")}),
+        ("tqdm", {"cli.options"}),
     ],
 )
 def test_few_modules_know_a_library(library, modules):
     knowing = {
-        module.stem
-        for module in MODULES
-        if re.search(rf"^\s*(?:import|from) {library}\b", module.read_text(), re.MULTILINE)
+        module
+        for module, path in MODULES.items()
+        if re.search(rf"^\s*(?:import|from) {library}\b", path.read_text(), re.MULTILINE)
     }
     assert knowing <= modules, f"{library} is imported by {sorted(knowing - modules)}"

@@ -183,9 +183,9 @@ def test_a_section_that_fails_is_reported_and_the_others_go_on(tmp_path):
     out = tmp_path / "gpu_check.json"
     script = REPOSITORY / "scripts" / "gpu_check.py"
     breaking = (
-        "import runpy, sys, cxr_cache.fit\n"
+        "import runpy, sys, cxr_cache.training.fit\n"
         "def fail(*args, **options): raise ValueError('broken on purpose')\n"
-        "cxr_cache.fit.fit_heads = fail\n"
+        "cxr_cache.training.fit.fit_heads = fail\n"
         "sys.argv[1:] = sys.argv[2:]\n"
         f"sys.path.insert(0, {str(script.parent)!r})\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from cxr_cache.store import FeatureStore
-from cxr_cache.verify import verify
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.verify import verify
 from tests.small_stores import ENCODER, make_cohort
 
 pytestmark = pytest.mark.faults

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_cache import durable
+from cxr_cache.common import files as durable
 from cxr_cache.errors import DiskError, DiskFullError
-from cxr_cache.store import DONE, FeatureStore
+from cxr_cache.store.feature_store import DONE, FeatureStore
 from tests.faults.disk import CallCounter
 from tests.faults.oracle import (
     Violations,

@@ -23,9 +23,14 @@ from cxr_cache.errors import (
     StoreFormatError,
     StoreMismatchError,
 )
-from cxr_cache.merge import merge
-from cxr_cache.store import DONE, FAILED, PENDING, FeatureStore
-from cxr_cache.verify import verify
+from cxr_cache.store.feature_store import (
+    DONE,
+    FAILED,
+    PENDING,
+    FeatureStore,
+)
+from cxr_cache.store.merge import merge
+from cxr_cache.store.verify import verify
 from tests.faults.disk import CallCounter, die_half_way
 from tests.faults.oracle import (
     FAILURE,

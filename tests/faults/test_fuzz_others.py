@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cxr_cache.cohort import load_cohort
+from cxr_cache.datasets.cohort import load_cohort
+from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.errors import CxrCacheError
-from cxr_cache.phantoms import write_phantoms
-from cxr_cache.run import Run, SavedModel
+from cxr_cache.models.run import Run, SavedModel
 
 FILES = pytest.mark.parametrize("n_files", [150, pytest.param(2000, marks=pytest.mark.faults)])
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_cache.merge import merge
-from cxr_cache.store import DONE, FAILED, FeatureStore
+from cxr_cache.store.feature_store import DONE, FAILED, FeatureStore
+from cxr_cache.store.merge import merge
 from tests.faults.disk import CallCounter, die, die_half_way
 from tests.faults.oracle import (
     PART_ENCODER,

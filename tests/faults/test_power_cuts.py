@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_cache.store import PENDING
+from cxr_cache.store.feature_store import PENDING
 from tests.faults.oracle import Violations, fill, inspect_after, kill, run_in_child
 
 N_IMAGES = 120

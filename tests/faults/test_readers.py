@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from cxr_cache.store import DONE, PENDING, FeatureStore
+from cxr_cache.store.feature_store import DONE, PENDING, FeatureStore
 from tests.faults.oracle import Violations, count_wrong, fill, inspect_after, open_or_create
 from tests.small_stores import SHAPES, make_batch
 

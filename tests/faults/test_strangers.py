@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from cxr_cache.errors import CxrCacheError, StoreFormatError, TableError
-from cxr_cache.importing import import_embeddings
-from cxr_cache.layout import read_layout
-from cxr_cache.store import FeatureStore
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.importing import import_embeddings
+from cxr_cache.store.layout import read_layout
 from tests.faults.oracle import run_in_child
 from tests.small_stores import make_cohort, make_store
 
@@ -265,8 +265,8 @@ def test_a_pickle_in_an_npz_is_not_executed(tmp_path):
 def test_a_pickle_in_encoder_weights_is_not_executed(tmp_path):
     import torch
 
+    from cxr_cache.encoders.weights import load_weights
     from cxr_cache.errors import EncoderError
-    from cxr_cache.weights import load_weights
 
     marker = tmp_path / "executed"
     for name in ("open_clip_pytorch_model.bin", "model.pth"):

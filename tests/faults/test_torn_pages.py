@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
-from cxr_cache.store import FeatureStore
+from cxr_cache.store.feature_store import FeatureStore
 from tests.faults.disk import RecordedFile, Recorder, recorded
 from tests.faults.oracle import (
     BEGUN,

@@ -1,0 +1,1 @@
+"""Commands: options to one call and one report."""

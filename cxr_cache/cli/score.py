@@ -1,0 +1,287 @@
+"""Commands that judge runs: their figures, differences and pages."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cxr_cache.cli.options import (
+    DEVICE,
+    FILE,
+    FOLDER,
+    GROUPS,
+    MODEL_OF_STORE,
+    RUN,
+    RUNS,
+    SEED,
+    STORE,
+    Command,
+    calibration_option,
+    counting,
+    load_encoder_of_run,
+    load_encoder_of_store,
+    options_given,
+    require_folder,
+    threshold_rule_option,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cxr_cache.models.run import Run
+
+
+def _resamples(least: int) -> Callable[[Command], Command]:
+    return click.option(
+        "--resamples",
+        type=click.IntRange(min=least),
+        default=2000,
+        help="Bootstrap resamples of studies, of patients where they are known.",
+    )
+
+
+@click.command()
+@RUN
+@click.option("--store", type=FILE, help="Score the run on another store (an external test set).")
+@click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
+@threshold_rule_option(None)
+@calibration_option(None)
+@GROUPS
+@_resamples(0)
+@SEED
+@click.option(
+    "--model",
+    help="With --store, for a fine-tuned run: the encoder, where it has moved.  "
+    "[default: as recorded]",
+)
+@DEVICE
+def evaluate(
+    run: Path,
+    store: Path | None,
+    out: Path | None,
+    threshold_rule: str | None,
+    calibration: str | None,
+    groups: Path | None,
+    resamples: int,
+    seed: int,
+    model: str | None,
+    device: str,
+) -> None:
+    """Score a run's predictions, with intervals; or the run on another store.
+
+    --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
+    stored with its model.
+    """
+    from cxr_cache.evaluation.evaluate import evaluate_predictions, evaluate_run, format_summary
+    from cxr_cache.models.run import Run
+
+    if out is not None and store is None:
+        raise click.UsageError("--out goes with --store; a run keeps its own metrics.json.")
+    if store is not None and (threshold_rule or calibration):
+        raise click.UsageError(
+            "--threshold-rule and --calibration are chosen on the run's own out-of-fold "
+            "predictions, never on another store. Evaluate the run with them first."
+        )
+    opened = Run.open(run)
+    if store is None:
+        metrics = evaluate_run(
+            opened,
+            threshold_rule=threshold_rule,
+            calibration=calibration,
+            groups=groups,
+            n_resamples=resamples,
+            seed=seed,
+        )
+        click.echo(format_summary(metrics))
+        return
+    from cxr_cache.models.predict import predict_store
+    from cxr_cache.store.feature_store import FeatureStore
+
+    with FeatureStore.open(store) as features:
+        encoder = None
+        if opened.load_model().tail is not None and not features.header.encoder.get("imported"):
+            from cxr_cache.encoders.encoding import reload_encoder
+
+            encoder = reload_encoder(features.header.encoder, model=model, device=device)
+        predictions, targets = predict_store(opened, features, encoder)
+    known = predictions["image_id"].isin(opened.read_table("splits")["image_id"])
+    if known.any():
+        click.echo(
+            f"Warning: {known.sum():,} of the {len(known):,} images belong to the run's own data; "
+            "figures on images that it was trained on are too good.",
+            err=True,
+        )
+    evaluation = evaluate_predictions(
+        predictions,
+        targets,
+        opened.thresholds,
+        calibration=opened.calibration,
+        rule=opened.threshold_rule,
+        groups=groups,
+        n_resamples=resamples,
+        seed=seed,
+    )
+    click.echo(format_summary(evaluation.metrics))
+    if out is not None:
+        out.write_text(json.dumps(evaluation.metrics, indent=2))
+
+
+@click.command()
+@RUNS
+@click.option("--out", type=FOLDER, help="Folder for comparison.csv and comparison.png.")
+@_resamples(2)
+@SEED
+def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int) -> None:
+    """How much better RUNS are than the first of them, on the same test studies."""
+    from cxr_cache.evaluation.compare import compare_runs
+    from cxr_cache.models.run import Run
+
+    if len(runs) < 2:
+        raise click.UsageError("Give two runs or more; the others are compared with the first.")
+    comparison = compare_runs(*map(Run.open, runs), n_resamples=resamples, seed=seed)
+    click.echo(comparison.to_text())
+    if out is not None:
+        from cxr_cache.report.comparison_plot import write_comparison
+
+        for path in write_comparison(comparison, out):
+            click.echo(f"{path} written")
+
+
+@click.command("zero-shot")
+@STORE
+@click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
+@click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
+@click.option("--out", type=FILE, help="Write the table to this CSV file.")
+@_resamples(2)
+@SEED
+@MODEL_OF_STORE
+def zero_shot(
+    store: Path,
+    run_dir: Path | None,
+    prompts: Path | None,
+    out: Path | None,
+    resamples: int,
+    seed: int,
+    model: str | None,
+) -> None:
+    """What the encoder tells from prompts alone, without training.
+
+    With --run-dir the table is kept in the run's folder, and `report` shows it on the run's page.
+
+    Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
+    """
+    from cxr_cache.encoders.prompts import load_prompts
+    from cxr_cache.encoders.text import load_text_encoder
+    from cxr_cache.evaluation.zero_shot import require_same_encoder, score_zero_shot
+    from cxr_cache.models.run import Run
+    from cxr_cache.store.feature_store import FeatureStore
+
+    if out is not None:
+        require_folder(out.parent)
+    pairs = load_prompts(prompts)
+    run = None if run_dir is None else Run.open(run_dir)
+    remedy = "Extract the images with a model that has a text tower."
+    encoder = load_encoder_of_store(store, model, "cpu", remedy).identity
+    with FeatureStore.open(store) as features:
+        require_same_encoder(features, encoder)
+        found = score_zero_shot(
+            features,
+            load_text_encoder(encoder.name),
+            pairs,
+            run=run,
+            n_resamples=resamples,
+            seed=seed,
+        )
+    click.echo(found.to_text())
+    if out is not None:
+        found.table.to_csv(out, index=False, float_format="%.6g")
+    if run is not None and found.is_of_run:
+        _keep_zero_shot(run, found.table)
+
+
+def _keep_zero_shot(run: Run, table: pd.DataFrame) -> None:
+    """Put the table into the run's folder, which may be someone else's."""
+    try:
+        kept = run.write_table("zero_shot", table)
+    except PermissionError as error:
+        click.echo(f"Not kept with the run: {error.filename} cannot be written.", err=True)
+        return
+    command = shlex.join(["cxr-cache", "report", str(run.path)])
+    click.echo(f"Kept as {kept}; `{command}` puts it on the run's page.")
+
+
+@click.command()
+@RUNS
+@click.option(
+    "--out",
+    type=FILE,
+    default="comparison.html",
+    help="Page of several runs; that of one is report.html in its folder.",
+)
+@click.option(
+    "--image-dir",
+    type=FOLDER,
+    help="Folder of the images: the page then shows small pictures of hits, misses and false "
+    "alarms, and may not be shared if they may not.",
+)
+@click.option(
+    "--maps",
+    is_flag=True,
+    help="With --image-dir, for one run: also where it looked in these pictures, which takes a "
+    "pass through the encoder for each: up to 12 of each of 40 findings, minutes without a GPU.",
+)
+@click.option(
+    "--model",
+    help="With --maps: the run's encoder, where it has moved.  [default: as recorded]",
+)
+@click.option("--device", default="auto", help="With --maps: auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--license", "license_id", default="unknown", help="For the model card, as the Hub writes it."
+)
+@click.option(
+    "--dataset", "dataset_id", default="unknown", help="For the model card, as the Hub writes it."
+)
+@_resamples(2)
+def report(
+    runs: tuple[Path, ...],
+    out: Path,
+    image_dir: Path | None,
+    maps: bool,
+    model: str | None,
+    device: str,
+    license_id: str,
+    dataset_id: str,
+    resamples: int,
+) -> None:
+    """Write the plots, page and model card of a run, or one page for several RUNS.
+
+    Several runs must have been tested on the same studies; differences are to the first.
+    """
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.report import write_joint_report, write_report
+
+    if maps and (image_dir is None or len(runs) > 1):
+        raise click.UsageError("--maps goes with --image-dir and one run.")
+    if not maps and (idle := options_given({"model": model, "device": device})):
+        raise click.UsageError(f"--{min(idle)} goes with --maps.")
+    opened = [Run.open(run) for run in runs]
+    if len(opened) > 1:
+        page = write_joint_report(opened, out, image_dir=image_dir, n_resamples=resamples)
+    else:
+        encoder = load_encoder_of_run(opened[0], model, device) if maps else None
+        with counting("map") if maps else nullcontext() as on_progress:
+            page = write_report(
+                opened[0],
+                image_dir=image_dir,
+                license_id=license_id,
+                dataset_id=dataset_id,
+                encoder=encoder,
+                on_progress=on_progress,
+            )
+    click.echo(f"Report: {page}")

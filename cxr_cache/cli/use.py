@@ -1,0 +1,148 @@
+"""Commands that use a run on image files, write it for others, or show the whole job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cxr_cache.cli.options import (
+    DEVICE,
+    FILE,
+    FOLDER,
+    IMAGES,
+    MODEL_OF_RUN,
+    RUN,
+    load_encoder_of_run,
+    require_folder,
+    warn_if_random,
+)
+
+
+@click.command()
+@RUN
+@IMAGES
+@click.option("--out", type=FILE, help="Write a CSV instead of printing the likeliest findings.")
+@MODEL_OF_RUN
+@DEVICE
+def predict(
+    run: Path, images: tuple[Path, ...], out: Path | None, model: str | None, device: str
+) -> None:
+    """Probabilities and decisions for image files (a folder means all its files)."""
+    from cxr_cache.models.run import Run
+
+    paths = _require_files(images)
+    if out is not None:
+        require_folder(out.parent)
+    opened = Run.open(run)
+    encoder = load_encoder_of_run(opened, model, device)
+    from cxr_cache.models.predict import predict_images
+
+    predictions = predict_images(opened, paths, encoder)
+    if out is None:
+        click.echo(predictions.to_text())
+    else:
+        predictions.to_table().to_csv(out, index=False, float_format="%.6g")
+        click.echo(f"{len(paths) - predictions.n_failed:,} predictions written to {out}")
+    if predictions.n_failed:
+        raise click.ClickException(
+            f"{predictions.n_failed:,} of {len(paths):,} images could not be used."
+        )
+
+
+@click.command()
+@RUN
+@IMAGES
+@click.option("--finding", "findings", multiple=True, required=True, help="May be repeated.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the pictures.")
+@click.option(
+    "--blocks",
+    "n_blocks",
+    type=click.IntRange(min=1),
+    help="Last blocks to follow back.  [default: those fine-tuned; of a frozen run, the last two]",
+)
+@click.option(
+    "--raw", is_flag=True, help="Also write each map as .npy, rows and columns of patches."
+)
+@MODEL_OF_RUN
+@DEVICE
+def explain(
+    run: Path,
+    images: tuple[Path, ...],
+    findings: tuple[str, ...],
+    out: Path,
+    n_blocks: int | None,
+    raw: bool,
+    model: str | None,
+    device: str,
+) -> None:
+    """Draw where in image files (a folder means all its files) a finding was seen.
+
+    The maps say what the model's answer rests on, not whether that is right.
+    """
+    from cxr_cache.models.explain import explain_images, parse_findings
+    from cxr_cache.models.run import Run
+
+    paths = _require_files(images)
+    opened = Run.open(run)
+    names = parse_findings(opened, findings)
+    encoder = load_encoder_of_run(opened, model, device)
+    from cxr_cache.report.explain_plot import write_explanations
+
+    maps = explain_images(opened, paths, names, encoder, n_blocks=n_blocks)
+    n_written, failures = write_explanations(maps, out, raw=raw)
+    click.echo(f"{n_written:,} pictures written to {out}")
+    if failures:
+        raise click.ClickException(
+            f"{len(failures):,} of {len(paths):,} images could not be used:\n" + "\n".join(failures)
+        )
+
+
+@click.command()
+@RUN
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["open-clip", "onnx"]),
+    required=True,
+    help="open-clip: a folder for local-dir:, with the head beside it. onnx: one file, pixels to "
+    "probabilities.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder or file to write."
+)
+@MODEL_OF_RUN
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+def export(run: Path, file_format: str, out: Path, model: str | None, overwrite: bool) -> None:
+    """Write the whole model, encoder included, for use without cxr-cache."""
+    from cxr_cache.models.export import export_run
+    from cxr_cache.models.run import Run
+
+    opened = Run.open(run)
+    summary = export_run(opened, out, file_format, model=model, overwrite=overwrite)
+    warn_if_random(opened.config["random_encoder"])
+    click.echo(summary.to_text())
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--studies", default=450, help="Phantom studies to draw.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of phantoms and training.")
+def demo(folder: Path, studies: int, seed: int) -> None:
+    """The whole job on synthetic chest X-rays: no data, no network, two minutes."""
+    from cxr_cache.cli.demo import run_demo
+
+    run_demo(folder, n_studies=studies, seed=seed, echo=click.echo)
+
+
+def _require_files(images: tuple[Path, ...]) -> list[Path]:
+    paths = [path for image in images for path in _files_of(image)]
+    if not paths:
+        raise click.ClickException("There are no files in the folders given.")
+    return paths
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file())

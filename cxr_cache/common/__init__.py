@@ -1,0 +1,1 @@
+"""Files, tables, words, devices and places to compute: nothing about X-rays."""

@@ -1,0 +1,1 @@
+"""Which images there are, what is on them, and their pixels."""

@@ -1,0 +1,62 @@
+"""Random changes to the pixels of a training image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from cxr_cache.config import Augmentation
+from cxr_cache.datasets.images import Preprocessing
+
+
+def roomy(preprocessing: Preprocessing, augmentation: Augmentation) -> Preprocessing:
+    """How to decode an image that will be cropped: so large that no crop has to be enlarged."""
+    if augmentation.crop_scale is None:
+        return preprocessing
+    size_px = math.ceil(preprocessing.image_size_px / math.sqrt(augmentation.crop_scale))
+    return replace(preprocessing, image_size_px=size_px)
+
+
+def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seeds: Tensor) -> Tensor:
+    """Change every image of a batch in its own way: turn, crop, brightness, contrast.
+
+    Parameters
+    ----------
+    pixels
+        uint8, ``(B, 3, S', S')``, decoded as :func:`roomy` says.
+    augmentation
+        What may change, and how much.
+    size_px
+        S, what the encoder takes.
+    seeds
+        One per image, ``(B,)``; the same seed gives the same changes, whatever else is in the
+        batch. The global random state stays as it was.
+
+    Returns
+    -------
+    Tensor
+        uint8, ``(B, 3, S, S)``.
+    """
+    steps: list[torch.nn.Module] = []
+    if augmentation.rotation_deg:
+        bilinear = v2.InterpolationMode.BILINEAR
+        steps.append(v2.RandomRotation(augmentation.rotation_deg, interpolation=bilinear))
+    if augmentation.crop_scale is not None:
+        scale = (augmentation.crop_scale, 1.0)
+        bicubic = v2.InterpolationMode.BICUBIC
+        steps.append(v2.RandomResizedCrop(size_px, scale=scale, interpolation=bicubic))
+    if augmentation.brightness or augmentation.contrast:
+        steps.append(v2.ColorJitter(augmentation.brightness, augmentation.contrast))
+    if not steps:
+        return pixels
+    change = v2.Compose(steps)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        changed = []
+        for image, seed in zip(pixels, seeds.tolist(), strict=True):
+            torch.default_generator.manual_seed(seed)
+            changed.append(change(image))
+        return torch.stack(changed)

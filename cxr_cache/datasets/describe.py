@@ -1,0 +1,170 @@
+"""What a cohort holds: findings, views, images per study, missing files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.labels import FINDINGS, PUBLISHED_COUNTS, PUBLISHED_IMAGES
+
+
+@dataclass(frozen=True)
+class FindingCount:
+    """How often one finding occurs; prevalence is among labelled images, None without any."""
+
+    finding: str
+    images: int
+    studies: int
+    prevalence: float | None
+
+
+@dataclass(frozen=True)
+class CohortDescription:
+    """What a cohort holds, in numbers; made by :func:`describe_cohort`.
+
+    Attributes
+    ----------
+    findings
+        Counts of each finding, in cohort order.
+    n_images, n_studies
+        All images; the studies they belong to.
+    n_patients
+        None where no patient is named.
+    n_unlabelled
+        Images without a single labelled finding.
+    projections
+        Images of each projection, ``""`` for unknown.
+    images_per_study
+        Number of studies with 1, 2, ... images.
+    missing
+        Images without a file; None where no image folder was given.
+    n_as_published
+        How many of the 35 image counts equal the published ones; None where
+        the cohort is not the complete Indiana collection.
+    """
+
+    findings: tuple[FindingCount, ...]
+    n_images: int
+    n_studies: int
+    n_patients: int | None
+    n_unlabelled: int
+    projections: dict[str, int]
+    images_per_study: dict[int, int]
+    missing: tuple[str, ...] | None
+    n_as_published: int | None
+
+    @property
+    def imbalance_ratio(self) -> float | None:
+        """Images of the most frequent finding per image of the rarest that occurs at all."""
+        counts = [count.images for count in self.findings if count.images]
+        return max(counts) / min(counts) if counts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as JSON-able values."""
+        missing = self.missing
+        return {
+            "images": self.n_images,
+            "studies": self.n_studies,
+            "patients": self.n_patients,
+            "unlabelled_images": self.n_unlabelled,
+            "projections": self.projections,
+            "images_per_study": {str(n): count for n, count in self.images_per_study.items()},
+            "missing_files": None if missing is None else len(missing),
+            "missing_first": None if missing is None else list(missing[:5]),
+            "imbalance_ratio": self.imbalance_ratio,
+            "counts_as_published": self.n_as_published,
+            "findings": [asdict(count) for count in self.findings],
+        }
+
+    def to_text(self) -> str:
+        """Return one screen of text: the cohort's size and views, then a row per finding."""
+        width = max(len("finding"), *(len(count.finding) for count in self.findings))
+        header = f"{'finding':<{width}}  {'images':>7}  {'studies':>7}  {'prevalence':>10}"
+        rows = [
+            f"{count.finding:<{width}}  {count.images:>7,}  {count.studies:>7,}  "
+            f"{_percent(count.prevalence):>10}"
+            for count in self.findings
+        ]
+        return "\n".join([*self._summary_lines(), "", header, *rows])
+
+    def _summary_lines(self) -> list[str]:
+        patients = "" if self.n_patients is None else f" of {self.n_patients:,} patients"
+        per_study = (f"{n}: {count:,}" for n, count in self.images_per_study.items())
+        views = (f"{name or 'unknown'} {count:,}" for name, count in self.projections.items())
+        lines = [
+            f"{self.n_images:,} images of {self.n_studies:,} studies{patients}",
+            f"projections:       {', '.join(views)}",
+            f"images per study:  {', '.join(per_study)}",
+            f"unlabelled images: {self.n_unlabelled:,}",
+        ]
+        if self.missing is not None:
+            lines.append(f"missing files:     {_list_first(self.missing)}")
+        if self.imbalance_ratio is not None:
+            lines.append(f"imbalance ratio:   {self.imbalance_ratio:,.0f}:1")
+        if self.n_as_published is not None:
+            lines.append(
+                f"image counts:      {self.n_as_published} of {len(PUBLISHED_COUNTS)} as published"
+            )
+        return lines
+
+
+def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> CohortDescription:
+    """Count what a cohort holds.
+
+    Parameters
+    ----------
+    cohort
+        The images.
+    missing
+        Those without a file, from :func:`cxr_cache.datasets.images.find_missing`; None where that
+        was not looked up.
+    """
+    labelled = ~np.isnan(cohort.targets)
+    patients = set(cohort.patient_ids.tolist()) - {""}
+    images_of_study = Counter(cohort.study_uids.tolist())
+    findings = _count_findings(cohort)
+    n_as_published = None
+    if cohort.findings == FINDINGS and len(cohort) == PUBLISHED_IMAGES:
+        n_as_published = sum(PUBLISHED_COUNTS[count.finding] == count.images for count in findings)
+    return CohortDescription(
+        findings=findings,
+        n_images=len(cohort),
+        n_studies=len(images_of_study),
+        n_patients=len(patients) or None,
+        n_unlabelled=int((~labelled.any(axis=1)).sum()),
+        projections=dict(sorted(Counter(cohort.projections.tolist()).items())),
+        images_per_study=dict(sorted(Counter(images_of_study.values()).items())),
+        missing=None if missing is None else tuple(missing),
+        n_as_published=n_as_published,
+    )
+
+
+def _count_findings(cohort: Cohort) -> tuple[FindingCount, ...]:
+    counts = []
+    for column, finding in enumerate(cohort.findings):
+        targets = cohort.targets[:, column]
+        present = targets == 1
+        n_labelled = int((~np.isnan(targets)).sum())
+        counts.append(
+            FindingCount(
+                finding=finding,
+                images=int(present.sum()),
+                studies=len(np.unique(cohort.study_uids[present])),
+                prevalence=float(present.sum()) / n_labelled if n_labelled else None,
+            )
+        )
+    return tuple(counts)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _list_first(names: Sequence[str], n: int = 3) -> str:
+    more = ", ..." if len(names) > n else ""
+    return f"{len(names):,}" + (f" ({', '.join(names[:n])}{more})" if names else "")

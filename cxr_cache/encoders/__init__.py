@@ -1,0 +1,1 @@
+"""A name to a frozen tower, and pixels to its features."""

@@ -1,0 +1,182 @@
+"""Pixels to the feature columns of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxr_cache.encoders.encoder import Encoder, EncoderIdentity, load_encoder
+from cxr_cache.errors import EncoderError
+
+IMAGENET_STATISTICS: Final = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+"""Mean and standard deviation of the pixels that ``--normalize imagenet`` stands for."""
+
+
+def encode_views(
+    encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool, n_unfrozen: int | None = None
+) -> dict[str, NDArray[Any]]:
+    """Every feature column of some images.
+
+    Parameters
+    ----------
+    encoder
+        What computes them.
+    pixels
+        ``(B, 3, S, S)``, uint8.
+    flip
+        Also encode the mirror images, as a second view.
+    n_unfrozen
+        Also give the tokens that enter the first of the last `n_unfrozen` blocks.
+
+    Returns
+    -------
+    dict
+        ``embeddings`` ``(B, V, D)`` and ``pooled`` ``(B, V, P)``, float32; where they are asked
+        for, ``tokens`` ``(B, V, T, W)``, float16: infinite where that type is too narrow.
+    """
+    views = _split_views(pixels, flip)
+    if encoder.device.type == "cuda":  # only from pinned memory does a copy not hold up its thread
+        views = [view.pin_memory() for view in views]
+    outputs = [_encode(encoder, view, n_unfrozen) for view in views]
+    return {
+        name: torch.stack([output[name] for output in outputs], dim=1).cpu().numpy()
+        for name in outputs[0]
+    }
+
+
+@contextmanager
+def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """As many threads as there should be batches in the encoder at once, and their number.
+
+    On a CPU one per core, each of which computes its batch alone: cores that share every matrix
+    product wait for each other at the end of each (the more so, the busier the machine), and pass
+    activations between their caches. On a GPU two: one prepares its batch and launches its kernels
+    while those of the other run.
+    """
+    n_cores, alone = torch.get_num_threads(), device.type == "cpu"
+    n_threads = n_cores if alone else 2
+    threads = ThreadPoolExecutor(
+        n_threads, "encoder", lambda: torch.set_num_threads(1) if alone else None
+    )
+    try:
+        yield threads, n_threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(n_cores)  # threads that start later ask what was set last
+
+
+class FittingEncoder:
+    """:func:`encode_views` on pieces of a batch that fit into the device's memory.
+
+    Pieces are halved whenever the memory does not suffice, and stay so small from then on.
+
+    Attributes
+    ----------
+    largest
+        Images that are encoded at once at most; None where every batch has fitted.
+    """
+
+    def __init__(self, encoder: Encoder, *, flip: bool, n_unfrozen: int | None) -> None:
+        self.encoder, self._flip, self._n_unfrozen = encoder, flip, n_unfrozen
+        self.largest: int | None = None
+
+    def encode(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """As :func:`encode_views`.
+
+        Raises
+        ------
+        EncoderError
+            The memory does not suffice for a single image.
+        """
+        pieces, start = [], 0
+        while start < len(pixels):
+            piece = pixels[start : start + (self.largest or len(pixels))]
+            if features := self._try(piece):
+                pieces.append(features)
+                start += len(piece)
+            else:
+                self._retreat(len(piece))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _try(self, piece: NDArray[np.uint8]) -> dict[str, NDArray[Any]] | None:
+        try:
+            return encode_views(self.encoder, piece, flip=self._flip, n_unfrozen=self._n_unfrozen)
+        except torch.OutOfMemoryError:
+            return None  # the error holds what filled the memory, so it must be gone by then
+
+    def _retreat(self, n_images: int) -> None:
+        if n_images == 1:
+            raise EncoderError(
+                f"{self.encoder.device} has not enough free memory to encode a single image. End "
+                "what else uses it, or choose another --device."
+            )
+        self.largest = min(n_images // 2, self.largest or n_images)
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def largest_token(
+    encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool, n_unfrozen: int
+) -> float:
+    """Largest absolute value among the tokens of some images, as computed, not as stored."""
+    views = _split_views(pixels, flip)
+    tokens = [encoder.encode_with_tokens(view, n_unfrozen)[0] for view in views]
+    return max(float(values.abs().max()) for values in tokens)
+
+
+def _split_views(pixels: NDArray[np.uint8], flip: bool) -> list[Tensor]:
+    upright = torch.from_numpy(pixels)
+    return [upright, upright.flip(-1)] if flip else [upright]
+
+
+def _encode(encoder: Encoder, pixels: Tensor, n_unfrozen: int | None) -> dict[str, Tensor]:
+    """The feature columns of one view, in one pass."""
+    if n_unfrozen is None:
+        pooled, embeddings = encoder.encode(pixels)
+        return {"embeddings": embeddings, "pooled": pooled}
+    tokens, pooled, embeddings = encoder.encode_with_tokens(pixels, n_unfrozen)
+    return {"embeddings": embeddings, "pooled": pooled, "tokens": tokens.half()}
+
+
+def reload_encoder(
+    recorded: Mapping[str, Any], *, model: str | None = None, device: str = "auto"
+) -> Encoder:
+    """Load the encoder that a store or a run says it was made with.
+
+    Parameters
+    ----------
+    recorded
+        An encoder's identity as :meth:`EncoderIdentity.to_dict` gives it.
+    model
+        Its name, where it lies elsewhere now; None takes the recorded one.
+    device
+        As for :func:`cxr_cache.encoders.encoder.load_encoder`.
+
+    Returns
+    -------
+    Encoder
+        It may still differ in its weights: compare the identities.
+
+    Raises
+    ------
+    EncoderError
+        `recorded` is no identity, or the encoder cannot be loaded.
+    """
+    identity = EncoderIdentity.from_dict(recorded)
+    preprocessing = identity.preprocessing
+    statistics = [list(preprocessing.get(name, ())) for name in ("mean", "std")]
+    return load_encoder(
+        model or identity.name,
+        device=device,
+        precision=identity.precision,
+        resize=preprocessing.get("resize"),
+        normalize="imagenet" if statistics == IMAGENET_STATISTICS else "encoder",
+        bits_stored=preprocessing.get("bits_stored"),
+    )

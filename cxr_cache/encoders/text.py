@@ -1,0 +1,205 @@
+"""open_clip's text tower: sentences -> embeddings beside those of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cxr_cache.encoders.sources import (
+    Source,
+    find_source,
+    first_line,
+    list_names,
+)
+from cxr_cache.encoders.weights import read_tensors
+from cxr_cache.errors import EncoderError
+
+_PREFIX: Final = "text."
+_UNPREFIXED: Final = (
+    *("text_projection", "positional_embedding", "token_embedding."),
+    *("transformer.", "ln_final."),
+)
+"""Where the text tower lies in checkpoints of open_clip's plain CLIP."""
+_BERT_BASE: Final = ("microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",)
+"""Text models whose configuration is BERT base's; BiomedCLIP's folder does not hold it."""
+
+
+class TextEncoder:
+    """A frozen text tower with its tokenizer, and the scale that its checkpoint gives cosines.
+
+    Attributes
+    ----------
+    name
+        The encoder's.
+    logit_scale
+        Factor from the cosine of an image and a text to a logit.
+    """
+
+    def __init__(
+        self, name: str, tower: nn.Module, tokenize: Any, logit_scale: float, device: str
+    ) -> None:
+        self.name, self.logit_scale = name, logit_scale
+        self._tower = tower.eval().requires_grad_(False).to(device)
+        self._tokenize, self._device = tokenize, device
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of length 1, float32, ``(n, D)``, on the CPU."""
+        tokens = self._tokenize(list(texts)).to(self._device)
+        return F.normalize(self._tower(tokens).float(), dim=-1).cpu()
+
+
+def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
+    """Load the text tower of an encoder.
+
+    Parameters
+    ----------
+    name
+        As for :func:`cxr_cache.encoders.encoder.load_encoder`. A folder (``local-dir:``) needs no network if
+        it also holds the tokenizer's files, as the repository does.
+    device
+        As torch names it.
+
+    Raises
+    ------
+    EncoderError
+        The encoder has no text tower, transformers is missing, or a file is missing or does not
+        fit.
+    """
+    source = find_source(name)
+    if source.weights is None or not source.model_cfg.get("text_cfg"):
+        raise EncoderError(
+            f"{source.name} has no text tower: zero-shot needs a model of images and texts, such "
+            "as BiomedCLIP."
+        )
+    tensors = _read_text_tensors(source.weights)
+    scale = read_tensors(source.weights, "logit_scale").get("logit_scale")
+    if scale is None:
+        raise EncoderError(f"{source.weights} has no logit_scale. Copy or download it again.")
+    try:
+        tower = _build_tower(source)
+        tokenize = _load_tokenizer(source)
+    except EncoderError:
+        raise
+    except (
+        Exception
+    ) as error:  # files of many kinds are read here, by libraries that raise anything
+        raise EncoderError(
+            f"The text tower that {source.origin} describes cannot be built: {first_line(error)}\n"
+            "A local-dir: folder also needs the tokenizer's files (tokenizer.json, "
+            "tokenizer_config.json, vocab.txt, special_tokens_map.json) of the model's repository."
+        ) from error
+    _fill(tower, tensors, source.weights)
+    return TextEncoder(source.name, tower, tokenize, float(scale.exp()), device)
+
+
+def _read_text_tensors(path: Path) -> dict[str, Tensor]:
+    """The text tower's tensors by their names in open_clip's tower."""
+    tensors = {
+        name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(path, _PREFIX).items()
+    }
+    for prefix in () if tensors else _UNPREFIXED:
+        tensors |= read_tensors(path, prefix)
+    if not tensors:
+        raise EncoderError(
+            f"{path} holds no text tower, though its configuration names one. Take the whole "
+            "checkpoint from the model's repository."
+        )
+    return tensors
+
+
+def _build_tower(source: Source) -> nn.Module:
+    """open_clip's text tower for a configuration, with weights that mean nothing yet."""
+    from open_clip.model import CLIPTextCfg, _build_text_tower
+
+    cfg = CLIPTextCfg(**source.model_cfg["text_cfg"])
+    width = int(source.model_cfg["embed_dim"])
+    with torch.random.fork_rng(devices=[]):  # towers draw their initial weights
+        if not cfg.hf_model_name:
+            quick_gelu = source.model_cfg.get("quick_gelu", False)
+            tower: nn.Module = _build_text_tower(width, cfg, quick_gelu=quick_gelu)
+            return tower
+        _require_transformers(source)
+        from open_clip.hf_model import HFTextEncoder
+
+        hf_tower: Any = HFTextEncoder(
+            cfg.hf_model_name,
+            output_dim=width,
+            config=_find_hf_config(source, cfg.hf_model_name),
+            pooler_type=cfg.hf_pooler_type,
+            proj_type=cfg.hf_proj_type,
+            pretrained=False,
+        )
+    if cfg.hf_pooler_type != "cls_pooler" and hasattr(hf_tower.transformer, "pooler"):
+        hf_tower.transformer.pooler = (
+            None  # given a configuration, open_clip adds what nothing reads
+        )
+    return hf_tower  # type: ignore[no-any-return]
+
+
+def _require_transformers(source: Source) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EncoderError(
+            f"The text tower of {source.name} is a model of the transformers library, which is not "
+            "installed: pip install 'cxr-cache[text]'."
+        ) from error
+
+
+def _find_hf_config(source: Source, hf_name: str) -> Any:
+    """The text model's configuration: beside the weights, known, cached or from the hub."""
+    from transformers import AutoConfig, BertConfig
+
+    assert source.weights is not None
+    beside = source.weights.parent / "config.json"
+    if beside.is_file() and "model_type" in json.loads(beside.read_text(encoding="utf-8")):
+        return AutoConfig.from_pretrained(beside.parent)
+    return BertConfig() if hf_name in _BERT_BASE else AutoConfig.from_pretrained(hf_name)
+
+
+def _load_tokenizer(source: Source) -> Any:
+    from open_clip import get_tokenizer
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    cfg = source.model_cfg["text_cfg"]
+    options = dict(cfg.get("tokenizer_kwargs", {}))
+    length = cfg.get("context_length", 77)
+    if "/" in source.name and ":" not in source.name:  # open_clip's own names: ARCHITECTURE/TAG
+        return get_tokenizer(source.name.partition("/")[0])
+    if not cfg.get("hf_tokenizer_name"):
+        return SimpleTokenizer(context_length=length, **options)
+    _require_transformers(source)
+    is_local = source.name.startswith("local-dir:") and source.weights is not None
+    place = str(source.weights.parent) if is_local and source.weights else cfg["hf_tokenizer_name"]
+    tokenize = HFTokenizer(
+        place, context_length=length, tokenizer_mode=cfg.get("tokenizer_mode"), **options
+    )
+    # Without its files, transformers makes a tokenizer that knows no word, and says nothing.
+    unknown = {tokenize.tokenizer.unk_token_id, None}
+    if set(tokenize.tokenizer.encode("no effusion", add_special_tokens=False)) <= unknown:
+        raise ValueError(f"the tokenizer in {place} knows no word")
+    return tokenize
+
+
+def _fill(tower: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the checkpoint's text tensors into the tower; every one must have its place."""
+    expected = tower.state_dict()
+    # Positions counted from 0, which older versions of transformers wrote into checkpoints.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids") or k in expected}
+    wrong = sorted(expected.keys() ^ tensors.keys()) or [
+        name for name in expected if expected[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise EncoderError(
+            f"{path} does not fit the text tower that its configuration describes: "
+            f"{list_names(wrong, 3)}. Configuration and weights must come from the same model; "
+            "copy both again."
+        )
+    tower.load_state_dict(tensors)

@@ -1,0 +1,141 @@
+"""The vision tensors of a checkpoint: read without running code, checked, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cxr_cache.encoders.sources import first_line, list_names
+from cxr_cache.errors import EncoderError
+
+_VISION_PREFIX = "visual."
+
+
+def load_weights(visual: nn.Module, path: Path) -> None:
+    """Copy the checkpoint's vision tensors into the tower; every one must have its place."""
+    tensors = {
+        name.removeprefix(_VISION_PREFIX): tensor
+        for name, tensor in read_tensors(path, _VISION_PREFIX).items()
+    }
+    if not tensors:
+        raise EncoderError(
+            f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
+            "open_clip. Take the file from the repository that the configuration is from."
+        )
+    expected = visual.state_dict()
+    problems = {
+        "missing in the file": sorted(expected.keys() - tensors.keys()),
+        "unknown to the tower": sorted(tensors.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} ({tuple(tensors[name].shape)} in the file, "
+            f"{tuple(expected[name].shape)} in the tower)"
+            for name in sorted(expected.keys() & tensors.keys())
+            if tensors[name].shape != expected[name].shape
+        ],
+    }
+    if any(problems.values()):
+        lines = [f"  {what}: {list_names(names, 3)}" for what, names in problems.items() if names]
+        raise EncoderError(
+            f"{path} does not fit the image tower that the configuration describes:\n"
+            + "\n".join(lines)
+            + "\nConfiguration and weights must come from the same model; copy both again."
+        )
+    visual.load_state_dict(tensors)
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with `prefix`, read without running its code.
+
+    Raises
+    ------
+    EncoderError
+        The file is damaged, of another kind, or holds more than tensors.
+    """
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    return read(path, prefix)
+
+
+def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Those tensors; no other byte is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 -- the file is no mapping
+                if name.startswith(prefix)
+            }
+    except (SafetensorError, OSError) as error:
+        raise EncoderError(
+            f"{path} is damaged, or not a safetensors file ({error}). Copy or download it again."
+        ) from error
+
+
+def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Those tensors of a checkpoint written by torch; mapped, so that others are not read."""
+    try:
+        checkpoint = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise EncoderError(
+            f"{path} was refused: it is damaged, or holds more than tensors, which could run code "
+            f"when loaded ({_refusal(error)}). Use the model's safetensors file, or download the "
+            "file again."
+        ) from error
+    except Exception as error:  # damaged bytes can raise anything
+        raise EncoderError(
+            f"{path} is damaged, or not a checkpoint of torch ({first_line(error)}). Copy or "
+            "download it again."
+        ) from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
+    named = {str(name).removeprefix("module."): value for name, value in state.items()}
+    return {
+        name: value
+        for name, value in named.items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
+    }
+
+
+def fill_with_noise(visual: nn.Module, seed: int) -> None:
+    """Give every matrix seeded uniform noise of unit gain; leave norms and biases as built.
+
+    Architectures differ in how they begin, some with blocks that do nothing; filled this way,
+    every tower mixes its image. The bytes are the same on every processor: torch's uniform
+    numbers are integers scaled by a power of two, and the bound rounds once. (Normal ones go
+    through a logarithm whose last bit depends on the instruction set.)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in visual.named_parameters():
+            if parameter.ndim >= 2:
+                # Class token and positions, (1, T, W), are inputs themselves: nothing fans in
+                fan_in = 1 if len(parameter) == 1 else parameter[0].numel()
+                noise = torch.rand(parameter.shape, generator=generator)
+                parameter.copy_((noise * 2 - 1) * math.sqrt(3 / fan_in))  # variance 1 / fan-in
+            elif name.endswith("gamma"):
+                parameter.fill_(1)  # layer scale, which may begin at 1e-5
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _refusal(error: Exception) -> str:
+    """The part of torch's long message that says what was refused."""
+    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    return found[1] if found else first_line(error)

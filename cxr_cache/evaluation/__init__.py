@@ -1,0 +1,1 @@
+"""How good a run is: figures, comparisons and audits of its data."""

@@ -1,0 +1,272 @@
+"""Runs on the same test studies: how much better is one, and is that more than luck."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+from cxr_cache.datasets.clusters import UNITS, Unit, count_rarer_class
+from cxr_cache.errors import RunError
+from cxr_cache.evaluation.scored import ScoredImages, read_scored
+from cxr_cache.metrics.bootstrap import bootstrap
+from cxr_cache.metrics.intervals import LEVEL, macro_error, standard_errors
+from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.scores import FloatArray, macro_mean
+from cxr_cache.models.run import Run
+
+MEASURES: Final = ("auroc", "ap")
+MACRO: Final = ""
+"""What stands for the finding where the mean over findings is compared."""
+N_RESAMPLES: Final = 2000
+
+COLUMNS: Final = (
+    *("run", "against", "rows", "measure", "finding", "n_positive"),
+    *("first", "second", "difference", "low", "high", "p", "p_holm", "n_undefined_resamples"),
+)
+
+_NAMES: Final = {"auroc": "macro AUROC", "ap": "macro AP"}
+Rows: TypeAlias = Literal["images", "studies"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Runs against the first of them, on test images that are the same."""
+
+    runs: tuple[str, ...]
+    """Names, the first being what the others are compared with."""
+    n_images: int
+    n_studies: int
+    unit: Unit
+    """What was resampled."""
+    table: pd.DataFrame
+    """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
+
+    def macro(self, run: str, measure: str = "auroc", rows: Rows = "images") -> pd.Series[Any]:
+        """The row of one mean over findings."""
+        table = self.table
+        chosen = (table["run"] == run) & (table["measure"] == measure) & (table["rows"] == rows)
+        row: pd.Series[Any] = table[chosen & (table["finding"] == MACRO)].iloc[0]
+        return row
+
+    def to_text(self) -> str:
+        """Macro figures, and the findings that differ, for a terminal."""
+        lines = [
+            f"{self.n_images:,} test images of {self.n_studies:,} studies; differences to "
+            f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
+        ]
+        for run in self.runs[1:]:
+            width = max(len(self.runs[0]), len(run), 10)
+            lines.append(f"  {'':<22}{self.runs[0]:>{width}}  {run:>{width}}  difference")
+            for rows in ("images", "studies"):
+                for measure in MEASURES:
+                    row = self.macro(run, measure, rows)
+                    name = _NAMES[measure] + (", by study" if rows == "studies" else "")
+                    lines.append(
+                        f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
+                        + _describe(row)
+                    )
+            lines += self._differing(run)
+        return "\n".join(lines)
+
+    def _differing(self, run: str) -> list[str]:
+        """Findings whose AUROC by image differs beyond luck, largest difference first."""
+        table = self.table
+        chosen = (table["run"] == run) & (table["rows"] == "images") & (table["finding"] != MACRO)
+        areas = table[chosen & (table["measure"] == "auroc")].dropna(subset=["p_holm"])
+        found = areas[areas["p_holm"] < 1 - LEVEL].sort_values("difference", key=abs)[::-1]
+        if not len(found):
+            return [f"  No AUROC of the {len(areas)} findings tested differs (Holm, 5 %)."]
+        head = f"  AUROC differs for {len(found)} of {len(areas)} findings tested (Holm, 5 %):"
+        return [head] + [
+            f"    {row['finding']}: {row['first']:.3f} and {row['second']:.3f}, {_describe(row)}"
+            for row in found.to_dict("records")
+        ]
+
+
+def _describe(row: Any) -> str:
+    bounds = "" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    p = "" if np.isnan(row["p_holm"]) else f", p = {row['p_holm']:.2g}"
+    return f"{row['difference']:+.3f}{bounds}{p}"
+
+
+def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Comparison:
+    """Compare runs with the first by a paired bootstrap: each resample scores all.
+
+    The interval of a difference is the difference and Student's t times its standard error over
+    the resamples, and its p value belongs to the same statistic (as in pROC's bootstrap test;
+    Robin et al., 2011), so that the two agree. With one image per study the standard error is
+    DeLong's up to the bootstrap's error. P values are corrected by Holm's method (1979) over all
+    findings of all runs, and macro figures over all runs, each kind of rows and measure by itself.
+
+    Parameters
+    ----------
+    runs
+        Two or more finished runs with the same test images, findings and targets.
+        What is resampled are the patients of the first of them that names any, else studies.
+    n_resamples, seed
+        As in :func:`cxr_cache.metrics.bootstrap.bootstrap`.
+
+    Raises
+    ------
+    RunError
+        Two runs were tested on other images, findings or targets; or there are not two.
+    """
+    if len(runs) < 2:
+        raise RunError("There is nothing to compare: give two runs or more.")
+    names = _name(runs)
+    first = read_scored(runs[0])
+    images = [first]
+    for run in runs[1:]:
+        images.append(_align(runs[0], first, run, read_scored(run)))
+    images = _share_patients(images)
+    kinds: dict[Rows, list[ScoredImages]] = {
+        "images": images,
+        "studies": [part.by_study() for part in images],
+    }
+    tables = [
+        _tabulate(names, rows, parts, _score(parts, n_resamples, seed))
+        for rows, parts in kinds.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return Comparison(names, len(first), first.n_studies, images[0].unit, table)
+
+
+def _name(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Folder names, or paths where two folders share theirs."""
+    names = [run.path.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise RunError("A run is given twice; comparing it with itself says nothing.")
+    return tuple(names)
+
+
+def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) -> ScoredImages:
+    """The second run's images in the order of the first's, or RunError."""
+    _require_same_test(first, ours, second, theirs)
+    theirs = theirs.take(pd.Index(theirs.image_ids).get_indexer(pd.Index(ours.image_ids)))
+    for what, mine, other in (
+        ("targets", ours.targets, theirs.targets),
+        ("studies", ours.study_uids[:, None], theirs.study_uids[:, None]),
+    ):
+        differs = ((mine != other) & ((mine == mine) | (other == other))).any(axis=1)
+        if differs.any():
+            raise RunError(
+                f"{first.path} and {second.path} were tested on other {what} for "
+                f"{differs.sum():,} of {len(ours):,} images, the first is "
+                f"{ours.image_ids[differs.argmax()]!r}. Train both with the same labels."
+            )
+    return theirs
+
+
+def _share_patients(images: Sequence[ScoredImages]) -> list[ScoredImages]:
+    """All runs with the patients of the first that names any; those of old versions name none."""
+    known = (part.patient_ids for part in images if part.unit != "study")
+    patient_ids = next(known, images[0].patient_ids)
+    return [replace(part, patient_ids=patient_ids) for part in images]
+
+
+def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) -> None:
+    if ours.findings != theirs.findings:
+        other = sorted(set(ours.findings) ^ set(theirs.findings)) or ["their order"]
+        raise RunError(
+            f"{first.path} and {second.path} do not have the same findings: {', '.join(other)}."
+        )
+    shared = np.isin(ours.image_ids, theirs.image_ids).sum()
+    if shared != len(ours) or len(ours) != len(theirs):
+        raise RunError(
+            f"{first.path} was tested on {len(ours):,} images and {second.path} on "
+            f"{len(theirs):,}, of which {shared:,} are the same. Only runs with the same split can "
+            "be compared: train with the same store and seed, or fine-tune with --from-run."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """AUROC and AP of K runs by measure."""
+
+    estimates: dict[str, FloatArray]  # (K, F)
+    resampled: dict[str, FloatArray]  # (R, K, F), the same resamples for all runs
+
+
+def _score(images: Sequence[ScoredImages], n_resamples: int, seed: int) -> _Scores:
+    ranked = [RankedScores(part.targets, part.probabilities) for part in images]
+
+    def statistics(weights: NDArray[Any]) -> dict[str, FloatArray]:
+        pairs = [of_run.auroc_and_ap(weights) for of_run in ranked]
+        return {
+            measure: np.stack([pair[i] for pair in pairs], axis=1)
+            for i, measure in enumerate(MEASURES)
+        }
+
+    once = statistics(np.ones((1, len(images[0]))))
+    resampled = bootstrap(statistics, images[0].clusters, n_resamples, seed)
+    return _Scores({measure: values[0] for measure, values in once.items()}, resampled)
+
+
+def _tabulate(
+    names: Sequence[str], rows: Rows, images: Sequence[ScoredImages], scores: _Scores
+) -> pd.DataFrame:
+    """All runs but the first against the first, finding by finding and their mean."""
+    targets = images[0].targets
+    n_positive = (targets == 1).sum(axis=0)
+    n_clusters = count_rarer_class(targets, images[0].clusters)
+    parts = []
+    for measure in MEASURES:
+        estimates, resampled = scores.estimates[measure], scores.resampled[measure]
+        of_runs = [
+            _difference(
+                estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_clusters
+            ).assign(run=names[k], finding=[*images[0].findings, MACRO])
+            for k in range(1, len(names))
+        ]
+        part = pd.concat(of_runs, ignore_index=True).assign(measure=measure)
+        is_macro = part["finding"] == MACRO
+        part["p_holm"] = part["p"].groupby(is_macro).transform(holm)
+        part["n_positive"] = np.tile([*n_positive, n_positive.sum()], len(of_runs))
+        parts.append(part)
+    whole = pd.concat(parts, ignore_index=True).assign(against=names[0], rows=rows)
+    table: pd.DataFrame = whole[list(COLUMNS)]
+    return table
+
+
+def _difference(
+    first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: FloatArray
+) -> pd.DataFrame:
+    """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows."""
+    n_undefined = np.isnan(resampled).sum(axis=0)
+    of_macro = macro_error(resampled, n_clusters)
+    error = np.append(standard_errors(resampled, n_clusters), of_macro.error)
+    first, second = (np.append(values, macro_mean(values)) for values in (first, second))
+    difference = second - first
+    freedom = np.append(np.maximum(n_clusters - 1, 1.0), of_macro.n_clusters - 1)
+    # Without any spread there is nothing to measure a difference by.
+    error = np.where((error == 0) & (difference != 0), np.nan, error)
+    with np.errstate(invalid="ignore"):
+        t = np.where(difference == 0, 0.0, np.abs(difference) / error)
+    reach = stdtrit(freedom, (1 + LEVEL) / 2) * error
+    table: pd.DataFrame = pd.DataFrame(
+        {
+            "first": first,
+            "second": second,
+            "difference": difference,
+            "low": np.maximum(difference - reach, -1),  # no two shares differ by more
+            "high": np.minimum(difference + reach, 1),
+            "p": np.where(np.isnan(error), np.nan, 2 * stdtr(freedom, -t)),
+            "n_undefined_resamples": np.append(n_undefined, n_undefined.sum()),
+        }
+    )
+    return table
+
+
+def holm(p: pd.Series[float]) -> pd.Series[float]:
+    """P values corrected for their number by Holm's step-down method; NaN is no test and stays."""
+    order = p.dropna().sort_values(kind="stable")
+    factors = np.arange(len(order), 0, -1)
+    return (order * factors).cummax().clip(upper=1).reindex(p.index)

@@ -1,0 +1,383 @@
+"""Predictions -> metrics, with intervals from a bootstrap over patients or studies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cxr_cache.datasets.clusters import UNITS, Unit
+from cxr_cache.errors import TableError
+from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
+from cxr_cache.evaluation.figures import (
+    Entry,
+    Estimates,
+    estimate,
+    to_number,
+)
+from cxr_cache.evaluation.finding_tables import (
+    calibration_columns,
+    probability_errors,
+    tabulate_findings,
+    tabulate_groups,
+)
+from cxr_cache.evaluation.scored import (
+    ScoredImages,
+    join_groups,
+    parse_predictions,
+    read_scored,
+)
+from cxr_cache.metrics.calibration import Calibration, has_both_classes
+from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
+from cxr_cache.metrics.operating_point import choose_operating_point
+from cxr_cache.metrics.scores import NEVER, FloatArray, macro_mean
+from cxr_cache.models.run import Run, TableName
+
+FEW_POSITIVES: Final = 10
+"""Findings with fewer positives in test are scored, and named as hardly measurable."""
+
+N_RESAMPLES: Final = 2000
+
+_INTERVAL: Final = (
+    "Student's t on the logit scale, with the standard error of a Bayesian bootstrap over {units} "
+    "and the number of {units} that a figure rests on"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Figures of one set of predictions."""
+
+    metrics: dict[str, Any]
+    """As in ``metrics.json``; what is undefined is None."""
+    tables: dict[TableName, pd.DataFrame] = field(default_factory=dict)
+    """CSV files of the run folder by name; what is undefined is NaN."""
+
+    @property
+    def per_finding(self) -> pd.DataFrame:
+        """One row per finding, as in ``per_finding.csv``."""
+        return self.tables["per_finding"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """How probabilities are read, and how intervals are drawn."""
+
+    cuts: FloatArray
+    calibration: Calibration
+    rule: str
+    n_resamples: int
+    seed: int
+
+    def calibrate(self, images: ScoredImages) -> ScoredImages:
+        return images.with_probabilities(self.calibration.apply(images.probabilities))
+
+    def estimate(self, images: ScoredImages, *, resample: bool = True) -> Estimates:
+        n_resamples = self.n_resamples if resample else 0
+        return estimate(images, self.cuts, n_resamples=n_resamples, seed=self.seed)
+
+
+def evaluate_predictions(
+    predictions: pd.DataFrame,
+    targets: pd.DataFrame,
+    thresholds: Mapping[str, float],
+    *,
+    calibration: Calibration | None = None,
+    rule: str = "f1",
+    groups: str | Path | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> Evaluation:
+    """Score predictions for images that no choice was made on.
+
+    A finding without both a positive and a negative is not scored; it is left out of the macro
+    means and named.
+
+    Parameters
+    ----------
+    predictions
+        Columns image_id, study_uid, projection and one probability per finding, not calibrated;
+        patient_id, blank where unknown, if there is any: patients are then resampled.
+    targets
+        Columns image_id and one target per finding: 1, 0 or NaN.
+    thresholds
+        Calibrated probability from which on each finding counts as present; its keys are the
+        findings scored.
+    calibration
+        Applied to the probabilities; None leaves them.
+    rule
+        How the thresholds were chosen, to be recorded.
+    groups
+        CSV of groups to be evaluated one by one; see :func:`cxr_cache.evaluation.scored.join_groups`.
+    n_resamples
+        Bootstrap resamples; 0 leaves the intervals out.
+    seed
+        Of the resampling. Evaluations of the same rows and patients with one seed resample alike.
+
+    Returns
+    -------
+    Evaluation
+        ``docs/outputs.md`` says what it holds.
+
+    Raises
+    ------
+    TableError
+        The tables do not fit each other, or there is nothing to evaluate.
+    """
+    raw = parse_predictions(predictions, targets, tuple(thresholds))
+    cuts = np.array(list(thresholds.values()))
+    calibration = calibration or Calibration.none(len(cuts))
+    return _evaluate(raw, _Reading(cuts, calibration, rule, n_resamples, seed), groups)
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    threshold_rule: str | None = None,
+    calibration: str | None = None,
+    groups: str | Path | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate the predictions that a run stored, and store the figures with it.
+
+    The test split gets intervals. Train and out-of-fold figures are there to be compared with it
+    and carry values only: the final model has seen every training row, and thresholds and
+    calibration were chosen on the out-of-fold predictions.
+
+    Parameters
+    ----------
+    run
+        A run with predictions; ``metrics.json`` and the tables are written to it.
+    threshold_rule, calibration
+        Choose thresholds and calibration anew, on the run's out-of-fold predictions, and store them
+        with its model; None keeps what is stored, of both.
+    groups
+        As in :func:`evaluate_predictions`. They are kept in the run's ``groups.csv``, and taken
+        from there where None are given.
+    n_resamples, seed
+        As in :func:`evaluate_predictions`.
+
+    Returns
+    -------
+    dict[str, Any]
+        What ``metrics.json`` holds: that of :func:`evaluate_predictions`, and ``train`` and
+        ``out_of_fold``, ``{"value"}`` by name.
+
+    Raises
+    ------
+    TableError
+        The run's tables do not fit each other.
+    RunError
+        One of them is missing.
+    ConfigError
+        There is no such rule or calibration.
+    """
+    if threshold_rule is not None or calibration is not None:
+        _choose_anew(run, threshold_rule, calibration)
+    findings, predictions = run.config["findings"], run.read_table("predictions")
+    cuts = np.array([run.thresholds[finding] for finding in findings])
+    reading = _Reading(cuts, run.calibration, run.threshold_rule, n_resamples, seed)
+    images = parse_predictions(predictions, run.read_table("targets"), findings)
+    is_test = (predictions["split"] == "test").to_numpy()
+    train = reading.calibrate(images.take(~is_test))
+    out_of_fold = read_scored(run, "out_of_fold")
+
+    if groups is None:
+        groups = run.groups_path
+    evaluation = _evaluate(images.take(is_test), reading, groups)
+    uncalibrated = reading.calibration.method == "platt" and ~has_both_classes(out_of_fold.targets)
+    metrics = {
+        **evaluation.metrics,
+        "train": reading.estimate(train, resample=False).overall(),
+        "out_of_fold": reading.estimate(out_of_fold, resample=False).overall(),
+        "n_train_images": len(train),
+        "n_train_studies": train.n_studies,
+    }
+    metrics["calibration"]["findings_uncalibrated"] = _named(images.findings, uncalibrated)
+    present = images.targets == 1
+    evaluation.per_finding.insert(1, "n_images", present.sum(axis=0))
+    evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
+    for name, table in evaluation.tables.items():
+        run.write_table(name, table)
+    run.write_metrics(metrics)
+    return metrics
+
+
+def _choose_anew(run: Run, rule: str | None, method: str | None) -> None:
+    """Choose thresholds, and calibration if given, on out-of-fold predictions; store them."""
+    images = read_scored(run, "out_of_fold", calibrated=False)
+    point = choose_operating_point(
+        images.targets,
+        images.probabilities,
+        rule=rule or run.threshold_rule,
+        calibration=method or run.calibration.method,
+    )
+    run.save_model(point.put_into(run.load_model()))
+
+
+def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
+    if not len(raw):
+        raise TableError("predictions: no image to evaluate.")
+    if groups is not None:
+        raw = join_groups(raw, groups)
+    images = reading.calibrate(raw)
+    studies = images.by_study()
+    by_image, by_study = reading.estimate(images), reading.estimate(studies)
+    subsets = [
+        (group, value, part, reading.estimate(part)) for group, value, part in images.by_group()
+    ]
+    by_group: dict[str, dict[str, Any]] = {"projection": {}}
+    for group, value, part, estimates in subsets:
+        counts = {"n_images": len(part), "n_studies": part.n_studies}
+        by_group.setdefault(group, {})[value] = estimates.overall() | counts
+    metrics = {
+        "test": by_image.overall(),
+        "test_by_study": by_study.overall(),
+        "test_by_projection": by_group.pop("projection"),
+        "test_by_group": by_group,
+        **_counts(images, by_image.figures["auroc"], reading.cuts),
+        "threshold_rule": reading.rule,
+        "calibration": _describe_calibration(raw, images, reading.calibration),
+        "bootstrap": _describe_bootstrap(by_image, reading, images.unit),
+    }
+    tables: dict[TableName, pd.DataFrame] = {
+        "per_finding": tabulate_findings(images, reading.cuts, by_image).assign(
+            **calibration_columns(raw, reading.calibration)
+        ),
+        "per_finding_by_study": tabulate_findings(studies, reading.cuts, by_study),
+        "subgroups": tabulate_groups(subsets, reading.cuts),
+        "curves": ranking_curves(images),
+        "calibration": calibration_curves(
+            raw, None if reading.calibration.method == "none" else images
+        ),
+    }
+    if images.groups:
+        tables["groups"] = pd.DataFrame({"image_id": images.image_ids, **images.groups})
+    return Evaluation(metrics, tables)
+
+
+def _counts(images: ScoredImages, areas: FloatArray, cuts: FloatArray) -> dict[str, Any]:
+    """How much was scored, and which findings were not."""
+    undefined = np.isnan(areas)
+    return {
+        "n_findings": len(images.findings),
+        "n_findings_scored": int((~undefined).sum()),
+        "n_findings_undefined": int(undefined.sum()),
+        "findings_undefined": _named(images.findings, undefined),
+        "findings_with_few_positives": _named(
+            images.findings, ~undefined & ((images.targets == 1).sum(axis=0) < FEW_POSITIVES)
+        ),
+        "findings_never_called": _named(images.findings, cuts >= NEVER),
+        "n_test_images": len(images),
+        "n_test_studies": images.n_studies,
+    }
+
+
+def _named(findings: Sequence[str], chosen: NDArray[np.bool_] | bool) -> list[str]:
+    chosen = np.broadcast_to(chosen, len(findings))
+    return [finding for finding, is_chosen in zip(findings, chosen, strict=True) if is_chosen]
+
+
+def _describe_bootstrap(estimates: Estimates, reading: _Reading, unit: Unit) -> dict[str, Any]:
+    n_undefined = {name: int(counts.sum()) for name, counts in estimates.n_undefined.items()}
+    return {
+        "n_resamples": reading.n_resamples,
+        "seed": reading.seed,
+        "level": LEVEL,
+        "unit": unit,
+        "interval": _INTERVAL.format(units=UNITS[unit]),
+        "n_undefined": {name: count for name, count in n_undefined.items() if count},
+    }
+
+
+def _describe_calibration(
+    raw: ScoredImages, images: ScoredImages, calibration: Calibration
+) -> dict[str, Any]:
+    """The map, and what it did on these images."""
+
+    def errors(images: ScoredImages) -> dict[str, Entry]:
+        cells = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
+        return {
+            f"{kind}_{name}": {"value": to_number(macro_mean(values))}
+            for kind, arrays in (
+                ("macro", (images.targets, images.probabilities)),
+                ("micro", cells),
+            )
+            for name, values in probability_errors(*arrays).items()
+        }
+
+    return {
+        "method": calibration.method,
+        "temperature": calibration.temperature,
+        "test_before": errors(raw),
+        "test_after": errors(images),
+    }
+
+
+# --- in words ------------------------------------------------------------------------------------
+
+
+def format_summary(metrics: Mapping[str, Any]) -> str:
+    """Headline figures of ``metrics.json`` for a terminal, one line each."""
+    test, boot = metrics["test"], metrics["bootstrap"]
+    accuracy = _with_interval(test["label_accuracy"], "{:.2%}")
+    all_negative = _with_interval(test["label_accuracy_all_negative"], "{:.2%}", bounds=False)
+    lines = [
+        f"test: {metrics['n_test_images']:,} images of {metrics['n_test_studies']:,} studies, "
+        f"{metrics['n_findings_scored']} of {metrics['n_findings']} findings scored",
+        f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
+        f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}",
+        f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "
+        f"{_with_interval(test['macro_ap_of_chance'])}",
+        f"  macro F1        {_with_interval(test['macro_f1'])}; calling everything present scores "
+        f"{_with_interval(test['macro_f1_of_calling_all'])}",
+        f"  label accuracy  {accuracy}; predicting nothing scores {all_negative}",
+        f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
+        f"{_with_interval(test['macro_sensitivity'])}, specificity "
+        f"{_with_interval(test['macro_specificity'])}",
+        *_describe_gain(metrics["calibration"]),
+    ]
+    if boot["n_resamples"]:
+        lines.append(
+            f"  [{boot['level']:.0%} intervals, from {boot['n_resamples']:,} resamples of "
+            f"{UNITS[boot['unit']]}]"
+        )
+    if metrics["findings_undefined"]:
+        lines.append(
+            f"  {metrics['n_findings_undefined']} not scored, without a positive or a negative in "
+            f"test: {', '.join(metrics['findings_undefined'])}"
+        )
+    return "\n".join(lines)
+
+
+def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
+    """What calibration did to the test images; nothing where there is none."""
+    if calibration["method"] == "none":
+        return []
+    stages = [calibration[stage] for stage in ("test_before", "test_after")]
+    log_loss, error = (
+        " -> ".join(_with_interval(stage[f"micro_{name}"]) for stage in stages)
+        for name in ("log_loss", "calibration_error")
+    )
+    return [
+        f"  calibration     {calibration['method']}: micro log loss {log_loss}, calibration error "
+        f"{error}"
+    ]
+
+
+def _with_interval(
+    entry: Mapping[str, float | None], form: str = "{:.3f}", *, bounds: bool = True
+) -> str:
+    """``0.722 [0.701, 0.741]``, or ``undefined``."""
+    value, low, high = (entry.get(name) for name in ("value", "low", "high"))
+    if value is None:
+        return "undefined"
+    if not bounds or low is None or high is None:
+        return form.format(value)
+    return f"{form.format(value)} [{form.format(low)}, {form.format(high)}]"

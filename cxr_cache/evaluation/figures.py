@@ -1,0 +1,281 @@
+"""All figures of a set of scored rows, with intervals over its patients or studies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_cache.evaluation.scored import ScoredImages
+from cxr_cache.metrics.bootstrap import bootstrap
+from cxr_cache.metrics.calibration import expected_calibration_error, log_losses, squared_errors
+from cxr_cache.metrics.intervals import (
+    Interval,
+    Scale,
+    interval_of_mean,
+    macro_interval,
+    standard_errors,
+    student_interval,
+)
+from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.scores import (
+    Array,
+    FloatArray,
+    average_precision_of_chance,
+    confusion_counts,
+    divide,
+    exact_matches,
+    f1_of_calling_all,
+    label_accuracy,
+    label_accuracy_all_negative,
+    macro_mean,
+    rates,
+    support_mean,
+    weighted_mean,
+)
+
+Figures: TypeAlias = dict[str, FloatArray]
+"""Named figures under R weightings of the rows: overall ``(R,)``, per finding ``(R, F)``."""
+Entry: TypeAlias = dict[str, float | int | None]
+"""``{"value", "low", "high"}``, as JSON has it."""
+Behind: TypeAlias = Literal["labelled", "positive", "both", "negative", "called", "not called"]
+"""Which clusters a figure of a finding rests on; ``"both"`` is the fewer of the two classes."""
+
+
+class Measure(NamedTuple):
+    """What an interval needs to know of a figure that every finding has."""
+
+    scale: Scale
+    behind: Behind
+
+
+MEASURES: Final = {
+    "auroc": Measure("logit", "both"),
+    "ap": Measure("logit", "both"),
+    "f1": Measure("logit", "positive"),
+    "sensitivity": Measure("logit", "positive"),
+    "specificity": Measure("logit", "negative"),
+    "ppv": Measure("logit", "called"),
+    "npv": Measure("logit", "not called"),
+    "balanced_accuracy": Measure("logit", "both"),
+    "brier": Measure("logit", "labelled"),
+    "log_loss": Measure("log", "labelled"),
+    "prevalence": Measure("logit", "labelled"),  # beside AP
+}
+
+
+def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[Array], Figures]:
+    """Everything that does not depend on the weights, computed once; the rest as a function.
+
+    Parameters
+    ----------
+    images
+        N rows, F findings.
+    thresholds
+        Probability from which on each finding counts as present, shape ``(F,)``.
+
+    Returns
+    -------
+    Callable
+        Weights of the rows ``(R, N)`` to the figures under them.
+    """
+    targets, probabilities = images.targets, images.probabilities
+    decisions = probabilities >= thresholds
+    ranked = RankedScores(targets, probabilities)
+    pooled = RankedScores(targets, probabilities, pooled=True)
+    errors = {
+        "brier": np.nan_to_num(squared_errors(targets, probabilities)),
+        "log_loss": np.nan_to_num(log_losses(targets, probabilities)),
+    }
+    exact = np.stack(
+        [exact_matches(targets, called) for called in (decisions, np.zeros_like(decisions))], -1
+    )
+
+    def statistics(weights: Array) -> Figures:
+        counts = confusion_counts(targets, decisions, weights)  # (R, F, 4)
+        in_all, n_labelled = counts.sum(axis=-2), counts.sum(axis=-1)
+        n_positive = counts[..., 0] + counts[..., 2]
+        per_finding, micro = rates(counts)._asdict(), rates(in_all)._asdict()
+        for name, cells in errors.items():
+            summed = weights @ cells
+            per_finding[name] = divide(summed, n_labelled)
+            micro[name] = divide(summed.sum(axis=-1), n_labelled.sum(axis=-1))
+        per_finding["auroc"], per_finding["ap"] = ranked.auroc_and_ap(weights)
+        micro["auroc"], micro["ap"] = (of[:, 0] for of in pooled.auroc_and_ap(weights))
+        prevalence = divide(n_positive, n_labelled)
+        per_finding["prevalence"] = np.where(np.isnan(per_finding["auroc"]), np.nan, prevalence)
+        micro["prevalence"] = divide(n_positive.sum(axis=-1), n_labelled.sum(axis=-1))
+        accuracy, all_negative = label_accuracy(counts), label_accuracy_all_negative(counts)
+        exact_match = weighted_mean(exact, weights)  # (R, 2)
+        return {
+            **{name: per_finding[name] for name in MEASURES},
+            **{
+                f"weighted_{name}": support_mean(per_finding[name], n_positive) for name in MEASURES
+            },
+            **{f"micro_{name}": micro[name] for name in MEASURES},
+            "label_accuracy": accuracy,
+            "label_accuracy_all_negative": all_negative,
+            "label_accuracy_gain": accuracy - all_negative,
+            "exact_match": exact_match[:, 0],
+            "exact_match_all_negative": exact_match[:, 1],
+        }
+
+    return statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """Figures of some rows, and their bounds where clusters were resampled."""
+
+    figures: Figures
+    """Overall ``()``, per finding ``(F,)``."""
+    intervals: dict[str, Interval]
+    """By the same names, and ``macro_...``; empty without resamples."""
+    n_undefined: dict[str, NDArray[np.int64]]
+    """Resamples that left a figure of a finding undefined, ``(F,)``."""
+    by_chance: Figures
+    """What knowing nothing gets, ``(F,)``: ``ap_of_chance``, ``f1_of_calling_all``."""
+    calibration_error: FloatArray
+    """Shape ``(F,)``; resampling would bias it upwards, so it has no interval."""
+    calibration_error_weighted: float
+    calibration_error_micro: float
+
+    def overall(self) -> dict[str, Entry]:
+        """The figures over all findings, as metrics.json has them."""
+        return {
+            **{
+                f"macro_{name}": _mean_entry(self.figures[name]) | self._bounds(f"macro_{name}")
+                for name in MEASURES
+            },
+            **{f"macro_{name}": _mean_entry(values) for name, values in self.by_chance.items()},
+            "macro_calibration_error": _mean_entry(self.calibration_error),
+            **{
+                name: {"value": to_number(figure), **self._bounds(name)}
+                for name, figure in self.figures.items()
+                if figure.ndim == 0
+            },
+            "weighted_calibration_error": {"value": to_number(self.calibration_error_weighted)},
+            "micro_calibration_error": {"value": to_number(self.calibration_error_micro)},
+        }
+
+    def _bounds(self, name: str) -> Entry:
+        if name not in self.intervals:
+            return {}
+        interval = self.intervals[name]
+        return {"low": to_number(interval.low), "high": to_number(interval.high)}
+
+
+def estimate(
+    images: ScoredImages, thresholds: FloatArray, *, n_resamples: int = 0, seed: int = 0
+) -> Estimates:
+    """Evaluate on the rows themselves, then on resampled clusters; no resamples, no bounds.
+
+    Parameters
+    ----------
+    images, thresholds
+        As :func:`make_statistics` takes them.
+    n_resamples, seed
+        As in :func:`cxr_cache.metrics.bootstrap.bootstrap`.
+    """
+    statistics = make_statistics(images, thresholds)
+    figures = {name: figure[0] for name, figure in statistics(np.ones((1, len(images)))).items()}
+    intervals: dict[str, Interval] = {}
+    n_undefined: dict[str, NDArray[np.int64]] = {}
+    if n_resamples:
+        clusters = images.clusters
+        resampled = bootstrap(statistics, clusters, n_resamples, seed)
+        behind = _count_clusters(images, images.probabilities >= thresholds)
+        intervals = _intervals(figures, resampled, behind, len(np.unique(clusters)))
+        n_undefined = {name: np.isnan(resampled[name]).sum(axis=0) for name in MEASURES}
+    errors = expected_calibration_error(images.targets, images.probabilities)
+    cells = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
+    return Estimates(
+        figures,
+        intervals,
+        n_undefined,
+        _by_chance(images, figures),
+        errors,
+        float(support_mean(errors, (images.targets == 1).sum(axis=0))),
+        float(expected_calibration_error(*cells)[0]),
+    )
+
+
+def _by_chance(images: ScoredImages, figures: Figures) -> Figures:
+    """Of the findings for which the run's own figure is defined."""
+    n_positive, n_labelled = (
+        (images.targets == 1).sum(axis=0),
+        (~np.isnan(images.targets)).sum(axis=0),
+    )
+    ap = average_precision_of_chance(n_positive, n_labelled)
+    f1 = f1_of_calling_all(n_positive, n_labelled)
+    return {
+        "ap_of_chance": np.where(np.isnan(figures["ap"]), np.nan, ap),
+        "f1_of_calling_all": np.where(np.isnan(figures["f1"]), np.nan, f1),
+    }
+
+
+def _mean_entry(of_findings: FloatArray) -> Entry:
+    return {
+        "value": to_number(macro_mean(of_findings)),
+        "n_findings": int((~np.isnan(of_findings)).sum()),
+    }
+
+
+def _count_clusters(
+    images: ScoredImages, decisions: NDArray[np.bool_]
+) -> dict[Behind, NDArray[np.int64]]:
+    """Clusters with at least one image of each kind, per finding, ``(F,)``."""
+    labelled = ~np.isnan(images.targets)
+    kinds: dict[Behind, NDArray[np.bool_]] = {
+        "labelled": labelled,
+        "positive": images.targets == 1,
+        "negative": images.targets == 0,
+        "called": labelled & decisions,
+        "not called": labelled & ~decisions,
+    }
+    counts = {kind: images.count_clusters(cells) for kind, cells in kinds.items()}
+    counts["both"] = np.minimum(counts["positive"], counts["negative"])
+    return counts
+
+
+def _intervals(
+    figures: Figures,
+    resampled: Figures,
+    behind: dict[Behind, NDArray[np.int64]],
+    n_clusters: int,
+) -> dict[str, Interval]:
+    intervals = {}
+    for name, (scale, kind) in MEASURES.items():
+        n, values = behind[kind], resampled[name]
+        errors = standard_errors(values, n)
+        intervals[name] = student_interval(figures[name], errors, n, scale)
+        intervals[f"macro_{name}"] = macro_interval(figures[name], values, n, scale)
+    intervals["balanced_accuracy"] = interval_of_mean(
+        figures["balanced_accuracy"],
+        *((figures[name], intervals[name]) for name in ("sensitivity", "specificity")),
+    )
+    for name in figures.keys() - MEASURES.keys():
+        error = standard_errors(resampled[name], n_clusters)
+        intervals[name] = student_interval(figures[name], error, n_clusters, _scale_of(name))
+    return intervals
+
+
+def _scale_of(overall: str) -> Scale:
+    """Of a figure over all findings."""
+    if overall == "label_accuracy_gain":
+        return "identity"
+    return MEASURES[overall.partition("_")[2]].scale if _is_mean(overall) else "logit"
+
+
+def _is_mean(overall: str) -> bool:
+    return overall.startswith(("weighted_", "micro_"))
+
+
+def to_number(value: float | FloatArray | np.floating[Any]) -> float | None:
+    """As JSON has it: None where undefined."""
+    number = float(value)
+    return None if math.isnan(number) else number

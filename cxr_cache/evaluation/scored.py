@@ -1,0 +1,358 @@
+"""Rows that have both targets and probabilities: images, studies, groups of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cxr_cache.common.tables import find_duplicates, read_csv, require_unique
+from cxr_cache.datasets.clusters import (
+    Unit,
+    assign_clusters,
+    name_unit,
+    require_one_patient_per_study,
+)
+from cxr_cache.errors import TableError
+from cxr_cache.metrics.scores import Array, FloatArray
+from cxr_cache.models.run import Run
+
+AGE_BANDS: Final = (0, 18, 40, 60, 80)
+"""First year of each band; the last has no end."""
+MAX_GROUP_VALUES: Final = 20
+_KEYS_OF_GROUPS: Final = ("image_id", "study_uid")
+_CLASHES: Final = {
+    ("projection",): "figures by projection are those of the image table's own",
+    ("age", "age_band"): "its column 'age' becomes that",
+}
+"""Columns that a table of groups may not have, or not together, and why not the last of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredImages:
+    """Rows that have both targets and probabilities: images, or studies.
+
+    Attributes
+    ----------
+    image_ids, study_uids, projections
+        Shape ``(N,)``; a study carries its own uid as its image_id and no projection.
+    patient_ids
+        ``""`` where unknown, shape ``(N,)``. All rows of a study name the same patient.
+    targets
+        1 present, 0 absent, NaN unlabelled; shape ``(N, F)``.
+    probabilities
+        In [0, 1], shape ``(N, F)``, float64.
+    findings
+        Names of the F findings.
+    groups
+        What the images are divided by, such as sex, name to values of shape ``(N,)``; ``""`` where
+        unknown.
+    """
+
+    image_ids: NDArray[np.object_]
+    study_uids: NDArray[np.object_]
+    patient_ids: NDArray[np.object_]
+    projections: NDArray[np.object_]
+    targets: FloatArray
+    probabilities: FloatArray
+    findings: tuple[str, ...]
+    groups: dict[str, NDArray[np.object_]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def n_studies(self) -> int:
+        """Number of different studies."""
+        return len(np.unique(self.study_uids))
+
+    @cached_property
+    def clusters(self) -> Array:
+        """What intervals resample as a whole: the patient where known, else the study, ``(N,)``."""
+        return assign_clusters(self.patient_ids, self.study_uids)
+
+    @property
+    def unit(self) -> Unit:
+        """What the clusters are."""
+        return name_unit(self.patient_ids)
+
+    def count_studies(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Studies with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
+        return _count_names(self.study_uids, cells)
+
+    def count_clusters(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Clusters with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
+        return _count_names(self.clusters, cells)
+
+    def take(self, rows: NDArray[Any]) -> ScoredImages:
+        """Rows by number or mask."""
+        return ScoredImages(
+            self.image_ids[rows],
+            self.study_uids[rows],
+            self.patient_ids[rows],
+            self.projections[rows],
+            self.targets[rows],
+            self.probabilities[rows],
+            self.findings,
+            {name: values[rows] for name, values in self.groups.items()},
+        )
+
+    def with_probabilities(self, probabilities: FloatArray) -> ScoredImages:
+        """The same rows with other probabilities, ``(N, F)``."""
+        return replace(self, probabilities=probabilities)
+
+    def by_group(self) -> Iterator[tuple[str, str, ScoredImages]]:
+        """Name, value and images of every group whose value is known; projections come first."""
+        for name, values in {"projection": self.projections, **self.groups}.items():
+            for value in sorted(set(values) - {""}):
+                yield name, value, self.take(values == value)
+
+    def by_study(self) -> ScoredImages:
+        """One row per study: probabilities averaged, a finding present where any image has it."""
+        if not len(self):
+            return self
+        order, starts = _bring_together(self.study_uids)
+        uids = self.study_uids[order][starts]
+        n_images = np.diff(np.append(starts, len(order)))[:, None]
+        return ScoredImages(
+            image_ids=uids,
+            study_uids=uids,
+            patient_ids=self.patient_ids[order][starts],
+            projections=np.full(len(uids), "", dtype=object),
+            targets=np.fmax.reduceat(self.targets[order], starts, axis=0),  # NaN only if all are
+            probabilities=np.add.reduceat(self.probabilities[order], starts, axis=0) / n_images,
+            findings=self.findings,
+        )
+
+
+def _count_names(names: Array, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Names with at least one such cell, per finding, ``(N,)`` and ``(N, F)`` -> ``(F,)``."""
+    if not len(names):
+        return np.zeros(cells.shape[1], np.int64)
+    order, starts = _bring_together(names)
+    counted: NDArray[np.int64] = np.logical_or.reduceat(cells[order], starts, axis=0).sum(axis=0)
+    return counted
+
+
+def _bring_together(names: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """An order that puts the rows of each name together, and where each name starts."""
+    codes = np.unique(names, return_inverse=True)[1]
+    order = np.argsort(codes, kind="stable")
+    return order, np.flatnonzero(np.diff(codes[order], prepend=-1))
+
+
+def parse_predictions(
+    predictions: pd.DataFrame, targets: pd.DataFrame, findings: Sequence[str]
+) -> ScoredImages:
+    """Join predictions with targets by image_id, in the order of the predictions.
+
+    Parameters
+    ----------
+    predictions
+        Columns image_id, study_uid, projection and one probability per finding; patient_id, blank
+        where unknown, if there is any.
+    targets
+        Columns image_id and one target per finding: 1, 0 or NaN. More rows than predictions are
+        fine.
+    findings
+        What to score; the F columns to take from both.
+
+    Raises
+    ------
+    TableError
+        A column is missing, an image has no row of targets or two of either, a target is none of
+        1, 0 and NaN, or a probability lies outside [0, 1].
+    """
+    findings = tuple(findings)
+    columns = ("image_id", "study_uid", "projection", *findings)
+    _require_columns(predictions, columns, "predictions")
+    _require_columns(targets, ("image_id", *findings), "targets")
+    for name, table in (("predictions", predictions), ("targets", targets)):
+        if twice := find_duplicates(table["image_id"]):
+            raise TableError(f"{name}: image_id {twice[0]!r} has more than one row; keep one.")
+    index = pd.Index(targets["image_id"])
+    rows = index.get_indexer(pd.Index(predictions["image_id"]))
+    if (rows < 0).any():
+        missing = predictions["image_id"].to_numpy()[rows < 0]
+        raise TableError(
+            f"targets: no row for {len(missing)} predicted images, the first is {missing[0]!r}. "
+            "Use the table of the same cohort."
+        )
+    image_ids = predictions["image_id"].to_numpy(object)
+    probabilities = predictions[list(findings)].to_numpy(np.float64)
+    _require_probabilities(probabilities, image_ids, findings)
+    wanted = targets[list(findings)].to_numpy(np.float64)[rows]
+    _require_targets(wanted, image_ids, findings)
+    patient_ids = _parse_patient_ids(predictions)
+    require_one_patient_per_study(
+        patient_ids, predictions["study_uid"].to_numpy(object), "predictions: "
+    )
+    return ScoredImages(
+        image_ids=image_ids,
+        study_uids=predictions["study_uid"].to_numpy(object),
+        patient_ids=patient_ids,
+        projections=predictions["projection"].to_numpy(object),
+        targets=wanted,
+        probabilities=probabilities,
+        findings=findings,
+    )
+
+
+def _parse_patient_ids(predictions: pd.DataFrame) -> NDArray[np.object_]:
+    """As text, ``""`` where blank; runs of earlier versions lack the column."""
+    if "patient_id" not in predictions:
+        return np.full(len(predictions), "", object)
+    cells = predictions["patient_id"].to_numpy(object)
+    return np.where(pd.isna(cells), "", cells.astype(str)).astype(object)
+
+
+def _require_columns(table: pd.DataFrame, columns: Sequence[str], name: str) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise TableError(f"{name}: no column {', '.join(map(repr, missing))}.")
+
+
+def _require_probabilities(
+    probabilities: FloatArray, image_ids: NDArray[np.object_], findings: tuple[str, ...]
+) -> None:
+    outside = ~((probabilities >= 0) & (probabilities <= 1))  # NaN too
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise TableError(
+            f"predictions: {image_ids[row]} has {probabilities[row, column]} for "
+            f"{findings[column]!r}, which is no probability."
+        )
+
+
+def _require_targets(
+    targets: FloatArray, image_ids: NDArray[np.object_], findings: tuple[str, ...]
+) -> None:
+    strange = ~(np.isnan(targets) | (targets == 0) | (targets == 1))
+    if strange.any():
+        row, column = np.argwhere(strange)[0]
+        raise TableError(
+            f"targets: {image_ids[row]} has {targets[row, column]:g} for {findings[column]!r}; "
+            "write 1 for present, 0 for absent, and leave blank what is uncertain or unknown."
+        )
+
+
+def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
+    """Give images the groups of a CSV, to be evaluated one by one.
+
+    Parameters
+    ----------
+    images
+        N rows.
+    path
+        CSV with a column image_id or study_uid, each value once, and one column per grouping, such
+        as sex. A column ``age``, in years, becomes ``age_band``. Blank cells, and images without
+        a row, belong to no group.
+
+    Raises
+    ------
+    TableError
+        The file is broken, knows none of the images, or has a column of too many values or of a
+        name that is taken.
+    """
+    path = Path(path)
+    key, table = read_groups(path)
+    ids = images.image_ids if key == "image_id" else images.study_uids
+    rows = pd.Index(table[key]).get_indexer(pd.Index(ids))
+    if (rows < 0).all():
+        raise TableError(
+            f"{path} has no row for any of the {len(ids):,} images: its first {key} is "
+            f"{table[key].iloc[0]!r}, the first of the images {ids[0]!r}."
+        )
+    groups = {}
+    for name in table.columns.drop([name for name in _KEYS_OF_GROUPS if name in table]):
+        values = np.where(rows < 0, "", table[name].to_numpy(object)[rows])
+        _require_few(values, name, path)
+        groups[str(name)] = values
+    return replace(images, groups=groups)
+
+
+def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
+    """Read such a CSV: the column that names its rows, and the table with ages as bands.
+
+    Raises
+    ------
+    TableError
+        The file is broken.
+    """
+    table = read_csv(path)
+    key = next((name for name in _KEYS_OF_GROUPS if name in table), None)
+    if key is None or len(table.columns) == 1:
+        raise TableError(
+            f"{path} needs a column image_id or study_uid, and a column to group by, such as sex; "
+            f"its columns are {', '.join(table.columns)}."
+        )
+    require_unique(table, key, path)
+    for names, reason in _CLASHES.items():
+        if set(names) <= set(table):
+            raise TableError(
+                f"{path} has a column {names[-1]!r}, but {reason}. Give it another name."
+            )
+    if "age" in table:
+        table = table.assign(age_band=_to_age_bands(table["age"], path)).drop(columns="age")
+    return key, table
+
+
+def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:
+    years = pd.Series(pd.to_numeric(ages.to_numpy(object), errors="coerce"), ages.index)
+    broken = ((ages != "") & ~np.isfinite(years)) | (years < 0)
+    if broken.any():
+        first = int(broken.to_numpy().argmax())
+        raise TableError(
+            f"{path}, line {ages.index[first]}: age {ages.iloc[first]!r} is not a number of years."
+        )
+    ends = [f"-{end - 1}" for end in AGE_BANDS[1:]] + ["+"]
+    labels = np.array([f"{first}{end}" for first, end in zip(AGE_BANDS, ends, strict=True)], object)
+    bands = np.searchsorted(AGE_BANDS, years.fillna(0), side="right") - 1
+    banded: NDArray[np.object_] = np.where(years.isna(), "", labels[bands])
+    return banded
+
+
+def _require_few(values: NDArray[np.object_], column: str, path: Path) -> None:
+    n_values = len(set(values) - {""})
+    if n_values > MAX_GROUP_VALUES:
+        raise TableError(
+            f"{path}: column {column!r} has {n_values} values among the images, and at most "
+            f"{MAX_GROUP_VALUES} groups are evaluated. Make classes of it, or leave it out."
+        )
+
+
+def read_scored(
+    run: Run, rows: Literal["test", "train", "out_of_fold"] = "test", *, calibrated: bool = True
+) -> ScoredImages:
+    """Predictions that a run stored, with their targets.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    rows
+        ``"test"`` and ``"train"`` are by the final model, ``"out_of_fold"`` by the fold model that
+        has not seen the row.
+    calibrated
+        Apply the run's calibration; the tables hold what the model itself says.
+
+    Raises
+    ------
+    TableError
+        The run's tables do not fit each other.
+    RunError
+        One of them is missing.
+    """
+    table = run.read_table("out_of_fold" if rows == "out_of_fold" else "predictions")
+    if rows != "out_of_fold":
+        table = table[table["split"] == rows]
+    images = parse_predictions(table, run.read_table("targets"), run.config["findings"])
+    if not calibrated:
+        return images
+    return images.with_probabilities(run.calibration.apply(images.probabilities))

@@ -1,0 +1,275 @@
+"""A store and its encoder's text tower -> what the encoder knows without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from cxr_cache.datasets.clusters import UNITS, Unit, name_unit
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.encoders.encoder import EncoderIdentity
+from cxr_cache.encoders.prompts import PromptPair
+from cxr_cache.encoders.text import TextEncoder
+from cxr_cache.errors import RunError, StoreMismatchError, TrainingError
+from cxr_cache.evaluation.scored import read_scored
+from cxr_cache.metrics.paired import (
+    Figure,
+    JointAuroc,
+    ScoredRows,
+    score_jointly,
+)
+from cxr_cache.metrics.scores import FloatArray
+from cxr_cache.models.run import Run
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.rows import find_done_rows
+
+MACRO: Final = "macro"
+_ZERO_SHOT, _RUN = "zero_shot", "run"
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShot:
+    """AUROC of prompts, finding by finding, beside a run's where there is one."""
+
+    table: pd.DataFrame
+    """Columns finding, n_positive, zero_shot, zero_shot_low, zero_shot_high and, with a run, run,
+    run_low, run_high, difference, difference_low, difference_high; then the prompts, present and
+    absent, as :func:`name_prompts` writes them. The last row is macro."""
+    n_images: int
+    n_studies: int
+    unit: Unit
+    """What was resampled."""
+    rows: str
+    """Which images these are, in words."""
+    without_prompts: tuple[str, ...]
+    is_of_run: bool
+    """Whether it is a run's own encoder, on the run's test images: such a table belongs into the
+    run's folder."""
+    notes: tuple[str, ...]
+
+    def to_text(self) -> str:
+        """A table for a terminal."""
+        columns = [name for name in (_ZERO_SHOT, _RUN, "difference") if name in self.table]
+        lines = [
+            f"Zero-shot AUROC on {self.rows}: {self.n_images:,} images of {self.n_studies:,} "
+            f"studies [95 % intervals over {UNITS[self.unit]}]",
+            f"  {'':<30}{'positive':>9}" + "".join(f"  {name:<24}" for name in columns),
+        ]
+        for row in self.table.to_dict("records"):
+            n_positive = "" if row["finding"] == MACRO else f"{int(row['n_positive']):,}"
+            line = f"  {row['finding']:<30}{n_positive:>9}"
+            for name in columns:
+                figure = Figure(row[name], row[f"{name}_low"], row[f"{name}_high"])
+                sign = "+" if name == "difference" else ""
+                line += f"  {figure.to_text(sign):<24}"
+            lines.append(line.rstrip())
+        if self.without_prompts:
+            lines.append(f"No prompts for: {', '.join(self.without_prompts)}")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def score_prompts(
+    embeddings: NDArray[np.float32], text_encoder: TextEncoder, prompts: Sequence[PromptPair]
+) -> NDArray[np.float32]:
+    """Logit of each finding: the scaled difference of an image's cosines with a pair of prompts.
+
+    Its sigmoid is the softmax over the two, as in Tiu et al., "Expert-level detection of
+    pathologies from unannotated chest X-ray images via self-supervised learning" (CheXzero, 2022).
+    Of several sentences the embeddings are averaged (Radford et al. 2021, section 3.1.4).
+
+    Parameters
+    ----------
+    embeddings
+        Projected image features, encoder scale, ``(N, D)``.
+    text_encoder
+        Of the same checkpoint.
+    prompts
+        One pair per finding, F of them.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        ``(N, F)``.
+    """
+    directions = torch.stack(
+        [
+            _average(text_encoder, pair.present) - _average(text_encoder, pair.absent)
+            for pair in prompts
+        ]
+    )  # (F, D)
+    images = F.normalize(torch.from_numpy(embeddings), dim=-1)
+    logits: NDArray[np.float32] = (text_encoder.logit_scale * images @ directions.T).numpy()
+    return logits
+
+
+def _average(text_encoder: TextEncoder, sentences: Sequence[str]) -> torch.Tensor:
+    return F.normalize(text_encoder.embed(sentences).mean(dim=0), dim=-1)
+
+
+def score_zero_shot(
+    store: FeatureStore,
+    text_encoder: TextEncoder,
+    prompts: Mapping[str, PromptPair],
+    *,
+    run: Run | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> ZeroShot:
+    """Score prompts on a run's test images, or on all of a store.
+
+    Parameters
+    ----------
+    store
+        Extracted with the encoder that the text tower belongs to.
+    text_encoder
+        As :func:`require_same_encoder` has checked it.
+    prompts
+        By finding; findings without are left out.
+    run
+        Its test images, targets and predictions are taken; without one, all labelled images.
+    n_resamples, seed
+        Of the bootstrap.
+
+    Raises
+    ------
+    RunError
+        The run's test images are not in the store, or one of its tables is missing.
+    TrainingError
+        No finding has prompts.
+    TableError
+        The run's tables do not fit each other.
+    StoreIncompleteError, StoreFormatError
+        As :func:`cxr_cache.store.rows.find_done_rows`.
+    """
+    images = _all_images(store) if run is None else _test_images(store, run)
+    cohort = images.cohort
+    chosen = [f for f, finding in enumerate(cohort.findings) if finding in prompts]
+    if not chosen:
+        raise TrainingError(
+            f"None of the findings has prompts: {', '.join(cohort.findings)}. Give a file with "
+            "--prompts."
+        )
+    findings = [cohort.findings[f] for f in chosen]
+    pairs = [prompts[finding] for finding in findings]
+    targets, own = cohort.targets[:, chosen], np.arange(len(cohort))
+    embeddings = np.array(store.embeddings[images.rows, 0])
+    models = {_ZERO_SHOT: ScoredRows(own, targets, score_prompts(embeddings, text_encoder, pairs))}
+    if images.probabilities is not None:
+        models[_RUN] = ScoredRows(own, targets, images.probabilities[:, chosen])
+    areas = score_jointly(models, cohort.groups, n_resamples=n_resamples, seed=seed)
+    if _RUN in areas:
+        areas["difference"] = areas[_RUN].minus(areas[_ZERO_SHOT])
+    table = tabulate_areas(findings, (targets == 1).sum(axis=0), areas)
+    return ZeroShot(
+        table=table.assign(**name_prompts(pairs)),
+        n_images=len(cohort),
+        n_studies=len(np.unique(cohort.study_uids)),
+        unit=name_unit(cohort.patient_ids),
+        rows="all labelled images" if run is None else f"the test images of {run.path}",
+        without_prompts=tuple(f for f in cohort.findings if f not in prompts),
+        is_of_run=run is not None and _is_encoder_of(run, store),
+        notes=() if run is None else tuple(_notes(run, store)),
+    )
+
+
+def require_same_encoder(store: FeatureStore, encoder: EncoderIdentity) -> None:
+    """Raise unless the images were embedded by the checkpoint whose texts are to be compared.
+
+    Raises
+    ------
+    StoreMismatchError
+        The weights differ; texts of another model lie elsewhere.
+    """
+    there, here = store.header.encoder["weights_sha256"], encoder.weights_sha256
+    if there != here:
+        raise StoreMismatchError(
+            f"{store.path} was not extracted with {encoder.name}:\n"
+            f"  weights_sha256: {there[:12]!r} in the store, {here[:12]!r} in this encoder\n"
+            "Its texts mean nothing beside these images. Use the store's encoder."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Rows of the store to score, and what is known of them."""
+
+    rows: NDArray[np.intp]
+    cohort: Cohort
+    """Of these rows, with the targets to score."""
+    probabilities: FloatArray | None
+
+
+def _all_images(store: FeatureStore) -> _Images:
+    done = find_done_rows(store, allow_pending=True)
+    rows = done[~np.isnan(store.cohort.targets[done]).all(axis=1)]
+    if not len(rows):
+        raise TrainingError(f"None of the images of {store.path} has a label.")
+    return _Images(rows, store.cohort.take(rows), None)
+
+
+def _test_images(store: FeatureStore, run: Run) -> _Images:
+    scored = read_scored(run)
+    done = find_done_rows(store, allow_pending=True)
+    place = pd.Index(store.image_ids[done]).get_indexer(pd.Index(scored.image_ids))
+    if (place < 0).any():
+        raise RunError(
+            f"{(place < 0).sum():,} of the {len(place):,} test images of {run.path} are not in "
+            f"{store.path}. Give the run's own store."
+        )
+    cohort = replace(
+        store.cohort.take(done[place]),
+        targets=scored.targets.astype(np.float32),
+        findings=scored.findings,
+    )
+    return _Images(done[place], cohort, scored.probabilities)
+
+
+def tabulate_areas(
+    findings: Sequence[str], n_positive: NDArray[np.intp], areas: Mapping[str, JointAuroc]
+) -> pd.DataFrame:
+    """One row per finding, and the macro row, as :attr:`ZeroShot.table` describes them."""
+    rows = []
+    for f, finding in enumerate([*findings, MACRO]):
+        row: dict[str, object] = {
+            "finding": finding,
+            "n_positive": int(n_positive[f]) if finding != MACRO else int(n_positive.sum()),
+        }
+        for name, area in areas.items():
+            figure = area.macro() if f == len(findings) else area.of_finding(f)
+            row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+        rows.append(row)
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def name_prompts(pairs: Sequence[PromptPair]) -> dict[str, list[str]]:
+    """Columns that say what was asked: of each finding its sentences, none of the macro row."""
+    return {
+        side: [*(" | ".join(getattr(pair, side)) for pair in pairs), ""]
+        for side in ("present", "absent")
+    }
+
+
+def _is_encoder_of(run: Run, store: FeatureStore) -> bool:
+    trained_with = run.config["store"]["encoder"].get("weights_sha256")
+    return bool(trained_with == store.header.encoder["weights_sha256"])
+
+
+def _notes(run: Run, store: FeatureStore) -> Iterator[str]:
+    if run.config.get("kind") != "train":
+        yield (
+            f"{run.path} was fine-tuned. Zero-shot is that of the encoder before: the text tower "
+            "was not trained along, so the prompts do not fit the tuned embeddings."
+        )
+    if not _is_encoder_of(run, store):
+        yield (
+            f"{store.path} was extracted with another encoder than {run.path} was trained with, so "
+            "the table is not kept with the run."
+        )

@@ -1,0 +1,1 @@
+"""Numbers from arrays: scores, resampling, intervals and operating points."""

@@ -1,0 +1,130 @@
+"""Scores sorted once, for AUROC and AP under any number of weightings of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from cxr_cache.metrics.scores import (
+    Array,
+    FloatArray,
+    divide,
+    require_finite,
+)
+
+
+class RankedScores:
+    """Scores of every finding sorted once, for AUROC and AP under any number of weightings.
+
+    A weighting only changes how much each row counts, never the order. So the rows between two
+    scores of positives can be summed as one: a product of a sparse matrix, which is built here,
+    with the weights.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
+    scores
+        Logits or probabilities, finite, shape ``(N, F)``.
+    pooled
+        Take all cells for one finding (micro averages); F is 1 in what follows.
+
+    Raises
+    ------
+    ValueError
+        A score is NaN or infinite.
+    """
+
+    def __init__(self, targets: Array, scores: Array, *, pooled: bool = False) -> None:
+        require_finite(scores)
+        N, F = targets.shape
+        if pooled:
+            rows = np.repeat(np.arange(N, dtype=np.int32), F)
+            columns = [(targets.ravel(), scores.ravel(), rows)]
+        else:
+            rows = np.arange(N, dtype=np.int32)
+            columns = [(t, s, rows) for t, s in zip(targets.T, scores.T, strict=True)]
+        self._rankings = [_rank(*column, n_rows=N) for column in columns]
+
+    def auroc_and_ap(self, weights: Array) -> tuple[FloatArray, FloatArray]:
+        """AUROC and AP as if every row stood there as often as its weight says.
+
+        Parameters
+        ----------
+        weights
+            Not negative, shape ``(R, N)``; as :func:`cxr_cache.metrics.bootstrap.bootstrap_weights` lays
+            them out in memory for speed.
+
+        Returns
+        -------
+        tuple[FloatArray, FloatArray]
+            Both of shape ``(R, F)``, NaN where :func:`cxr_cache.metrics.scores.auroc` would be. Ties are
+            exact.
+        """
+        by_row = np.ascontiguousarray(weights.T, dtype=np.float64)
+        pairs = [_auroc_and_ap(ranking, by_row) for ranking in self._rankings]
+        return np.stack([pair[0] for pair in pairs], -1), np.stack([pair[1] for pair in pairs], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranking:
+    """Sums over the labelled rows of one finding, as matrices of ones.
+
+    A step is a score that a positive has; S steps, from the highest score down.
+    """
+
+    positives: sparse.csr_array  # (S, N): positives of each step
+    between: sparse.csr_array  # (S + 1, N): negatives above each step and below the one before
+    tied: sparse.csr_array | None  # (S, N): negatives of the same score; None if there are none
+
+
+def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: int) -> _Ranking:
+    labelled = np.flatnonzero(~np.isnan(targets))
+    order = labelled[np.argsort(-scores[labelled], kind="stable")]
+    descending = scores[order]
+    ties = np.cumsum(np.append(False, descending[1:] < descending[:-1])[: len(order)])
+    present, rows = targets[order] == 1, row_of[order]
+
+    steps, step_of = np.unique(ties[present], return_inverse=True)
+    negative_ties, negatives = ties[~present], rows[~present]
+    places = np.searchsorted(steps, negative_ties)
+    is_tied = np.append(steps, -1)[places] == negative_ties
+
+    def sums(rows: NDArray[np.int32], places: NDArray[np.intp], n_sums: int) -> sparse.csr_array:
+        starts = np.searchsorted(places, np.arange(n_sums + 1))
+        ones = np.ones(len(rows))
+        return sparse.csr_array((ones, rows, starts), shape=(n_sums, n_rows))
+
+    return _Ranking(
+        positives=sums(rows[present], step_of, len(steps)),
+        between=sums(negatives[~is_tied], places[~is_tied], len(steps) + 1),
+        tied=sums(negatives[is_tied], places[is_tied], len(steps)) if is_tied.any() else None,
+    )
+
+
+def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """AUROC and AP of one finding for weights ``(N, R)``, both ``(R,)``."""
+    step = ranking.positives @ by_row  # (S, R)
+    if not len(step):
+        undefined = np.full(by_row.shape[1], np.nan)
+        return undefined, undefined
+    tp = np.cumsum(step, axis=0)
+    above = np.cumsum(ranking.between @ by_row, axis=0)  # (S + 1, R)
+    n_present, n_absent, above = tp[-1], above[-1], above[:-1]
+    half_tied: FloatArray | float = 0.0
+    if ranking.tied is not None:
+        half_tied = (ranking.tied @ by_row) / 2
+        tied_so_far = 2 * np.cumsum(half_tied, axis=0)
+        n_absent = n_absent + tied_so_far[-1]
+        above += tied_so_far - half_tied  # negatives above a step count as lost, tied ones half
+    n_won = np.einsum("sr,sr->r", step, n_absent - above)
+    called = tp + above + half_tied
+    precision = np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)
+    precision_sum = np.einsum("sr,sr->r", step, precision)
+    return (
+        divide(n_won, n_present * n_absent),
+        divide(precision_sum, np.where(n_absent > 0, n_present, 0)),
+    )

@@ -1,0 +1,314 @@
+"""A run and new images, or another store, to probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.datasets.images import read_image
+from cxr_cache.encoders.encoder import Encoder, EncoderIdentity
+from cxr_cache.errors import (
+    ImageError,
+    RunError,
+    StoreIncompleteError,
+    StoreMismatchError,
+)
+from cxr_cache.models.heads import HeadBank, predict_probabilities
+from cxr_cache.models.run import Run, SavedModel, read_calibration
+from cxr_cache.models.tuned import as_cached, load_members
+from cxr_cache.store.feature_store import DONE, FeatureStore
+from cxr_cache.store.features import COLUMNS, prepare_features
+from cxr_cache.store.rows import find_done_rows
+from cxr_cache.training.outcome import IMAGE_COLUMNS, finding_table
+
+_IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities of N images and what they mean at the run's thresholds."""
+
+    image_ids: tuple[str, ...]
+    findings: tuple[str, ...]
+    probabilities: NDArray[np.float32]
+    """Calibrated, ``(N, F)``; NaN for an image that could not be used."""
+    decisions: NDArray[np.bool_]
+    """``(N, F)``, probability at or above the threshold."""
+    errors: tuple[str, ...]
+    """Why an image could not be used; empty where it could."""
+
+    @property
+    def n_failed(self) -> int:
+        """Images without a prediction."""
+        return sum(bool(error) for error in self.errors)
+
+    def to_table(self) -> pd.DataFrame:
+        """One row per image: image, present (findings, ``;`` between), error, probabilities."""
+        names = np.array(self.findings)
+        described: pd.DataFrame = pd.DataFrame(
+            {
+                "image": self.image_ids,
+                "present": [";".join(names[row]) for row in self.decisions],
+                "error": self.errors,
+            }
+        )
+        table: pd.DataFrame = pd.concat(
+            [described, pd.DataFrame(self.probabilities, columns=list(self.findings))], axis=1
+        )
+        return table
+
+    def to_text(self, n_shown: int = 5) -> str:
+        """The likeliest findings of each image; ``*`` marks those called present."""
+        lines = []
+        for image_id, row, called, error in zip(
+            self.image_ids, self.probabilities, self.decisions, self.errors, strict=True
+        ):
+            lines.append(image_id)
+            if error:
+                lines.append(f"    not usable: {error}")
+                continue
+            # Called findings first: with a low threshold they need not be the likeliest.
+            for f in sorted(range(len(row)), key=lambda f: (not called[f], -row[f]))[:n_shown]:
+                mark = "*" if called[f] else " "
+                lines.append(f"  {mark} {row[f]:6.1%}  {self.findings[f]}")
+        if self.n_failed < len(self.image_ids):
+            lines.append("* at or above the run's threshold. Not for clinical use.")
+        return "\n".join(lines)
+
+
+def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:
+    """Probabilities for image files, calibrated as the run says.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    paths
+        Image files.
+    encoder
+        The encoder whose embeddings the run's head was trained on.
+
+    Raises
+    ------
+    RunError
+        `encoder` is another one, or the run was trained on imported embeddings.
+    """
+    model = run.load_model()
+    require_encoder_of_run(run, model.encoder, encoder)
+    probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
+    errors = [""] * len(paths)
+    for start in range(0, len(paths), _IMAGES_AT_ONCE):
+        decoded = {}
+        for i, path in enumerate(map(Path, paths[start : start + _IMAGES_AT_ONCE]), start):
+            try:
+                decoded[i] = read_image(path.parent, path.name, encoder.preprocessing).pixels
+            except ImageError as error:
+                errors[i] = str(error)
+        if decoded:
+            pixels = torch.from_numpy(np.stack(list(decoded.values())))
+            probabilities[list(decoded)] = predict_pixels(model, encoder, pixels)
+    for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
+        errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
+    calibrated = read_calibration(model.calibration, len(model.findings)).apply(probabilities)
+    return Predictions(
+        tuple(map(str, paths)),
+        model.findings,
+        calibrated.astype(np.float32),
+        calibrated >= _thresholds(model),
+        tuple(errors),
+    )
+
+
+def require_encoder_of_run(
+    run: Run, trained_with: Mapping[str, Any], encoder: Encoder | None
+) -> None:
+    """Raise RunError unless `encoder` made the embeddings that the run was trained on."""
+    if trained_with.get("imported"):
+        raise RunError(
+            f"{run.path} was trained on embeddings imported from {trained_with['name']}; there is "
+            "no encoder to run new images through. Import their embeddings into a store and use "
+            f"`cxr-cache evaluate {run.path} --store F.h5`."
+        )
+    if encoder is None:
+        return
+    differences = EncoderIdentity.from_dict(trained_with).differences(encoder.identity)
+    if differences:
+        raise RunError(
+            f"{run.path} was trained on embeddings of another encoder:\n"
+            + describe_differences(differences, "in the run", f"in {encoder.identity.name}")
+            + "\nIts head means nothing on these. Use the run's encoder."
+        )
+
+
+@torch.inference_mode()
+def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArray[np.float32]:
+    """What a trained model says, not calibrated, ``(B, F)``; a row may be NaN.
+
+    Parameters
+    ----------
+    model
+        What a run saved.
+    encoder
+        The run's, as it is before fine-tuning.
+    pixels
+        As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
+    """
+    if model.tail is None:
+        pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(pixels))
+        outputs = {"embeddings": embeddings, "pooled": pooled}
+        return predict_embeddings(model, *(outputs[name] for name in _columns(model)))
+    tokens = encoder.stem(encoder.prepare(pixels), model.tail["unfreeze_layers"])
+    return predict_tokens(model, encoder, as_cached(tokens, model))
+
+
+@torch.inference_mode()
+def predict_tokens(model: SavedModel, encoder: Encoder, tokens: Tensor) -> NDArray[np.float32]:
+    """Probabilities of a fine-tuned model for tokens ``(B, T, W)``; its members are averaged."""
+    with closing(load_members(model, encoder)) as members:
+        mean = torch.stack([torch.sigmoid(member(tokens)) for member in members]).mean(dim=0)
+    finite = mean.isfinite().all(dim=1, keepdim=True)
+    probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
+    return probabilities
+
+
+def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities of a trained model, encoder-scale outputs ``(N, D)`` to ``(N, F)``.
+
+    The members of an ensemble are averaged; a row of NaN stays NaN.
+
+    Parameters
+    ----------
+    outputs
+        Those of the encoder that the head reads, in the order of
+        :data:`cxr_cache.store.features.COLUMNS`: most often the embeddings alone.
+    """
+    bank = HeadBank.from_snapshot(model.head_tensors)
+    n_rows = len(outputs[0])
+    probabilities = np.empty((n_rows, len(model.findings)), np.float32)
+    for start in range(0, n_rows, _ROWS_AT_ONCE):
+        parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
+        prepared = prepare_features(parts, model.head["input_norm"])
+        prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
+        averaged = predict_probabilities(bank, torch.from_numpy(prepared))
+        probabilities[start : start + len(prepared)] = averaged.numpy()
+    return probabilities
+
+
+def _columns(model: SavedModel) -> tuple[str, ...]:
+    """What the head reads; models from before there was a choice read the embedding."""
+    return COLUMNS[model.head.get("features", "projected")]
+
+
+def predict_store(
+    run: Run, store: FeatureStore, encoder: Encoder | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predictions of a run for the finished rows of a store, and their targets.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    store
+        With the run's findings; for a fine-tuned run also with tokens that enter its blocks.
+    encoder
+        The store's, for a fine-tuned run; a frozen one needs none.
+
+    Returns
+    -------
+    predictions
+        Columns image_id, study_uid, patient_id, projection and one probability per finding, not
+        calibrated.
+    targets
+        Columns image_id and one target per finding of the run.
+
+    Raises
+    ------
+    StoreMismatchError
+        The store's embeddings come from another encoder, or it lacks a finding of the run.
+    StoreIncompleteError, StoreFormatError
+        Rows are pending or damaged; see :func:`cxr_cache.store.rows.find_done_rows`.
+    """
+    model = run.load_model()
+    _require_same_features(run, model, store)
+    missing = [finding for finding in model.findings if finding not in store.findings]
+    if missing:
+        raise StoreMismatchError(
+            f"{store.path} has no targets for {missing}, which {run.path} predicts. Evaluate on a "
+            "store with the run's findings."
+        )
+    rows = find_done_rows(store)
+    cohort = store.cohort.take(rows)
+    columns = [store.findings.index(finding) for finding in model.findings]
+    cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
+    if model.tail is None:
+        outputs = (store.read_rows(name, rows)[:, 0] for name in _columns(model))
+        probabilities = predict_embeddings(model, *outputs)
+    else:
+        assert encoder is not None, "fine-tuned blocks belong to an encoder"
+        require_encoder_of_run(run, model.encoder, encoder)
+        probabilities = _predict_cached(model, encoder, store, rows)
+    return (
+        finding_table(cohort, probabilities, IMAGE_COLUMNS),
+        finding_table(cohort, cohort.targets, ("image_id",)),
+    )
+
+
+def _predict_cached(
+    model: SavedModel, encoder: Encoder, store: FeatureStore, rows: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    lacking = rows[store.status[rows] != DONE]
+    if len(lacking):
+        raise StoreIncompleteError(
+            f"{store.path} lacks the tokens of {len(lacking):,} images, the first is "
+            f"{str(store.image_ids[lacking[0]])!r}. Run the `cxr-cache extract --tokens` command "
+            "again."
+        )
+    parts = []
+    for chosen in np.array_split(rows, -(-len(rows) // _IMAGES_AT_ONCE)):
+        tokens = store.read_views("tokens", chosen, np.zeros_like(chosen))
+        parts.append(predict_tokens(model, encoder, torch.from_numpy(tokens)))
+    return np.concatenate(parts)
+
+
+def _require_same_features(run: Run, model: SavedModel, store: FeatureStore) -> None:
+    stored, trained_with = store.header.encoder, model.encoder
+    if trained_with.get("imported") or stored.get("imported"):
+        # A second import has another digest even if the same network made it: only widths tell.
+        keys = ("imported", "embedding_width")
+        differences = find_differences(
+            {key: stored.get(key) for key in keys}, {key: trained_with.get(key) for key in keys}
+        )
+    else:
+        differences = EncoderIdentity.from_dict(stored).differences(
+            EncoderIdentity.from_dict(trained_with)
+        )
+    if differences:
+        raise StoreMismatchError(
+            f"{store.path} holds embeddings of another encoder than {run.path} was trained on:\n"
+            + describe_differences(differences, "in the store", "in the run")
+            + "\nExtract the images with the run's encoder."
+        )
+    if model.tail is not None:
+        needed = {"boundary_block": model.tail["boundary_block"]}
+        there = {"boundary_block": store.header.boundary_block}
+        if differences := find_differences(there, needed):
+            raise StoreMismatchError(
+                f"{store.path} has no tokens for the blocks that {run.path} fine-tuned:\n"
+                + describe_differences(differences, "in the store", "in the run")
+                + "\nAdd them with `cxr-cache extract --tokens --unfreeze-layers "
+                f"{model.tail['unfreeze_layers']}`."
+            )
+
+
+def _thresholds(model: SavedModel) -> NDArray[np.float64]:
+    return np.array([model.thresholds[finding] for finding in model.findings])

@@ -1,0 +1,159 @@
+"""The last blocks of an encoder and a head as one model: tokens -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cxr_cache.common.devices import Precision
+from cxr_cache.common.distributed import gather_batch, gather_parts, own_part
+from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
+from cxr_cache.models.heads import HeadBank
+from cxr_cache.models.run import SavedModel
+from cxr_cache.store.tokens import TokenSource
+
+_SCORED_AT_ONCE: Final = 64  # images, whose tokens are on their way together
+
+
+class TailAndHead(nn.Module):
+    """Tokens to logits: the encoder's last blocks, its frozen norm and projection, a head.
+
+    The blocks take gradients, by name; everything else of the encoder stays as it is. They run in
+    evaluation mode, as the stem did when the tokens were cached: dropout is the head's.
+
+    Parameters
+    ----------
+    encoder
+        Its last blocks train in place.
+    bank
+        One head.
+    n_unfrozen
+        How many blocks.
+    input_norm
+        ``"l2"`` scales embeddings to length 1 before the head, ``"none"`` does not.
+    precision
+        What the blocks compute in; the head computes in float32.
+    keeps_activations
+        Off, the backward pass computes the blocks again.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        bank: HeadBank,
+        n_unfrozen: int,
+        *,
+        input_norm: str = "l2",
+        precision: Precision = "fp32",
+        keeps_activations: bool = True,
+    ) -> None:
+        super().__init__()
+        assert bank.n_heads == 1, "one head goes with one tail"
+        self.encoder, self.bank, self.n_unfrozen = encoder, bank, n_unfrozen
+        self._input_norm, self._precision = input_norm, precision
+        self._keeps_activations = keeps_activations
+        names = trainable_parameter_names(encoder, n_unfrozen)
+        encoder.requires_grad_(False)
+        self.tail = {name: encoder.get_parameter(name).requires_grad_() for name in names}
+        if bank.norm == "batch":  # zero by algebra, noise by rounding: see HeadBank.backward
+            for i in range(bank.n_hidden):
+                bank.get_parameter(f"bias_{i}").requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(B, T, W)`` -> ``(B, F)``; several processes give their parts and all get the whole."""
+        _, embeddings = self.encoder.tail(
+            tokens,
+            self.n_unfrozen,
+            precision=self._precision,
+            keeps_activations=self._keeps_activations,
+        )
+        embeddings = gather_batch(embeddings) if self.training else embeddings
+        if self._input_norm == "l2":
+            embeddings = F.normalize(embeddings, dim=-1)
+        logits: Tensor = self.bank(embeddings)[0]
+        return logits
+
+    def train(self, mode: bool = True) -> TailAndHead:
+        """Set the head's mode; the encoder's is evaluation, always."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copy of everything that trains, on the CPU; axis 0 has length 1, for one model."""
+        tail = {name: tensor.detach()[None] for name, tensor in self.tail.items()}
+        return {
+            name: tensor.cpu().clone() for name, tensor in (tail | self.bank.snapshot()).items()
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`snapshot` gave."""
+        for name, parameter in self.tail.items():
+            parameter.copy_(state[name][0])
+        self.bank.load_state_dict({k: v for k, v in state.items() if k not in self.tail})
+
+    @torch.no_grad()
+    def probabilities(self, source: TokenSource, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of the upright view of some images, ``(n, F)``; processes share the work."""
+        return torch.sigmoid(self.logits(source, rows)).cpu().numpy()
+
+    @torch.no_grad()
+    def logits(self, source: TokenSource, rows: NDArray[np.int64]) -> Tensor:
+        """The same before the sigmoid, on the encoder's device."""
+        self.eval()
+        own = torch.from_numpy(rows[own_part(len(rows))])
+        batches = source.batches(own, torch.zeros_like(own), _SCORED_AT_ONCE)
+        n_findings = self.bank.widths[-1]
+        parts = [torch.empty(0, n_findings, device=self.encoder.device), *map(self, batches)]
+        return gather_parts(torch.cat(parts), len(rows))
+
+
+def load_members(model: SavedModel, encoder: Encoder) -> Generator[TailAndHead, None, None]:
+    """The members of a fine-tuned model one after the other, ready to predict.
+
+    They share the encoder: its blocks are the next member's when that is asked for, and its own
+    again in the end. Whoever may leave before it has to close the iterator: where an error keeps
+    it, the encoder would keep a member's blocks.
+    """
+    assert model.tail is not None, "a frozen run has no blocks of its own"
+    n_unfrozen = model.tail["unfreeze_layers"]
+    own = copy_tail(encoder, n_unfrozen)
+    tensors = model.tail_tensors | model.head_tensors
+    try:
+        for k in range(len(tensors["weight_0"])):
+            state = {name: tensor[k : k + 1] for name, tensor in tensors.items()}
+            head = {name: state[name] for name in model.head_tensors}
+            member = TailAndHead(
+                encoder,
+                HeadBank.from_snapshot(head, device=encoder.device),
+                n_unfrozen,
+                input_norm=model.head["input_norm"],
+                precision=model.tail["precision"],
+            )
+            member.restore(state)
+            yield member.eval()
+    finally:
+        encoder.requires_grad_(False)
+        for name, tensor in own.items():
+            encoder.get_parameter(name).copy_(tensor)
+
+
+def as_cached(tokens: Tensor, model: SavedModel) -> Tensor:
+    """Tokens as the model was trained on them: rounded to float16 if those came from a store."""
+    assert model.tail is not None, "a frozen run reads no tokens"
+    return tokens.half() if model.tail["tokens"] == "float16" else tokens
+
+
+def copy_tail(encoder: Encoder, n_unfrozen: int) -> dict[str, Tensor]:
+    """The last blocks as they are now, by parameter name."""
+    return {
+        name: encoder.get_parameter(name).detach().clone()
+        for name in trainable_parameter_names(encoder, n_unfrozen)
+    }

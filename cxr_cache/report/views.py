@@ -1,0 +1,314 @@
+"""Runs' tables -> what their page shows: curves thinned, blanks as None; computes no figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from cxr_cache.evaluation.compare import MACRO, Comparison
+from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
+from cxr_cache.metrics.scores import CONFUSION_COLUMNS
+from cxr_cache.models.run import Run, TableName, keep_longest
+
+POINTS_OF_ALL_CURVES: Final = 30_000
+"""What a page draws at most: about 0.7 MB, however many findings and runs there are."""
+MIN_POINTS: Final = 20
+MAX_EPOCHS: Final = 150
+"""Epochs of one fold that a page draws; of more, evenly spaced ones."""
+
+_DIGITS: Final = 4  # a curve is a few hundred pixels wide
+_CURVE_COLUMNS: Final = ("sensitivity", "specificity", "ppv")
+_BIN_COLUMNS: Final = ("n", "mean_probability", "observed")
+_POINT_COLUMNS: Final = (
+    *("threshold", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced_accuracy"),
+    *("prevalence_test", "n_positive_test", "n_test", *CONFUSION_COLUMNS),
+    *("auroc", "auroc_low", "auroc_high", "ap", "ap_low", "ap_high"),
+    *("brier", "log_loss", "calibration_error"),
+)
+_GROUP_COLUMNS: Final = (
+    *("group", "value", "n_positive_test", "n_test", "auroc", "auroc_low", "auroc_high"),
+    *("sensitivity", "specificity"),
+)
+_FIGURES_OF_ZERO_SHOT: Final = ("zero_shot", "run", "difference")
+_ZERO_SHOT_COLUMNS: Final = (
+    *("finding", "n_positive"),
+    *(name + bound for name in _FIGURES_OF_ZERO_SHOT for bound in ("", "_low", "_high")),
+)
+_SAME_AUROC: Final = 1e-6
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShotRows:
+    """What prompts alone score on a run's test images, and how much better the run is."""
+
+    by_finding: dict[str, Record]
+    """Rows of ``zero_shot.csv`` of the findings that have prompts."""
+    macro: Record
+    """Its last row."""
+    n_findings: int
+    """Over how many findings that is the mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunView:
+    """One run as its page shows it; what is undefined is None."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    per_finding: dict[str, Record]
+    """Rows of ``per_finding.csv`` by finding."""
+    search: list[Record]
+    """Rows of ``epoch_search.csv``."""
+    n_folds: int
+    tables: dict[str, pd.DataFrame]
+    """``history``, and of ``curves``, ``calibration`` and ``subgroups`` those that are there."""
+    zero_shot: ZeroShotRows | None
+    zero_shot_is_stale: bool
+    """Whether ``zero_shot.csv`` is there and of other predictions than the figures."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options it was trained with."""
+        options: dict[str, Any] = self.config[self.config["kind"]]
+        return options
+
+
+def read_view(run: Run, name: str | None = None) -> RunView:
+    """Read what the page of an evaluated run shows.
+
+    Parameters
+    ----------
+    run
+        A run with ``metrics.json`` and ``per_finding.csv``. Those evaluated before curves were
+        kept are read without them.
+    name
+        What the page calls it; None is the name of its folder.
+
+    Raises
+    ------
+    RunError
+        The run has not been evaluated, or a table is missing.
+    """
+    metrics = run.read_metrics()
+    search = run.read_table("epoch_search")
+    tables = {"history": run.read_table("history")}
+    optional: tuple[TableName, ...] = ("curves", "calibration", "subgroups")
+    for table in optional:
+        if run.has_table(table):
+            tables[table] = run.read_table(table)
+    per_finding = {row["finding"]: row for row in to_records(run.read_table("per_finding"))}
+    has_zero_shot = run.has_table("zero_shot")
+    zero_shot = _read_zero_shot(run, per_finding) if has_zero_shot else None
+    return RunView(
+        name=name or run.path.resolve().name,
+        config=run.config,
+        metrics=metrics,
+        per_finding=per_finding,
+        search=to_records(search),
+        n_folds=sum(column.startswith("fold_") for column in search.columns),
+        tables=tables,
+        zero_shot=zero_shot,
+        zero_shot_is_stale=has_zero_shot and zero_shot is None,
+    )
+
+
+def _read_zero_shot(run: Run, per_finding: Mapping[str, Record]) -> ZeroShotRows | None:
+    """The table, or None where what it says of the run is not what the run's own figures say.
+
+    So a table of other test images, targets or predictions is never shown beside these.
+    """
+    table = run.read_table("zero_shot")
+    if table.empty or not set(_ZERO_SHOT_COLUMNS) <= set(table):
+        return None
+    *rows, macro = to_records(table)
+    by_finding = {row["finding"]: row for row in rows}
+    if not all(
+        finding in per_finding
+        and row["n_positive"] == per_finding[finding]["n_positive_test"]
+        and _is_same(row["run"], per_finding[finding]["auroc"])
+        for finding, row in by_finding.items()
+    ):
+        return None
+    return ZeroShotRows(by_finding, macro, sum(row["zero_shot"] is not None for row in rows))
+
+
+def _is_same(left: float | None, right: float | None) -> bool:
+    """Equal but for the digits that a table keeps."""
+    return left is right if left is None or right is None else abs(left - right) < _SAME_AUROC
+
+
+def to_records(table: pd.DataFrame) -> list[Record]:
+    """Rows as dictionaries, None where a cell is blank."""
+    return [
+        {str(name): None if pd.isna(cell) else cell for name, cell in row.items()}
+        for row in table.to_dict("records")
+    ]
+
+
+def collect_differences(comparison: Comparison) -> dict[str, dict[str, dict[str, Record]]]:
+    """Rows of a comparison over images, by run, measure and finding (blank: macro)."""
+    of_images = comparison.table[comparison.table["rows"] == "images"]
+    nested: dict[str, dict[str, dict[str, Record]]] = {}
+    for row in to_records(of_images):
+        by_measure = nested.setdefault(row["run"], {}).setdefault(row["measure"], {})
+        by_measure[row["finding"] or MACRO] = row
+    return nested
+
+
+def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
+    """What the page's own program draws, ready for JSON.
+
+    Parameters
+    ----------
+    views
+        Runs with the same findings.
+
+    Returns
+    -------
+    dict[str, Any]
+        ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one
+        for all cells pooled; ``curves``, ``calibration``, ``points``, ``groups`` and ``zero_shot``
+        hold a list per run with one entry per finding, in that order, None where there is nothing
+        to draw; what is unknown of a point is None.
+    """
+    findings = [*views[0].per_finding, POOLED]
+    n_points = POINTS_OF_ALL_CURVES // (len(findings) * len(views))
+    n_points = int(np.clip(n_points, MIN_POINTS, MAX_POINTS))
+    return {
+        "runs": [
+            {"name": view.name, "search": _search(view), "history": _history(view)}
+            for view in views
+        ],
+        "findings": findings,
+        "curves": [_curves(view, findings, n_points) for view in views],
+        "calibration": [_calibration(view, findings) for view in views],
+        "points": [
+            [*(_point(view, finding) for finding in view.per_finding), _pooled(view)]
+            for view in views
+        ],
+        "groups": [_groups(view, findings) for view in views],
+        "zero_shot": [_zero_shot(view, findings) for view in views],
+        "n_points": n_points,
+    }
+
+
+def _search(view: RunView) -> Record:
+    return {
+        "epochs": [row["epochs"] for row in view.search],
+        "mean": _round(row["mean_auroc"] for row in view.search),
+        "folds": [
+            _round(row[f"fold_{k}"] for row in view.search) for k in range(1, view.n_folds + 1)
+        ],
+        "chosen": view.config["chosen_epochs"],
+    }
+
+
+def _history(view: RunView) -> list[Record]:
+    """Epochs of every fold; where each candidate was trained by itself, of the longest."""
+    history = keep_longest(view.tables["history"])
+    return [
+        {
+            "fold": fold,
+            "epoch": thinned["epoch"].tolist(),
+            "train_loss": _round(thinned["train_loss"], significant=True),
+            "val_loss": _round(thinned["val_loss"], significant=True),
+            "val_auroc": _round(thinned["val_auroc"]),
+        }
+        for fold, rows in history.groupby("fold", sort=False)
+        for thinned in [_thin(rows, MAX_EPOCHS)]
+    ]
+
+
+def _curves(view: RunView, findings: Sequence[str], n_points: int) -> list[Record | None]:
+    if "curves" not in view.tables:
+        return [None] * len(findings)
+    by_finding = dict(iter(view.tables["curves"].groupby("finding")))
+    return [
+        _columns(_thin(by_finding[finding], n_points), _CURVE_COLUMNS)
+        if finding in by_finding
+        else None
+        for finding in findings
+    ]
+
+
+def _calibration(view: RunView, findings: Sequence[str]) -> list[Record | None]:
+    """Bins of every finding, by stage."""
+    if "calibration" not in view.tables:
+        return [None] * len(findings)
+    entries: dict[str, Record] = {}
+    for (finding, stage), bins in view.tables["calibration"].groupby(["finding", "stage"]):
+        entries.setdefault(str(finding), {})[str(stage)] = _columns(bins, _BIN_COLUMNS)
+    return [entries.get(finding) for finding in findings]
+
+
+def _point(view: RunView, finding: str) -> Record:
+    """Figures of a finding."""
+    return {name: _tidy(view.per_finding[finding].get(name)) for name in _POINT_COLUMNS}
+
+
+def _pooled(view: RunView) -> Record:
+    """The few figures of all cells pooled that a drawing needs."""
+    test = view.metrics["test"]
+    point: Record = dict.fromkeys(_POINT_COLUMNS)
+    for name in ("auroc", "ap"):
+        entry = test.get(f"micro_{name}", {})
+        point |= {name: _tidy(entry.get("value"))}
+        point |= {f"{name}_{bound}": _tidy(entry.get(bound)) for bound in ("low", "high")}
+    point["prevalence_test"] = _tidy(test.get("micro_prevalence", {}).get("value"))
+    return point
+
+
+def _groups(view: RunView, findings: Sequence[str]) -> list[list[Record] | None]:
+    if "subgroups" not in view.tables or view.tables["subgroups"].empty:
+        return [None] * len(findings)
+    entries = {
+        finding: [
+            {name: _tidy(cell) for name, cell in row.items()}
+            for row in to_records(rows[list(_GROUP_COLUMNS)])
+        ]
+        for finding, rows in view.tables["subgroups"].groupby("finding")
+    }
+    return [entries.get(finding) for finding in findings]
+
+
+def _zero_shot(view: RunView, findings: Sequence[str]) -> list[Record | None]:
+    rows = {} if view.zero_shot is None else view.zero_shot.by_finding
+    return [
+        {name: _tidy(cell) for name, cell in rows[finding].items()} if finding in rows else None
+        for finding in findings
+    ]
+
+
+def _thin(table: pd.DataFrame, n_rows: int) -> pd.DataFrame:
+    """At most so many rows, evenly spaced, the first and the last among them."""
+    if len(table) <= n_rows:
+        return table
+    rows = np.linspace(0, len(table) - 1, n_rows).round().astype(int)
+    thinned: pd.DataFrame = table.iloc[rows]
+    return thinned
+
+
+def _columns(table: pd.DataFrame, names: Sequence[str]) -> dict[str, list[float | None]]:
+    return {name: _round(table[name]) for name in names}
+
+
+def _round(values: Iterable[Any], *, significant: bool = False) -> list[float | None]:
+    return [_tidy(value, significant=significant) for value in values]
+
+
+def _tidy(value: Any, *, significant: bool = False) -> Any:
+    """As short as a drawing needs it; None where undefined."""
+    if isinstance(value, str) or value is None:
+        return value
+    if pd.isna(value):
+        return None
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return float(f"{value:.{_DIGITS}g}") if significant else round(float(value), _DIGITS)

@@ -1,0 +1,215 @@
+"""Parts of a store, made by several workers or machines, to one store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.encoders.canary import MIN_COSINE, cosines
+from cxr_cache.encoders.encoder import EncoderIdentity
+from cxr_cache.errors import ConfigError, StoreMismatchError
+from cxr_cache.store.feature_store import (
+    DONE,
+    EMBEDDED,
+    FAILED,
+    PENDING,
+    WITHOUT_TOKENS,
+    FeatureStore,
+)
+
+
+@dataclass(frozen=True)
+class MergeSummary:
+    """What a merge did."""
+
+    store_path: Path
+    n_parts: int
+    n_done: int
+    n_failed: int
+    n_pending: int
+    """Rows still to do, those without tokens among them."""
+    n_without_tokens: int
+    """Pending rows that hold an embedding and lack only their tokens."""
+    n_damaged: int
+    """Rows whose bytes did not match their digest; they are pending now."""
+
+    def to_text(self) -> str:
+        """Closing lines for a terminal."""
+        n_images = self.n_done + self.n_failed + self.n_pending
+        lines = [
+            f"{self.store_path}: {n_images:,} images of {self.n_parts} parts = {self.n_done:,} "
+            f"done + {self.n_failed:,} failed + {self.n_pending:,} pending"
+        ]
+        if self.n_without_tokens:
+            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
+        if self.n_damaged:
+            lines.append(f"  {self.n_damaged:,} rows were damaged in their part; they are pending")
+        if self.n_pending:
+            lines.append("  `cxr-cache extract` without --part finishes the pending rows")
+        return "\n".join(lines)
+
+
+def merge(
+    part_paths: Sequence[str | Path], store_path: str | Path, *, overwrite: bool = False
+) -> MergeSummary:
+    """Join all parts of an extraction, in any order given, into one store.
+
+    Parameters
+    ----------
+    part_paths
+        Every part, made by ``extract --part 1/N`` ... ``N/N`` from one image table. They are
+        read only; nobody may be writing to them.
+    store_path
+        The store to write.
+    overwrite
+        Replace a store that is there already.
+
+    Raises
+    ------
+    StoreMismatchError
+        A part is missing, given twice or none, or was made by another encoder or from another
+        image table; the message names the difference and both values.
+    ConfigError
+        There is a file at `store_path` and `overwrite` is off.
+    StoreBusyError
+        A part is still being written.
+    """
+    store_path = Path(store_path)
+    if store_path.exists() and not overwrite:
+        raise ConfigError(
+            f"{store_path} exists already. Choose another file, or replace it with --overwrite."
+        )
+    paths = [Path(path).resolve() for path in part_paths]
+    if repeated := {path for path in paths if paths.count(path) > 1}:
+        raise StoreMismatchError(f"{min(repeated)} is given twice. Give each part once.")
+    if store_path.resolve() in paths:
+        raise ConfigError(f"{store_path} is one of the parts. Write the whole to another file.")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(FeatureStore.open(path, "r+")) for path in paths]
+        parts = _in_order(opened)
+        for part in parts[1:]:
+            require_same_kind(parts[0], part)
+        damaged = [part.find_damaged() for part in parts]
+        first = parts[0]
+        with FeatureStore.create(
+            store_path,
+            _join([part.cohort for part in parts]),
+            encoder=first.header.encoder,
+            features=first.feature_shapes,
+            canary=first.canary,
+            boundary_block=first.header.boundary_block,
+            fill=lambda whole: _copy(whole, parts, damaged),
+        ) as whole:
+            status = whole.status
+    return MergeSummary(
+        store_path,
+        n_parts=len(parts),
+        n_done=int((status == DONE).sum()),
+        n_failed=int((status == FAILED).sum()),
+        n_pending=int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum()),
+        n_without_tokens=int((status == WITHOUT_TOKENS).sum()),
+        n_damaged=sum(map(len, damaged)),
+    )
+
+
+def _in_order(parts: Sequence[FeatureStore]) -> list[FeatureStore]:
+    """Sort parts by number, and raise unless each is there exactly once."""
+    by_number: dict[int, FeatureStore] = {}
+    for part in parts:
+        described = part.header.part
+        if described is None:
+            raise StoreMismatchError(
+                f"{part.path} is a whole store and no part. Parts are made by "
+                "`cxr-cache extract --part 1/N`."
+            )
+        if other := by_number.get(described["number"]):
+            raise StoreMismatchError(
+                f"{other.path} and {part.path} are both part {described['number']} of "
+                f"{described['of']}. Give each part once."
+            )
+        by_number[described["number"]] = part
+    if not by_number:
+        raise StoreMismatchError("There is no part to merge. Name the stores of all parts.")
+    n_parts = max(part.header.part["of"] for part in parts if part.header.part)
+    missing = (number for number in range(1, n_parts + 1) if number not in by_number)
+    if number := next(missing, None):
+        raise StoreMismatchError(
+            f"Part {number} of {n_parts} is missing. Give all parts, or make it with "
+            f"`cxr-cache extract --part {number}/{n_parts}`."
+        )
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def require_same_kind(first: FeatureStore, other: FeatureStore) -> None:
+    """Raise unless rows of both may lie in one store, and come from one image table."""
+    differences = dict(find_differences(_describe(first), _describe(other)))
+    differences |= EncoderIdentity.from_dict(first.header.encoder).differences(
+        EncoderIdentity.from_dict(other.header.encoder)
+    )
+    if differences:
+        raise StoreMismatchError(
+            f"{other.path} does not belong to {first.path}:\n"
+            + describe_differences(differences, "in the first", "in the other")
+            + "\nMerge parts of one extraction, made with the same options."
+        )
+    if first.canary is None or other.canary is None:
+        return
+    worst = float(cosines(first.canary, other.canary).min())
+    if not worst >= MIN_COSINE:
+        raise StoreMismatchError(
+            f"{other.path} was made by an encoder that computes something else than that of "
+            f"{first.path}: cosine {worst:.6f} on the worst test image, at least {MIN_COSINE} "
+            f"expected. Compare the versions: {first.header.versions} and {other.header.versions}."
+        )
+
+
+def _describe(part: FeatureStore) -> dict[str, Any]:
+    header = part.header
+    return {
+        "features": part.feature_shapes,
+        "boundary_block": header.boundary_block,
+        "findings": header.findings,
+        "image table": header.cohort,
+        "parts": (header.part or {}).get("of"),
+        "rows of the whole": (header.part or {}).get("n_rows_of_whole"),
+    }
+
+
+def _join(cohorts: Sequence[Cohort]) -> Cohort:
+    return Cohort(
+        image_ids=np.concatenate([cohort.image_ids for cohort in cohorts]),
+        study_uids=np.concatenate([cohort.study_uids for cohort in cohorts]),
+        patient_ids=np.concatenate([cohort.patient_ids for cohort in cohorts]),
+        projections=np.concatenate([cohort.projections for cohort in cohorts]),
+        targets=np.concatenate([cohort.targets for cohort in cohorts]),
+        findings=cohorts[0].findings,
+        source=cohorts[0].source,
+    )
+
+
+def _copy(
+    whole: FeatureStore, parts: Sequence[FeatureStore], damaged: Sequence[NDArray[np.intp]]
+) -> None:
+    first_row = 0
+    for part, bad in zip(parts, damaged, strict=True):
+        rows = np.setdiff1d(np.arange(len(part)), bad)
+        copy_part(whole, part, rows, first_row + rows)
+        first_row += len(part)
+
+
+def copy_part(
+    whole: FeatureStore, part: FeatureStore, rows: NDArray[np.intp], to_rows: NDArray[np.intp]
+) -> None:
+    """Commit rows of a part, embedded and failed ones, as rows of the whole, B each."""
+    status = part.status[rows]
+    embedded, failed = np.isin(status, EMBEDDED), status == FAILED
+    whole.copy_rows(part, rows[embedded], to_rows[embedded])
+    whole.record_failures(to_rows[failed], part.read_errors(rows[failed]))

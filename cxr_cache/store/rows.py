@@ -1,0 +1,152 @@
+"""Rows of a store that can be trained on, as a head reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.cohort import Cohort, load_labels
+from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
+from cxr_cache.store.feature_store import FAILED, PENDING, FeatureStore
+from cxr_cache.store.features import COLUMNS, prepare_features
+from cxr_cache.store.shared_arrays import allocate_shared
+
+_ROWS_AT_ONCE: Final = 8192
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows that hold an undamaged embedding and are labelled at all."""
+
+    rows: NDArray[np.intp]
+    """Their numbers in the store, ``(N,)``."""
+    cohort: Cohort
+    """The N images, with the targets to train on."""
+    notes: tuple[str, ...]
+    """What a reader of the results should know about the rows left out."""
+
+
+def find_labelled_rows(
+    store: FeatureStore, *, labels: Path | None = None, allow_pending: bool = False
+) -> LabelledRows:
+    """Find the rows of a store that can be trained on, and check their digests.
+
+    Parameters
+    ----------
+    store
+        An open store.
+    labels
+        CSV whose targets replace the store's.
+    allow_pending
+        Take what is there although extraction has not finished.
+
+    Raises
+    ------
+    StoreIncompleteError
+        Rows are pending, and `allow_pending` is off.
+    StoreFormatError
+        A row's bytes do not match its digest.
+    TableError
+        `labels` cannot be read, or names none of the images.
+    TrainingError
+        No image has a label.
+    """
+    done = find_done_rows(store, allow_pending=allow_pending)
+    cohort = store.cohort
+    if labels is not None:
+        findings, targets = load_labels(labels, cohort.image_ids)
+        cohort = replace(cohort, findings=findings, targets=targets)
+    labelled = ~np.isnan(cohort.targets[done]).all(axis=1)
+    if not labelled.any():
+        raise TrainingError(
+            f"None of the {len(done):,} finished images of {store.path} has a label. Give a CSV "
+            "with --labels."
+        )
+    rows = done[labelled]
+    n_failed = int((store.status == FAILED).sum())
+    left_out = {
+        "failed in extraction": n_failed,
+        "were still pending": len(store) - len(done) - n_failed,
+        "have no label": int((~labelled).sum()),
+    }
+    notes = tuple(
+        f"{count:,} of {len(store):,} images {why} and are left out."
+        for why, count in left_out.items()
+        if count
+    )
+    return LabelledRows(rows, cohort.take(rows), notes)
+
+
+def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArray[np.intp]:
+    """Rows of a complete store that hold an embedding, each checked against its digest.
+
+    Raises
+    ------
+    StoreIncompleteError
+        Rows are pending and `allow_pending` is off, or no row is done.
+    StoreFormatError
+        A row's bytes do not match its digest.
+    """
+    status, done = store.status, store.embedded_rows
+    n_pending = int((status == PENDING).sum())
+    if not len(done):
+        raise StoreIncompleteError(
+            f"{store.path} has no finished row: {n_pending:,} are pending and "
+            f"{len(store) - n_pending:,} failed. Run `cxr-cache extract` first."
+        )
+    if n_pending and not allow_pending:
+        raise StoreIncompleteError(
+            f"{store.path} is not complete: {n_pending:,} of {len(store):,} rows are pending. "
+            "Run the `cxr-cache extract` command again to finish them; with --allow-pending, "
+            "training takes what is there."
+        )
+    if len(damaged := store.find_damaged(done)):
+        command = "import --overwrite" if store.header.encoder.get("imported") else "extract"
+        raise StoreFormatError(
+            f"{store.path}: {len(damaged):,} rows are damaged (their bytes do not match their "
+            f"digests); the first is that of {str(store.image_ids[damaged[0]])!r}. "
+            f"Run `cxr-cache {command}` again: it writes them anew."
+        )
+    return done
+
+
+def require_features(store: FeatureStore, config: TrainConfig) -> None:
+    """Raise unless a store holds what a head of this recipe reads.
+
+    Raises
+    ------
+    StoreFormatError
+        Naming what is there and what is not.
+    """
+    if lacking := [name for name in COLUMNS[config.features] if name not in store.feature_shapes]:
+        raise StoreFormatError(
+            f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
+            f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
+        )
+
+
+def read_features(
+    store: FeatureStore, rows: NDArray[np.intp], config: TrainConfig
+) -> NDArray[np.float32]:
+    """Embeddings of some rows as a head of this recipe reads them, ``(V, N, D)``.
+
+    Raises
+    ------
+    StoreFormatError
+        The store lacks what `config.features` asks for.
+    """
+    require_features(store, config)
+    columns = COLUMNS[config.features]
+    n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
+    width = sum(store.feature_shapes[name][1] for name in columns)
+    prepared = allocate_shared((n_views, len(rows), width))
+    for start in range(0, len(rows), _ROWS_AT_ONCE):  # so that they are in memory once
+        part = rows[start : start + _ROWS_AT_ONCE]
+        parts = [store.read_rows(name, part)[:, :n_views].swapaxes(0, 1) for name in columns]
+        prepared[:, start : start + len(part)] = prepare_features(parts, config.input_norm)
+    return prepared

@@ -1,0 +1,1 @@
+"""Fitting heads and the last blocks of an encoder, fold by fold."""

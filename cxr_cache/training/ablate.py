@@ -1,0 +1,248 @@
+"""Many recipes on the same folds: a ranked table, with baselines and paired differences."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from joblib import cpu_count
+
+from cxr_cache.common.backends import open_backend, streams_results
+from cxr_cache.common.whole_files import write_whole
+from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.clusters import count_rarer_class
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.splits import Split
+from cxr_cache.metrics.calibration import has_both_classes
+from cxr_cache.metrics.influence import auroc_influence, clustered_error
+from cxr_cache.metrics.intervals import student_interval
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.rows import LabelledRows, find_labelled_rows, require_features
+from cxr_cache.training.ablation_folds import Method, train_folds
+from cxr_cache.training.ablation_results import Results
+from cxr_cache.training.baselines import BASELINES, Baseline
+from cxr_cache.training.fit import PlainRows
+from cxr_cache.training.search import require_trainable_folds, split_cohort
+from cxr_cache.training.settings import Setting
+from cxr_cache.training.train import load_training_data
+
+TABLE: Final = "ablation.csv"
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """What an ablation found."""
+
+    table: pd.DataFrame
+    """One row per setting and baseline, the best first: rank, setting, kind, chosen, mean_auroc,
+    std_auroc, fold_1 ... fold_K, difference, low, high, seconds."""
+    settings: tuple[Setting, ...]
+    notes: tuple[str, ...] = ()
+    is_random: bool = False
+    """Whether the encoder has random weights."""
+
+    @property
+    def best(self) -> Setting:
+        """The setting whose mean over folds is highest, baselines left aside."""
+        heads = self.table[self.table["kind"] == "head"]
+        by_label = {setting.label: setting for setting in self.settings}
+        return by_label[str(heads["setting"].iloc[0])]
+
+    def to_text(self, n_shown: int = 20) -> str:
+        """The best settings and every baseline, for a terminal."""
+        table = self.table
+        n_before = (table["kind"] == "head").cumsum()
+        shown = table[(table["kind"] == "baseline") | (n_before <= n_shown)]
+        width = max(len("setting"), *(len(str(label)) for label in shown["setting"]))
+        lines = [
+            f"{'rank':>4}  {'setting':<{width}}  {'chosen':>7}  macro AUROC over folds   "
+            "difference to the first setting"
+        ]
+        for row in shown.to_dict("records"):
+            bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["difference"] else ""
+            lines.append(
+                f"{row['rank']:>4}  {row['setting']:<{width}}  {row['chosen']:>7}  "
+                f"{row['mean_auroc']:.4f} ± {row['std_auroc']:.4f}          "
+                f"{row['difference']:+.4f} {bounds}"
+            )
+        if len(shown) < len(table):
+            lines.append(f"      ... and {len(table) - len(shown):,} more in the table.")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def run_ablation(
+    store_path: str | Path,
+    out: str | Path,
+    settings: Sequence[Setting],
+    *,
+    labels: Path | None = None,
+    allow_pending: bool = False,
+    baselines: Sequence[Baseline] = BASELINES,
+    backend: str = "loky",
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Ablation:
+    """Train every setting in every fold, and rank them by what they score on held-out rows.
+
+    Test rows take no part. Finished folds are kept in `out`, where the same call goes on after an
+    interruption, and a call with further settings adds to them.
+
+    Parameters
+    ----------
+    store_path
+        Feature store.
+    out
+        Folder for ``ablation.csv`` and what was finished.
+    settings
+        From :func:`cxr_cache.training.settings.make_settings`; the others are compared with the first.
+    labels, allow_pending
+        As in :func:`cxr_cache.training.train.train_head`.
+    baselines
+        Models to put into the table.
+    backend, n_workers, scheduler
+        Where to train, see :func:`cxr_cache.common.backends.open_backend`; one worker per core by
+        default. On a GPU, settings that can are trained side by side in this process instead.
+    on_progress
+        Called with (folds done, folds to do), over all settings.
+
+    Raises
+    ------
+    RunError
+        `out` holds an ablation of other data or folds; both values are named.
+    StoreFormatError
+        The store lacks features that one of the settings reads.
+    TrainingError
+        A setting diverges; it is named.
+    """
+    out, base = Path(out), settings[0].config
+    methods = [Method.of_setting(setting) for setting in settings]
+    methods += [Method.of_baseline(baseline, base) for baseline in baselines]
+    with FeatureStore.open(store_path) as store:
+        is_random = bool(store.header.encoder.get("is_random"))
+        found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+        split = split_cohort(found.cohort, base)
+        for setting in settings:
+            require_trainable_folds(found.cohort.targets, split, setting.config)
+            require_features(store, setting.config)
+        results = Results.open(out, _identify(store, found, split), split.n_folds)
+        folds = range(split.n_folds)
+        todo = [method for method in methods if not results.has(method)]
+        n_done = sum(results.has(method, k) for method in methods for k in folds)
+        n_all = len(methods) * split.n_folds
+        on_progress(n_done, n_all)
+        n_workers = n_workers or cpu_count()
+        for alike in _by_data(todo, base):
+            config = alike[0].config or base
+            data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
+            missing = [(m, k) for m in alike for k in folds if not results.has(m, k)]
+            trained = train_folds(
+                PlainRows(data.embeddings, data.targets),
+                missing,
+                split=split,
+                base=base,
+                open_pool=partial(open_backend, backend, n_workers=n_workers, scheduler=scheduler),
+                streams=streams_results(backend),
+            )
+            with closing(trained):  # a failed disk ends the workers too
+                for fold in trained:
+                    results.add(fold)
+                    n_done += 1
+                    on_progress(n_done, n_all)
+    table = _tabulate(methods, results, found.cohort, split)
+    write_whole(out / TABLE, table.to_csv(index=False, float_format="%.6g").encode())
+    return Ablation(table, tuple(settings), _describe_horizons(settings), is_random)
+
+
+# -- what there is to do ----------------------------------------------------------------
+
+
+def _by_data(methods: Sequence[Method], base: TrainConfig) -> list[list[Method]]:
+    """Methods that read the same prepared embeddings; baselines read those of `base`."""
+    groups: dict[tuple[Any, ...], list[Method]] = {}
+    for method in methods:
+        config = method.config or base
+        what_is_read = (config.features, config.flip, config.input_norm == "l2")
+        groups.setdefault(what_is_read, []).append(method)
+    return list(groups.values())
+
+
+def _identify(store: FeatureStore, found: LabelledRows, split: Split) -> dict[str, Any]:
+    """What all results in a folder must have in common, JSON-able."""
+    cohort, digest = found.cohort, hashlib.sha256()
+    for array in (np.char.encode(cohort.image_ids, "utf-8"), cohort.targets):
+        digest.update(np.ascontiguousarray(array).data)
+    digest.update(store.read_rows("row_digest", found.rows).data)
+    return {
+        "encoder": store.header.encoder["name"],
+        "n_images": len(cohort),
+        "data_sha256": digest.hexdigest()[:16],
+        "n_folds": split.n_folds,
+        "split_sha256": hashlib.sha256(split.fold.tobytes()).hexdigest()[:16],
+    }
+
+
+# -- the table --------------------------------------------------------------------------
+
+
+def _tabulate(
+    methods: Sequence[Method], results: Results, cohort: Cohort, split: Split
+) -> pd.DataFrame:
+    """Every method against the first, by influence: a bootstrap of each would cost its training."""
+    first, rows, first_influence = results.load(methods[0]), [], None
+    groups = cohort.groups[~split.is_test]
+    n_clusters = count_rarer_class(cohort.targets[~split.is_test], groups)
+    for method in methods:
+        finished = results.load(method)
+        influence = np.zeros(cohort.targets.shape)
+        for k, probabilities in enumerate(finished.probabilities):
+            held_out = split.held_out(k)
+            of_fold = auroc_influence(cohort.targets[held_out], probabilities)
+            n_defined = max(1, has_both_classes(cohort.targets[held_out]).sum())
+            influence[held_out] = of_fold / n_defined / split.n_folds
+        first_influence = influence if first_influence is None else first_influence
+        difference = float(finished.aurocs.mean() - first.aurocs.mean())
+        own = (influence - first_influence)[~split.is_test]
+        spread = clustered_error(own, groups, n_clusters)
+        interval = student_interval(np.array(difference), *spread, "identity")
+        rows.append(
+            {
+                "setting": method.label,
+                "kind": "head" if method.baseline is None else "baseline",
+                "chosen": _describe_choice(method, finished.chosen),
+                "mean_auroc": finished.aurocs.mean(),
+                "std_auroc": finished.aurocs.std(ddof=1),
+                **{f"fold_{k}": value for k, value in enumerate(finished.aurocs, start=1)},
+                "difference": difference,
+                "low": float(interval.low),
+                "high": float(interval.high),
+                "seconds": finished.seconds,
+            }
+        )
+    table: pd.DataFrame = pd.DataFrame(rows)
+    table = table.sort_values("mean_auroc", ascending=False, kind="stable", ignore_index=True)
+    table.insert(0, "rank", range(1, len(table) + 1))
+    return table
+
+
+def _describe_choice(method: Method, chosen: int) -> str:
+    if method.baseline is None:
+        return f"{method.candidates[chosen]} ep"
+    return f"{method.baseline.knob}={method.candidates[chosen]}" if method.baseline.knob else ""
+
+
+def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
+    n = sum(setting.config.has_horizon and len(setting.config.epochs) > 1 for setting in settings)
+    if not n:
+        return ()
+    return (
+        f"{n} settings have a schedule with a horizon: each of their candidates was trained by "
+        "itself.",
+    )

@@ -1,0 +1,177 @@
+"""Recipes and baselines trained in folds: on the cores, on a cluster, or side by side on a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+
+from cxr_cache.common.devices import resolve_device
+from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.splits import Split
+from cxr_cache.errors import TrainingError
+from cxr_cache.metrics.scores import auroc, macro_mean
+from cxr_cache.training.baselines import Baseline
+from cxr_cache.training.fit import (
+    HeadFit,
+    HeadTask,
+    PlainRows,
+    Trajectory,
+    can_share_a_bank,
+    count_steps,
+)
+from cxr_cache.training.search import fold_tasks
+from cxr_cache.training.settings import Setting
+
+_HEADS_IN_A_BANK: Final = 64
+"""On a GPU: heads that train side by side."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: a recipe for heads, or a baseline."""
+
+    label: str
+    identity: Mapping[str, Any]
+    """All that its numbers depend on but the data; JSON-able."""
+    candidates: tuple[Any, ...]
+    """Epochs of a head; the one number that a baseline chooses."""
+    config: TrainConfig | None = None
+    baseline: Baseline | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of its files."""
+        text = json.dumps(self.identity, sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def of_setting(cls, setting: Setting) -> Method:
+        """A recipe for heads."""
+        config = {k: v for k, v in asdict(setting.config).items() if k not in ("n_jobs", "device")}
+        return cls(setting.label, config, setting.config.epochs, config=setting.config)
+
+    @classmethod
+    def of_baseline(cls, baseline: Baseline, base: TrainConfig) -> Method:
+        """A baseline, on what the heads of `base` read."""
+        identity = {
+            "baseline": baseline.label,
+            "candidates": baseline.candidates,
+            **{name: getattr(base, name) for name in ("features", "input_norm", "seed")},
+        }
+        return cls(baseline.label, identity, baseline.candidates, baseline=baseline)
+
+
+class Fold(NamedTuple):
+    """A method on one fold: per candidate its score and held-out probabilities."""
+
+    key: str
+    fold: int
+    aurocs: list[float]
+    probabilities: list[NDArray[np.float32]]
+    """``(n, F)`` each."""
+    seconds: float
+
+
+def train_folds(
+    rows: PlainRows,
+    missing: Sequence[tuple[Method, int]],
+    *,
+    split: Split,
+    base: TrainConfig,
+    open_pool: Callable[..., AbstractContextManager[Parallel]],
+    streams: bool,
+) -> Generator[Fold, None, None]:
+    """Train methods in folds, in whatever order they finish."""
+    tasks = fold_tasks(split, base.seed)
+    if resolve_device(base.device).type != "cpu":
+        on_device = [(method, k) for method, k in missing if method.config is not None]
+        yield from _train_stacked(rows, on_device, tasks)
+        missing = [(method, k) for method, k in missing if method.config is None]
+    if not missing:
+        return
+    jobs = [
+        delayed(_fit_fold)(rows.embeddings, rows.targets, tasks, method, k) for method, k in missing
+    ]
+    options = {"mmap_mode": "c", "return_as": "generator_unordered" if streams else "list"}
+    with open_pool(**options) as pool:
+        n_at_once = len(jobs) if streams else 4 * pool.n_jobs
+        for start in range(0, len(jobs), n_at_once):
+            yield from pool(jobs[start : start + n_at_once])
+
+
+def _fit_fold(
+    embeddings: NDArray[np.float32],
+    targets: NDArray[np.float32],
+    tasks: Sequence[HeadTask],
+    method: Method,
+    k: int,
+) -> Fold:
+    started, task = time.perf_counter(), tasks[k]
+    if method.config is not None:
+        try:
+            (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)], tasks)
+        except TrainingError as error:
+            raise TrainingError(
+                f"Setting {method.label}: {error} What the others have finished is kept; leave "
+                "this one out of --set and run the command again."
+            ) from error
+        return fitted
+    assert method.baseline is not None
+    predictions = method.baseline.predict(
+        embeddings[0, task.train_rows],
+        targets[task.train_rows],
+        embeddings[0, task.held_out_rows],
+        method.candidates,
+    )
+    held_out = targets[task.held_out_rows]
+    aurocs = [float(macro_mean(auroc(held_out, prediction))) for prediction in predictions]
+    return Fold(method.key, k, aurocs, predictions, time.perf_counter() - started)
+
+
+def _train_stacked(
+    rows: PlainRows, missing: Sequence[tuple[Method, int]], tasks: Sequence[HeadTask]
+) -> Iterator[Fold]:
+    """Heads that can share a bank, side by side: on a GPU they cost little more than one."""
+    waiting = list(missing)
+    while waiting:
+        first = waiting[0][0].config
+        assert first is not None
+        alike = [(m, k) for m, k in waiting if m.config and can_share_a_bank([first, m.config])]
+        bank = alike[:_HEADS_IN_A_BANK]
+        waiting = [pair for pair in waiting if pair not in bank]
+        yield from _fit_bank(rows, bank, tasks)
+
+
+def _fit_bank(
+    rows: PlainRows, bank: Sequence[tuple[Method, int]], tasks: Sequence[HeadTask]
+) -> Iterator[Fold]:
+    started, configs = time.perf_counter(), [m.config for m, _ in bank if m.config is not None]
+    trajectories: list[dict[int, Trajectory]] = [{} for _ in bank]
+    candidates, has_horizon = configs[0].epochs, any(config.has_horizon for config in configs)
+    for horizon in candidates if has_horizon else candidates[-1:]:
+        keep = (horizon,) if has_horizon else candidates
+        fit = HeadFit(
+            rows,
+            [tasks[k] for _, k in bank],
+            configs,
+            n_epochs=horizon,
+            n_steps=count_steps(tasks, configs[0].batch_size),
+            keep=keep,
+        )
+        fit.run()
+        for own, trajectory in zip(trajectories, fit.trajectories, strict=True):
+            own |= dict.fromkeys(keep, trajectory)
+    seconds = (time.perf_counter() - started) / len(bank)
+    for (method, k), own in zip(bank, trajectories, strict=True):
+        aurocs = [own[epoch].auroc_after(epoch) for epoch in method.candidates]
+        kept = [own[epoch].probabilities[epoch] for epoch in method.candidates]
+        yield Fold(method.key, k, aurocs, kept, seconds)

@@ -1,0 +1,510 @@
+"""Store to run folder: the last blocks of the encoder and a head, from cached tokens or images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxr_cache.common.devices import resolve_device, resolve_precision
+from cxr_cache.common.distributed import (
+    barrier,
+    is_main,
+    process_group,
+    world_size,
+)
+from cxr_cache.common.wording import describe_differences
+from cxr_cache.config import FinetuneConfig
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.decoding import dead_workers_explained
+from cxr_cache.datasets.images import find_missing
+from cxr_cache.datasets.splits import Split
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import reload_encoder
+from cxr_cache.encoders.weights import hash_tensors
+from cxr_cache.errors import (
+    ConfigError,
+    RunError,
+    StoreIncompleteError,
+    StoreMismatchError,
+    TrainingError,
+)
+from cxr_cache.models.run import Run, SavedModel, require_free
+from cxr_cache.models.tuned import TailAndHead, copy_tail
+from cxr_cache.store.feature_store import DONE, FeatureStore
+from cxr_cache.store.resume import require_same_encoder
+from cxr_cache.store.rows import LabelledRows, find_labelled_rows
+from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
+from cxr_cache.training.fit import HeadTask, Trajectory
+from cxr_cache.training.frozen_start import Start, load_start
+from cxr_cache.training.outcome import (
+    TrainResult,
+    describe_labels,
+    note_split,
+    write_outcome,
+)
+from cxr_cache.training.search import (
+    EpochSearch,
+    final_members,
+    final_task,
+    fold_tasks,
+    replay_rates,
+    require_trainable_folds,
+    search_with,
+    split_cohort,
+    stack_members,
+)
+from cxr_cache.training.tuning import (
+    Keeper,
+    TuningData,
+    build_model,
+    tune,
+)
+
+_FREE: Final = ("device", "tokens_in", "num_workers", "grad_checkpointing")
+"""Options that a continued run may change: they decide where and how fast, not what."""
+
+# -- what to train from -----------------------------------------------------------------
+
+
+def choose_source(store: FeatureStore, config: FinetuneConfig, image_dir: Path | None) -> str:
+    """``"tokens"`` or ``"images"``; raises where what was asked for is not there.
+
+    Raises
+    ------
+    StoreMismatchError
+        The store's tokens enter another block, or its embeddings were imported.
+    ConfigError
+        Neither tokens nor a folder of images are there.
+    """
+    if store.header.encoder.get("imported"):
+        raise StoreMismatchError(
+            f"{store.path} holds embeddings imported from {store.header.encoder['name']}; there is "
+            "no encoder whose blocks could be trained. Extract the images, or use `cxr-cache "
+            "train`."
+        )
+    if config.source == "images" or (config.source == "auto" and "tokens" not in store.features):
+        if image_dir is None:
+            raise ConfigError(
+                f"{store.path} has no tokens to train from. Add them with the `cxr-cache extract` "
+                f"command that made it and --tokens --unfreeze-layers {config.unfreeze_layers}, or "
+                "give --image-dir to train end to end from the images."
+                if config.source == "auto"
+                else "--source images needs --image-dir, the folder with the images."
+            )
+        if not image_dir.is_dir():
+            raise ConfigError(f"{image_dir} is not a folder; give the one with the images.")
+        return "images"
+    if "tokens" not in store.features:
+        raise ConfigError(
+            f"{store.path} has no tokens. Add them with the `cxr-cache extract` command that made "
+            f"it and --tokens --unfreeze-layers {config.unfreeze_layers}."
+        )
+    cached = int(store.header.encoder["n_blocks"]) - int(store.header.boundary_block or 0)
+    if cached != config.unfreeze_layers:
+        raise StoreMismatchError(
+            f"{store.path} holds tokens for other blocks than are to be trained:\n"
+            + describe_differences(
+                {"unfreeze_layers": (cached, config.unfreeze_layers)}, "in the store", "in this run"
+            )
+            + f"\nUse --unfreeze-layers {cached}, extract to another file with --unfreeze-layers "
+            f"{config.unfreeze_layers}, or train from images with --source images."
+        )
+    return "tokens"
+
+
+def _find_rows(
+    store: FeatureStore, source: str, labels: Path | None, *, allow_pending: bool
+) -> LabelledRows:
+    """Labelled rows that have what the source needs."""
+    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+    has_tokens = store.status[found.rows] == DONE
+    if source == "images" or has_tokens.all():
+        return found
+    n_without = int((~has_tokens).sum())
+    if not allow_pending or not has_tokens.any():
+        raise StoreIncompleteError(
+            f"{store.path} holds tokens for {int(has_tokens.sum()):,} of {len(found.rows):,} "
+            f"images; {n_without:,} are still to come. Run the `cxr-cache extract --tokens` "
+            "command again to finish them."
+        )
+    note = f"{n_without:,} of {len(store):,} images have no tokens yet and are left out."
+    chosen = np.flatnonzero(has_tokens)
+    return LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
+
+
+def _open_source(
+    store: FeatureStore,
+    rows: NDArray[np.intp],
+    encoder: Encoder,
+    config: FinetuneConfig,
+    image_dir: Path | None,
+) -> TokenSource:
+    if config.source == "tokens":
+        return open_tokens(store, rows, encoder.device, config.tokens_in)
+    assert image_dir is not None
+    return ImageTokens(
+        encoder,
+        config.unfreeze_layers,
+        store,
+        rows,
+        image_dir,
+        flip=config.flip,
+        augmentation=config.augmentation,
+        num_workers=config.num_workers,
+    )
+
+
+# -- the whole --------------------------------------------------------------------------
+
+
+def finetune_tail(
+    store_path: str | Path,
+    run_dir: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    image_dir: str | Path | None = None,
+    from_run: str | Path | None = None,
+    labels: str | Path | None = None,
+    model: str | None = None,
+    allow_pending: bool = False,
+    overwrite: bool = False,
+    echo: Callable[[str], object] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> TrainResult:
+    """Fine-tune the last blocks with a head by the protocol of ``train``, and write the run folder.
+
+    Interrupted, the same call continues after the last finished epoch and ends with the same
+    weights. Under torchrun the processes share every batch; the result is that of one process.
+
+    Parameters
+    ----------
+    store_path
+        Feature store, with tokens unless `image_dir` is given.
+    run_dir
+        Folder to write; it may not hold a finished run unless `overwrite`.
+    config
+        Recipe and protocol.
+    image_dir
+        Folder with the images, to train end to end.
+    from_run
+        A run of ``train`` on the same store: its split, and heads to begin with.
+    labels
+        CSV whose targets replace the store's.
+    model
+        The store's encoder, where it has moved; None takes the recorded name.
+    allow_pending
+        Train although extraction has not finished.
+    overwrite
+        Replace a finished run, or start an unfinished one anew.
+    echo
+        Takes a line that says what trains.
+    on_progress
+        Called with (epochs trained, epochs to train), of all folds and the final model.
+
+    Raises
+    ------
+    RunError
+        `run_dir` holds a finished run, other files, or an unfinished run of other options or of
+        another store; `from_run` does not fit.
+    StoreMismatchError, StoreIncompleteError, StoreFormatError
+        The store cannot be trained on; see :func:`choose_source` and
+        :func:`cxr_cache.store.rows.find_labelled_rows`.
+    EncoderError
+        The encoder cannot be loaded or split.
+    TrainingError
+        The loss diverged, an image has changed, or no AUROC is defined in some fold.
+    """
+    config = config or FinetuneConfig()
+    run_dir, store_path = Path(run_dir), Path(store_path)
+    image_dir, labels = (None if p is None else Path(p) for p in (image_dir, labels))
+    require_free(run_dir, overwrite=overwrite)
+    if from_run is not None and run_dir.resolve() == Path(from_run).resolve():
+        raise RunError(f"{run_dir} is the run to start from; --run-dir needs another folder.")
+    with (
+        _memory_explained(),
+        FeatureStore.open(store_path) as store,
+        process_group(resolve_device(config.device)) as device,
+    ):
+        _require_whole_parts(config)
+        source = choose_source(store, config, image_dir)
+        found = _find_rows(store, source, labels, allow_pending=allow_pending)
+        if source == "images":
+            _require_images(found.cohort, image_dir)
+        start = None if from_run is None else load_start(Run.open(from_run), found, store, config)
+        split = start.split if start else split_cohort(found.cohort, config)
+        require_trainable_folds(found.cohort.targets, split, config)
+        encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
+        require_same_encoder(store, encoder)
+        tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
+        settled = replace(
+            config, precision=resolve_precision(config.precision, device), source=source
+        )
+        notes = found.notes + note_split(split, found.cohort)
+        decisive = _decisive(settled, store, found, labels, from_run, start)
+        run = _open_run(run_dir, decisive, settled, notes, overwrite=overwrite)
+        tokens = _open_source(store, found.rows, encoder, settled, image_dir)
+        data = TuningData(encoder, tokens, found.cohort.targets, tail)
+        if is_main():
+            echo(_describe(build_model(data, settled), tokens, settled))
+        with dead_workers_explained():
+            job = _Job(run, data, split, settled, start, on_progress)
+            search = search_with(job.fit, job.tasks, settled)
+            members, history = job.train_final(search)
+            predictions = job.predict(members)
+        if is_main():
+            write_outcome(
+                run,
+                found.cohort,
+                split,
+                search,
+                settled,
+                predictions=predictions,
+                final_history=history,
+                make_model=partial(_to_model, members, found.cohort.findings, encoder, settled),
+            )
+        barrier()  # nobody leaves before the run is written
+    return TrainResult(run, search, notes)
+
+
+def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -> str:
+    """What trains and what does not, by name and number, and what from."""
+    n_tail = sum(p.numel() for p in model.tail.values())
+    n_encoder = sum(p.numel() for p in model.encoder.parameters())
+    blocks = dict.fromkeys(_block_of(name) for name in model.tail)
+    lines = [
+        f"Training {n_tail:,} parameters of {', '.join(blocks)} and {model.bank.n_parameters:,} "
+        f"of the head; {n_encoder - n_tail:,} of the encoder stay frozen.",
+        f"From {source.description}.",
+    ]
+    if config.source == "tokens" and (config.flip or config.augmentation.changes_pixels):
+        lines.append(
+            "--flip and the changes to pixels are for --source images; a store made with `extract "
+            "--tokens --flip` shows mirror images by itself."
+        )
+    return "\n".join(lines)
+
+
+def _block_of(name: str) -> str:
+    """``visual.trunk.blocks.10.norm1.weight`` -> ``visual.trunk.blocks.10``."""
+    words = name.split(".")
+    number = next(i for i, word in enumerate(words) if word.isdecimal())
+    return ".".join(words[: number + 1])
+
+
+def _require_images(cohort: Cohort, image_dir: Path | None) -> None:
+    """Raise unless every file is there, before an old run gives way."""
+    assert image_dir is not None, "choose_source has seen to that"
+    if missing := find_missing(image_dir, cohort.image_ids):
+        raise TrainingError(
+            f"{len(missing):,} of {len(cohort):,} images are not in {image_dir}; the first is "
+            f"{missing[0]!r}. Give the folder that they were extracted from."
+        )
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn a GPU that is full into a message."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"The GPU has too little memory: {str(error).splitlines()[0]} What was finished is "
+            "kept. Continue with --grad-checkpointing or --tokens-in ram; or start again with a "
+            "smaller --batch-size and as much more --accumulate."
+        ) from error
+
+
+def _require_whole_parts(config: FinetuneConfig) -> None:
+    if config.batch_size % world_size():
+        raise ConfigError(
+            f"--batch-size {config.batch_size} does not divide into {world_size()} processes. "
+            f"Use a multiple of {world_size()}."
+        )
+
+
+def _decisive(
+    config: FinetuneConfig,
+    store: FeatureStore,
+    found: LabelledRows,
+    labels: Path | None,
+    from_run: str | Path | None,
+    start: Start | None,
+) -> dict[str, Any]:
+    """What the run's results depend on, to record it, and to know it again."""
+    options = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    row_digests = np.ascontiguousarray(store.read_column("row_digest")[found.rows])
+    encoder = store.header.encoder
+    return {
+        "kind": "finetune",
+        "finetune": options,
+        "seed": config.seed,
+        "findings": list(found.cohort.findings),
+        "store": {
+            "path": str(store.path),
+            "encoder": encoder,
+            "cohort": store.header.cohort,
+            "rows_sha256": hashlib.sha256(row_digests.data).hexdigest(),
+        },
+        "labels": describe_labels(labels),
+        "from_run": None
+        if start is None
+        else {"path": str(from_run), "head_sha256": hash_tensors(start.final_head)},
+        "random_encoder": bool(encoder.get("is_random")),
+    }
+
+
+def _open_run(
+    run_dir: Path,
+    decisive: dict[str, Any],
+    config: FinetuneConfig,
+    notes: Sequence[str],
+    *,
+    overwrite: bool,
+) -> Run:
+    """Continue what is there, or begin: all processes look, the main one writes."""
+    free = {name: getattr(config, name) for name in _FREE}
+    whole = decisive | {
+        "finetune": decisive["finetune"] | free,
+        "warnings": list(notes),
+        "processes": world_size(),
+    }
+    run = None
+    if not overwrite:
+        run = Run.resume(
+            run_dir,
+            decisive,
+            free=[f"finetune.{name}" for name in _FREE],
+            incidental=("store.path", "labels.path", "from_run.path"),
+        )
+    barrier()  # nobody writes while another still looks
+    if run is None and is_main():
+        run = Run.create(run_dir, whole, overwrite=overwrite)
+    barrier()
+    return run or Run(run_dir, whole)
+
+
+class _Job:
+    """The trainings of one run, each of which can be interrupted."""
+
+    def __init__(
+        self,
+        run: Run,
+        data: TuningData,
+        split: Split,
+        config: FinetuneConfig,
+        start: Start | None,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._run, self._data, self._split, self._config = run, data, split, config
+        self._start, self._on_progress = start, on_progress
+        tasks = fold_tasks(split, config.seed)
+        one_will_do = not config.searches and config.final == "refit"  # for the thresholds
+        self.tasks = tasks[:1] if one_will_do else tasks
+        horizons = config.epochs if config.has_horizon else config.epochs[-1:]
+        self._n_epochs_in_all = sum(horizons) * len(self.tasks)
+        if config.final == "refit":
+            self._n_epochs_in_all += config.epochs[-1]  # at most
+        self._n_epochs_done = 0
+
+    def fit(
+        self, tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]
+    ) -> list[Trajectory]:
+        """Train the folds one after the other; see :data:`cxr_cache.training.search.FitTasks`."""
+        heads = self._start.fold_heads if self._start else [None] * len(tasks)
+        return [
+            self._tune(
+                f"fold-{k}-of-{horizon}-epochs",
+                task,
+                n_epochs=horizon,
+                keep=keep,
+                keep_weights=self._config.final != "refit",
+                head=head,
+            )
+            for k, (task, head) in enumerate(zip(tasks, heads, strict=False), start=1)
+        ]
+
+    def train_final(self, search: EpochSearch) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        """The final model's tensors, its members on axis 0, and its history if it was refitted."""
+        if self._config.final != "refit":
+            return self._rounded(
+                stack_members(final_members(search, self._config), search.chosen)
+            ), []
+        rates = replay_rates(search)
+        self._n_epochs_in_all += len(rates) - self._config.epochs[-1]
+        trajectory = self._tune(
+            "final",
+            final_task(self._split, self._config.seed),
+            n_epochs=len(rates),
+            keep=[len(rates)],
+            keep_weights=True,
+            head=self._start.final_head if self._start else None,
+            learning_rates=rates,
+        )
+        return self._rounded(trajectory.weights[len(rates)]), trajectory.history
+
+    def _tune(self, name: str, task: HeadTask, **options: Any) -> Trajectory:
+        keeper = Keeper(
+            load=partial(self._run.load_state, name),
+            save=partial(self._run.save_state, name) if is_main() else None,
+        )
+        config = self._config
+        if "learning_rates" in options:  # nothing is held out: the folds decided when to stop
+            config = replace(config, early_stopping=None)
+        return tune(self._data, task, config, keeper=keeper, on_epoch=self._count_epoch, **options)
+
+    def _count_epoch(self) -> None:
+        self._n_epochs_done += 1
+        self._on_progress(self._n_epochs_done, self._n_epochs_in_all)
+
+    def _rounded(self, members: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they will be read from the model file."""
+        saved = _to_save(members, half=self._config.half)
+        return {name: tensor.float() for name, tensor in saved.items()}
+
+    def predict(self, members: dict[str, Tensor]) -> NDArray[np.float32]:
+        """Probabilities for all images, averaged over the members, ``(N, F)``."""
+        model = build_model(self._data, self._config)
+        rows = np.arange(len(self._data.targets))
+        parts = []
+        for member in range(len(members["weight_0"])):
+            model.restore({name: tensor[member : member + 1] for name, tensor in members.items()})
+            parts.append(model.probabilities(self._data.source, rows))
+        mean: NDArray[np.float32] = np.mean(parts, axis=0, dtype=np.float32)
+        return mean
+
+
+def _to_model(
+    members: dict[str, Tensor],
+    findings: tuple[str, ...],
+    encoder: Encoder,
+    config: FinetuneConfig,
+    thresholds: dict[str, float],
+) -> SavedModel:
+    tail = {
+        "unfreeze_layers": config.unfreeze_layers,
+        "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
+        "precision": config.precision,
+        "tokens": "float16" if config.source == "tokens" else "float32",
+    }
+    head = {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout")}
+    tensors = _to_save(members, half=config.half)
+    return SavedModel(tensors, findings, thresholds, encoder.identity.to_dict(), head, tail)
+
+
+def _to_save(members: dict[str, Tensor], *, half: bool) -> dict[str, Tensor]:
+    """Blocks in float16 if asked for; a head is small, and its variances may be too."""
+    dtype = torch.float16 if half else torch.float32
+    return {
+        name: tensor.to(dtype) if name.startswith("visual.") else tensor
+        for name, tensor in members.items()
+    }

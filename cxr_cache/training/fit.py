@@ -1,0 +1,472 @@
+"""Train three-layer heads side by side, each on its own rows of cached embeddings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxr_cache.common.devices import resolve_device
+from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.errors import ConfigError, TrainingError
+from cxr_cache.metrics.scores import auroc, macro_mean
+from cxr_cache.models.heads import HeadBank
+from cxr_cache.training.backprop import Backprop, draw_dropout
+from cxr_cache.training.losses import make_loss, stack_losses
+from cxr_cache.training.optim import BankOptimizer
+from cxr_cache.training.standards import Standards
+
+_SCORED_AT_ONCE: Final = 8192  # rows of one head
+_TRAINED_AT_ONCE: Final = 1024
+
+# -- what to train on, and what comes out ------------------------------------------------
+
+
+class Rows(Protocol):
+    """What a head is trained on: all rows, of which a task picks its own."""
+
+    @property
+    def embeddings(self) -> NDArray[np.float32]:
+        """``(V, N, D)``, prepared by :func:`cxr_cache.store.features.prepare_features`."""
+        ...
+
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Nothing but the numbers, for a worker that need not know whose they are."""
+
+    embeddings: NDArray[np.float32]
+    targets: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows that can be trained on: done in the store, undamaged, and labelled at all."""
+
+    embeddings: NDArray[np.float32]
+    """``(V, N, D)``, prepared by :func:`cxr_cache.store.features.prepare_features`."""
+    cohort: Cohort
+    """The N images; targets are NaN where unlabelled."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results should know about the rows left out."""
+
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        return self.cohort.targets
+
+
+# -- heads side by side -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """One head to train: on which rows, scored on which, from which seed."""
+
+    train_rows: NDArray[np.int64]
+    held_out_rows: NDArray[np.int64]
+    """May be empty: then nothing is scored, and no schedule may ask."""
+    seed: int
+
+
+@dataclass
+class Trajectory:
+    """What one head did on its way, and what was kept of it."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One row per epoch: epoch, lr, train_loss, val_loss, val_auroc, seconds."""
+    probabilities: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    """After each kept epoch, for the held-out rows, ``(n, F)``."""
+    weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """After each kept epoch, a bank of one head, as :meth:`HeadBank.snapshot` gives it."""
+
+    def auroc_after(self, epoch: int) -> float:
+        """Validation AUROC after `epoch`, or when the head stopped, if that was earlier."""
+        return self.history[min(epoch, len(self.history)) - 1]["val_auroc"]
+
+
+def fit_heads(
+    data: Rows,
+    tasks: Sequence[HeadTask],
+    config: TrainConfig,
+    *,
+    n_epochs: int,
+    n_steps: int,
+    keep: Collection[int],
+    learning_rates: Sequence[float] | None = None,
+) -> list[Trajectory]:
+    """Train one head per task, all in one bank, and keep each at the epochs asked for.
+
+    Parameters and errors are those of :class:`HeadFit`.
+    """
+    fit = HeadFit(
+        data,
+        tasks,
+        [config] * len(tasks),
+        n_epochs=n_epochs,
+        n_steps=n_steps,
+        keep=keep,
+        learning_rates=learning_rates,
+    )
+    fit.run()
+    return fit.trajectories
+
+
+class HeadFit:
+    """Heads on their way through the epochs, all in one bank; it can stop, move and go on.
+
+    A head's result depends on its own task only: rows, order, dropout, clipping, schedule and
+    stopping are its own. An epoch visits `n_steps` full batches of a fresh permutation of the
+    task's rows; the few that do not fill a batch wait for the next epoch.
+
+    Parameters
+    ----------
+    data
+        Embeddings and targets of all rows.
+    tasks
+        One per head.
+    configs
+        Recipe of each; they may differ in what :func:`can_share_a_bank` allows.
+    n_epochs
+        Length of the trajectories.
+    n_steps
+        Batches per epoch, the same for every head; see :func:`count_steps`.
+    keep
+        Epochs, counted from 1, after which probabilities and weights are kept. A head that has
+        stopped early counts as unchanged from then on.
+    learning_rates
+        The rate of every epoch, in place of the schedule.
+
+    Raises
+    ------
+    TrainingError
+        From :meth:`run`: a loss is no longer finite.
+    """
+
+    def __init__(
+        self,
+        data: Rows,
+        tasks: Sequence[HeadTask],
+        configs: Sequence[TrainConfig],
+        *,
+        n_epochs: int,
+        n_steps: int,
+        keep: Collection[int],
+        learning_rates: Sequence[float] | None = None,
+    ) -> None:
+        assert can_share_a_bank(configs)
+        self._trainer = _Trainer(data, tasks, configs, n_epochs, n_steps, learning_rates)
+        self._n_epochs, self._keep = n_epochs, keep
+        self._patience = [config.early_stopping for config in configs]
+        self._running = set(range(len(tasks)))
+        self.epoch = 0
+        """Epochs done."""
+        self.trajectories = [Trajectory() for _ in tasks]
+
+    def run(self, until: int | None = None) -> None:
+        """Go on to epoch `until`, by default to the last, or until every head has stopped."""
+        # Products this small gain nothing from threads, and lose much when the cores are shared.
+        with _one_thread():
+            while not self.has_ended and (until is None or self.epoch < until):
+                self.epoch += 1
+                rows, probabilities = self._trainer.run_epoch(self.epoch)
+                for h in sorted(self._running):
+                    self._record(h, rows[h], probabilities[h])
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return not self._running or self.epoch >= self._n_epochs
+
+    def _record(self, h: int, row: dict[str, float], probabilities: NDArray[np.float32]) -> None:
+        trajectory = self.trajectories[h]
+        trajectory.history.append(row)
+        stops = has_stopped(trajectory.history, self._patience[h])
+        for kept in (e for e in self._keep if e == self.epoch or (stops and e > self.epoch)):
+            trajectory.probabilities[kept] = probabilities
+            trajectory.weights[kept] = self._trainer.snapshot(h)
+        if stops:
+            self._running.discard(h)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`run` goes on from, for another process or another day."""
+        return {
+            "epoch": self.epoch,
+            "has_ended": self.has_ended,
+            "running": self._running,
+            "trajectories": self.trajectories,
+            "trainer": self._trainer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave: to the bit as if nothing had stopped."""
+        self.epoch, self._running = state["epoch"], state["running"]
+        self.trajectories = state["trajectories"]
+        self._trainer.load_state_dict(state["trainer"])
+
+
+def can_share_a_bank(configs: Sequence[TrainConfig]) -> bool:
+    """Whether heads with these recipes can be trained side by side.
+
+    They may differ in learning rate, weight decay, schedule, stopping and, unless it is the
+    asymmetric one, loss; the rest decides shapes, or what all heads do in one call.
+    """
+    return len({tuple(_shared(config).items()) for config in configs}) == 1
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    own = {"learning_rate", "weight_decay", "schedule", "patience", "early_stopping"}
+    if config.loss != "asymmetric":
+        own |= {"loss", "alpha", "gamma"}
+    return {field.name: getattr(config, field.name) for field in fields(config)} | dict.fromkeys(
+        own
+    )
+
+
+def count_steps(tasks: Sequence[HeadTask], batch_size: int) -> int:
+    """Full batches per epoch that every task has rows for.
+
+    Raises
+    ------
+    ConfigError
+        A task has fewer rows than a batch.
+    """
+    fewest = min(len(task.train_rows) for task in tasks)
+    if fewest < batch_size:
+        raise ConfigError(
+            f"A fold has {fewest} images to train on, fewer than the batch size {batch_size}. "
+            "Use a smaller --batch-size, fewer --folds, or more images."
+        )
+    return fewest // batch_size
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+class _Trainer:
+    """A bank, its optimiser and its rows: one epoch at a time."""
+
+    def __init__(
+        self,
+        data: Rows,
+        tasks: Sequence[HeadTask],
+        configs: Sequence[TrainConfig],
+        n_epochs: int,
+        n_steps: int,
+        learning_rates: Sequence[float] | None,
+    ) -> None:
+        config = configs[0]
+        device = resolve_device(config.device)
+        self.batch_size, self.n_steps, self.learning_rates = (
+            config.batch_size,
+            n_steps,
+            learning_rates,
+        )
+        self.embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
+        self.targets = torch.from_numpy(data.targets).to(device)  # (N, F)
+        self.rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
+        self.held_out_targets = [data.targets[task.held_out_rows] for task in tasks]
+        self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
+        # Not the seed itself: from there come the initial weights and dropout.
+        self.shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]
+        self.bank = HeadBank(
+            len(tasks),
+            self.embeddings.shape[-1],
+            self.targets.shape[-1],
+            hidden=config.hidden,
+            dropout=config.dropout,
+            norm=config.norm,
+            seeds=[task.seed for task in tasks],
+            device=device,
+        )
+        self.backprop = Backprop(self.bank) if config.norm == "batch" else None
+        self.standards = (
+            Standards.of(self.embeddings[0], self.rows) if config.input_norm == "standard" else None
+        )
+        self.optimizer = BankOptimizer(
+            self.bank,
+            learning_rate=[config.learning_rate for config in configs],
+            weight_decay=[config.weight_decay for config in configs],
+            max_grad_norm=config.max_grad_norm,
+            schedule=[
+                "constant" if learning_rates is not None else config.schedule for config in configs
+            ],
+            patience=[config.patience for config in configs],
+            n_epochs=n_epochs,
+        )
+        self.loss = stack_losses(
+            [
+                make_loss(
+                    config.loss, alpha=config.alpha, gamma=config.gamma, targets=self.targets[rows]
+                )
+                for config, rows in zip(configs, self.rows, strict=True)
+            ]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            # Not the parameters: each is a view of `flat`, and would bring all of it along.
+            "flat": self.bank.flat,
+            "buffers": dict(self.bank.named_buffers()),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [g.get_state() for g in self.shuffles + self.bank.generators],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bank.flat.copy_(state["flat"])
+        for name, buffer in self.bank.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        generators = self.shuffles + self.bank.generators
+        for generator, its_state in zip(generators, state["generators"], strict=True):
+            generator.set_state(its_state)
+
+    def snapshot(self, h: int) -> dict[str, Tensor]:
+        """Head `h` as a bank of one, which reads embeddings that are not standardised."""
+        state = self.bank.snapshot([h])
+        return state if self.standards is None else self.standards.fold_into(state, h)
+
+    def run_epoch(self, epoch: int) -> tuple[list[dict[str, float]], list[NDArray[np.float32]]]:
+        """Train and score once; a row of history and held-out probabilities per head."""
+        started = time.perf_counter()
+        if self.learning_rates is not None:
+            self.optimizer.set_learning_rate(self.learning_rates[epoch - 1])
+        rates = self.optimizer.learning_rates
+        train_losses = self._train()
+        val_losses, probabilities = self._score()
+        # Without held-out rows, no loss has seen the last step of the epoch; the weights have.
+        if not all(x.isfinite().all() for x in (train_losses, val_losses, self.bank.flat)):
+            raise TrainingError(
+                f"The loss or the weights are no longer finite in epoch {epoch}. Use a smaller "
+                "--lr, or check the embeddings with `cxr-cache inspect`."
+            )
+        self.optimizer.end_epoch(val_losses)
+        seconds = (time.perf_counter() - started) / self.bank.n_heads
+        rows = [
+            {
+                "epoch": epoch,
+                "lr": rates[h],
+                "train_loss": float(train_losses[h]),
+                **score_held_out(self.held_out_targets[h], probabilities[h], val_losses[h]),
+                "seconds": seconds,
+            }
+            for h in range(self.bank.n_heads)
+        ]
+        return rows, probabilities
+
+    def _train(self) -> Tensor:
+        """One epoch of every head; mean loss of each, ``(H,)``."""
+        n_rows = self.n_steps * self.batch_size
+        order = torch.stack([self._shuffle(h)[:n_rows] for h in range(len(self.rows))])  # (H, n)
+        views = torch.stack(
+            [torch.randint(len(self.embeddings), (n_rows,), generator=g) for g in self.shuffles]
+        ).to(order.device)
+        total = torch.zeros(len(self.rows), device=order.device)
+        self.bank.train()
+        # Gathered and drawn for several steps at once: as many calls fewer, and still in the cache.
+        n_at_once = max(1, _TRAINED_AT_ONCE // self.batch_size) * self.batch_size
+        for rows, of in zip(
+            torch.split(order, n_at_once, 1), torch.split(views, n_at_once, 1), strict=True
+        ):
+            total += self._take_steps(self._inputs(of, rows), self.targets[rows])
+        return total / self.n_steps
+
+    def _shuffle(self, h: int) -> Tensor:
+        rows = self.rows[h]
+        return rows[torch.randperm(len(rows), generator=self.shuffles[h]).to(rows.device)]
+
+    def _inputs(self, views: Tensor | int, rows: Tensor) -> Tensor:
+        """What the heads read of rows ``(H, n)``: ``(H, n, D)``."""
+        flat = self.embeddings.flatten(0, 1)  # (V N, D)
+        picked = flat.index_select(0, (views * self.embeddings.shape[1] + rows).flatten())
+        x = picked.view(*rows.shape, picked.shape[1])
+        return x if self.standards is None else self.standards.apply(x)
+
+    def _take_steps(self, x: Tensor, y: Tensor) -> Tensor:
+        """A step for every batch of ``(H, n, D)`` and ``(H, n, F)``; the sum of their losses."""
+        H, n, F = y.shape
+        by_step = (n // self.batch_size, H, self.batch_size, F)  # (S, H, B, F)
+        targets = y.view(H, by_step[0], -1, F).transpose(0, 1)
+        logits = torch.empty(by_step, dtype=x.dtype, device=x.device)
+        step = self._step_by_autograd if self.backprop is None else self._step_by_hand
+        step(torch.split(x, self.batch_size, dim=1), targets, logits)
+        losses: Tensor = self.loss(logits, targets)  # (S, H)
+        return losses.sum(dim=0)
+
+    def _step_by_hand(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
+        assert self.backprop is not None
+        factors = draw_dropout(self.bank, len(batches), self.batch_size)
+        prepared = zip(*(part.unbind() for part in self.loss.prepare(targets)), strict=True)
+        for x, keep, of_step, out in zip(batches, factors, prepared, logits.unbind(), strict=True):
+            self.backprop.forward(x, keep, out=out)
+            self.backprop.backward(self.loss.gradient(out, *of_step))
+            self.optimizer.step()
+
+    def _step_by_autograd(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
+        for x, y, out in zip(batches, targets, logits, strict=True):
+            recorded = self.bank(x)
+            self.bank.backward(self.loss(recorded, y))
+            self.optimizer.step()
+            out.copy_(recorded.detach())
+
+    @torch.inference_mode()
+    def _score(self) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """Loss and probabilities on each head's own held-out rows; zero loss where it has none."""
+        rows = self.scored_rows
+        self.bank.eval()
+        parts = [
+            self.bank(self._inputs(0, part.clamp(min=0)))
+            for part in torch.split(rows, _SCORED_AT_ONCE, 1)
+        ]
+        logits = torch.cat(parts, dim=1)  # (H, n, F)
+        targets = self.targets[rows].masked_fill(rows[..., None] < 0, torch.nan)
+        probabilities = torch.sigmoid(logits).cpu().numpy()
+        return (
+            self.loss(logits, targets).cpu(),
+            [p[: len(t)] for p, t in zip(probabilities, self.held_out_targets, strict=True)],
+        )
+
+
+def _pad(rows: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Row numbers of every head, -1 past the end of the shorter ones, ``(H, n)``."""
+    longest = max(map(len, rows))
+    return torch.from_numpy(
+        np.stack([np.pad(r, (0, longest - len(r)), constant_values=-1) for r in rows])
+    )
+
+
+def score_held_out(
+    targets: NDArray[np.float32], probabilities: NDArray[np.float32], loss: Tensor
+) -> dict[str, float]:
+    """Validation columns of the history; NaN where nothing is held out."""
+    if not len(targets):
+        return {"val_loss": float("nan"), "val_auroc": float("nan")}
+    return {"val_loss": float(loss), "val_auroc": float(macro_mean(auroc(targets, probabilities)))}
+
+
+def has_stopped(history: Sequence[dict[str, float]], patience: int | None) -> bool:
+    """Whether the validation loss has not improved for `patience` epochs."""
+    if patience is None:
+        return False
+    best = min(range(len(history)), key=lambda i: history[i]["val_loss"])
+    return len(history) - 1 - best >= patience

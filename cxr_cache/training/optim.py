@@ -1,0 +1,180 @@
+"""AdamW, clipping and schedules for heads that train side by side and must not notice it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler
+from torch.optim.adamw import adamw
+
+from cxr_cache.models.heads import HeadBank
+
+
+class BankOptimizer:
+    """torch's fused AdamW and a schedule per head, each on that head's row of the bank.
+
+    A head's parameters lie in one row of ``bank.flat``, so to torch each head is a single vector:
+    learning rate, moments, clipping and schedule are its own by construction. Heads with the same
+    rate and decay are updated in one call.
+
+    Parameters
+    ----------
+    bank
+        The heads; their gradients are read from ``bank.flat_grad``.
+    learning_rate, weight_decay
+        Of AdamW (Loshchilov & Hutter 2019); these, `schedule` and `patience` are one value for
+        all heads, or one for each.
+    max_grad_norm
+        Each head's gradient is scaled down to this Euclidean norm; None for no limit.
+    schedule
+        One of :data:`cxr_cache.config.SCHEDULES`: ``plateau`` halves the rate when the
+        validation loss has not improved for more than `patience` epochs.
+    n_epochs
+        Horizon of the schedules that need one.
+    """
+
+    def __init__(
+        self,
+        bank: HeadBank,
+        *,
+        learning_rate: float | Sequence[float],
+        weight_decay: float | Sequence[float],
+        max_grad_norm: float | None = 1.0,
+        schedule: str | Sequence[str] = "plateau",
+        patience: int | Sequence[int] = 3,
+        n_epochs: int = 1,
+    ) -> None:
+        self._flat, self._grad = bank.flat, bank.flat_grad
+        self._max_grad_norm = max_grad_norm
+        n_heads = len(bank.flat)
+        each = partial(_one_each, n=n_heads)
+        self._weight_decays = each(weight_decay)
+        self._moments = torch.zeros_like(bank.flat), torch.zeros_like(bank.flat)
+        self._n_steps = [torch.zeros((), device=bank.flat.device) for _ in range(n_heads)]
+        self._rates = [_Rate(rate) for rate in each(learning_rate)]
+        self._schedulers = [
+            make_scheduler(name, holder, patience_, n_epochs)
+            for name, holder, patience_ in zip(
+                each(schedule), self._rates, each(patience), strict=True
+            )
+        ]
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Learning rate of each head now."""
+        return [float(holder.param_groups[0]["lr"]) for holder in self._rates]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Use `learning_rate` for every head from here on."""
+        for holder in self._rates:
+            holder.param_groups[0]["lr"] = learning_rate
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip every head's gradient to its own norm, and update its parameters."""
+        if self._max_grad_norm is not None:
+            clip_per_head(self._grad, self._max_grad_norm)
+        alike: dict[tuple[float, float], list[int]] = {}
+        for h, settings in enumerate(zip(self.learning_rates, self._weight_decays, strict=True)):
+            alike.setdefault(settings, []).append(h)
+        for (rate, decay), heads in alike.items():
+            mean, square = self._moments
+            adamw(
+                [self._flat[h] for h in heads],
+                [self._grad[h] for h in heads],
+                [mean[h] for h in heads],
+                [square[h] for h in heads],
+                [],  # of AMSGrad
+                [self._n_steps[h] for h in heads],
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=rate,
+                weight_decay=decay,
+                eps=1e-8,
+                maximize=False,
+            )
+
+    def end_epoch(self, validation_losses: Tensor) -> None:
+        """Advance the schedules; `validation_losses` has shape ``(H,)``."""
+        for holder, scheduler, loss in zip(
+            self._rates, self._schedulers, validation_losses.tolist(), strict=True
+        ):
+            holder.step()  # of nothing; torch warns of a schedule whose optimiser never stepped
+            advance(scheduler, loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and schedules, for :meth:`load_state_dict`."""
+        return {
+            "moments": self._moments,
+            "n_steps": self._n_steps,
+            "rates": self.learning_rates,
+            "schedulers": [scheduler and scheduler.state_dict() for scheduler in self._schedulers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._moments, self._n_steps = state["moments"], state["n_steps"]
+        for holder, rate in zip(self._rates, state["rates"], strict=True):
+            holder.param_groups[0]["lr"] = rate
+        for scheduler, its_state in zip(self._schedulers, state["schedulers"], strict=True):
+            if scheduler is not None:
+                scheduler.load_state_dict(its_state)
+
+
+class _Rate(torch.optim.Optimizer):
+    """A learning rate for torch's schedules, which act on an optimiser; it optimises nothing.
+
+    The class's own ``add_param_group`` would import torch's compiler: seconds, in every process.
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        super().__init__([torch.empty(0)], {"lr": learning_rate})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.param_groups.append(self.defaults | param_group)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
+def _one_each(value: Any, n: int) -> Sequence[Any]:
+    """A sequence as it is, a single value (a name is one) `n` times."""
+    return value if isinstance(value, list | tuple) else [value] * n
+
+
+def clip_per_head(flat_grad: Tensor, max_norm: float) -> None:
+    """Scale each row down to `max_norm` in place, as ``torch.nn.utils.clip_grad_norm_`` would."""
+    norms = torch.linalg.vector_norm(flat_grad, dim=1, keepdim=True)
+    if norms.device.type == "cpu" and bool((norms <= max_norm - 1e-6).all()):
+        return  # times 1; a GPU would have to be waited for to know
+    flat_grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0))
+
+
+def advance(scheduler: Any, validation_loss: float) -> None:
+    """Set the rates of the next epoch."""
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(validation_loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def make_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, patience: int, n_epochs: int
+) -> Any:
+    """The torch scheduler called `name`, stepped once an epoch; None keeps the rates constant."""
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    if name == "plateau":
+        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)
+    if name == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=n_epochs)
+    if name == "one-cycle":
+        return lr_scheduler.OneCycleLR(
+            optimizer, max_lr=peaks, total_steps=n_epochs + 1, cycle_momentum=False
+        )
+    return None

@@ -1,0 +1,196 @@
+"""What a training leaves in its run folder: split, search, predictions, thresholds, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cxr_cache.common.tables import hash_file
+from cxr_cache.config import Recipe
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.splits import Split, count_shared_studies
+from cxr_cache.metrics.operating_point import choose_operating_point
+from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
+from cxr_cache.training.search import EpochSearch
+
+IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
+"""What a table of predictions says of every image; patients are needed for its intervals."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training: its folder, and what the search found."""
+
+    run: Run
+    epoch_search: EpochSearch
+    notes: tuple[str, ...]
+
+    @property
+    def search(self) -> pd.DataFrame:
+        """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K."""
+        return self.epoch_search.table
+
+    @property
+    def chosen_epochs(self) -> int:
+        """What the final model was trained for."""
+        return self.epoch_search.chosen
+
+    def to_text(self) -> str:
+        """The search table, the choice and what to know about the rows, for a terminal."""
+        n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
+        if n_folds == 1:
+            lines = ["No search: macro AUROC on one held-out fold, which the thresholds come from"]
+        else:
+            lines = [f"Epoch search: macro AUROC, mean and spread over {n_folds} held-out folds"]
+        for row in self.search.to_dict("records"):
+            mark = "   <- chosen" if row["epochs"] == self.chosen_epochs and n_folds > 1 else ""
+            spread = f" ± {row['std_auroc']:.4f}" if n_folds > 1 else ""
+            lines.append(f"  {row['epochs']:>5} epochs  {row['mean_auroc']:.4f}{spread}{mark}")
+        lines += self._describe_stops()
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+    def _describe_stops(self) -> list[str]:
+        """Folds that early stopping ended before the largest candidate."""
+        trajectories = self.epoch_search.trajectories
+        longest = max(trajectories)
+        lengths = [len(fold.history) for fold in trajectories[longest]]
+        if all(length == longest for length in lengths):
+            return []
+        stops = ", ".join(f"fold {k} after {n}" for k, n in enumerate(lengths, 1) if n < longest)
+        return [f"  early stopping: {stops} epochs"]
+
+
+def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
+    """What the split does to the figures: rare findings, and studies on both sides."""
+    notes = []
+    n_positive = (cohort.targets[~split.is_test] == 1).sum(axis=0)
+    rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
+    if len(rare):
+        notes.append(
+            f"{len(rare)} findings have fewer positive train images than folds, so some folds "
+            f"cannot score them: {', '.join(cohort.findings[f] for f in rare)}."
+        )
+    if split.by == "image":
+        shared = count_shared_studies(split.is_test, cohort.study_uids)
+        n_test = int(split.is_test.sum())
+        notes.append(
+            f"Split by image: {shared:,} of {n_test:,} test images ({shared / n_test:.0%}) have "
+            "another image of the same study in train, so test figures are too good; those of the "
+            "folds, split alike, too. Use --split-by study."
+        )
+    return tuple(notes)
+
+
+def describe_labels(path: Path | None) -> dict[str, str] | None:
+    """What a run records of the CSV whose targets replaced the store's."""
+    return None if path is None else {"path": str(path), "sha256": hash_file(path)}
+
+
+def write_outcome(
+    run: Run,
+    cohort: Cohort,
+    split: Split,
+    search: EpochSearch,
+    config: Recipe,
+    *,
+    predictions: NDArray[np.float32],
+    final_history: list[dict[str, float]],
+    make_model: Callable[[dict[str, float]], SavedModel],
+) -> None:
+    """Write every file of a run but its figures and its page, and declare it finished.
+
+    Parameters
+    ----------
+    cohort, split, search
+        Of the N images.
+    predictions
+        Probabilities of the final model for all images, ``(N, F)``.
+    final_history
+        Its epochs; empty where a fold's model is the final one.
+    make_model
+        The model to save, given the threshold of each finding, which is chosen on out-of-fold
+        predictions.
+    """
+    out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
+    for k, trajectory in enumerate(search.trajectories[search.chosen]):
+        out_of_fold[split.held_out(k)] = trajectory.probabilities[search.chosen]
+    held_out = np.flatnonzero(np.isfinite(out_of_fold).all(axis=1))  # train, or one fold of it
+    point = choose_operating_point(
+        cohort.targets[held_out],
+        out_of_fold[held_out],
+        rule=config.threshold_rule,
+        calibration=config.calibration,
+    )
+    run.save_model(point.put_into(make_model(point.by_finding(cohort.findings))))
+    run.write_table("splits", _split_table(cohort, split))
+    run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
+    run.write_table("epoch_search", search.table)
+    run.write_table("history", _history_table(search, final_history, config))
+    sides = np.where(split.is_test, "test", "train")
+    run.write_table("predictions", _prediction_table(cohort, predictions, sides))
+    run.write_table(
+        "out_of_fold",
+        _prediction_table(cohort.take(held_out), out_of_fold[held_out], sides[held_out]),
+    )
+    run.config["chosen_epochs"] = search.chosen
+    run.finish()
+
+
+def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
+    table: pd.DataFrame = pd.DataFrame(
+        {
+            "image_id": cohort.image_ids,
+            "study_uid": cohort.study_uids,
+            "split": np.where(split.is_test, "test", "train"),
+            "fold": pd.Series(split.fold + 1, dtype="Int64").mask(split.is_test),
+        }
+    )
+    return table
+
+
+def finding_table(
+    cohort: Cohort, values: NDArray[np.float32], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Columns that say which image, then one per finding with `values`, ``(N, F)``."""
+    described = {
+        "image_id": cohort.image_ids,
+        "study_uid": cohort.study_uids,
+        "patient_id": cohort.patient_ids,
+        "projection": cohort.projections,
+    }
+    left = pd.DataFrame({name: described[name] for name in columns})
+    table: pd.DataFrame = pd.concat(
+        [left, pd.DataFrame(values, columns=list(cohort.findings))], axis=1
+    )
+    return table
+
+
+def _prediction_table(
+    cohort: Cohort, probabilities: NDArray[np.float32], sides: NDArray[np.str_]
+) -> pd.DataFrame:
+    table = finding_table(cohort, probabilities, IMAGE_COLUMNS)
+    table.insert(len(IMAGE_COLUMNS), "split", sides)
+    return table
+
+
+def _history_table(
+    search: EpochSearch, final_history: list[dict[str, float]], config: Recipe
+) -> pd.DataFrame:
+    """Every epoch that was trained: of each fold up to the largest candidate, and of the final."""
+    longest = max(search.trajectories)
+    horizons = list(search.trajectories) if config.has_horizon else [longest]
+    rows = [
+        {"fold": str(k), "horizon": horizon, **row}
+        for horizon in horizons
+        for k, trajectory in enumerate(search.trajectories[horizon], start=1)
+        for row in trajectory.history
+    ]
+    rows += [{"fold": FINAL_FOLD, "horizon": search.chosen, **row} for row in final_history]
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table if config.has_horizon else table.drop(columns="horizon")

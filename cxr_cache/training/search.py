@@ -1,0 +1,226 @@
+"""The epoch search over folds, and the final model that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxr_cache.config import Recipe, TrainConfig
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.splits import Split, make_split
+from cxr_cache.errors import TrainingError
+from cxr_cache.models.heads import HeadBank
+from cxr_cache.training.fit import (
+    HeadTask,
+    TrainingData,
+    Trajectory,
+    count_steps,
+    fit_heads,
+)
+from cxr_cache.training.fit_on_cores import fit_on_cores
+
+
+@dataclass(frozen=True)
+class EpochSearch:
+    """Result of the search: every fold's trajectory, and the table of candidates."""
+
+    trajectories: dict[int, list[Trajectory]]
+    """Per candidate, one per fold."""
+    table: pd.DataFrame
+    """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K."""
+    chosen: int
+    """Candidate with the best mean macro AUROC; of equals the smallest."""
+
+
+def search_epochs(
+    data: TrainingData,
+    split: Split,
+    config: TrainConfig,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> EpochSearch:
+    """Score every candidate number of epochs on every held-out fold.
+
+    Where nothing in the recipe depends on the horizon, each fold is trained once, to the largest
+    candidate, and the smaller ones are read off the same trajectory: they are exactly what
+    separate runs would give. A schedule with a horizon trains each candidate by itself.
+
+    Parameters
+    ----------
+    on_progress
+        Called with (epochs trained, epochs to train), over all folds.
+
+    Raises
+    ------
+    ConfigError, TrainingError
+        As :func:`require_trainable_folds`; and TrainingError where a loss diverges.
+    """
+    require_trainable_folds(data.cohort.targets, split, config)
+    tasks = fold_tasks(split, config.seed)
+    n_done, n_total = (
+        0,
+        len(tasks) * sum(config.epochs if config.has_horizon else config.epochs[-1:]),
+    )
+
+    def fit(tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]) -> list[Trajectory]:
+        nonlocal n_done
+        trained = fit_on_cores(
+            data,
+            tasks,
+            config,
+            n_epochs=horizon,
+            keep=keep,
+            on_epochs=lambda n: on_progress(n_done + n, n_total),
+        )
+        n_done += len(tasks) * horizon
+        return trained
+
+    return search_with(fit, tasks, config)
+
+
+FitTasks: TypeAlias = Callable[[Sequence[HeadTask], int, Collection[int]], list[Trajectory]]
+"""Trains tasks for so many epochs, keeping what each is after some of them."""
+
+
+def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> EpochSearch:
+    """Score every candidate on every task's held-out rows, whatever it is that trains."""
+    trajectories: dict[int, list[Trajectory]] = {}
+    for horizon in config.epochs if config.has_horizon else config.epochs[-1:]:
+        keep = (horizon,) if config.has_horizon else config.epochs
+        trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
+    table = _tabulate(trajectories)
+    return EpochSearch(trajectories, table, _choose(table))
+
+
+def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: Recipe) -> None:
+    """Raise unless every fold can be trained and scored; called before the long work.
+
+    Raises
+    ------
+    ConfigError
+        A fold has fewer rows to train on than a batch.
+    TrainingError
+        No finding has both a positive and a negative among the rows that a fold holds out.
+    """
+    tasks = fold_tasks(split, config.seed)
+    count_steps(tasks, config.batch_size)
+    for k, task in enumerate(tasks, start=1):
+        held_out = targets[task.held_out_rows]
+        if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
+            raise TrainingError(
+                f"Among the {len(held_out):,} images of fold {k}, no finding has both a positive "
+                "and a negative one, so no AUROC is defined. Use fewer --folds, or more images."
+            )
+
+
+def split_cohort(cohort: Cohort, config: Recipe) -> Split:
+    """Test and folds as a recipe asks for them."""
+    return make_split(
+        cohort.targets,
+        cohort.groups,
+        cohort.findings,
+        by=config.split_by,
+        n_folds=config.n_folds,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+    )
+
+
+def fold_tasks(split: Split, seed: int) -> list[HeadTask]:
+    """One task per fold: trained on the others, scored on it."""
+    return [
+        HeadTask(split.trained_on(k), split.held_out(k), _head_seed(seed, k))
+        for k in range(split.n_folds)
+    ]
+
+
+def final_task(split: Split, seed: int) -> HeadTask:
+    """Training on everything but test, with nothing left to score."""
+    return HeadTask(np.flatnonzero(~split.is_test), np.empty(0, np.int64), _head_seed(seed, -1))
+
+
+def _head_seed(seed: int, fold: int) -> int:
+    """A seed for the head of one fold; the final model's is that of fold -1."""
+    return int(np.random.SeedSequence([seed, fold + 1]).generate_state(1)[0])
+
+
+def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
+    rows = []
+    for epochs, folds in trajectories.items():
+        scores = [trajectory.auroc_after(epochs) for trajectory in folds]
+        rows.append(
+            {
+                "epochs": epochs,
+                "mean_auroc": np.mean(scores),
+                "std_auroc": np.std(scores, ddof=1) if len(scores) > 1 else np.nan,
+                **{f"fold_{k}": score for k, score in enumerate(scores, start=1)},
+            }
+        )
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def _choose(table: pd.DataFrame) -> int:
+    best = int(np.argmax(table["mean_auroc"].to_numpy()))
+    return int(table["epochs"].to_numpy()[best])
+
+
+# -- the final model --------------------------------------------------------------------
+
+
+def train_final(
+    data: TrainingData, split: Split, search: EpochSearch, config: TrainConfig
+) -> tuple[HeadBank, list[dict[str, float]]]:
+    """The model that test will see, and its history (empty unless it was trained anew)."""
+    if config.final != "refit":
+        stacked = stack_members(final_members(search, config), search.chosen)
+        return HeadBank.from_snapshot(stacked, dropout=config.dropout), []
+    rates = replay_rates(search)
+    task = final_task(split, config.seed)
+    trajectory = fit_heads(
+        data,
+        [task],
+        replace(config, early_stopping=None),
+        n_epochs=len(rates),
+        n_steps=count_steps([task], config.batch_size),
+        keep=[len(rates)],
+        learning_rates=rates,
+    )[0]
+    weights = trajectory.weights[len(rates)]
+    return HeadBank.from_snapshot(weights, dropout=config.dropout), trajectory.history
+
+
+def final_members(search: EpochSearch, config: Recipe) -> list[Trajectory]:
+    """The folds whose models are the final one: all, averaged, or the best."""
+    folds = search.trajectories[search.chosen]
+    if config.final == "ensemble":
+        return folds
+    return [max(folds, key=lambda fold: fold.auroc_after(search.chosen))]
+
+
+def stack_members(members: Sequence[Trajectory], epoch: int) -> dict[str, Tensor]:
+    """Weights of several models after `epoch`, as one set of tensors with the models on axis 0."""
+    states = [member.weights[epoch] for member in members]
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+def replay_rates(search: EpochSearch) -> list[float]:
+    """Learning rate of every epoch: the folds' geometric mean, for a refit has no held-out rows.
+
+    Where folds stopped early, the refit stops after their mean number of epochs.
+    """
+    folds, chosen = search.trajectories[search.chosen], search.chosen
+    histories = [trajectory.history[:chosen] for trajectory in folds]
+    n_epochs = round(np.mean([len(history) for history in histories]))
+    rates = [
+        [history[epoch]["lr"] for history in histories if len(history) > epoch]
+        for epoch in range(n_epochs)
+    ]
+    return [float(np.exp(np.log(at_epoch).mean())) for at_epoch in rates]

@@ -1,0 +1,141 @@
+"""Store to run folder: a head on cached embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from cxr_cache.common.devices import resolve_device
+from cxr_cache.config import TrainConfig
+from cxr_cache.models.heads import predict_probabilities
+from cxr_cache.models.run import Run, SavedModel, require_free
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.rows import find_labelled_rows, read_features
+from cxr_cache.training.fit import TrainingData
+from cxr_cache.training.outcome import (
+    TrainResult,
+    describe_labels,
+    note_split,
+    write_outcome,
+)
+from cxr_cache.training.search import (
+    require_trainable_folds,
+    search_epochs,
+    split_cohort,
+    stack_members,
+    train_final,
+)
+
+
+def train_head(
+    store_path: str | Path,
+    run_dir: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    labels: str | Path | None = None,
+    allow_pending: bool = False,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> TrainResult:
+    """Split, search the number of epochs, train the final head and write the run folder.
+
+    Test rows take part in nothing but the final predictions; thresholds come from out-of-fold
+    predictions. :func:`cxr_cache.evaluation.evaluate.evaluate_run` then scores the run.
+
+    Parameters
+    ----------
+    store_path
+        Feature store with embeddings.
+    run_dir
+        Folder to write; it may not hold a finished run unless `overwrite`.
+    config
+        Recipe and protocol; the reference's by default.
+    labels
+        CSV whose targets replace the store's.
+    allow_pending
+        Train although extraction has not finished.
+    overwrite
+        Replace a finished run.
+    on_progress
+        Called with (epochs trained, epochs to train), over all folds.
+
+    Raises
+    ------
+    RunError
+        `run_dir` holds a finished run, or other files.
+    StoreIncompleteError, StoreFormatError
+        The store cannot be trained on; see
+        :func:`cxr_cache.store.rows.find_labelled_rows`.
+    TrainingError
+        The loss diverged, or no AUROC is defined in some fold.
+    """
+    config = config or TrainConfig()
+    run_dir = Path(run_dir)
+    labels = None if labels is None else Path(labels)
+    require_free(run_dir, overwrite=overwrite)
+    resolve_device(config.device)
+    with FeatureStore.open(store_path) as store:
+        data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
+        encoder = store.header.encoder
+        cohort_source = store.header.cohort
+    cohort = data.cohort
+    split = split_cohort(cohort, config)
+    require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
+    notes = data.notes + note_split(split, cohort)
+    run = Run.create(
+        run_dir,
+        {
+            "kind": "train",
+            "train": asdict(config),
+            "seed": config.seed,
+            "findings": list(cohort.findings),
+            "store": {"path": str(store_path), "encoder": encoder, "cohort": cohort_source},
+            "labels": describe_labels(labels),
+            "random_encoder": bool(encoder.get("is_random")),
+            "warnings": list(notes),
+        },
+        overwrite=overwrite,
+    )
+    search = search_epochs(data, split, config, on_progress=on_progress)
+    bank, final_history = train_final(data, split, search, config)
+    probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
+    head = {
+        # What is standardised in training is folded into the head.
+        "input_norm": "none" if config.input_norm == "standard" else config.input_norm,
+        "features": config.features,
+        "hidden": config.hidden,
+        "dropout": config.dropout,
+    }
+    run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
+    write_outcome(
+        run,
+        cohort,
+        split,
+        search,
+        config,
+        predictions=probabilities.numpy(),
+        final_history=final_history,
+        make_model=lambda thresholds: SavedModel(
+            bank.snapshot(), cohort.findings, thresholds, encoder, head
+        ),
+    )
+    return TrainResult(run, search, notes)
+
+
+def load_training_data(
+    store: FeatureStore,
+    config: TrainConfig,
+    *,
+    labels: Path | None = None,
+    allow_pending: bool = False,
+) -> TrainingData:
+    """Read the embeddings that can be trained on, prepared as the head reads them.
+
+    Parameters and errors are those of :func:`cxr_cache.store.rows.find_labelled_rows` and
+    :func:`cxr_cache.store.rows.read_features`.
+    """
+    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+    return TrainingData(read_features(store, found.rows, config), found.cohort, found.notes)

@@ -1,0 +1,358 @@
+"""Train the last blocks of an encoder and a head together, fold by fold, on tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cxr_cache.common.devices import resolve_precision
+from cxr_cache.common.distributed import own_part, world_size
+from cxr_cache.config import FinetuneConfig
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.errors import TrainingError
+from cxr_cache.models.heads import HeadBank
+from cxr_cache.models.tuned import TailAndHead
+from cxr_cache.store.tokens import TokenSource
+from cxr_cache.training.fit import (
+    HeadTask,
+    Trajectory,
+    has_stopped,
+    score_held_out,
+)
+from cxr_cache.training.losses import make_loss
+from cxr_cache.training.optim import advance, make_scheduler
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """What every fold trains from."""
+
+    encoder: Encoder
+    source: TokenSource
+    targets: NDArray[np.float32]
+    """``(N, F)``, NaN where unlabelled."""
+    tail: Mapping[str, Tensor]
+    """The blocks as they were loaded, where every fold begins."""
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Where the state of a fold survives an interruption."""
+
+    load: Callable[[], dict[str, Any] | None]
+    save: Callable[[dict[str, Any]], None] | None
+    """None where another process keeps it."""
+
+
+NOT_KEPT: Final = Keeper(load=lambda: None, save=None)
+
+
+def build_model(
+    data: TuningData,
+    config: FinetuneConfig,
+    *,
+    seed: int = 0,
+    head: Mapping[str, Tensor] | None = None,
+) -> TailAndHead:
+    """The encoder with its blocks as they were loaded, and a head: given, or drawn from `seed`."""
+    bank = HeadBank(
+        1,
+        data.encoder.identity.embedding_width,
+        data.targets.shape[1],
+        hidden=config.hidden,
+        dropout=config.dropout,
+        seeds=[seed],
+        device=data.encoder.device,
+    )
+    if head is not None:
+        bank.load_state_dict(dict(head))
+    model = TailAndHead(
+        data.encoder,
+        bank,
+        config.unfreeze_layers,
+        input_norm=config.input_norm,
+        precision=resolve_precision(config.precision, data.encoder.device),
+        keeps_activations=not config.grad_checkpointing,
+    )
+    model.restore({name: tensor[None] for name, tensor in data.tail.items()} | bank.snapshot())
+    return model
+
+
+def tune(
+    data: TuningData,
+    task: HeadTask,
+    config: FinetuneConfig,
+    *,
+    n_epochs: int,
+    keep: Collection[int],
+    keep_weights: bool,
+    head: Mapping[str, Tensor] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    keeper: Keeper = NOT_KEPT,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> Trajectory:
+    """Train blocks and head on the rows of one task, and score every epoch on those held out.
+
+    An epoch visits full batches of a fresh permutation of the task's rows, each in a random view.
+    Order, dropout and augmentation of an epoch follow from the task's seed and the epoch alone, so
+    that a training goes on after an interruption as if there had been none.
+
+    Parameters
+    ----------
+    data
+        Encoder, tokens and targets.
+    task
+        Which rows.
+    config
+        Recipe.
+    n_epochs
+        Length of the trajectory.
+    keep
+        Epochs, counted from 1, after which probabilities are kept; after a stop, those of the
+        last epoch.
+    keep_weights
+        Keep the weights at these epochs too.
+    head
+        Where the head begins, as :meth:`HeadBank.snapshot` gives it; None draws one.
+    learning_rates
+        The blocks' rate of every epoch, in place of the schedule; the head's stays in proportion.
+    keeper
+        Keeps the state after every epoch.
+    on_epoch
+        Called after every epoch.
+
+    Raises
+    ------
+    TrainingError
+        A loss is no longer finite.
+    """
+    state = keeper.load()
+    trajectory = Trajectory() if state is None else _unpack(state["trajectory"])
+    for _ in trajectory.history:
+        on_epoch()
+    if state is not None and state["trainer"] is None:  # it had ended
+        return trajectory
+    trainer = _Trainer(data, task, config, n_epochs, head, learning_rates)
+    if state is not None:
+        trainer.load_state(state["trainer"])
+    for epoch in range(len(trajectory.history) + 1, n_epochs + 1):
+        row, probabilities = trainer.run_epoch(epoch)
+        trajectory.history.append(row)
+        stops = has_stopped(trajectory.history, config.early_stopping)
+        for kept in (e for e in keep if e == epoch or (stops and e > epoch)):
+            trajectory.probabilities[kept] = probabilities
+            if keep_weights:
+                trajectory.weights[kept] = trainer.model.snapshot()
+        ends = stops or epoch == n_epochs
+        if keeper.save is not None:
+            left = None if ends else trainer.state()
+            keeper.save({"trajectory": _pack(trajectory), "trainer": left})
+        on_epoch()
+        if stops:
+            break
+    return trajectory
+
+
+def _pack(trajectory: Trajectory) -> dict[str, Any]:
+    """As plain containers and tensors."""
+    kept = {epoch: torch.from_numpy(p) for epoch, p in trajectory.probabilities.items()}
+    return {"history": trajectory.history, "probabilities": kept, "weights": trajectory.weights}
+
+
+def _unpack(packed: Mapping[str, Any]) -> Trajectory:
+    kept = {epoch: tensor.numpy() for epoch, tensor in packed["probabilities"].items()}
+    return Trajectory(packed["history"], kept, packed["weights"])
+
+
+class _Trainer:
+    """A model on its way through the epochs."""
+
+    def __init__(
+        self,
+        data: TuningData,
+        task: HeadTask,
+        config: FinetuneConfig,
+        n_epochs: int,
+        head: Mapping[str, Tensor] | None,
+        learning_rates: Sequence[float] | None,
+    ) -> None:
+        self.config, self.task, self.source = config, task, data.source
+        self.learning_rates = learning_rates
+        self.model = build_model(data, config, seed=task.seed, head=head)
+        self.parallel: nn.Module = self.model
+        if world_size() > 1:
+            self.parallel = DistributedDataParallel(self.model)
+        device = data.encoder.device
+        self.targets = torch.from_numpy(data.targets).to(device)  # (N, F)
+        self.held_out_targets = data.targets[task.held_out_rows]
+        self.n_batches = len(task.train_rows) // config.batch_size
+        self.optimizer = torch.optim.AdamW(group_parameters(self.model, config), fused=True)
+        schedule = "constant" if learning_rates is not None else config.schedule
+        self.scheduler = make_scheduler(schedule, self.optimizer, config.patience, n_epochs)
+        rows = torch.from_numpy(task.train_rows).to(device)
+        self.loss = make_loss(
+            config.loss,
+            alpha=config.alpha,
+            gamma=config.gamma,
+            targets=self.targets[rows],
+        )
+
+    def run_epoch(self, epoch: int) -> tuple[dict[str, float], NDArray[np.float32]]:
+        """Train and score once; a row of history, and held-out probabilities."""
+        started = time.perf_counter()
+        if self.learning_rates is not None:
+            factor = self.learning_rates[epoch - 1] / self.config.learning_rate
+            for group in self.optimizer.param_groups:
+                group["lr"] = factor * group["full_lr"]
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        train_loss = self._train(epoch)
+        val_loss, probabilities = self._score()
+        weights = self.model.tail.values()
+        if not (np.isfinite([train_loss, val_loss]).all() and all(map(_is_finite, weights))):
+            raise TrainingError(
+                f"The loss or the weights are no longer finite in epoch {epoch}. Use a smaller "
+                "--lr or --head-lr, some --warmup-steps, or --precision fp32."
+            )
+        advance(self.scheduler, val_loss)
+        row = {
+            "epoch": epoch,
+            "lr": rate,
+            "train_loss": train_loss,
+            **score_held_out(self.held_out_targets, probabilities, torch.tensor(val_loss)),
+            "seconds": time.perf_counter() - started,
+        }
+        return row, probabilities
+
+    def _train(self, epoch: int) -> float:
+        """One epoch; the mean loss."""
+        order, views, seeds = self._draw(epoch)
+        rows = order.to(self.targets.device).view(self.n_batches, -1)
+        self.model.train()
+        self.model.bank.generators[0].manual_seed(_seed(self.task.seed, epoch, "dropout"))
+        total = torch.zeros((), device=self.targets.device)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for i, tokens in enumerate(self._own_batches(order, views, seeds)):
+            group = _accumulated(i, self.n_batches, self.config.accumulate)
+            with self._syncing(is_last=group.is_last):
+                loss = self.loss(self.parallel(tokens), self.targets[rows[i]])
+                (loss / group.size).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            if group.is_last:
+                self._step((epoch - 1) * self._n_steps + i // self.config.accumulate + 1, rates)
+        for group_, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group_["lr"] = rate
+        return float(total) / self.n_batches
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows in the order of this epoch; of each, its view and the seed of its changes."""
+        generator = torch.Generator().manual_seed(_seed(self.task.seed, epoch, "order"))
+        n_rows = self.n_batches * self.config.batch_size
+        order = torch.randperm(len(self.task.train_rows), generator=generator)[:n_rows]
+        views = torch.randint(self.source.n_views, (n_rows,), generator=generator)
+        seeds = torch.randint(2**62, (n_rows,), generator=generator)
+        return torch.from_numpy(self.task.train_rows)[order], views, seeds
+
+    def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor]:
+        """What this process does of every batch."""
+        part = own_part(self.config.batch_size)
+        rows, views, seeds = (x.view(self.n_batches, -1)[:, part].flatten() for x in drawn)
+        return self.source.batches(rows, views, part.stop - part.start, seeds=seeds)
+
+    def _syncing(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes exchange gradients once a step, not once a batch."""
+        if is_last or not isinstance(self.parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        waiting: contextlib.AbstractContextManager[None] = self.parallel.no_sync()
+        return waiting
+
+    @property
+    def _n_steps(self) -> int:
+        return -(-self.n_batches // self.config.accumulate)
+
+    def _step(self, step: int, rates: Sequence[float]) -> None:
+        """Clip, warm up, update."""
+        ramp = min(1.0, step / self.config.warmup_steps) if self.config.warmup_steps else 1.0
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = ramp * rate
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _score(self) -> tuple[float, NDArray[np.float32]]:
+        """Loss and probabilities on the held-out rows; zero loss where there are none."""
+        rows = self.task.held_out_rows
+        if not len(rows):
+            return 0.0, np.empty((0, self.targets.shape[1]), np.float32)
+        logits = self.model.logits(self.source, rows)
+        loss = self.loss(logits, self.targets[torch.from_numpy(rows).to(self.targets.device)])
+        return float(loss), torch.sigmoid(logits).cpu().numpy()
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on; random draws follow from its number."""
+        return {
+            "model": self.model.snapshot(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state` was taken."""
+        self.model.restore(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+def group_parameters(model: TailAndHead, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Blocks and head with their learning rates; norms and biases apart if they do not decay."""
+    head = {name: p for name, p in model.bank.named_parameters() if p.requires_grad}
+    groups = []
+    for parameters, rate in ((model.tail, config.learning_rate), (head, config.head_learning_rate)):
+        decays = {name: config.decay_norms or _is_matrix(name, p) for name, p in parameters.items()}
+        for decay in sorted(set(decays.values()), reverse=True):
+            chosen = [p for name, p in parameters.items() if decays[name] == decay]
+            weight_decay = config.weight_decay if decay else 0.0
+            groups.append(
+                {"params": chosen, "lr": rate, "full_lr": rate, "weight_decay": weight_decay}
+            )
+    return groups
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Neither norm nor bias: of an encoder's block by its axes, of a head's stack by its name."""
+    return name.startswith("weight_") or (name.startswith("visual.") and parameter.ndim >= 2)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The batches that one step averages."""
+
+    size: int
+    is_last: bool
+
+
+def _accumulated(i: int, n_batches: int, accumulate: int) -> _Group:
+    first = i // accumulate * accumulate
+    size = min(accumulate, n_batches - first)
+    return _Group(size, is_last=i == first + size - 1)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _seed(seed: int, epoch: int, purpose: str) -> int:
+    """A seed for one purpose in one epoch."""
+    words = [seed, epoch, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,220 @@
+"""Promises of the splits: whole groups, even findings, the same for the same seed."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
+
+from cxr_cache.datasets.cohort import Cohort, load_cohort
+from cxr_cache.datasets.labels import FINDINGS
+from cxr_cache.datasets.splits import (
+    Split,
+    assign_folds,
+    count_shared_studies,
+    make_split,
+    split_test,
+    split_test_by_image,
+)
+from cxr_cache.errors import ConfigError
+
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="module")
+def indiana(shared_data) -> Cohort:
+    return load_cohort(shared_data / "indiana_csv")
+
+
+@st.composite
+def labelled_groups(draw, min_groups: int = 6):
+    """Targets with NaN, rare and absent findings; groups of very different sizes."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n_groups = draw(st.integers(min_groups, 40))
+    sizes = rng.geometric(draw(st.sampled_from([0.1, 0.5, 0.9])), n_groups)
+    groups = rng.permutation(np.repeat([f"study {g}" for g in range(n_groups)], sizes))
+    shape = (len(groups), draw(st.integers(1, 8)))
+    targets = (rng.random(shape) < rng.random(shape[1]) ** 3).astype(np.float32)
+    targets[rng.random(shape) < draw(st.sampled_from([0, 0.5, 1]))] = np.nan
+    return targets, groups
+
+
+def assert_whole(groups: np.ndarray, part: np.ndarray) -> None:
+    for group in np.unique(groups):
+        assert len(np.unique(part[groups == group])) == 1, f"{group} is on both sides"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=labelled_groups(), n_folds=st.integers(2, 6), seed=st.integers(0, 2**32 - 1))
+def test_a_group_is_never_on_both_sides_of_a_fold_and_no_fold_is_empty(data, n_folds, seed):
+    """Frontal and lateral views share a report, so splitting them would leak the label."""
+    targets, groups = data
+
+    folds = assign_folds(targets, groups, n_folds, seed)
+
+    assert set(folds) == set(range(n_folds))
+    assert_whole(groups, folds)
+    np.testing.assert_array_equal(folds, assign_folds(targets, groups, n_folds, seed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=labelled_groups(), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**32 - 1))
+def test_a_group_is_never_both_in_test_and_in_train(data, share, seed):
+    targets, groups = data
+
+    is_test = split_test(targets, groups, share, seed)
+
+    assert is_test.any()
+    assert not is_test.all()
+    assert_whole(groups, is_test)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=labelled_groups(), seed=st.integers(0, 2**32 - 1))
+def test_the_order_of_the_rows_does_not_matter(data, seed):
+    targets, groups = data
+    order = np.random.default_rng(seed).permutation(len(groups))
+
+    folds = assign_folds(targets, groups, 3, seed)
+
+    np.testing.assert_array_equal(
+        folds[order], assign_folds(targets[order], groups[order], 3, seed)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=labelled_groups(min_groups=12), seed=st.integers(0, 2**32 - 1))
+def test_make_split_gives_each_row_one_place(data, seed):
+    targets, groups = data
+    findings = [f"finding {f}" for f in range(targets.shape[1])]
+
+    split = make_split(targets, groups, findings, n_folds=3, seed=seed)
+
+    assert split.n_folds == 3
+    assert_whole(groups, split.fold)
+    for fold in range(3):
+        rows = [split.held_out(fold), split.trained_on(fold), np.flatnonzero(split.is_test)]
+        assert sorted(np.concatenate(rows)) == list(range(len(split)))
+
+
+def test_unlabelled_counts_as_absent():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, (60, 3)).astype(np.float32)
+    unlabelled = np.where(targets == 0, np.nan, targets)
+    groups = rng.integers(0, 20, 60)
+    np.testing.assert_array_equal(
+        assign_folds(targets, groups, 4, 0), assign_folds(unlabelled, groups, 4, 0)
+    )
+
+
+def test_rows_without_any_label_are_spread_evenly():
+    targets = np.full((100, 5), np.nan, np.float32)
+    folds = assign_folds(targets, np.arange(100), n_folds=5, seed=0)
+    assert np.bincount(folds).tolist() == [20] * 5
+
+
+def test_another_seed_gives_another_test_set(indiana):
+    """The rare findings too: they decide the order, but must not always end on the same side."""
+    rare = (indiana.targets[:, FINDINGS.index("Mass") :] == 1).any(axis=1)
+    tests = [split_test(indiana.targets, indiana.groups, 0.2, seed) for seed in SEEDS]
+    in_some_test = np.any(tests, axis=0)
+    assert in_some_test[rare].mean() > 0.4  # 0.67 for independent draws, 0.2 for one and the same
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_real_findings_keep_their_prevalence_in_test(indiana, seed):
+    """Mean relative error over the 26 findings with 50 images or more; random studies give 16 %."""
+    is_test = split_test(indiana.targets, indiana.groups, 0.2, seed)
+
+    totals = indiana.targets.sum(axis=0)
+    errors = np.abs(indiana.targets[is_test].sum(axis=0) / (0.2 * totals) - 1)[totals >= 50]
+    assert len(errors) == 26
+    assert errors.mean() < 0.01  # whole images alone cost 0.006
+    assert is_test.mean() == pytest.approx(0.2, abs=0.001)
+    assert count_shared_studies(is_test, indiana.study_uids) == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_real_findings_keep_their_prevalence_in_every_fold(indiana, seed):
+    folds = assign_folds(indiana.targets, indiana.groups, 5, seed)
+
+    totals = indiana.targets.sum(axis=0)
+    counts = np.stack([indiana.targets[folds == fold].sum(axis=0) for fold in range(5)])
+    errors = np.abs(counts / (totals / 5) - 1)[:, totals >= 50]
+    assert errors.mean() < 0.01
+    assert np.bincount(folds) / len(folds) == pytest.approx([0.2] * 5, abs=0.001)
+
+
+def test_by_image_reproduces_the_reference(indiana):
+    """1,494 test images; three in four have another image of their study in train."""
+    split = make_split(indiana.targets, indiana.groups, indiana.findings, by="image")
+
+    first_label = [FINDINGS[column] for column in indiana.targets.argmax(axis=1)]
+    _, expected = train_test_split(
+        np.arange(len(indiana)), test_size=0.2, random_state=42, stratify=first_label
+    )
+    np.testing.assert_array_equal(np.flatnonzero(split.is_test), np.sort(expected))
+    assert split.is_test.sum() == 1494
+    assert count_shared_studies(split.is_test, indiana.study_uids) == 1133  # 76 %
+    assert np.ptp(np.bincount(split.fold[~split.is_test])) <= 2
+
+
+def test_by_image_deals_with_labels_that_occur_once_or_not_at_all():
+    """scikit-learn refuses a class of one, and real cohorts have them."""
+    targets = np.zeros((50, 3), np.float32)
+    targets[:40, 0] = 1
+    targets[40, 1] = 1
+    targets[41:44] = np.nan
+    assert split_test_by_image(targets, ["a", "b", "c"]).sum() == 10
+
+
+def test_by_image_says_when_there_are_too_few_images():
+    with pytest.raises(ConfigError, match=r"8 images with 4 first labels .* Split by study"):
+        split_test_by_image(np.eye(4, dtype=np.float32).repeat(2, axis=0), ["a", "b", "c", "d"])
+
+
+def test_counting_shared_studies():
+    is_test = np.array([True, True, False, False, True])
+    study_uids = np.array(["a", "b", "b", "c", "b"])
+    assert count_shared_studies(is_test, study_uids) == 2
+
+
+def test_more_folds_than_groups_is_refused_with_both_numbers():
+    targets, studies = np.ones((6, 2), np.float32), np.array(list("aabbcc"))
+    with pytest.raises(ConfigError, match=r"5 folds need .* only 3\. Use fewer folds"):
+        assign_folds(targets, studies, n_folds=5, seed=0)
+    with pytest.raises(ConfigError, match=r"2 parts \(test and train\) need .* only 1"):
+        split_test(targets, np.full(6, "a"), 0.2, seed=0)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5, float("nan")])
+def test_a_test_fraction_out_of_range_is_refused(fraction):
+    targets = np.ones((6, 2), np.float32)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        split_test(targets, np.arange(6), fraction, seed=0)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        split_test_by_image(targets, ["a", "b"], fraction)
+
+
+def test_a_single_fold_is_refused():
+    with pytest.raises(ConfigError, match="at least 2 folds, not 1"):
+        assign_folds(np.ones((6, 2), np.float32), np.arange(6), n_folds=1, seed=0)
+
+
+def test_a_split_cannot_hold_out_test_rows():
+    with pytest.raises(AssertionError):
+        Split(np.array([True, False]), np.array([0, 1]))
+
+
+@pytest.mark.slow
+def test_a_quarter_of_a_million_studies_take_seconds():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 250_000, 500_000)
+    targets = (rng.random((500_000, 14)) < np.geomspace(0.4, 0.002, 14)).astype(np.float32)
+    start = time.perf_counter()
+    assign_folds(targets, groups, n_folds=5, seed=0)
+    assert time.perf_counter() - start < 10

@@ -1,0 +1,379 @@
+"""The audit finds what was planted, and nothing else; leaking pays where there is a leak."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cxr_cache.cli.main import cli
+from cxr_cache.datasets.cohort import Cohort, load_cohort
+from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.encoders.encoder import load_encoder
+from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
+from cxr_cache.evaluation.audit import (
+    CLOSE,
+    NEAR_IDENTICAL,
+    SAME_FILE,
+    SAME_PIXELS,
+    Audit,
+    AuditConfig,
+    audit_store,
+)
+from cxr_cache.evaluation.audit_images import describe_picture, shrink
+from cxr_cache.evaluation.duplicates import find_neighbours, find_same_digests
+from cxr_cache.evaluation.leakage import (
+    BY_IMAGE,
+    BY_STUDY,
+    CLEAN,
+    LEAKING,
+    measure_leakage,
+)
+from cxr_cache.models.run import Run
+from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.training.train import train_head
+from tests import small_stores, synthetic
+
+PLANTED = ("copy", "resaved", "brighter", "inverted", "upside_down", "noise", "flat", "coloured")
+
+
+def plant(image_dir: Path, source: str) -> dict[str, str]:
+    """Files made from one phantom; by what was done, their names."""
+    picture = np.asarray(Image.open(image_dir / source))
+    names = {kind: f"{kind}.png" for kind in PLANTED}
+    shutil.copy(image_dir / source, image_dir / names["copy"])
+    noise = np.random.default_rng(0).integers(0, 256, picture.shape, dtype=np.uint8)
+    brighter = np.clip(picture * 1.03 + 4, 0, 255).astype(np.uint8)
+    pictures = {
+        "resaved": picture,
+        "brighter": brighter,
+        "inverted": 255 - picture,
+        "upside_down": picture[::-1, ::-1],
+        "noise": noise,
+        "flat": 128 + noise // 64,
+        "coloured": np.stack([picture, picture // 2, picture // 3], axis=2),
+    }
+    for kind, pixels in pictures.items():
+        Image.fromarray(np.ascontiguousarray(pixels)).save(image_dir / names[kind])
+    return names
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[Path, Path, str]:
+    """A store of phantoms and planted files, each of these a study of its own; with its source."""
+    folder = tmp_path_factory.mktemp("audit")
+    phantoms = write_phantoms(folder / "phantoms", n_studies=24, image_size_px=96)
+    cohort = load_cohort(phantoms.csv_dir)
+    row = int(np.flatnonzero(cohort.projections == "Frontal")[0])
+    source = str(cohort.image_ids[row])
+    names = list(plant(phantoms.image_dir, source).values())
+    labels = 1 - np.repeat(cohort.targets[row : row + 1], len(names), axis=0)
+    cohort = Cohort(
+        image_ids=np.append(cohort.image_ids, names),
+        study_uids=np.append(cohort.study_uids, [f"planted {name}" for name in names]),
+        patient_ids=np.append(cohort.patient_ids, [""] * len(names)),
+        projections=np.append(cohort.projections, ["Frontal"] * len(names)),
+        targets=np.concatenate([cohort.targets, labels]),
+        findings=cohort.findings,
+        source=cohort.source,
+    )
+    encoder = load_encoder("random:test_vit", precision="fp32")
+    path = folder / "features.h5"
+    extract_embeddings(cohort, phantoms.image_dir, path, encoder, ExtractConfig(num_workers=0))
+    return path, phantoms.image_dir, source
+
+
+@pytest.fixture(scope="module")
+def audited(planted) -> Audit:
+    path, image_dir, _ = planted
+    with FeatureStore.open(path) as store:
+        return audit_store(store, image_dir=image_dir)
+
+
+def pairs_of(found: Audit, evidence: str) -> set[frozenset[str]]:
+    pairs = found.duplicates[found.duplicates["evidence"] == evidence]
+    return {frozenset(pair) for pair in zip(pairs["image_a"], pairs["image_b"], strict=True)}
+
+
+# --- duplicates ----------------------------------------------------------------------------------
+
+
+def test_every_copy_is_found_by_its_strongest_evidence(audited, planted):
+    source = planted[2]
+    assert pairs_of(audited, SAME_FILE) == {frozenset({source, "copy.png"})}
+    # a group is the first of it with each of the others
+    assert frozenset({source, "resaved.png"}) in pairs_of(audited, SAME_PIXELS)
+    alike = {source, "copy.png", "resaved.png", "brighter.png", "coloured.png"}  # grey means
+    near = pairs_of(audited, NEAR_IDENTICAL)
+    assert any("brighter.png" in pair for pair in near)
+    assert all(pair <= alike for pair in near | pairs_of(audited, SAME_PIXELS))
+
+
+def test_pictures_that_were_compared_and_differ_are_no_longer_candidates(audited, planted):
+    assert not pairs_of(audited, CLOSE)
+    with FeatureStore.open(planted[0]) as store:
+        without = audit_store(store)
+    assert pairs_of(without, CLOSE), "embeddings alone cannot tell"
+    assert pairs_of(without, SAME_FILE) == pairs_of(audited, SAME_FILE)
+    assert "not verified" in without.to_text()
+    assert "no picture was compared" in without.to_text()
+
+
+def test_conflicting_labels_are_named(audited, planted):
+    row = audited.duplicates.query("evidence == @SAME_FILE").iloc[0]
+    with FeatureStore.open(planted[0]) as store:
+        findings = store.findings
+    assert row["conflicting"].split(";") == list(findings)  # planted with every label reversed
+    assert row["study_a"] != row["study_b"]
+
+
+def test_unlabelled_conflicts_with_nothing(tmp_path):
+    cohort = replace(synthetic.make_cohort(10), targets=np.full((20, 6), np.nan, np.float32))
+    embeddings = synthetic.make_embeddings(cohort)
+    embeddings[1] = embeddings[0]
+    path = synthetic.make_store(tmp_path / "features.h5", cohort, embeddings=embeddings)
+    with FeatureStore.open(path) as store:
+        pair = audit_store(store).duplicates.iloc[0]
+    assert (pair["image_a"], pair["image_b"]) == ("00000.png", "00001.png")
+    assert pair["distance"] == pytest.approx(0, abs=1e-6)
+    assert pair["conflicting"] == ""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neighbours_equal_a_plain_loop(seed):
+    embeddings = np.random.default_rng(seed).normal(1, 1, (40, 6)).astype(np.float32)
+    embeddings[3] = embeddings[1] = embeddings[2]
+    centred = embeddings - embeddings.mean(axis=0)
+    near = find_neighbours(embeddings)
+    assert near.rows.shape == (40, 10)
+    for row in range(40):
+        cosines = [
+            x @ centred[row] / np.linalg.norm(x) / np.linalg.norm(centred[row]) for x in centred
+        ]
+        distances = np.sort([1 - c for k, c in enumerate(cosines) if k != row])
+        np.testing.assert_allclose(near.distances[row], distances[:10], atol=1e-5)
+        assert row not in near.rows[row]
+
+
+def test_many_copies_do_not_hide_an_image_behind_them():
+    """More equal rows than neighbours: every row still has others only."""
+    embeddings = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    embeddings[:25] = embeddings[0]
+    near = find_neighbours(embeddings)
+    assert (near.rows != np.arange(40)[:, None]).all()
+    assert near.distances[:25].max() == pytest.approx(0, abs=1e-6)
+
+
+def test_equal_digests_are_the_first_with_the_rest_and_zeros_are_none():
+    digests = np.zeros((6, 4), np.uint8)
+    digests[[1, 3, 4]] = 7
+    digests[2] = 9
+    assert find_same_digests(digests).tolist() == [[1, 3], [1, 4]]
+    assert find_same_digests(np.zeros((3, 4), np.uint8)).shape == (0, 2)
+
+
+def test_the_real_copies_are_found(shared_data, tmp_path):
+    """Three groups of byte-identical files among 6,352; the digests alone find them."""
+    folder = shared_data / "indiana_256"
+    cohort = load_cohort(folder)
+    wanted = ("1015_IM-0001", "1015_IM-0013", "3245_IM-1537", "3549_IM-1739", "1_IM", "100_IM")
+    chosen = [k for k, name in enumerate(cohort.image_ids) if name.startswith(wanted)]
+    encoder = load_encoder("random:test_vit", precision="fp32")
+    path = tmp_path / "features.h5"
+    cohort = cohort.take(np.array(chosen))
+    extract_embeddings(cohort, folder / "images", path, encoder, ExtractConfig(num_workers=0))
+    with FeatureStore.open(path) as store:
+        found = audit_store(store, image_dir=folder / "images", config=AuditConfig(closeness=1))
+    assert {tuple(sorted(pair)) for pair in pairs_of(found, SAME_FILE)} == {
+        ("1015_IM-0001-1001.dcm.jpg", "1015_IM-0013-1001.dcm.jpg"),
+        ("1015_IM-0001-2001.dcm.jpg", "1015_IM-0013-2001.dcm.jpg"),
+        ("3245_IM-1537-1001.dcm.jpg", "3245_IM-1537-4001.dcm.jpg"),
+    }
+    assert pairs_of(found, NEAR_IDENTICAL) == {
+        frozenset({"3549_IM-1739-1001-0001.dcm.jpg", "3549_IM-1739-1001-0002.dcm.jpg"})
+    }
+
+
+# --- odd images ----------------------------------------------------------------------------------
+
+
+def test_each_odd_image_is_named_for_what_it_is(audited):
+    reasons = audited.outliers.groupby("image_id")["reason"].agg(" / ".join)
+    assert reasons["inverted.png"].startswith("inverted")
+    assert reasons["upside_down.png"].startswith("upside down")
+    assert "unlike" in reasons["noise.png"]
+    assert "blank" in reasons["flat.png"]
+    assert "in colour" in reasons["coloured.png"]
+
+
+def test_sound_images_are_left_alone(audited):
+    planted = {f"{kind}.png" for kind in PLANTED}
+    others = audited.outliers[~audited.outliers["image_id"].isin(planted)]
+    assert len(others) <= 1, others
+    odd = {"copy.png", "resaved.png", "brighter.png"} & set(audited.outliers["image_id"])
+    assert not odd
+
+
+def test_a_file_that_cannot_be_read_is_listed(planted, tmp_path):
+    path, image_dir, source = planted
+    shutil.copytree(image_dir, tmp_path / "images")
+    (tmp_path / "images" / source).write_bytes(b"no image")
+    with FeatureStore.open(path) as store:
+        found = audit_store(store, image_dir=tmp_path / "images")
+    assert found.unreadable["image_id"].tolist() == [source]
+    assert "1 files could not be read" in found.to_text()
+
+
+def test_facts_about_pictures():
+    grey = np.zeros((40, 50), np.uint8)
+    grey[10:30, 5:45] = np.random.default_rng(0).integers(0, 256, (20, 40))
+    plain, coloured = describe_picture(grey), describe_picture(np.stack([grey] * 3, axis=2))
+    assert plain.pixel_sha256 == coloured.pixel_sha256
+    assert coloured.colour == 0
+    assert plain.frame == pytest.approx(1 - 20 * 40 / (40 * 50))
+    np.testing.assert_allclose(
+        shrink(np.arange(64.0).reshape(8, 8).repeat(4, 0).repeat(4, 1), 8),
+        np.arange(64.0).reshape(8, 8),
+    )
+    assert describe_picture(np.ones((16, 20), np.uint8)).thumbnail.shape == (32, 32)
+
+
+# --- the split -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def leaking(tmp_path_factory) -> tuple[Path, Path]:
+    """Labels that nothing predicts but the study itself; a run that was split by image."""
+    folder = tmp_path_factory.mktemp("leaking")
+    cohort = synthetic.make_cohort(120, seed=3)
+    rng = np.random.default_rng(0)
+    of_study = rng.normal(size=(120, synthetic.WIDTH)).repeat(2, axis=0)
+    embeddings = of_study + 0.1 * rng.normal(size=of_study.shape)
+    embeddings = embeddings[:, None].astype(np.float32)
+    store = synthetic.make_store(folder / "features.h5", cohort, embeddings=embeddings)
+    config = replace(
+        synthetic.QUICK, epochs=(25,), split_by="image", dropout=0.0, hidden=(64, 32), n_folds=2
+    )
+    train_head(store, folder / "run", config)
+    return store, folder / "run"
+
+
+def test_studies_on_both_sides_are_counted(leaking):
+    store, run_dir = leaking
+    run = Run.open(run_dir)
+    split = run.read_table("splits")
+    sides = split.groupby("study_uid")["split"].agg(set)
+    with FeatureStore.open(store) as features:
+        found = audit_store(features, run=run)
+    on_both = found.groups[found.groups["sides"].str.contains("test")]
+    assert set(on_both["id"]) == set(sides.index[sides == {"test", "train"}])
+    assert len(on_both) > 10
+    assert f"{len(on_both):,} on test and train" in found.to_text()
+    assert "no image names its patient" in found.to_text()
+
+
+def test_a_patient_on_both_sides_is_found_where_studies_are_whole(tmp_path):
+    """The run did not know that two studies are one patient's; the store does."""
+    cohort = synthetic.make_cohort(40)
+    known = replace(cohort, patient_ids=np.char.add("p", (np.arange(80) // 8).astype(str)))
+    train_head(
+        synthetic.make_store(tmp_path / "blind.h5", cohort),
+        tmp_path / "run",
+        replace(synthetic.QUICK, epochs=(1,)),
+    )
+    path = synthetic.make_store(tmp_path / "features.h5", known)
+    with FeatureStore.open(path) as store:
+        found = audit_store(store, run=Run.open(tmp_path / "run"))
+    assert set(found.groups["kind"]) == {"patient"}
+    split = Run.open(tmp_path / "run").read_table("splits")
+    sides = split.groupby(known.patient_ids)["split"].agg(set)
+    on_test = found.groups[found.groups["sides"].str.contains("test")]
+    assert set(on_test["id"]) == set(sides.index[sides.map(len) == 2])
+
+
+def test_leaking_pays_where_labels_hang_on_the_study_alone(leaking, tmp_path):
+    """The honest figure is chance, and both ways of measuring the leak see it."""
+    store, run_dir = leaking
+    arguments = ["audit", store, "--run-dir", run_dir, "--leakage", "--repeats", 2]
+    arguments += ["--out", tmp_path / "out"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "the leak alone" in result.output
+    summary = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert len(pd.read_csv(tmp_path / "out" / "groups.csv")) == summary["n_groups_on_several_sides"]
+    found = summary["leakage"]
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert arms[BY_STUDY]["n_shared"] == arms[CLEAN]["n_shared"] == 0
+    assert arms[BY_IMAGE]["n_shared"] > 20
+    assert arms[LEAKING]["n_train"] == arms[CLEAN]["n_train"]
+    for name in (BY_STUDY, CLEAN):
+        assert 0.35 < arms[name]["macro_auroc"]["value"] < 0.65
+    assert found["gain"]["low"] > 0.05
+    assert found["gain_on_same_images"]["low"] > 0.05
+
+
+def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
+    cohort = synthetic.make_cohort(80)
+    cohort = replace(cohort, study_uids=np.arange(len(cohort)).astype(str))
+    store = synthetic.make_store(tmp_path / "features.h5", cohort)
+    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
+    with FeatureStore.open(store) as features:
+        found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=2, n_resamples=20)
+    assert all(arm.n_shared == 0 for arm in found.arms)
+    assert found.gain_on_same_images.value == pytest.approx(0, abs=0.05)
+    assert "[95 % interval over studies]" in found.to_text()
+
+
+def test_the_leak_is_measured_over_patients_where_they_are_known(tmp_path):
+    cohort = synthetic.make_cohort(80)
+    known = replace(cohort, patient_ids=np.char.add("p", (np.arange(160) // 4).astype(str)))
+    store = synthetic.make_store(tmp_path / "features.h5", known)
+    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    with FeatureStore.open(store) as features:
+        found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=1, n_resamples=20)
+    assert found.to_dict()["unit"] == "patient"
+    assert "[95 % interval over patients]" in found.to_text()
+
+
+# --- wording -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_done_is_said(leaking, tmp_path):
+    with FeatureStore.open(leaking[0]) as store, pytest.raises(ConfigError, match="--run-dir"):
+        audit_store(store, with_leakage=True)
+    with pytest.raises(ConfigError, match=r"--closeness must lie in \(0, 1\]"):
+        AuditConfig(closeness=0)
+    small_stores.make_store(tmp_path / "pending.h5", done=slice(2)).close()
+    with (
+        FeatureStore.open(tmp_path / "pending.h5") as store,
+        pytest.raises(StoreIncompleteError, match="2 finished rows; an audit compares at least 3"),
+    ):
+        audit_store(store)
+
+
+def test_a_fine_tuned_run_has_no_head_of_its_own_to_leak(leaking):
+    run = Run.open(leaking[1])
+    run.config["kind"] = "finetune"
+    with (
+        FeatureStore.open(leaking[0]) as store,
+        pytest.raises(RunError, match=r"was fine-tuned; .* Give a run of `cxr-cache train`"),
+    ):
+        audit_store(store, run=run, with_leakage=True)
+
+
+def test_a_run_of_another_store_is_refused(leaking, tmp_path):
+    other = synthetic.make_store(tmp_path / "other.h5", synthetic.make_cohort(20))
+    run = Run.open(leaking[1])
+    with FeatureStore.open(other) as store:
+        with pytest.raises(RunError, match="run's own store"):
+            measure_leakage(store, run)
+        with pytest.raises(RunError, match=r"200 of the 240 images .* is '00040\.png'"):
+            audit_store(store, run=run)

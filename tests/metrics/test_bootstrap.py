@@ -1,0 +1,150 @@
+"""Weighting whole studies equals what scikit-learn does with the same weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from cxr_cache.metrics import bootstrap as bootstrap_module
+from cxr_cache.metrics.bootstrap import bootstrap, bootstrap_weights
+from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.scores import auroc, average_precision, confusion_counts
+from tests.predictions import SEEDS, F, N, make_predictions, per_finding
+
+STUDIES = np.arange(N) // 2
+
+
+def test_weights_are_those_of_whole_groups():
+    groups = np.array(["b", "a", "b", "c", "a"])
+
+    weights = bootstrap_weights(groups, 4000, seed=0)
+
+    assert weights.shape == (4000, 5)
+    np.testing.assert_array_equal(weights[:, 0], weights[:, 2])
+    np.testing.assert_array_equal(weights[:, 1], weights[:, 4])
+    assert (weights > 0).all()
+    of_groups = weights[:, [0, 1, 3]]
+    np.testing.assert_allclose(of_groups.mean(axis=0), 1, atol=0.06)
+    np.testing.assert_allclose(of_groups.var(axis=0), 1, atol=0.15)
+    correlations = np.corrcoef(of_groups.T)[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(correlations, 0, atol=0.06)
+
+
+def test_resamples_do_not_depend_on_how_they_are_chunked(monkeypatch):
+    together = bootstrap_weights(STUDIES, 40, seed=3)
+
+    np.testing.assert_array_equal(together[4:], bootstrap_weights(STUDIES, 36, seed=3, first=4))
+    monkeypatch.setattr(bootstrap_module, "_CHUNK_BYTES", 4 * N * 3)
+    shapes = []
+
+    def statistics(weights):
+        shapes.append(weights.shape)
+        return {"weights": weights}
+
+    chunked = bootstrap(statistics, STUDIES, 40, seed=3)
+    assert shapes == [(16, N), (16, N), (8, N)]
+    np.testing.assert_array_equal(chunked["weights"], together)
+    assert not np.array_equal(together, bootstrap_weights(STUDIES, 40, seed=4))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("decimals", [16, 1, 0], ids=["distinct", "tied", "two values"])
+def test_weighted_figures_equal_scikit_learn(seed, decimals):
+    """With its own ``sample_weight``, finding by finding, labels missing, ties and all."""
+    targets, scores = make_predictions(seed, decimals=decimals)
+    weights = bootstrap_weights(STUDIES, 5, seed)
+
+    areas, precisions = RankedScores(targets, scores).auroc_and_ap(weights)
+
+    for r, of_rows in enumerate(weights.astype(np.float64)):
+        for f in range(F):
+            labelled = ~np.isnan(targets[:, f])
+            t, s, w = targets[labelled, f], scores[labelled, f], of_rows[labelled]
+            if len(np.unique(t)) < 2:
+                assert np.isnan(areas[r, f])
+                assert np.isnan(precisions[r, f])
+                continue
+            assert areas[r, f] == pytest.approx(reference.roc_auc_score(t, s, sample_weight=w))
+            assert precisions[r, f] == pytest.approx(
+                reference.average_precision_score(t, s, sample_weight=w)
+            )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("decimals", [16, 1], ids=["distinct", "tied"])
+def test_whole_weights_equal_repeated_rows(seed, decimals):
+    """Also where a row counts nothing; against scikit-learn on the rows that are then there."""
+    targets, scores = make_predictions(seed, decimals=decimals)
+    decisions = scores >= 0.6
+    weights = np.random.default_rng(seed).integers(0, 3, (8, N)).astype(np.float32)
+
+    areas, precisions = RankedScores(targets, scores).auroc_and_ap(weights)
+    counts = confusion_counts(targets, decisions, weights)
+
+    for r, of_rows in enumerate(weights):
+        rows = np.repeat(np.arange(N), of_rows.astype(int))
+        t, s = targets[rows], scores[rows]
+        np.testing.assert_allclose(areas[r], per_finding(reference.roc_auc_score, t, s), atol=1e-12)
+        np.testing.assert_allclose(
+            precisions[r], per_finding(reference.average_precision_score, t, s), atol=1e-12
+        )
+        np.testing.assert_array_equal(counts[r], confusion_counts(t, decisions[rows]))
+
+
+@pytest.mark.parametrize("decimals", [16, 1, 0], ids=["distinct", "tied", "two values"])
+def test_weights_of_one_give_the_plain_figures(decimals):
+    targets, scores = make_predictions(0, decimals=decimals)
+
+    areas, precisions = RankedScores(targets, scores).auroc_and_ap(np.ones((1, N)))
+
+    np.testing.assert_allclose(areas[0], auroc(targets, scores), atol=1e-13)
+    np.testing.assert_allclose(precisions[0], average_precision(targets, scores), atol=1e-13)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pooled_cells_are_scikit_learns_micro_average(seed):
+    targets, scores = make_predictions(seed, decimals=2)
+    cells = ~np.isnan(targets)
+    weights = bootstrap_weights(STUDIES, 3, seed)
+
+    areas, precisions = RankedScores(targets, scores, pooled=True).auroc_and_ap(weights)
+
+    assert areas.shape == (3, 1)
+    for r, of_rows in enumerate(weights.astype(np.float64)):
+        w = np.broadcast_to(of_rows[:, None], targets.shape)[cells]
+        expected = reference.roc_auc_score(targets[cells], scores[cells], sample_weight=w)
+        assert areas[r, 0] == pytest.approx(expected)
+        expected = reference.average_precision_score(targets[cells], scores[cells], sample_weight=w)
+        assert precisions[r, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1])
+def test_too_few_rows_are_undefined(n_rows):
+    ranked = RankedScores(np.ones((n_rows, 2)), np.zeros((n_rows, 2)))
+
+    for values in ranked.auroc_and_ap(np.ones((3, n_rows))):
+        assert np.isnan(values).all()
+        assert values.shape == (3, 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_of_a_diverged_model_are_refused(bad):
+    targets, scores = make_predictions(0)
+    scores[3, 4] = bad
+
+    with pytest.raises(ValueError, match=f"1 of {N * F} scores are NaN or infinite"):
+        RankedScores(targets, scores)
+
+
+def test_a_finding_of_one_study_is_defined_in_every_resample():
+    """Drawing studies with replacement loses it in more than a third of them."""
+    targets = (STUDIES == 0).astype(float)[:, None]
+    scores = np.random.default_rng(0).random((N, 1))
+
+    areas, precisions = RankedScores(targets, scores).auroc_and_ap(
+        bootstrap_weights(STUDIES, 500, seed=0)
+    )
+
+    assert not np.isnan(areas).any()
+    assert not np.isnan(precisions).any()

@@ -1,0 +1,203 @@
+"""Scores of probabilities equal scikit-learn's, and so do the maps that calibrate them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+from sklearn import metrics as reference
+from sklearn.calibration import CalibratedClassifierCV, calibration_curve
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+
+from cxr_cache.metrics import scores as metrics
+from cxr_cache.metrics.calibration import (
+    MIN_SLOPE,
+    Calibration,
+    expected_calibration_error,
+    fit_calibration,
+    log_losses,
+    reliability,
+    squared_errors,
+)
+from cxr_cache.metrics.scores import auroc, average_precision
+from tests.predictions import SEEDS, F, make_predictions, per_finding
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_brier_and_log_loss_equal_scikit_learn(seed):
+    targets, scores = make_predictions(seed)
+    scores[0] = 0.0
+    scores[1] = 1.0  # certain, and wrong somewhere
+
+    brier = metrics.weighted_mean(squared_errors(targets, scores))
+    log_loss = metrics.weighted_mean(log_losses(targets, scores))
+
+    defined = slice(3, F)
+    np.testing.assert_allclose(
+        brier[defined], per_finding(reference.brier_score_loss, targets, scores)[defined]
+    )
+    np.testing.assert_allclose(
+        log_loss[defined], per_finding(reference.log_loss, targets, scores)[defined]
+    )
+    assert np.isnan(brier[2])
+    assert np.isnan(log_loss[2])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_error_is_the_mean_gap_over_bins(seed):
+    targets, scores = make_predictions(seed, n_rows=300, decimals=2)  # edges of bins included
+
+    errors = expected_calibration_error(targets, scores)
+
+    for f in range(3, F):
+        labelled = ~np.isnan(targets[:, f])
+        t, p = targets[labelled, f], scores[labelled, f]
+        bins = np.ceil(p * 10 - 1e-9).clip(1, 10)  # (0, 0.1], (0.1, 0.2], ...
+        gaps = [
+            (bins == b).mean() * abs(p[bins == b].mean() - t[bins == b].mean())
+            for b in np.unique(bins)
+        ]
+        assert errors[f] == pytest.approx(sum(gaps))
+    assert np.isnan(errors[2])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bins_are_those_of_scikit_learns_curve(seed):
+    targets, scores = make_predictions(seed, n_rows=300)
+
+    bins = reliability(targets, scores)
+
+    for f in range(3, F):
+        labelled = ~np.isnan(targets[:, f])
+        observed, stated = calibration_curve(targets[labelled, f], scores[labelled, f], n_bins=10)
+        filled = bins.n[f] > 0
+        np.testing.assert_allclose(bins.observed[f, filled], observed)
+        np.testing.assert_allclose(bins.mean_probability[f, filled], stated)
+        assert bins.n[f].sum() == labelled.sum()
+
+
+# --- maps ----------------------------------------------------------------------------------------
+
+
+def make_distorted(seed: int, n_rows: int = 2000):
+    """True probabilities, outcomes drawn from them, and a model that states them distorted."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(-1.5, 1.5, (n_rows, 4))
+    targets = (rng.random(logits.shape) < expit(logits)).astype(float)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    return expit(logits), targets, expit(0.4 * logits + 0.6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_platt_is_scikit_learns(seed):
+    _, targets, stated = make_distorted(seed)
+
+    fitted = fit_calibration(targets, stated, "platt")
+    calibrated = fitted.apply(stated)
+
+    for f in range(4):
+        labelled = ~np.isnan(targets[:, f])
+        logits = logit(stated[labelled, f])[:, None]
+        given = LogisticRegression()  # whose decision function is the logit itself
+        given.classes_, given.coef_, given.intercept_ = np.array([0, 1]), np.ones((1, 1)), [0.0]
+        theirs = CalibratedClassifierCV(FrozenEstimator(given), method="sigmoid")
+        theirs.fit(logits, targets[labelled, f].astype(int))
+        expected = theirs.predict_proba(logits)[:, 1]
+        np.testing.assert_allclose(calibrated[labelled, f], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_temperature_is_the_slope_of_a_logistic_regression_without_intercept(seed):
+    _, targets, stated = make_distorted(seed)
+    labelled = ~np.isnan(targets)
+
+    fitted = fit_calibration(targets, stated, "temperature")
+
+    regression = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8)
+    regression.fit(logit(stated[labelled])[:, None], targets[labelled])
+    assert 1 / fitted.temperature == pytest.approx(regression.coef_[0, 0], rel=1e-4)
+    assert (fitted.slope == fitted.slope[0]).all()
+    assert (fitted.intercept == 0).all()
+
+
+def test_platt_undoes_a_known_distortion_on_other_rows():
+    true, targets, stated = make_distorted(0, n_rows=20_000)
+    fitted = fit_calibration(targets[:10_000], stated[:10_000], "platt")
+
+    np.testing.assert_allclose(fitted.slope, 1 / 0.4, rtol=0.08)
+    np.testing.assert_allclose(fitted.apply(stated[10_000:]), true[10_000:], atol=0.03)
+    for score in (squared_errors, log_losses):
+        before, after = (
+            np.nanmean(score(targets[10_000:], p[10_000:])) for p in (stated, fitted.apply(stated))
+        )
+        assert after < before
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_never_changes_the_order_of_images(method, seed):
+    """Also where the model ranks a finding worse than chance: a negative slope would turn it."""
+    targets, scores = make_predictions(seed)
+    scores[:, 4] = 1 - scores[:, 4]
+
+    fitted = fit_calibration(targets, scores, method)
+    calibrated = fitted.apply(scores)
+
+    assert (fitted.slope >= MIN_SLOPE).all()
+    for measure in (auroc, average_precision):
+        np.testing.assert_array_equal(measure(targets, calibrated), measure(targets, scores))
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+def test_findings_without_both_classes_are_left_alone(method):
+    """All negative, all positive, no label; temperature is one number for all of them."""
+    targets, scores = make_predictions(0)
+
+    fitted = fit_calibration(targets, scores, method)
+
+    assert np.isfinite(fitted.slope).all()
+    if method == "platt":
+        assert fitted.slope[:3].tolist() == [1, 1, 1]
+        assert fitted.intercept[:3].tolist() == [0, 0, 0]
+        np.testing.assert_array_equal(fitted.apply(scores)[:, :3], scores[:, :3])
+    alone = fit_calibration(targets[:, :3], scores[:, :3], method)
+    assert np.isfinite(alone.slope).all()
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+def test_perfect_separation_and_certainty_stay_finite(method):
+    targets = np.array([[1.0], [1.0], [0.0], [0.0]])
+    certain = targets.astype(np.float32)
+
+    for scores in (certain, 0.8 * certain + 0.1, np.full((4, 1), 0.5)):
+        fitted = fit_calibration(targets, scores, method)
+        calibrated = fitted.apply(scores)
+        assert np.isfinite(fitted.slope).all()
+        assert ((calibrated >= 0) & (calibrated <= 1)).all()
+    assert np.isnan(Calibration.none(1).apply(np.array([[np.nan]]))).all()
+
+
+def test_one_row_is_calibrated_by_nothing():
+    assert fit_calibration(np.ones((1, 1)), np.full((1, 1), 0.3), "platt").slope == [1]
+    assert fit_calibration(np.ones((1, 1)), np.full((1, 1), 0.3), "temperature").slope == [1]
+
+
+def test_no_calibration_changes_no_bit():
+    _, scores = make_predictions(0)
+
+    fitted = fit_calibration(*make_predictions(0), "none")
+
+    np.testing.assert_array_equal(fitted.apply(scores), scores)
+    assert fitted.temperature is None
+
+
+def test_a_map_goes_through_json():
+    fitted = fit_calibration(*make_predictions(1), "platt")
+    _, scores = make_predictions(2)
+
+    again = Calibration.from_dict(json.loads(json.dumps(fitted.to_dict())))
+
+    np.testing.assert_array_equal(again.apply(scores), fitted.apply(scores))

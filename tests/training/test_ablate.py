@@ -1,0 +1,295 @@
+"""An ablation says what separate searches would, in one table, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from cxr_cache.cli.main import cli
+from cxr_cache.errors import RunError, StoreFormatError, TrainingError
+from cxr_cache.metrics.scores import auroc, macro_mean
+from cxr_cache.models.run import Run
+from cxr_cache.report.ablation_plot import draw_ablation
+from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.training import ablation_folds as ablation_fit
+from cxr_cache.training.ablate import Ablation, run_ablation
+from cxr_cache.training.baselines import (
+    BASELINES,
+    Baseline,
+    predict_logistic,
+    predict_neighbours,
+    predict_prevalence,
+)
+from cxr_cache.training.fit import PlainRows
+from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort
+from cxr_cache.training.settings import make_settings
+from cxr_cache.training.train import load_training_data
+from tests.synthetic import IMPORTED, QUICK, make_cohort, make_store
+
+FOLDS = [f"fold_{k + 1}" for k in range(QUICK.n_folds)]
+SETTINGS = make_settings(QUICK, ["lr=3e-3,3e-2", "input_norm=l2,standard"])
+NEIGHBOURS = Baseline("nearest neighbours", "k", (3, 9), predict_neighbours)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    cohort = make_cohort(unlabelled=0.1)
+    return make_store(tmp_path_factory.mktemp("store") / "tiny.h5", cohort, n_views=2)
+
+
+def ablate(store: Path, out: Path, settings=SETTINGS, **options) -> Ablation:
+    return run_ablation(
+        store, out, settings, **{"baselines": [NEIGHBOURS], "n_workers": 1, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def ablation(store, tmp_path_factory) -> Ablation:
+    return ablate(store, tmp_path_factory.mktemp("out") / "ablation")
+
+
+def load(store: Path, config=QUICK):
+    with FeatureStore.open(store) as opened:
+        return load_training_data(opened, config)
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def test_a_setting_scores_what_a_search_of_its_own_does(store, ablation):
+    table = ablation.table.set_index("setting")
+    for setting in SETTINGS:
+        data = load(store, setting.config)
+        search = search_epochs(data, split_cohort(data.cohort, setting.config), setting.config)
+        best = search.table.set_index("epochs").loc[search.chosen]
+
+        row = table.loc[setting.label]
+        assert row["chosen"] == f"{search.chosen} ep"
+        np.testing.assert_allclose(
+            row[["mean_auroc", "std_auroc", *FOLDS]].astype(float),
+            best[["mean_auroc", "std_auroc", *FOLDS]].astype(float),
+            rtol=1e-5,  # the search stacks the folds in one bank
+        )
+
+
+def test_the_table_is_ranked_and_differences_are_to_the_first_setting(ablation):
+    table = ablation.table
+
+    assert list(table["rank"]) == list(range(1, len(SETTINGS) + 2))
+    assert table["mean_auroc"].is_monotonic_decreasing
+    assert set(table["kind"]) == {"head", "baseline"}
+    first = table.set_index("setting").loc[SETTINGS[0].label]
+    np.testing.assert_allclose(table["difference"], table["mean_auroc"] - first["mean_auroc"])
+    assert (first["difference"], first["low"], first["high"]) == (0, 0, 0)
+    others = table[table["setting"] != SETTINGS[0].label]
+    assert ((others["low"] < others["difference"]) & (others["difference"] < others["high"])).all()
+    assert (table["seconds"] > 0).all()
+    assert ablation.best.label == table[table["kind"] == "head"]["setting"].iloc[0]
+
+
+def test_heads_side_by_side_are_heads_trained_alone(store):
+    """What a GPU would do, on the CPU: settings and folds in one bank, to 1e-5."""
+    data = load(store)
+    rows = PlainRows(data.embeddings, data.targets)
+    tasks = fold_tasks(split_cohort(data.cohort, QUICK), QUICK.seed)
+    methods = [
+        ablation_fit.Method.of_setting(setting)
+        for setting in make_settings(QUICK, ["lr=3e-3,3e-2", "loss=focal,weighted-bce"])
+    ]
+    pairs = [(method, k) for method in methods for k in range(QUICK.n_folds)]
+
+    stacked = list(ablation_fit._train_stacked(rows, pairs, tasks))
+
+    assert [(fold.key, fold.fold) for fold in stacked] == [(m.key, k) for m, k in pairs]
+    for fold, (method, k) in zip(stacked, pairs, strict=True):
+        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, tasks, method, k)
+        np.testing.assert_allclose(fold.aurocs, alone.aurocs, rtol=1e-5)
+        for ours, theirs in zip(fold.probabilities, alone.probabilities, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_text_and_plot_show_every_baseline(ablation, tmp_path):
+    text = ablation.to_text(n_shown=1)
+
+    assert "nearest neighbours" in text
+    assert ablation.best.label in text
+    assert "more in the table" in text
+    assert draw_ablation(ablation.table, tmp_path / "plot.png").stat().st_size > 10_000
+
+
+# --- Baselines ------------------------------------------------------------------------------------
+
+
+def test_baselines_beat_chance_where_there_is_a_signal_and_prevalence_does_not(store):
+    data = load(store)
+    split = split_cohort(data.cohort, QUICK)
+    scores = {}
+    for baseline in BASELINES:
+        train, held_out = split.trained_on(0), split.held_out(0)
+        predictions = baseline.predict(
+            data.embeddings[0, train],
+            data.targets[train],
+            data.embeddings[0, held_out],
+            baseline.candidates,
+        )
+        assert len(predictions) == len(baseline.candidates)
+        assert all(((p >= 0) & (p <= 1)).all() for p in predictions)
+        scores[baseline.label] = max(
+            float(macro_mean(auroc(data.targets[held_out], p))) for p in predictions
+        )
+    assert scores["prevalence"] == 0.5
+    assert scores["logistic regression"] > 0.65
+    assert scores["nearest neighbours"] > 0.6
+
+
+def test_a_neighbour_without_a_label_does_not_vote():
+    embeddings = np.array([[1.0, 0.0], [0.99, 0.1], [0.0, 1.0]], np.float32)
+    targets = np.array([[1.0, np.nan], [np.nan, np.nan], [0.0, 1.0]], np.float32)
+
+    (votes,) = predict_neighbours(embeddings, targets, embeddings[:1], (2,))
+
+    (share,) = predict_prevalence(embeddings, targets, embeddings[:1], (None,))
+    np.testing.assert_allclose(votes[0], [(1 + share[0, 0]) / 2, share[0, 1]])
+
+
+def test_a_finding_of_one_class_keeps_its_prevalence():
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((40, 3)).astype(np.float32)
+    targets = np.stack([np.zeros(40), rng.integers(0, 2, 40)], axis=1).astype(np.float32)
+
+    (prediction,) = predict_logistic(embeddings, targets, embeddings[:5], (1.0,))
+
+    assert (prediction[:, 0] == 0).all()
+    assert len(np.unique(prediction[:, 1])) == 5
+
+
+# --- Going on -------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_ablation_goes_on_and_says_the_same(store, ablation, tmp_path):
+    calls: list[tuple[int, int]] = []
+
+    def stop_midway(*call: int) -> None:
+        calls.append(call)
+        if call[0] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ablate(store, tmp_path / "a", on_progress=stop_midway)
+    calls.clear()
+    again = ablate(store, tmp_path / "a", on_progress=lambda *call: calls.append(call))
+
+    assert calls[0] == (7, 15)
+    assert calls[-1] == (15, 15)
+    untimed = [name for name in again.table if name != "seconds"]
+    pd.testing.assert_frame_equal(again.table[untimed], ablation.table[untimed])
+
+
+def test_a_finished_ablation_is_read_and_further_settings_are_added(
+    store, ablation, tmp_path, monkeypatch
+):
+    ablate(store, tmp_path / "a", SETTINGS[:2])
+    trained = []
+    monkeypatch.setattr(
+        "cxr_cache.training.ablate.train_folds",
+        lambda rows, missing, **options: (
+            trained.append(len(missing)) or ablation_fit.train_folds(rows, missing, **options)
+        ),
+    )
+
+    whole = ablate(store, tmp_path / "a", SETTINGS)
+    again = ablate(store, tmp_path / "a", SETTINGS)
+
+    assert sum(trained) == 2 * QUICK.n_folds
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    written = pd.read_csv(tmp_path / "a" / "ablation.csv")
+    np.testing.assert_allclose(written["mean_auroc"], whole.table["mean_auroc"], rtol=1e-5)
+
+
+def test_another_store_or_another_split_is_refused(store, tmp_path):
+    ablate(store, tmp_path / "a", SETTINGS[:1], baselines=[])
+    other = make_store(tmp_path / "other.h5", make_cohort(seed=5))
+    split = make_settings(replace(QUICK, seed=3), [])
+
+    with pytest.raises(RunError, match=r"(?s)ablation of other data .*in the|now.*--out"):
+        ablate(other, tmp_path / "a", SETTINGS[:1])
+    with pytest.raises(RunError, match="split_sha256"):
+        ablate(store, tmp_path / "a", split)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        ablate(store, tmp_path / "full", SETTINGS[:1])
+
+
+def test_features_that_the_store_lacks_are_named(store, tmp_path):
+    with pytest.raises(StoreFormatError, match="holds no 'pooled', which --features pooled reads"):
+        ablate(store, tmp_path / "a", make_settings(QUICK, ["features=pooled"]))
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def test_names_of_images_may_be_of_any_alphabet(tmp_path):
+    cohort = make_cohort(20)
+    image_ids = cohort.image_ids.astype("<U12")
+    image_ids[0] = "größe 胸.png"
+    path = make_store(tmp_path / "s.h5", replace(cohort, image_ids=image_ids))
+    assert len(ablate(path, tmp_path / "out", SETTINGS[:1], baselines=[]).table) == 1
+
+
+def test_features_that_are_not_there_are_missed_before_anything_is_trained(store, tmp_path):
+    settings = make_settings(QUICK, ["features=projected,pooled"])
+    with pytest.raises(StoreFormatError, match="holds no 'pooled'"):
+        ablate(store, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_that_diverges_is_named(store, tmp_path):
+    settings = make_settings(QUICK, ["lr=3e-3,1e38"])
+    with pytest.raises(TrainingError, match=r"Setting lr=1e38: .*finite.*leave this one out of"):
+        ablate(store, tmp_path / "out", settings, baselines=[])
+
+
+def test_the_command_warns_of_random_weights_and_refits_on_as_many_cores(tmp_path):
+    path = make_store(tmp_path / "s.h5", make_cohort(40), encoder=IMPORTED | {"is_random": True})
+    arguments = ["ablate", path, "--out", tmp_path / "out", "--set", "batch_size=16"]
+    arguments += ["--epochs", 1, "--folds", 2, "--workers", 1, "--no-baselines", "--refit"]
+    result = CliRunner().invoke(cli, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "This encoder has RANDOM WEIGHTS" in result.output
+    assert Run.open(tmp_path / "out" / "best").config["train"]["n_jobs"] == 1
+
+
+def test_the_command_ranks_and_refits(store, tmp_path):
+    out = tmp_path / "a"
+    arguments = ["ablate", store, "--out", out, "--epochs", "2,4", "--folds", "3", "--workers", "1"]
+    values = ["--set", "lr=3e-3,3e-2", "--set", "hidden=12x8", "--set", "batch_size=16"]
+
+    result = CliRunner().invoke(cli, [*map(str, [*arguments, *values]), "--refit"])
+
+    assert result.exit_code == 0, result.output
+    assert "logistic regression" in result.output
+    assert (out / "ablation.png").exists()
+    assert (out / "best" / "metrics.json").exists()
+    wrong = CliRunner().invoke(cli, [*map(str, arguments), "--set", "lr=fast"])
+    assert (wrong.exit_code, "'fast' is not a value" in wrong.output) == (1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "package"), [("loky", "joblib"), ("dask", "distributed"), ("ray", "ray")]
+)
+def test_processes_and_clusters_say_the_same(store, ablation, tmp_path, backend, package):
+    pytest.importorskip(package)
+
+    spread = ablate(store, tmp_path / "a", backend=backend, n_workers=2)
+
+    untimed = [name for name in spread.table if name != "seconds"]
+    pd.testing.assert_frame_equal(spread.table[untimed], ablation.table[untimed])
+    shutil.rmtree(tmp_path / "a")

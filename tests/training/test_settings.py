@@ -1,0 +1,104 @@
+"""Text of --set options -> recipes: every combination, in order, or an error that teaches."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from cxr_cache.config import TrainConfig
+from cxr_cache.errors import ConfigError
+from cxr_cache.training.settings import make_settings
+
+BASE = TrainConfig()
+GRID = ["lr=1e-4,1e-3", "hidden=512x256,64,none", "clip=1,none", "flip=yes,no"]
+
+
+def test_every_combination_is_there_and_the_first_values_come_first():
+    settings = make_settings(BASE, GRID)
+
+    expected = itertools.product((1e-4, 1e-3), ((512, 256), (64,), ()), (1.0, None), (True, False))
+    found = [
+        (s.config.learning_rate, s.config.hidden, s.config.max_grad_norm, s.config.flip)
+        for s in settings
+    ]
+    assert found == list(expected)
+    assert settings[1].label == "lr=1e-4 hidden=512x256 clip=1 flip=no"
+    assert len({setting.label for setting in settings}) == len(settings)
+
+
+def test_a_single_value_is_set_and_not_part_of_the_label():
+    (setting,) = make_settings(BASE, ["batch-size=256", "loss=bce"])
+
+    assert (setting.config.batch_size, setting.config.loss) == (256, "bce")
+    assert setting.label == "as given"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_sample_holds_the_first_setting_and_no_other_twice(seed):
+    everything = [setting.label for setting in make_settings(BASE, GRID)]
+
+    sample = [s.label for s in make_settings(BASE, GRID, n_sampled=7, seed=seed)]
+
+    assert len(sample) == len(set(sample)) == 7
+    assert sample[0] == everything[0]
+    assert set(sample) <= set(everything)
+    assert sample == sorted(sample, key=everything.index)
+    assert sample == [s.label for s in make_settings(BASE, GRID, n_sampled=7, seed=seed)]
+
+
+def test_a_sample_larger_than_the_grid_is_the_grid():
+    assert make_settings(BASE, GRID, n_sampled=1000) == make_settings(BASE, GRID)
+
+
+def test_what_may_be_none_and_what_is_whole():
+    (setting,) = make_settings(BASE, ["early_stopping=3", "clip=none", "patience=2"])
+    config = setting.config
+    assert (config.early_stopping, config.max_grad_norm, config.patience) == (3, None, 2)
+    assert type(config.early_stopping) is int
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["lr"], "write NAME=VALUE,VALUE"),
+        (["lr="], "write NAME=VALUE,VALUE"),
+        (["lr=1,,2"], "write NAME=VALUE,VALUE"),
+        (["lr=1,1"], "given twice"),
+        (["learning_rat=1"], "no such option. Did you mean learning_rate?"),
+        (["zzz=1"], "no such option. Choose from .*weight_decay"),
+        (["lr=fast"], "'fast' is not a value"),
+        (["hidden=5y6"], "'5y6' is not a value"),
+        (["flip=maybe"], "'maybe' is not a value for it .yes or no"),
+        (["lr=1e-3,0.001"], "given twice"),
+        (["lr=1e-3", "lr=1e-2"], "lr=1e-2: lr was given before. List all values at once"),
+        (["lr=1e-3,1e-2", "learning_rate=1"], "learning_rate was given before"),
+        (["lr=none"], "'none' is not a value for it"),
+        (["early_stopping=2.5"], "'2.5' is not a value for it"),
+        (["gamma=inf"], "--gamma must be 0 or more, and finite"),
+        (["seed=1,2"], "all settings share it. Use --seed instead"),
+        (["folds=3"], "all settings share it. Use --folds instead"),
+        (["n_jobs=3"], "all settings share it. Use --workers instead"),
+        (["final=refit"], "all settings share it. It is the recipe's"),
+        (["dropout=1.5"], r"--dropout must lie in \[0, 1\)"),
+        (["loss=foca"], "--loss is one of"),
+        ([f"alpha={','.join(str(i / 500) for i in range(300))}", *GRID[:3], "gamma=1,2,3"], "10,8"),
+    ],
+)
+def test_what_cannot_be_set_is_explained(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_settings(BASE, options)
+
+
+# --- Recipes --------------------------------------------------------------------------------------
+
+
+def test_recipes_differ_in_what_they_say_and_options_go_before_them():
+    tuned = TrainConfig.of_recipe("tuned")
+
+    assert TrainConfig.of_recipe("reference") == TrainConfig()
+    assert (tuned.batch_size, tuned.learning_rate, tuned.final) == (64, 1e-3, "ensemble")
+    assert TrainConfig.of_recipe("tuned", batch_size=8) == replace(tuned, batch_size=8)
+    with pytest.raises(ConfigError, match="--recipe is one of tuned, reference, not 'best'"):
+        TrainConfig.of_recipe("best")
