@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cxr_cache.config import TrainConfig
-    from cxr_cache.datasets.cohort import Cohort, load_cohort
-    from cxr_cache.encoders.encoder import load_encoder
+    from cxr_cache.datasets.cohort import Cohort
+    from cxr_cache.datasets.indiana import load_cohort
+    from cxr_cache.encoders.loading import load_encoder
     from cxr_cache.evaluation.evaluate import evaluate_run
     from cxr_cache.models.predict import predict_images
     from cxr_cache.models.run import Run
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from cxr_cache.store.extract import ExtractConfig, extract_embeddings
     from cxr_cache.store.feature_store import FeatureStore
     from cxr_cache.store.importing import import_embeddings
-    from cxr_cache.training.estimator import FocalHeadClassifier
-    from cxr_cache.training.splitter import GroupedMultilabelSplit
+    from cxr_cache.training.estimator import FocalHeadClassifier, GroupedMultilabelSplit
     from cxr_cache.training.train import train_head
 
 __version__ = "0.1.0"
@@ -31,14 +31,14 @@ _HOMES = {
     "ExtractConfig": "store.extract",
     "FeatureStore": "store.feature_store",
     "FocalHeadClassifier": "training.estimator",
-    "GroupedMultilabelSplit": "training.splitter",
+    "GroupedMultilabelSplit": "training.estimator",
     "Run": "models.run",
     "TrainConfig": "config",
     "evaluate_run": "evaluation.evaluate",
     "extract_embeddings": "store.extract",
     "import_embeddings": "store.importing",
-    "load_cohort": "datasets.cohort",
-    "load_encoder": "encoders.encoder",
+    "load_cohort": "datasets.indiana",
+    "load_encoder": "encoders.loading",
     "predict_images": "models.predict",
     "train_head": "training.train",
     "write_report": "report.report",

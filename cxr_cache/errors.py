@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 
 class CxrCacheError(Exception):
     """Base class; the command line prints these without a traceback."""
@@ -76,28 +73,3 @@ class RunError(CxrCacheError, ValueError):
 
 class ExportError(CxrCacheError, RuntimeError):
     """A model that cannot be written in a format, or whose file would compute something else."""
-
-
-def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
-    """Up to `n` of the known names that `name` may be meant for, best first.
-
-    Case and white space do not matter.
-
-    Examples
-    --------
-    >>> nearest_names("cardiomegly", ["Edema", "Cardiomegaly"])
-    ['Cardiomegaly']
-    """
-    spelled = {normalise(other): other for other in known}
-    return [spelled[match] for match in difflib.get_close_matches(normalise(name), spelled, n)]
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """A question with the names nearest to `name`; empty where none is near."""
-    close = nearest_names(name, known, n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-def normalise(name: str) -> str:
-    """A name in small letters, with single spaces."""
-    return " ".join(name.split()).lower()

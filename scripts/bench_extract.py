@@ -43,9 +43,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
-from cxr_cache.encoders.canary import cosines
-from cxr_cache.encoders.encoder import Encoder, load_encoder
-from cxr_cache.encoders.encoding import encoding_threads
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import cosines, encoding_threads
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.store.extract import ExtractConfig, ExtractSummary, extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 

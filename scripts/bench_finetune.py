@@ -10,7 +10,8 @@ layout, random weights) and the same head with focal loss and AdamW, 16 images a
 2. the same from decoded pixels (uint8, in memory);
 3. from tokens in memory, with the plain last block;
 4. from tokens in memory, with the last block for the class token only;
-5. the product: `cxr_cache.training.tuning.tune` on a store with tokens, read from memory and from the file.
+5. the product: `cxr_cache.training.tuning.tune` on a store with tokens, read from memory and
+   from the file.
 
 1 to 4 are bare loops of plain PyTorch. The floor is forward and backward of 4 alone. Each works in
 a process of its own, whose peak memory is its own; they take turns, so that a busy machine slows
@@ -42,7 +43,8 @@ from torch import Tensor, nn
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
-from cxr_cache.encoders.encoder import Encoder, load_encoder, trainable_parameter_names
+from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.feature_store import FeatureStore

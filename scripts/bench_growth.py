@@ -74,7 +74,7 @@ def commands(folder: Path, n_epochs: int) -> dict[str, list[str]]:
     tool = ["-m", "cxr_cache"]
     recipe = ["--epochs", str(n_epochs), "--batch-size", str(BATCH_SIZE), "--lr", "1e-3"]
     embeddings, csv_dir = str(folder / "embeddings.npz"), str(folder)
-    opening = f"from cxr_cache.store.feature_store import FeatureStore; FeatureStore.open({store!r}).close()"
+    opening = f"import cxr_cache; cxr_cache.FeatureStore.open({store!r}).close()"
     return {
         "import": [*tool, "import", embeddings, "--csv-dir", csv_dir, "--store", store],
         "open": ["-c", opening],

@@ -24,8 +24,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cxr_cache.evaluation.figures import estimate
 from cxr_cache.evaluation.scored import ScoredImages
-from cxr_cache.metrics.bootstrap import bootstrap
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import auroc, average_precision
 
 Array = NDArray[Any]

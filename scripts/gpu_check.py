@@ -36,13 +36,14 @@ from torch import Tensor
 from cxr_cache.common.devices import resolve_device
 from cxr_cache.common.distributed import is_main, process_group
 from cxr_cache.config import FinetuneConfig, TrainConfig
-from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import encode_views
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.features import prepare_embeddings
+from cxr_cache.store.rows import TrainingData, prepare_embeddings
 from cxr_cache.store.tokens import ResidentTokens, TokenSource, open_tokens
-from cxr_cache.training.fit import HeadTask, TrainingData, fit_heads
+from cxr_cache.training.fit import HeadTask, fit_heads
 from cxr_cache.training.tuning import TuningData, tune
 
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -34,16 +34,15 @@ from benchmarking import format_table, write_json
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from cxr_cache.datasets.clusters import count_rarer_class
-from cxr_cache.metrics.bootstrap import bootstrap, bootstrap_weights
 from cxr_cache.metrics.intervals import (
     Interval,
+    count_rarer_class,
     macro_interval,
     standard_errors,
     student_interval,
 )
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.resampled import RankedScores, bootstrap, bootstrap_weights
 from cxr_cache.metrics.scores import confusion_counts, macro_mean, rates
 
 Array = NDArray[Any]

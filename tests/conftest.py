@@ -31,7 +31,7 @@ def encoder() -> Encoder:
     """A tiny one of random weights; what a test patches is put back by `monkeypatch`."""
     import torch
 
-    from cxr_cache.encoders.encoder import load_encoder
+    from cxr_cache.encoders.loading import load_encoder
 
     torch.set_num_threads(1)
     return load_encoder("random:test_vit", precision="fp32")
@@ -55,6 +55,6 @@ def images(phantoms, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def cohort(phantoms) -> Cohort:
-    from cxr_cache.datasets.cohort import load_cohort
+    from cxr_cache.datasets.indiana import load_cohort
 
     return load_cohort(phantoms)

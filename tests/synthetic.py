@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.features import prepare_embeddings
-from cxr_cache.training.fit import TrainingData
+from cxr_cache.store.rows import TrainingData, prepare_embeddings
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Nodule", "Hernia", "Mass", "Scoliosis")
 PREVALENCE = np.array([0.5, 0.4, 0.3, 0.3, 0.25, 0.2])
@@ -64,7 +63,7 @@ def make_embeddings(cohort: Cohort, *, n_views: int = 1, seed: int = 0) -> NDArr
 def make_data(
     n_studies: int = 60, *, seed: int = 0, n_views: int = 1, unlabelled: float = 0.0
 ) -> TrainingData:
-    """What :func:`cxr_cache.training.train.load_training_data` would read from :func:`make_store`."""
+    """What :func:`cxr_cache.store.rows.load_training_data` would read from :func:`make_store`."""
     cohort = make_cohort(n_studies, seed=seed, unlabelled=unlabelled)
     embeddings = make_embeddings(cohort, n_views=n_views, seed=seed).swapaxes(0, 1)
     return TrainingData(prepare_embeddings(np.ascontiguousarray(embeddings), "l2"), cohort)

@@ -119,7 +119,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
         (
             "PIL",
             {
-                *("datasets.images", "report.cases", "report.thumbnails"),
+                *("datasets.images", "report.cases"),
                 *(f"datasets.phantoms.{name}" for name in ("dataset", "film", "anatomy")),
             },
         ),
@@ -127,7 +127,10 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
             "open_clip",
             {f"encoders.{name}" for name in ("encoder", "open_clip", "sources", "towers", "text")},
         ),
-        ("click", {f"cli.{name}" for name in ("main", "options", "store", "train", "score", "use")}),
+        (
+            "click",
+            {f"cli.{name}" for name in ("main", "options", "store", "train", "score", "use")},
+        ),
         ("tqdm", {"cli.options"}),
     ],
 )

@@ -15,22 +15,11 @@ from types import FrameType
 import click
 
 from cxr_cache import __version__
-from cxr_cache.cli import (
-    score as cli_score,
-)
-from cxr_cache.cli import (
-    store as cli_store,
-)
-from cxr_cache.cli import (
-    train as cli_train,
-)
-from cxr_cache.cli import (
-    use as cli_use,
-)
+from cxr_cache.cli import score, store, train, use
 from cxr_cache.cli.options import Terminated, exit_status
 from cxr_cache.errors import CxrCacheError
 
-_COMMANDS_IN = (cli_store, cli_train, cli_score, cli_use)
+_COMMANDS_IN = (store, train, score, use)
 
 
 class ErrorsAsMessages(click.Group):

@@ -122,7 +122,7 @@ def load_encoder_of_store(
     store: Path, model: str | None, device: str, remedy: str = "Leave out --images."
 ) -> Encoder:
     """Load what made a store's features; where they were imported, `remedy` ends the message."""
-    from cxr_cache.encoders.encoding import reload_encoder
+    from cxr_cache.encoders.loading import reload_encoder
     from cxr_cache.store.feature_store import FeatureStore
 
     with FeatureStore.open(store) as features:
@@ -137,7 +137,7 @@ def load_encoder_of_store(
 
 def load_encoder_of_run(run: Run, model: str | None, device: str) -> Encoder:
     """Load what made the features that a run was trained on."""
-    from cxr_cache.encoders.encoding import reload_encoder
+    from cxr_cache.encoders.loading import reload_encoder
     from cxr_cache.models.predict import require_encoder_of_run
 
     recorded = run.load_model().encoder

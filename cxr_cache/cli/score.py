@@ -106,7 +106,7 @@ def evaluate(
     with FeatureStore.open(store) as features:
         encoder = None
         if opened.load_model().tail is not None and not features.header.encoder.get("imported"):
-            from cxr_cache.encoders.encoding import reload_encoder
+            from cxr_cache.encoders.loading import reload_encoder
 
             encoder = reload_encoder(features.header.encoder, model=model, device=device)
         predictions, targets = predict_store(opened, features, encoder)
@@ -147,7 +147,7 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
     comparison = compare_runs(*map(Run.open, runs), n_resamples=resamples, seed=seed)
     click.echo(comparison.to_text())
     if out is not None:
-        from cxr_cache.report.comparison_plot import write_comparison
+        from cxr_cache.report.plots import write_comparison
 
         for path in write_comparison(comparison, out):
             click.echo(f"{path} written")
@@ -176,8 +176,7 @@ def zero_shot(
 
     Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
     """
-    from cxr_cache.encoders.prompts import load_prompts
-    from cxr_cache.encoders.text import load_text_encoder
+    from cxr_cache.encoders.text import load_prompts, load_text_encoder
     from cxr_cache.evaluation.zero_shot import require_same_encoder, score_zero_shot
     from cxr_cache.models.run import Run
     from cxr_cache.store.feature_store import FeatureStore

@@ -257,10 +257,9 @@ def ablate(
     **options: Any,
 ) -> None:
     """Compare recipes for the head on the same folds: a ranked table, and a plot."""
-    from cxr_cache.report.ablation_plot import draw_ablation
-    from cxr_cache.training.ablate import run_ablation
+    from cxr_cache.report.plots import draw_ablation
+    from cxr_cache.training.ablate import make_settings, run_ablation
     from cxr_cache.training.baselines import BASELINES
-    from cxr_cache.training.settings import make_settings
     from cxr_cache.training.train import train_head
 
     base = TrainConfig.of_recipe(recipe, **options)

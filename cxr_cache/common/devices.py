@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -71,3 +74,21 @@ def _has_native_bf16(device: torch.device) -> bool:
     # torch has no public question for this; the private ones come and go between versions
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, question, bool)() for question in questions)
+
+
+def free_ram_bytes() -> int:
+    """Memory that can be had without swapping, within the container's limit if there is one."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nobody knows
+    with contextlib.suppress(OSError, KeyError):
+        free = _read_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    with contextlib.suppress(OSError, KeyError, ValueError):  # cgroup v2; "max" is no number
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used + _read_numbers(group / "memory.stat")["file"])
+    return free
+
+
+def _read_numbers(path: Path) -> dict[str, int]:
+    """A file of lines such as ``MemAvailable: 12345 kB``."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}

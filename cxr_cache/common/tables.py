@@ -14,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from cxr_cache.errors import TableError, nearest_names
+from cxr_cache.common.wording import nearest_names
+from cxr_cache.errors import TableError
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
-"""What differs between two things that should be equal, in words."""
+"""Words of messages: differences, counts, lists, and names that may have been meant."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -30,3 +31,55 @@ def describe_differences(differences: Mapping[str, tuple[Any, Any]], ours: str, 
         f"  {field}: {mine!r} {ours}, {other!r} {theirs}"
         for field, (mine, other) in differences.items()
     )
+
+
+def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """Up to `n` of the known names that `name` may be meant for, best first.
+
+    Case and white space do not matter.
+
+    Examples
+    --------
+    >>> nearest_names("cardiomegly", ["Edema", "Cardiomegaly"])
+    ['Cardiomegaly']
+    """
+    spelled = {normalise(other): other for other in known}
+    return [spelled[match] for match in difflib.get_close_matches(normalise(name), spelled, n)]
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A question with the names nearest to `name`; empty where none is near."""
+    close = nearest_names(name, known, n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def normalise(name: str) -> str:
+    """A name in small letters, with single spaces."""
+    return " ".join(name.split()).lower()
+
+
+def list_names(names: Sequence[str], n_shown: int) -> str:
+    """The first `n_shown` names, and how many more there are."""
+    more = len(names) - n_shown
+    return ", ".join(names[:n_shown]) + (f" and {more} more" if more > 0 else "")
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the rest."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_IRREGULAR = {"study": "studies", "entry": "entries", "batch": "batches"}
+
+
+def count(n: int, noun: str) -> str:
+    """A number with its noun, in the singular or the plural.
+
+    Examples
+    --------
+    >>> count(1, "study"), count(2000, "study"), count(0, "test image")
+    ('1 study', '2,000 studies', '0 test images')
+    """
+    *before, last = noun.split()
+    plural = noun if n == 1 else " ".join([*before, _IRREGULAR.get(last, f"{last}s")])
+    return f"{n:,} {plural}"

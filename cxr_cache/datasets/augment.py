@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from cxr_cache.config import Augmentation
-from cxr_cache.datasets.images import Preprocessing
+from cxr_cache.datasets.preprocessing import Preprocessing
 
 
 def roomy(preprocessing: Preprocessing, augmentation: Augmentation) -> Preprocessing:

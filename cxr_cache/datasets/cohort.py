@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -14,25 +14,69 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.tables import (
     find_duplicates,
-    hash_file,
-    read_csv,
-    require_columns,
-    require_filled,
-    require_unique,
-)
-from cxr_cache.datasets.clusters import assign_clusters, require_one_patient_per_study
-from cxr_cache.datasets.labels import (
-    FINDINGS,
-    assign_targets,
-    parse_labels,
-    parse_target_table,
 )
 from cxr_cache.errors import TableError
+from cxr_cache.metrics.scores import Array
+
+Unit: TypeAlias = Literal["study", "patient", "patient or study"]
+"""What the clusters of some rows are."""
+
+
+UNITS: Final[dict[Unit, str]] = {
+    "study": "studies",
+    "patient": "patients",
+    "patient or study": "patients or studies",
+}
+"""Several of each, in words."""
+
+
+def assign_clusters(patient_ids: Array, study_uids: Array) -> Array:
+    """The patient of every row where known, else its study, shape ``(N,)``.
+
+    Two studies of one patient are as little evidence of their own as two images of one study.
+
+    Parameters
+    ----------
+    patient_ids
+        ``""`` where unknown, shape ``(N,)``.
+    study_uids
+        Shape ``(N,)``; all rows of a study name the same patient.
+    """
+    known = patient_ids != ""
+    if not known.any():
+        return study_uids
+    of_patient = np.char.add("patient ", patient_ids.astype(str))
+    of_study = np.char.add("study ", study_uids.astype(str))
+    return np.where(known, of_patient, of_study)
+
+
+def require_one_patient_per_study(patient_ids: Array, study_uids: Array, source: str = "") -> None:
+    """Raise for a study of two patients, which would end up on both sides of a split.
+
+    Raises
+    ------
+    TableError
+        Its message begins with `source`.
+    """
+    pairs = pd.DataFrame({"study": study_uids, "patient": patient_ids}).drop_duplicates()
+    duplicates = find_duplicates(pairs["study"])
+    if duplicates:
+        patients = pairs.loc[pairs["study"] == duplicates[0], "patient"]
+        raise TableError(
+            f"{source}study {duplicates[0]!r} belongs to patient {patients.iloc[0]!r} and to "
+            f"patient {patients.iloc[1]!r}. Give all its images one patient id, or none."
+        )
+
+
+def name_unit(patient_ids: Array) -> Unit:
+    """Which the clusters of such rows are."""
+    known = patient_ids != ""
+    if not known.any():
+        return "study"
+    return "patient" if known.all() else "patient or study"
+
 
 logger = logging.getLogger(__name__)
-
-PROJECTIONS = {"frontal": "Frontal", "lateral": "Lateral", "": ""}
-"""How a projection may be written (in any case), and how the cohort writes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,213 +158,30 @@ class Cohort:
         )
 
 
-def load_cohort(csv_dir: str | Path) -> Cohort:
-    """Read a data set in the form of the Indiana collection: two CSV files in one folder.
-
-    ``indiana_reports.csv`` has one row per study with the columns ``uid`` and
-    ``Problems``; ``indiana_projections.csv`` one row per image with ``uid``,
-    ``filename`` and ``projection``. Rows are joined on ``uid`` and keep the
-    order of the images. Other columns are ignored, except two:
-
-    ``label``
-        Findings separated by ``;``, in either file (that of the images
-        counts first). It takes precedence over the rule for ``Problems``.
-    ``patient_id``
-        In either file. Images of one patient then stay together in splits.
-
-    An image whose study has no report is kept as an unlabelled row, and the
-    number of them is logged as a warning.
-
-    Parameters
-    ----------
-    csv_dir
-        Folder with the two files, or with one ``*reports*.csv`` and one
-        ``*projections*.csv``.
-
-    Returns
-    -------
-    Cohort
-        The complete collection has 7,466 images of 3,851 studies; findings are
-        the 35 of :data:`cxr_cache.datasets.labels.FINDINGS`.
-
-    Raises
-    ------
-    TableError
-        A file is missing, unreadable or contradicts itself.
-
-    See Also
-    --------
-    read_csv : the encodings, separators and faults that are dealt with.
-    """
-    csv_dir = Path(csv_dir)
-    reports_path = _find_csv(csv_dir, "reports")
-    images_path = _find_csv(csv_dir, "projections")
-    reports, images = read_csv(reports_path), read_csv(images_path)
-    require_columns(reports, ("uid",), reports_path)
-    require_columns(images, ("uid", "filename", "projection"), images_path)
-    require_unique(reports, "uid", reports_path)
-    require_unique(images, "filename", images_path)
-    require_filled(images, "uid", images_path)
-    report_of_image = _join(images, reports, images_path, reports_path)
-    return Cohort(
-        image_ids=_to_array(images["filename"]),
-        study_uids=_to_array(images["uid"]),
-        patient_ids=_parse_patient_ids(images, reports, report_of_image),
-        projections=_parse_projections(images, images_path),
-        targets=_parse_targets(images, reports, report_of_image, images_path, reports_path),
-        findings=FINDINGS,
-        source={path.name: hash_file(path) for path in (reports_path, images_path)},
-    )
-
-
-def load_labels(
-    path: str | Path, image_ids: NDArray[np.str_]
-) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Read the targets of given images from a CSV file of the user's own.
-
-    The file names images in a column ``image_id`` (or ``filename``). Findings
-    are either listed in a column ``label``, separated by ``;``, or have a
-    column each: 1 present, 0 absent, blank unlabelled, -1 uncertain (read as
-    unlabelled). Images that the file does not name are unlabelled; rows for
-    other images are ignored.
-
-    Parameters
-    ----------
-    path
-        CSV file, read by :func:`read_csv`.
-    image_ids
-        The images wanted, shape ``(N,)``.
-
-    Returns
-    -------
-    findings
-        F names.
-    targets
-        Shape ``(N, F)``, float32, rows in the order of `image_ids`.
-
-    Raises
-    ------
-    TableError
-        The file cannot be read so, or names none of the images.
-    """
-    path = Path(path)
-    table = read_csv(path)
-    key = "filename" if "filename" in table and "image_id" not in table else "image_id"
-    require_columns(table, (key,), path)
-    require_unique(table, key, path)
-    if "label" in table:
-        findings = FINDINGS
-        targets = parse_labels(
-            table["label"].tolist(), source=str(path), lines=table.index.tolist()
-        )
-    else:
-        findings, targets = parse_target_table(table, source=str(path))
-    rows = pd.Index(table[key]).get_indexer(pd.Index(image_ids))  # (N,), -1 where not named
-    if (rows < 0).all():
-        raise TableError(
-            f"{path} names none of the {len(image_ids)} images: its first {key} is "
-            f"{table[key].iloc[0]!r}, theirs {str(image_ids[0])!r}. "
-            "Image ids are paths relative to the image folder."
-        )
-    return findings, _take_or_nan(targets, rows)
-
-
-def _find_csv(csv_dir: Path, kind: str) -> Path:
-    usual = csv_dir / f"indiana_{kind}.csv"
-    if usual.is_file():
-        return usual
-    if not csv_dir.is_dir():
-        raise TableError(f"{csv_dir} is not a folder; give the one with the two CSV files.")
-    candidates = sorted(csv_dir.glob(f"*{kind}*.csv"))
-    if len(candidates) == 1:
-        return candidates[0]
-    present = ", ".join(sorted(path.name for path in csv_dir.glob("*.csv"))) or "no CSV file"
-    raise TableError(
-        f"{csv_dir} needs indiana_{kind}.csv, or exactly one *{kind}*.csv; it holds: {present}."
-    )
-
-
-def _join(
-    images: pd.DataFrame, reports: pd.DataFrame, images_path: Path, reports_path: Path
-) -> NDArray[np.int64]:
-    """Row of each image's report, -1 where there is none; shape (N,)."""
-    rows = pd.Index(reports["uid"]).get_indexer(pd.Index(images["uid"]))
-    n_without = int((rows < 0).sum())
-    if n_without == len(rows):
-        raise TableError(
-            f"no uid of {images_path.name} occurs in {reports_path.name}: the first are "
-            f"{images['uid'].iloc[0]!r} and {reports['uid'].iloc[0]!r}. "
-            "Give two files of the same data set."
-        )
-    if n_without:
-        logger.warning(
-            "%d of %d images have no report in %s (the first: uid %r); they are kept, unlabelled",
-            n_without,
-            len(rows),
-            reports_path,
-            images["uid"].iloc[int((rows < 0).argmax())],
-        )
-    return np.asarray(rows, np.int64)
-
-
-def _parse_targets(
-    images: pd.DataFrame,
-    reports: pd.DataFrame,
-    report_of_image: NDArray[np.int64],
-    images_path: Path,
-    reports_path: Path,
-) -> NDArray[np.float32]:
-    """Take the user's labels where there are any, else the rule for the reports' tags."""
-    if "label" in images:
-        return parse_labels(
-            images["label"].tolist(), source=str(images_path), lines=images.index.tolist()
-        )
-    if "label" in reports:
-        of_reports = parse_labels(
-            reports["label"].tolist(), source=str(reports_path), lines=reports.index.tolist()
-        )
-    else:
-        require_columns(reports, ("Problems",), reports_path)
-        of_reports = assign_targets(reports["Problems"].tolist())
-    return _take_or_nan(of_reports, report_of_image)
-
-
-def _parse_patient_ids(
-    images: pd.DataFrame, reports: pd.DataFrame, report_of_image: NDArray[np.int64]
-) -> NDArray[np.str_]:
-    if "patient_id" in images:
-        return _to_array(images["patient_id"])
-    if "patient_id" in reports:
-        of_reports = np.append(_to_array(reports["patient_id"]), "")
-        return of_reports[report_of_image]  # -1 takes the blank at the end
-    return np.full(len(images), "", np.str_)
-
-
-def _parse_projections(images: pd.DataFrame, path: Path) -> NDArray[np.str_]:
-    written = images["projection"].str.lower()
-    unknown = np.flatnonzero(~written.isin(list(PROJECTIONS)))
-    if len(unknown):
-        row = unknown[0]
-        raise TableError(
-            f"{path}, line {images.index[row]}: projection {images['projection'].iloc[row]!r} is "
-            "neither Frontal nor Lateral; leave it blank where it is something else or unknown."
-        )
-    return _to_array(written.map(PROJECTIONS))
-
-
-def _take_or_nan(targets: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Rows of `targets`, unlabelled where the row is -1."""
-    unlabelled = np.full((1, targets.shape[1]), np.nan, np.float32)
-    return np.asarray(np.concatenate([targets, unlabelled])[rows])  # -1 takes the last
-
-
-def _to_array(cells: pd.Series[str]) -> NDArray[np.str_]:
-    return np.asarray(cells.tolist(), np.str_)
-
-
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
+"""What a table of predictions says of every image; patients are needed for its intervals."""
+
+
+def finding_table(
+    cohort: Cohort, values: NDArray[np.float32], columns: Sequence[str]
+) -> pd.DataFrame:
+    """Columns that say which image, then one per finding with `values`, ``(N, F)``."""
+    described = {
+        "image_id": cohort.image_ids,
+        "study_uid": cohort.study_uids,
+        "patient_id": cohort.patient_ids,
+        "projection": cohort.projections,
+    }
+    left = pd.DataFrame({name: described[name] for name in columns})
+    table: pd.DataFrame = pd.concat(
+        [left, pd.DataFrame(values, columns=list(cohort.findings))], axis=1
+    )
+    return table

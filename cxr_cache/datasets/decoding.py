@@ -8,23 +8,45 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from cxr_cache.datasets.images import (
-    DecodedImage,
-    Preprocessing,
-    decode_image,
-    read_bytes,
-)
-from cxr_cache.datasets.read_ahead import read_ahead
+from cxr_cache.datasets.images import DecodedImage, decode_image, read_bytes
+from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.errors import CxrCacheError, ImageError
+
+T = TypeVar("T")
+
+
+def read_ahead(items: Iterator[T], n_ahead: int) -> Iterator[T]:
+    """The same items, up to `n_ahead` of them made while one is used.
+
+    Whoever leaves before the end waits for nothing: the thread ends by itself after the item that
+    it is at. It must not be waited for, because an iterator that an error left half read is
+    closed by the garbage collector, at any line of any thread: also at one that holds a lock
+    which the thread needs in order to end.
+    """
+    end = object()
+    thread = ThreadPoolExecutor(1, "read-ahead")
+    coming: deque[Future[T | object]] = deque()
+    try:
+        while True:
+            while len(coming) <= n_ahead:
+                coming.append(thread.submit(next, items, end))
+            item = coming.popleft().result()
+            if item is end:
+                return
+            yield item  # type: ignore[misc]  # not `end`, which alone is no T
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass

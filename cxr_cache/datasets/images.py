@@ -12,12 +12,12 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,31 +29,17 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
-from cxr_cache.errors import ConfigError, ImageError
+from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
+from cxr_cache.errors import ImageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 1024**2
 MIN_EDGE_PX = 16
 
-DECODE_RULE = (
-    "rule 1. "
-    "Grey: 8-bit values are used as stored and fill all three channels; 1-bit is 0 and 255. "
-    "16-bit grey is scaled linearly in float32, 65535 to 255, or 2**bits_stored - 1 to 255 where "
-    "the data set states its bits; larger values are an error, none is clipped; rounded to 8 bits "
-    "after resizing. "
-    "Colour: palette, CMYK and YCbCr become RGB by Pillow; colour profiles and gamma are not "
-    "applied. Alpha and transparent colours are composited over black. "
-    "EXIF orientation is applied, then the image is resized by Pillow (antialiased), then cropped."
-)
-
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
 
 # What brings an image of each EXIF orientation upright; 1, and anything unknown, is upright.
 _UPRIGHT = {
@@ -118,80 +104,6 @@ _OPEN_ERRORS = {
 _OPEN_FLAGS = os.O_RDONLY | sum(
     getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY")
 )
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a file becomes the encoder's input; part of the encoder's identity.
-
-    ``resize`` is ``"squash"`` (to a square, aspect ratio given up) or ``"crop"`` (shortest edge
-    to size, then the centre; open_clip's ``"shortest"``). ``bits_stored`` concerns 16-bit grey
-    files only: the bits that the data set says are used, None for the full 16.
-    """
-
-    image_size_px: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    resize: Literal["squash", "crop"]
-    bits_stored: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.image_size_px < 1:
-            raise ConfigError(f"image_size_px is {self.image_size_px}; it must be at least 1.")
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise ConfigError(f"mean {self.mean} and std {self.std} must hold 3 numbers each.")
-        if not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
-            raise ConfigError(
-                f"mean {self.mean} and std {self.std} must be finite, and std positive."
-            )
-        if self.interpolation not in _RESAMPLING:
-            raise ConfigError(
-                f"interpolation is '{self.interpolation}'; choose from {', '.join(_RESAMPLING)}."
-            )
-        if self.resize not in ("squash", "crop"):
-            raise ConfigError(f"resize is '{self.resize}'; choose from squash, crop.")
-        if self.bits_stored is not None and not 8 <= self.bits_stored <= 16:
-            raise ConfigError(f"bits_stored is {self.bits_stored}; it must lie between 8 and 16.")
-
-    @property
-    def decode_rule(self) -> str:
-        """The rules by which files become pixels, in words and with their number."""
-        return DECODE_RULE
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and the decode rule, as JSON has them: lists, not tuples."""
-        values = asdict(self)
-        return values | {
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "decode_rule": self.decode_rule,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of :meth:`to_dict`.
-
-        Raises
-        ------
-        ConfigError
-            A key is missing or unknown, a value is out of range, or the decode rule is another
-            one than this version of the program follows.
-        """
-        expected = {field.name for field in fields(cls)} | {"decode_rule"}
-        if set(values) != expected:
-            raise ConfigError(
-                f"A preprocessing holds the keys {sorted(expected)}, not {sorted(values)}."
-            )
-        if values["decode_rule"] != DECODE_RULE:
-            raise ConfigError(
-                "The images were decoded by another rule than this version of cxr-cache follows:\n"
-                f"  theirs: {values['decode_rule']}\n"
-                f"  ours: {DECODE_RULE}\n"
-                "Use the version that wrote them, or extract again."
-            )
-        arguments = {key: value for key, value in values.items() if key != "decode_rule"}
-        return cls(**(arguments | {"mean": tuple(values["mean"]), "std": tuple(values["std"])}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,28 +208,6 @@ def read_bytes(image_dir: str | Path, image_id: str) -> bytes:
         There is no ordinary, readable file inside the image folder; as :func:`read_image`.
     """
     return _read_file(_locate(image_dir, image_id))
-
-
-def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Scale pixels to 0..1, subtract the mean and divide by the standard deviation.
-
-    Parameters
-    ----------
-    pixels
-        uint8, shape ``(B, 3, S, S)``, on any device.
-    preprocessing
-        Holds the mean and the standard deviation of each channel, on the scale 0..1.
-
-    Returns
-    -------
-    Tensor
-        float32, same shape and device: what torchvision's ToTensor and Normalize give.
-    """
-    assert not pixels.is_floating_point(), "float pixels would be changed in place"
-    scaled = pixels.float()
-    mean = scaled.new_tensor(preprocessing.mean).view(3, 1, 1)
-    std = scaled.new_tensor(preprocessing.std).view(3, 1, 1)
-    return scaled.div_(255).sub_(mean).div_(std)
 
 
 def find_missing(image_dir: str | Path, image_ids: Iterable[str]) -> list[str]:
@@ -547,25 +437,6 @@ def _scale_wide_grey(image: Image.Image, bits_stored: int | None) -> Image.Image
             f"{n_bits} bits stated for 16-bit files (bits_stored)"
         )
     return Image.fromarray(values.astype(np.float32) * np.float32(255 / full_scale))
-
-
-def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height before the crop; the longer edge is cut to whole pixels as torchvision's."""
-    target = preprocessing.image_size_px
-    if preprocessing.resize == "squash":
-        return target, target
-    width, height = size
-    longest = int(target * max(size) / min(size))
-    return (target, longest) if width <= height else (longest, target)
-
-
-def _resize(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resize, then cut out the centre; to the pixel what open_clip's transform does."""
-    target = preprocessing.image_size_px
-    width, height = _resized_size(picture.size, preprocessing)
-    resized = picture.resize((width, height), _RESAMPLING[preprocessing.interpolation])
-    left, top = round((width - target) / 2), round((height - target) / 2)
-    return resized.crop((left, top, left + target, top + target))
 
 
 def _to_channels(picture: Image.Image) -> NDArray[np.uint8]:

@@ -8,12 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.errors import TableError, nearest_names, normalise
+from cxr_cache.common.tables import (
+    read_csv,
+    require_columns,
+    require_unique,
+)
+from cxr_cache.common.wording import nearest_names, normalise
+from cxr_cache.errors import TableError
 
 _DATA = files("cxr_cache.datasets") / "findings35.json"
 _RULES = json.loads(_DATA.read_text("utf-8"))
@@ -190,3 +198,61 @@ def _split_cell(cell: str) -> set[str]:
 def _suggest(name: str, findings: Sequence[str]) -> str:
     nearest = nearest_names(name, findings)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def load_labels(
+    path: str | Path, image_ids: NDArray[np.str_]
+) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """Read the targets of given images from a CSV file of the user's own.
+
+    The file names images in a column ``image_id`` (or ``filename``). Findings
+    are either listed in a column ``label``, separated by ``;``, or have a
+    column each: 1 present, 0 absent, blank unlabelled, -1 uncertain (read as
+    unlabelled). Images that the file does not name are unlabelled; rows for
+    other images are ignored.
+
+    Parameters
+    ----------
+    path
+        CSV file, read by :func:`read_csv`.
+    image_ids
+        The images wanted, shape ``(N,)``.
+
+    Returns
+    -------
+    findings
+        F names.
+    targets
+        Shape ``(N, F)``, float32, rows in the order of `image_ids`.
+
+    Raises
+    ------
+    TableError
+        The file cannot be read so, or names none of the images.
+    """
+    path = Path(path)
+    table = read_csv(path)
+    key = "filename" if "filename" in table and "image_id" not in table else "image_id"
+    require_columns(table, (key,), path)
+    require_unique(table, key, path)
+    if "label" in table:
+        findings = FINDINGS
+        targets = parse_labels(
+            table["label"].tolist(), source=str(path), lines=table.index.tolist()
+        )
+    else:
+        findings, targets = parse_target_table(table, source=str(path))
+    rows = pd.Index(table[key]).get_indexer(pd.Index(image_ids))  # (N,), -1 where not named
+    if (rows < 0).all():
+        raise TableError(
+            f"{path} names none of the {len(image_ids)} images: its first {key} is "
+            f"{table[key].iloc[0]!r}, theirs {str(image_ids[0])!r}. "
+            "Image ids are paths relative to the image folder."
+        )
+    return findings, take_or_nan(targets, rows)
+
+
+def take_or_nan(targets: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Rows of `targets`, unlabelled where the row is -1."""
+    unlabelled = np.full((1, targets.shape[1]), np.nan, np.float32)
+    return np.asarray(np.concatenate([targets, unlabelled])[rows])  # -1 takes the last

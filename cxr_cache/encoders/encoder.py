@@ -6,103 +6,30 @@ image tower, and a download of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from cxr_cache.common.devices import (
     Precision,
-    require_choice,
-    resolve_device,
-    resolve_precision,
 )
-from cxr_cache.config import DEFAULT_ENCODER
-from cxr_cache.datasets.images import Preprocessing, normalise
-from cxr_cache.encoders.sources import Source, find_source
-from cxr_cache.encoders.towers import SplitTower, run_whole, split_tower
-from cxr_cache.encoders.weights import fill_with_noise, hash_tensors, load_weights
-from cxr_cache.errors import ConfigError, EncoderError, suggest
+from cxr_cache.datasets.preprocessing import Preprocessing, normalise
+from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.sources import Source
+from cxr_cache.encoders.towers import SplitTower, run_whole
+from cxr_cache.encoders.weights import hash_tensors
+from cxr_cache.errors import EncoderError
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash"}
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class EncoderIdentity:
-    """What decides whether two sets of features may be mixed, as a store records it.
-
-    Widths and counts are those of one real forward pass; None where there is no such thing:
-    blocks and tokens of a tower that cannot be split, the pooled output of imported embeddings.
-    """
-
-    name: str
-    revision: str | None
-    """Commit of the repository; None where there is none (a folder, random weights)."""
-    weights_sha256: str
-    """Of the vision tensors as loaded: names, types, shapes and bytes, whatever file held them."""
-    preprocessing: Mapping[str, Any]
-    """What :meth:`Preprocessing.to_dict` gives: size, statistics, resizing and decode rule."""
-    precision: str
-    n_blocks: int | None
-    n_tokens: int | None
-    token_width: int | None
-    pooled_width: int | None
-    embedding_width: int
-    is_random: bool
-    """The weights are seeded noise: for demonstrations, tests and speed, not for findings."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EncoderIdentity:
-        """The inverse of :meth:`to_dict`.
-
-        Raises
-        ------
-        EncoderError
-            A field is missing or unknown.
-        """
-        expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
-            raise EncoderError(
-                f"An encoder's identity holds the fields {sorted(expected)}, not {sorted(values)}."
-            )
-        return cls(**values)
-
-    def differences(self, other: EncoderIdentity) -> dict[str, tuple[Any, Any]]:
-        """What makes features of the two incomparable: field -> (mine, theirs).
-
-        Equal weights under two names are the same encoder, so names count only where the
-        weights differ. An empty answer means that the features may be mixed.
-        """
-        mine, theirs = self._comparable(), other._comparable()
-        if self.weights_sha256 == other.weights_sha256:
-            mine["name"] = theirs["name"] = None
-        return {
-            field: (mine.get(field), theirs.get(field))
-            for field in mine | theirs
-            if mine.get(field) != theirs.get(field)
-        }
-
-    def _comparable(self) -> dict[str, Any]:
-        """The fields that matter, with the preprocessing's among them."""
-        own = {
-            name: value
-            for name, value in self.to_dict().items()
-            if name not in ("revision", "preprocessing", "is_random")
-        }
-        return own | dict(self.preprocessing)
 
 
 class Encoder(nn.Module):
     """A frozen vision tower together with the preprocessing that it expects.
+
+    :func:`cxr_cache.encoders.loading.load_encoder` makes one; `split` is the tower in two halves,
+    or None where it cannot be taken apart.
 
     Parameters are named as in the checkpoint (``visual.trunk.blocks.11.norm1.weight``), take no
     gradient until a caller says so, and stay float32: lower precisions are autocast.
@@ -122,14 +49,19 @@ class Encoder(nn.Module):
     identity: EncoderIdentity
 
     def __init__(
-        self, visual: nn.Module, preprocessing: Preprocessing, precision: Precision, source: Source
+        self,
+        visual: nn.Module,
+        split: SplitTower | None,
+        preprocessing: Preprocessing,
+        precision: Precision,
+        source: Source,
     ) -> None:
         super().__init__()
         self.visual = visual.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.precision = precision
         self._name = source.name
-        self._split = split_tower(visual)
+        self._split = split
         self.identity = self._identify(source)
 
     @property
@@ -389,144 +321,3 @@ def trainable_parameter_names(encoder: Encoder, n_unfrozen: int) -> list[str]:
     blocks = encoder._require_split(n_unfrozen).blocks[-n_unfrozen:]
     chosen = {id(parameter) for block in blocks for parameter in block.parameters()}
     return [name for name, parameter in encoder.named_parameters() if id(parameter) in chosen]
-
-
-def load_encoder(
-    name: str = DEFAULT_ENCODER,
-    *,
-    device: str = "cpu",
-    precision: str = "auto",
-    resize: str | None = None,
-    normalize: str = "encoder",
-    bits_stored: int | None = None,
-) -> Encoder:
-    """Load the vision tower that a name stands for, frozen and ready to encode.
-
-    Neither text tower nor tokenizer is built or downloaded, the global random state is left as
-    it was, and a checkpoint that could run code is refused.
-
-    Parameters
-    ----------
-    name
-        ``hf-hub:ORG/REPO`` or ``hf-hub:ORG/REPO@REVISION``: from the Hugging Face cache, else
-        from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights.
-        ``ARCHITECTURE/TAG`` as open_clip lists them (``ViT-B-32/laion2b_s34b_b79k``).
-        ``random:TIMM_NAME`` or ``random:TIMM_NAME:SEED``: seeded random weights.
-    device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the best there is.
-    precision
-        ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the processor computes it
-        natively, else fp32.
-    resize
-        ``"squash"`` or ``"crop"`` override what the encoder's configuration says; None keeps it.
-    normalize
-        ``"encoder"`` for its own mean and standard deviation, ``"imagenet"`` for ImageNet's.
-    bits_stored
-        Bits in use in 16-bit grey files, None for all; recorded with the preprocessing.
-
-    Returns
-    -------
-    Encoder
-        Its ``identity`` says which weights these are.
-
-    Raises
-    ------
-    EncoderError
-        The name is unknown, a file is missing, damaged or of another model, the hub cannot be
-        reached, or the device does not exist. The message names the file and the remedy.
-    ConfigError
-        `resize`, `normalize`, `precision` or `bits_stored` is out of range.
-
-    Examples
-    --------
-    >>> encoder = load_encoder("random:test_vit:7", precision="fp32")
-    >>> pooled, embedding = encoder.encode(torch.zeros(2, 3, 160, 160, dtype=torch.uint8))
-    >>> embedding.shape, encoder.identity.is_random
-    (torch.Size([2, 512]), True)
-    """
-    require_choice("resize", resize, (None, "squash", "crop"))
-    require_choice("normalize", normalize, ("encoder", "imagenet"))
-    chosen_device = resolve_device(device)
-    chosen_precision = resolve_precision(precision, chosen_device)
-    source = find_source(name)
-    visual = _build_tower(source)
-    preprocessing = _preprocessing(source, visual, resize, normalize, bits_stored)
-    if source.weights is None:
-        fill_with_noise(visual, source.seed)
-    else:
-        load_weights(visual, source.weights)
-    return Encoder(visual.to(chosen_device), preprocessing, chosen_precision, source)
-
-
-def _build_tower(source: Source) -> nn.Module:
-    """open_clip's image tower for a configuration, with weights that mean nothing yet."""
-    import timm
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-
-    try:
-        vision_cfg = CLIPVisionCfg(**source.model_cfg["vision_cfg"])
-        embedding_width = int(source.model_cfg["embed_dim"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise EncoderError(
-            f"{source.origin} does not describe an open_clip model: {error!r}. "
-            "It needs model_cfg with embed_dim and vision_cfg, as open_clip writes them."
-        ) from error
-    timm_name = vision_cfg.timm_model_name
-    if timm_name and (":" in timm_name or not timm.is_model(timm_name)):
-        raise EncoderError(
-            f"{source.origin} wants the architecture '{timm_name}', which timm "
-            f"{timm.__version__} does not have.{suggest(timm_name, timm.list_models())}"
-        )
-    vision_cfg = replace(vision_cfg, timm_model_pretrained=False)  # its weights come from us
-    try:
-        with torch.random.fork_rng(devices=[]):  # towers draw their initial weights
-            torch.default_generator.manual_seed(source.seed)
-            visual: nn.Module = _build_vision_tower(
-                embedding_width, vision_cfg, quick_gelu=source.model_cfg.get("quick_gelu", False)
-            )
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise EncoderError(
-            f"The image tower that {source.origin} describes cannot be built: {error}"
-        ) from error
-    return visual
-
-
-def _preprocessing(
-    source: Source, visual: nn.Module, resize: str | None, normalize: str, bits_stored: int | None
-) -> Preprocessing:
-    """open_clip's defaults, overridden by the model's configuration, overridden by the caller."""
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    cfg = merge_preprocess_dict(PreprocessCfg(), source.preprocess_cfg)
-    if normalize == "imagenet":
-        cfg |= _IMAGENET
-    resize = resize or _RESIZE_OF_MODE.get(cfg["resize_mode"])
-    if resize is None:
-        raise EncoderError(
-            f"{source.origin} asks for resize_mode '{cfg['resize_mode']}', which is not offered. "
-            "Choose --resize squash or --resize crop."
-        )
-    height, width = _pair(getattr(visual, "image_size", cfg["size"]))
-    if height != width:
-        raise EncoderError(f"{source.origin} asks for {height} x {width} pixels, not a square.")
-    try:
-        preprocessing = Preprocessing(
-            image_size_px=height,
-            mean=_three(cfg["mean"]),
-            std=_three(cfg["std"]),
-            interpolation=cfg["interpolation"],
-            resize=cast(Literal["squash", "crop"], resize),
-        )
-    except ConfigError as error:
-        raise EncoderError(f"{source.origin}: {error}") from error
-    return replace(preprocessing, bits_stored=bits_stored)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
-
-
-def _three(value: float | Sequence[float]) -> tuple[float, float, float]:
-    """open_clip takes one number for all three channels, too."""
-    return (value, value, value) if isinstance(value, int | float) else tuple(value)  # type: ignore[return-value]

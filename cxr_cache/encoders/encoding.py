@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final
@@ -12,11 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxr_cache.encoders.encoder import Encoder, EncoderIdentity, load_encoder
+from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import EncoderError
-
-IMAGENET_STATISTICS: Final = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
-"""Mean and standard deviation of the pixels that ``--normalize imagenet`` stands for."""
 
 
 def encode_views(
@@ -145,38 +142,42 @@ def _encode(encoder: Encoder, pixels: Tensor, n_unfrozen: int | None) -> dict[st
     return {"embeddings": embeddings, "pooled": pooled, "tokens": tokens.half()}
 
 
-def reload_encoder(
-    recorded: Mapping[str, Any], *, model: str | None = None, device: str = "auto"
-) -> Encoder:
-    """Load the encoder that a store or a run says it was made with.
+# -- canaries ---
 
-    Parameters
-    ----------
-    recorded
-        An encoder's identity as :meth:`EncoderIdentity.to_dict` gives it.
-    model
-        Its name, where it lies elsewhere now; None takes the recorded one.
-    device
-        As for :func:`cxr_cache.encoders.encoder.load_encoder`.
+N_CANARIES: Final = 8
 
-    Returns
-    -------
-    Encoder
-        It may still differ in its weights: compare the identities.
 
-    Raises
-    ------
-    EncoderError
-        `recorded` is no identity, or the encoder cannot be loaded.
+MIN_COSINE: Final = 0.9999
+"""Recomputed features must agree this well: batch size and device change bits, not directions."""
+
+
+def draw_canaries(size_px: int) -> NDArray[np.uint8]:
+    """Eight smooth random fields with grain, ``(C, 3, S, S)``.
+
+    They need no file, are the same on every machine, and no two are alike.
     """
-    identity = EncoderIdentity.from_dict(recorded)
-    preprocessing = identity.preprocessing
-    statistics = [list(preprocessing.get(name, ())) for name in ("mean", "std")]
-    return load_encoder(
-        model or identity.name,
-        device=device,
-        precision=identity.precision,
-        resize=preprocessing.get("resize"),
-        normalize="imagenet" if statistics == IMAGENET_STATISTICS else "encoder",
-        bits_stored=preprocessing.get("bits_stored"),
-    )
+    rng = np.random.default_rng(20170802)
+    axis = np.linspace(0, 2 * np.pi, size_px)
+    images = np.empty((N_CANARIES, 3, size_px, size_px), np.uint8)
+    for image in images:
+        waves = rng.uniform(0.5, 4.0, size=(2, 1))
+        phases = rng.uniform(0, 2 * np.pi, size=(2, 1))
+        rows, columns = np.sin(waves * axis + phases)
+        field = 110 + 60 * np.outer(rows, columns) + rng.normal(0, 12, (size_px, size_px))
+        image[:] = field.clip(0, 255).astype(np.uint8)
+    return images
+
+
+def encode_canaries(encoder: Encoder) -> NDArray[np.float32]:
+    """Embeddings of the eight images, ``(C, D)``: a fingerprint of what is computed."""
+    images = draw_canaries(encoder.preprocessing.image_size_px)
+    _, embeddings = encoder.encode(torch.from_numpy(images))
+    return np.asarray(embeddings.cpu().numpy(), np.float32)
+
+
+def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine between corresponding vectors along the last axis; NaN where one is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((a * b).sum(axis=-1) / norms)

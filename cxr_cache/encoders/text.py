@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,14 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cxr_cache.encoders.sources import (
-    Source,
-    find_source,
-    first_line,
-    list_names,
-)
+from cxr_cache.common.wording import first_line, list_names
+from cxr_cache.encoders.loading import find_source
+from cxr_cache.encoders.sources import Source
 from cxr_cache.encoders.weights import read_tensors
-from cxr_cache.errors import EncoderError
+from cxr_cache.errors import ConfigError, EncoderError
 
 _PREFIX: Final = "text."
 _UNPREFIXED: Final = (
@@ -61,8 +60,9 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
     Parameters
     ----------
     name
-        As for :func:`cxr_cache.encoders.encoder.load_encoder`. A folder (``local-dir:``) needs no network if
-        it also holds the tokenizer's files, as the repository does.
+        As for :func:`cxr_cache.encoders.loading.load_encoder`. A folder
+        (``local-dir:``) needs no network if it also holds the tokenizer's files, as the
+        repository does.
     device
         As torch names it.
 
@@ -83,7 +83,7 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
     if scale is None:
         raise EncoderError(f"{source.weights} has no logit_scale. Copy or download it again.")
     try:
-        tower = _build_tower(source)
+        tower = build_tower(source)
         tokenize = _load_tokenizer(source)
     except EncoderError:
         raise
@@ -114,7 +114,7 @@ def _read_text_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _build_tower(source: Source) -> nn.Module:
+def build_tower(source: Source) -> nn.Module:
     """open_clip's text tower for a configuration, with weights that mean nothing yet."""
     from open_clip.model import CLIPTextCfg, _build_text_tower
 
@@ -203,3 +203,49 @@ def _fill(tower: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             "copy both again."
         )
     tower.load_state_dict(tensors)
+
+
+# -- prompts ---
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """What may be said of an image with a finding, and of one without."""
+
+    present: tuple[str, ...]
+    absent: tuple[str, ...]
+
+
+def load_prompts(path: Path | None = None) -> dict[str, PromptPair]:
+    """Prompts by finding, from a JSON file or the package's own for the 35 findings.
+
+    The file holds ``{"Mass": {"present": ["a lung mass"], "absent": ["no lung mass"]}}``; a finding
+    may have several of each, whose embeddings are averaged.
+
+    Raises
+    ------
+    ConfigError
+        The file is not of that form.
+    """
+    if path is None:
+        text = files("cxr_cache.encoders").joinpath("prompts35.json").read_text(encoding="utf-8")
+    else:
+        text = path.read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text)
+        return {finding: _parse_pair(entry) for finding, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not a file of prompts ({error!r}). It needs, for every finding: "
+            '{"Cardiomegaly": {"present": ["cardiomegaly"], "absent": ["no cardiomegaly"]}}.'
+        ) from error
+
+
+def _parse_pair(entry: Any) -> PromptPair:
+    pair = PromptPair(tuple(entry["present"]), tuple(entry["absent"]))
+    for sentences in (entry["present"], entry["absent"]):
+        if isinstance(sentences, str) or not sentences:
+            raise ValueError("present and absent are lists of one sentence or more")
+        if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
+            raise ValueError("a sentence is text")
+    return pair

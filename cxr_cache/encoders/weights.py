@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cxr_cache.encoders.sources import first_line, list_names
+from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.errors import EncoderError
 
 _VISION_PREFIX = "visual."

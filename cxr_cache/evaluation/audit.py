@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
-from cxr_cache.evaluation.audit_images import THUMBNAIL_PX, PictureFacts, examine_pictures
-from cxr_cache.evaluation.duplicates import Neighbourhood, find_neighbours, find_same_digests
+from cxr_cache.evaluation.audit_images import (
+    THUMBNAIL_PX,
+    Neighbourhood,
+    PictureFacts,
+    examine_pictures,
+    find_embedding_outliers,
+    find_neighbours,
+    find_pixel_outliers,
+    find_same_digests,
+    standardise,
+)
 from cxr_cache.evaluation.leakage import Leakage, measure_leakage, recipe_of
-from cxr_cache.evaluation.outliers import find_embedding_outliers, find_pixel_outliers, standardise
 from cxr_cache.models.run import Run
 from cxr_cache.store.feature_store import FAILED, FeatureStore
 
@@ -196,7 +204,8 @@ def audit_store(
     ConfigError
         `with_leakage` without a `run`.
     RunError
-        The run has images that the store has not; or as :func:`cxr_cache.evaluation.leakage.measure_leakage`.
+        The run has images that the store has not; or as
+        :func:`cxr_cache.evaluation.leakage.measure_leakage`.
     """
     config = config or AuditConfig()
     if with_leakage and run is None:

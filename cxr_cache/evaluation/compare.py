@@ -11,12 +11,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
-from cxr_cache.datasets.clusters import UNITS, Unit, count_rarer_class
+from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.scored import ScoredImages, read_scored
-from cxr_cache.metrics.bootstrap import bootstrap
-from cxr_cache.metrics.intervals import LEVEL, macro_error, standard_errors
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.intervals import LEVEL, count_rarer_class, macro_error, standard_errors
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
 
@@ -110,7 +109,7 @@ def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> C
         Two or more finished runs with the same test images, findings and targets.
         What is resampled are the patients of the first of them that names any, else studies.
     n_resamples, seed
-        As in :func:`cxr_cache.metrics.bootstrap.bootstrap`.
+        As in :func:`cxr_cache.metrics.resampled.bootstrap`.
 
     Raises
     ------

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_cache.evaluation.scored import ScoredImages
-from cxr_cache.metrics.calibration import N_BINS, has_both_classes, reliability
-from cxr_cache.metrics.scores import NEVER, Array, FloatArray
+from cxr_cache.metrics.scores import N_BINS, NEVER, Array, FloatArray, has_both_classes, reliability
 
 MAX_POINTS: Final = 200
 """Of one finding's curve; a page for any number of images stays small."""

@@ -11,20 +11,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.datasets.clusters import UNITS, Unit
+from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
 from cxr_cache.evaluation.figures import (
     Entry,
     Estimates,
-    estimate,
-    to_number,
-)
-from cxr_cache.evaluation.finding_tables import (
     calibration_columns,
+    estimate,
     probability_errors,
     tabulate_findings,
     tabulate_groups,
+    to_number,
 )
 from cxr_cache.evaluation.scored import (
     ScoredImages,
@@ -32,10 +30,9 @@ from cxr_cache.evaluation.scored import (
     parse_predictions,
     read_scored,
 )
-from cxr_cache.metrics.calibration import Calibration, has_both_classes
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
-from cxr_cache.metrics.operating_point import choose_operating_point
-from cxr_cache.metrics.scores import NEVER, FloatArray, macro_mean
+from cxr_cache.metrics.operating_point import Calibration, choose_operating_point
+from cxr_cache.metrics.scores import NEVER, FloatArray, has_both_classes, macro_mean
 from cxr_cache.models.run import Run, TableName
 
 FEW_POSITIVES: Final = 10
@@ -113,7 +110,8 @@ def evaluate_predictions(
     rule
         How the thresholds were chosen, to be recorded.
     groups
-        CSV of groups to be evaluated one by one; see :func:`cxr_cache.evaluation.scored.join_groups`.
+        CSV of groups to be evaluated one by one; see
+        :func:`cxr_cache.evaluation.scored.join_groups`.
     n_resamples
         Bootstrap resamples; 0 leaves the intervals out.
     seed
@@ -218,7 +216,7 @@ def _choose_anew(run: Run, rule: str | None, method: str | None) -> None:
         rule=rule or run.threshold_rule,
         calibration=method or run.calibration.method,
     )
-    run.save_model(point.put_into(run.load_model()))
+    run.save_model(run.load_model().read_at(point))
 
 
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:

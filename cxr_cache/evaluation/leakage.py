@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.config import TrainConfig
-from cxr_cache.datasets.clusters import UNITS, Unit, name_unit
+from cxr_cache.datasets.cohort import UNITS, Unit, name_unit
 from cxr_cache.datasets.splits import split_test, split_test_by_image
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.paired import (
@@ -23,13 +23,8 @@ from cxr_cache.metrics.paired import (
 from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import FINAL_FOLD, Run
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.rows import find_done_rows, read_features
-from cxr_cache.training.fit import (
-    HeadTask,
-    TrainingData,
-    count_steps,
-    fit_heads,
-)
+from cxr_cache.store.rows import TrainingData, find_done_rows, read_features
+from cxr_cache.training.fit import HeadTask, count_steps, fit_heads
 
 BY_STUDY: Final = "split by study"
 BY_IMAGE: Final = "split by image"

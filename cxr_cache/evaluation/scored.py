@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import find_duplicates, read_csv, require_unique
-from cxr_cache.datasets.clusters import (
+from cxr_cache.datasets.cohort import (
     Unit,
     assign_clusters,
     name_unit,

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from cxr_cache.datasets.clusters import UNITS, Unit, name_unit
-from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.encoders.encoder import EncoderIdentity
-from cxr_cache.encoders.prompts import PromptPair
-from cxr_cache.encoders.text import TextEncoder
+from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
+from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.text import PromptPair, TextEncoder
 from cxr_cache.errors import RunError, StoreMismatchError, TrainingError
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.metrics.paired import (

@@ -22,9 +22,10 @@ import math
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from cxr_cache.metrics.scores import Array, FloatArray, macro_mean
+from cxr_cache.metrics.scores import Array, FloatArray, macro_mean, mean_ranks
 
 LEVEL: Final = 0.95
 """How often an interval is meant to cover."""
@@ -208,3 +209,75 @@ def _on_scale(
         odds = estimates / (1 - estimates)
         factor = np.exp(reach / (estimates * (1 - estimates)))
         return odds / factor / (1 + odds / factor), 1 - 1 / (1 + odds * factor)
+
+
+def count_rarer_class(targets: Array, clusters: Array) -> FloatArray:
+    """Clusters with a positive, or with a negative where those are fewer, of each finding.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, ``(N, F)``.
+    clusters
+        Of every row, ``(N,)``.
+
+    Returns
+    -------
+    FloatArray
+        Shape ``(F,)``.
+    """
+    counts = [
+        min(len(np.unique(clusters[target == value])) for value in (0, 1)) for target in targets.T
+    ]
+    return np.array(counts, np.float64)
+
+
+def auroc_influence(targets: Array, scores: Array) -> FloatArray:
+    """Influence of every row on each finding's AUROC, ``(N, F)``; a column sums to zero.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, ``(N, F)``.
+    scores
+        Finite, ``(N, F)``; ties count half.
+    """
+    influence = np.zeros(targets.shape)
+    for f, (target, score) in enumerate(zip(targets.T, scores.T, strict=True)):
+        positives, negatives = np.flatnonzero(target == 1), np.flatnonzero(target == 0)
+        if not len(positives) or not len(negatives):
+            continue
+        both = np.concatenate([positives, negatives])
+        ranks = mean_ranks(score[both])
+        n = len(positives)
+        beaten = (ranks[:n] - mean_ranks(score[positives])) / len(negatives)
+        beating = 1 - (ranks[n:] - mean_ranks(score[negatives])) / n
+        influence[positives, f] = (beaten - beaten.mean()) / n
+        influence[negatives, f] = (beating - beating.mean()) / len(negatives)
+    return influence
+
+
+def clustered_error(
+    influence: FloatArray, groups: NDArray[np.generic], n_clusters: FloatArray
+) -> MeanError:
+    """Standard error of a sum of figures whose rows have these influences, groups drawn as a whole.
+
+    Parameters
+    ----------
+    influence
+        Of the terms, ``(N, F)``; for a difference of two figures, the difference of theirs.
+    groups
+        Study (or patient) of every row, ``(N,)``.
+    n_clusters
+        Groups that each figure rests on, ``(F,)``: its squares are made those of n - 1. A figure of
+        fewer than two shows no variance.
+    """
+    _, codes = np.unique(groups, return_inverse=True)
+    sums = np.zeros((codes.max(initial=-1) + 1, influence.shape[1]))
+    np.add.at(sums, codes, influence)
+    shown = n_clusters > 1
+    sums, n = sums[:, shown], n_clusters[shown]
+    sums *= np.sqrt(n / (n - 1))
+    variances = np.square(sums).sum(axis=0)
+    error = math.sqrt(np.square(sums.sum(axis=1)).sum())
+    return MeanError(error if shown.any() else math.nan, pool_clusters(variances, n))

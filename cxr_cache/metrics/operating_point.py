@@ -1,16 +1,250 @@
-"""Thresholds and calibration of a model, chosen on predictions for images it has not seen."""
+"""How far probabilities are from frequencies, and maps that bring them closer.
+
+The maps act on the logit, rise strictly, and are fitted to out-of-fold predictions: the order of
+images, and with it AUROC and AP, stays what it was.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, log_expit, logit
 
-from cxr_cache.metrics.calibration import Calibration, fit_calibration
-from cxr_cache.metrics.scores import Array, FloatArray
-from cxr_cache.metrics.thresholds import choose_thresholds
-from cxr_cache.models.run import SavedModel
+from cxr_cache.config import parse_threshold_rule
+from cxr_cache.metrics.scores import (
+    NEVER,
+    Array,
+    FloatArray,
+    f1_score,
+    has_both_classes,
+    require_finite,
+)
+
+MIN_SLOPE: Final = 0.01
+"""A finding that out-of-fold predictions rank no better than chance keeps its order, barely."""
+
+_CLOSEST: Final = float(np.finfo(np.float32).eps)  # probabilities are stored as float32
+
+
+# --- how well calibrated -------------------------------------------------------------------------
+
+
+# --- maps ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A map of probabilities per finding: logit -> slope * logit + intercept.
+
+    Attributes
+    ----------
+    method
+        ``"none"``, ``"temperature"`` or ``"platt"``.
+    slope, intercept
+        Shape ``(F,)``; 1 and 0 for a finding that is left as it is.
+    """
+
+    method: str
+    slope: FloatArray
+    intercept: FloatArray
+
+    def apply(self, probabilities: Array) -> FloatArray:
+        """Calibrated probabilities, ``(..., F)`` -> ``(..., F)`` in float64; NaN stays NaN."""
+        given = np.asarray(probabilities, np.float64)
+        if self.method == "none":
+            return given
+        kept = (self.slope == 1) & (self.intercept == 0)
+        mapped = expit(self.slope * logit(given) + self.intercept)
+        return np.where(kept, given, mapped)
+
+    @property
+    def temperature(self) -> float | None:
+        """What logits are divided by, if it is one number for all findings."""
+        return float(1 / self.slope[0]) if self.method == "temperature" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "method": self.method,
+            "slope": self.slope.tolist(),
+            "intercept": self.intercept.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """What :meth:`to_dict` gave."""
+        slope, intercept = (np.array(values[k], np.float64) for k in ("slope", "intercept"))
+        return cls(values["method"], slope, intercept)
+
+    @classmethod
+    def none(cls, n_findings: int) -> Calibration:
+        """The map that changes nothing."""
+        return cls("none", np.ones(n_findings), np.zeros(n_findings))
+
+
+def fit_calibration(targets: Array, probabilities: Array, method: str) -> Calibration:
+    """Fit a map to predictions of images that the model has not seen.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
+    probabilities
+        In [0, 1], shape ``(N, F)``.
+    method
+        ``"none"``; ``"temperature"``: one number for all findings, that logits are divided by, with
+        the least log loss over all labelled cells (Guo et al., 2017); ``"platt"``: slope and
+        intercept per finding (Platt, "Probabilistic outputs for support vector machines", 1999,
+        with his smoothed targets), the slope at least :data:`MIN_SLOPE`. A finding without a
+        positive or without a negative is left as it is.
+
+    Raises
+    ------
+    ValueError
+        A probability is NaN or infinite.
+    """
+    calibration = Calibration.none(targets.shape[1])
+    if method == "none":
+        return calibration
+    given = require_finite(np.asarray(probabilities, np.float64))
+    logits = logit(np.clip(given, _CLOSEST, 1 - _CLOSEST))
+    slope, intercept = calibration.slope, calibration.intercept
+    if method == "temperature":
+        slope[:] = _fit_temperature(targets, logits)
+    else:
+        for f in np.flatnonzero(has_both_classes(targets)):
+            labelled = ~np.isnan(targets[:, f])
+            slope[f], intercept[f] = _fit_platt(targets[labelled, f] == 1, logits[labelled, f])
+    return Calibration(method, slope, intercept)
+
+
+def _fit_temperature(targets: Array, logits: FloatArray) -> float:
+    """1 / T; log loss is convex in it, hence has one minimum in its logarithm too."""
+    from scipy.optimize import minimize_scalar  # half a second, which most runs need not wait for
+
+    labelled = ~np.isnan(targets)
+    if not (labelled & (targets == 1)).any() or not (targets == 0).any():
+        return 1.0
+    margins = np.where(targets == 1, logits, -logits)[labelled]
+
+    def loss(log_slope: float) -> float:
+        return -float(log_expit(np.exp(log_slope) * margins).mean())
+
+    found = minimize_scalar(loss, bounds=(np.log(MIN_SLOPE), 5), method="bounded")
+    return float(np.exp(found.x))
+
+
+def _fit_platt(present: NDArray[np.bool_], logits: FloatArray) -> tuple[float, float]:
+    """Slope and intercept with the least log loss against targets that are not quite 0 and 1."""
+    from scipy.optimize import minimize  # as above
+
+    n_present = int(present.sum())
+    n_absent = len(present) - n_present
+    wanted = np.where(present, (n_present + 1) / (n_present + 2), 1 / (n_absent + 2))
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        z = parameters[0] * logits + parameters[1]
+        error = (expit(z) - wanted) / len(z)
+        value = -(wanted * log_expit(z) + (1 - wanted) * log_expit(-z)).mean()
+        return float(value), np.array([error @ logits, error.sum()])
+
+    start = np.array([1.0, np.log((n_present + 1) / (n_absent + 1)) - logits.mean()])
+    found = minimize(
+        loss,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(MIN_SLOPE, None), (None, None)],
+        options={"ftol": 1e-12, "gtol": 1e-8},
+    )
+    return float(found.x[0]), float(found.x[1])
+
+
+# -- thresholds ---
+
+
+def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") -> FloatArray:
+    """Threshold of every finding that a rule asks for on these rows.
+
+    A finding is called present where its probability is **at least** the threshold. Every distinct
+    probability is tried, so the answer is exact. The threshold lies half-way between the lowest
+    probability called present and the next one below (or zero), so that rounding in a table moves
+    no row across it.
+
+    Choose on out-of-fold predictions, never on the rows that will be reported.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
+    probabilities
+        In [0, 1], shape ``(N, F)``.
+    rule
+        ``"f1"`` and ``"youden"`` maximise F1 and sensitivity + specificity - 1 (Youden, 1950); of
+        equal maxima the highest threshold wins. ``"sensitivity=0.9"`` takes the highest threshold
+        that reaches it, ``"specificity=0.9"`` and ``"ppv=0.5"`` the lowest: each keeps the target
+        and gives up as little as possible of what it costs.
+
+    Returns
+    -------
+    FloatArray
+        Shape ``(F,)``; :data:`cxr_cache.metrics.scores.NEVER` for a finding without a
+        labelled positive, since nothing supports ever calling it, for one without a labelled
+        negative if the rule looks at specificity, and where no threshold reaches the target.
+
+    Raises
+    ------
+    ConfigError
+        There is no such rule.
+    ValueError
+        A probability is NaN or infinite.
+    """
+    name, target = parse_threshold_rule(rule)
+    probabilities = require_finite(np.asarray(probabilities, dtype=np.float64))
+    columns = zip(targets.T, probabilities.T, strict=True)
+    return np.array([_choose_threshold(t, p, name, target) for t, p in columns], dtype=np.float64)
+
+
+def _choose_threshold(targets: Array, probabilities: FloatArray, name: str, target: float) -> float:
+    labelled = ~np.isnan(targets)
+    order = np.argsort(-probabilities[labelled], kind="stable")
+    present = targets[labelled][order] == 1
+    if not present.any() or (present.all() and name in ("youden", "specificity")):
+        return NEVER
+    descending = probabilities[labelled][order]
+    last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # of each tie
+    candidates = descending[last]
+    tp = present.cumsum()[last]
+    best = _choose_candidate(tp, last + 1 - tp, name, target)
+    if best is None:
+        return NEVER
+    below = candidates[best + 1] if best + 1 < len(candidates) else 0.0
+    half_way = float(candidates[best] + below) / 2
+    return half_way if half_way > below else float(candidates[best])
+
+
+def _choose_candidate(
+    tp: NDArray[np.intp], fp: NDArray[np.intp], name: str, target: float
+) -> int | None:
+    """Which of the candidates, from the highest threshold down; None if none will do."""
+    n_present, n_absent = tp[-1], fp[-1]
+    if name == "f1":
+        return int(np.argmax(f1_score(tp, fp, n_present - tp)))
+    if name == "youden":
+        # Sensitivity - (1 - specificity) over one denominator: whole numbers have exact ties.
+        return int(np.argmax(tp * n_absent - fp * n_present))
+    if name == "sensitivity":
+        return int(np.argmax(tp / n_present >= target))  # the last one has 1
+    kept = (n_absent - fp) / n_absent if name == "specificity" else tp / (tp + fp)
+    reaching = np.flatnonzero(kept >= target)
+    return int(reaching[-1]) if len(reaching) else None
+
+
+# -- both ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +262,6 @@ class OperatingPoint:
         """The thresholds by name, as a model stores them."""
         return dict(zip(findings, self.thresholds.tolist(), strict=True))
 
-    def put_into(self, model: SavedModel) -> SavedModel:
-        """The model with this operating point instead of its own."""
-        return replace(
-            model,
-            thresholds=self.by_finding(model.findings),
-            threshold_rule=self.rule,
-            calibration=self.calibration.to_dict(),
-        )
-
 
 def choose_operating_point(
     targets: Array, probabilities: Array, *, rule: str, calibration: str
@@ -50,9 +275,9 @@ def choose_operating_point(
     probabilities
         Of models that have not seen the rows (out of fold), in [0, 1], shape ``(N, F)``.
     rule
-        As :func:`cxr_cache.metrics.thresholds.choose_thresholds` takes it.
+        As :func:`cxr_cache.metrics.operating_point.choose_thresholds` takes it.
     calibration
-        Method, as :func:`cxr_cache.metrics.calibration.fit_calibration` takes it.
+        Method, as :func:`cxr_cache.metrics.operating_point.fit_calibration` takes it.
     """
     fitted = fit_calibration(targets, probabilities, calibration)
     calibrated = fitted.apply(np.asarray(probabilities, np.float64))

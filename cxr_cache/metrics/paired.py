@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.datasets.clusters import count_rarer_class
-from cxr_cache.metrics.bootstrap import bootstrap
 from cxr_cache.metrics.intervals import (
     Scale,
+    count_rarer_class,
     macro_error,
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import Array, FloatArray, macro_mean
 
 
@@ -115,9 +114,9 @@ def score_jointly(
     models
         By name.
     clusters
-        Of each of the N rows, as :func:`cxr_cache.datasets.clusters.assign_clusters` names them.
+        Of each of the N rows, as :func:`cxr_cache.datasets.cohort.assign_clusters` names them.
     n_resamples, seed
-        As in :func:`cxr_cache.metrics.bootstrap.bootstrap`.
+        As in :func:`cxr_cache.metrics.resampled.bootstrap`.
     """
     ranked = {name: RankedScores(m.targets, m.scores) for name, m in models.items()}
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -348,3 +349,85 @@ def weighted_mean(values: Array, weights: Array | None = None) -> FloatArray:
         row_weights @ np.where(counted, values, 0.0),
         row_weights @ counted.astype(row_weights.dtype),
     )
+
+
+N_BINS: Final = 10
+"""Of equal width over [0, 1]."""
+
+
+def squared_errors(targets: Array, probabilities: Array) -> FloatArray:
+    """Squared error per cell, NaN where unlabelled, ``(N, F)``; the mean is the Brier score."""
+    return np.square(np.asarray(probabilities, dtype=np.float64) - targets)
+
+
+def log_losses(targets: Array, probabilities: Array) -> FloatArray:
+    """Cross-entropy of every cell in nats, NaN where unlabelled, ``(N, F)``.
+
+    Probabilities are kept a rounding step of float64 away from 0 and 1, as scikit-learn does, so
+    that one confident mistake costs 36 nats and not infinity.
+    """
+    step = np.finfo(np.float64).eps
+    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), step, 1 - step)
+    losses = -np.log(np.where(targets == 1, clipped, 1 - clipped))
+    return np.where(np.isnan(targets), np.nan, losses)
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """What falls into each of the B bins, per finding."""
+
+    n: FloatArray
+    """Labelled cells, shape ``(F, B)``."""
+    mean_probability: FloatArray
+    """What was stated; NaN in an empty bin, shape ``(F, B)``."""
+    observed: FloatArray
+    """Share of positives; NaN in an empty bin, shape ``(F, B)``."""
+
+
+def reliability(targets: Array, probabilities: Array, n_bins: int = N_BINS) -> Reliability:
+    """Sort cells into bins of equal width over [0, 1], an upper edge belonging to the bin below.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
+    probabilities
+        In [0, 1], shape ``(N, F)``.
+    n_bins
+        B.
+    """
+    edges = np.linspace(0, 1, n_bins + 1)[1:-1]
+    sums = np.zeros((3, targets.shape[1], n_bins))
+    for f, (t, p) in enumerate(
+        zip(targets.T, np.asarray(probabilities, np.float64).T, strict=True)
+    ):
+        labelled = ~np.isnan(t)
+        bins = np.searchsorted(edges, p[labelled], side="left")
+        for values, summed in zip((None, p[labelled], t[labelled]), sums[:, f], strict=True):
+            summed[:] = np.bincount(bins, weights=values, minlength=n_bins)
+    n, stated, seen = sums
+    return Reliability(n, divide(stated, n), divide(seen, n))
+
+
+def expected_calibration_error(
+    targets: Array, probabilities: Array, n_bins: int = N_BINS
+) -> FloatArray:
+    """Mean gap between stated probability and observed frequency, per finding.
+
+    Gaps of the bins of :func:`reliability` are averaged by their number of rows (Guo et al., "On
+    Calibration of Modern Neural Networks", 2017). It is biased upwards where bins hold few rows.
+
+    Returns
+    -------
+    FloatArray
+        In [0, 1], shape ``(F,)``; NaN for a finding without labels.
+    """
+    bins = reliability(targets, probabilities, n_bins)
+    gaps = np.nan_to_num(np.abs(bins.mean_probability - bins.observed))
+    return divide((bins.n * gaps).sum(axis=1), bins.n.sum(axis=1))
+
+
+def has_both_classes(targets: Array) -> NDArray[np.bool_]:
+    """Whether a finding has a labelled positive and a labelled negative, shape ``(F,)``."""
+    both: NDArray[np.bool_] = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
+    return both

@@ -14,7 +14,7 @@ from typing import Any, Final
 from cxr_cache.common.devices import require_choice
 from cxr_cache.common.files import opened, sync, sync_folder
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.encoding import reload_encoder
+from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
 from cxr_cache.models.export_onnx import require_onnx, write_onnx
 from cxr_cache.models.export_open_clip import HEAD_FILE, require_one_checkpoint, write_open_clip

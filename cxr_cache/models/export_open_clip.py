@@ -13,18 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cxr_cache.datasets.images import Preprocessing
+from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.sources import (
-    CONFIG_FILE,
-    WEIGHTS_FILES,
-    Source,
-    find_source,
-)
+from cxr_cache.encoders.loading import find_source
+from cxr_cache.encoders.open_clip import WEIGHTS_FILES
+from cxr_cache.encoders.sources import CONFIG_FILE, Source
 from cxr_cache.encoders.weights import read_tensors
 from cxr_cache.errors import ExportError
+from cxr_cache.models.export_onnx import plain_heads
 from cxr_cache.models.run import Run, SavedModel, read_calibration
-from cxr_cache.models.whole_model import plain_heads
 
 HEAD_FILE: Final = "head.json"
 HEAD_WEIGHTS_FILE: Final = "head.safetensors"

@@ -261,7 +261,7 @@ def predict_probabilities(bank: HeadBank, embeddings: Tensor, *, batch_size: int
     Parameters
     ----------
     embeddings
-        ``(N, D)``, prepared as for training (see :func:`cxr_cache.store.features.prepare_features`).
+        ``(N, D)``, prepared as for training (see :func:`cxr_cache.store.rows.prepare_features`).
     """
     was_training = bank.training
     bank.eval()

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, finding_table
 from cxr_cache.datasets.images import read_image
-from cxr_cache.encoders.encoder import Encoder, EncoderIdentity
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.errors import (
     ImageError,
     RunError,
@@ -27,9 +29,7 @@ from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, read_calibration
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
-from cxr_cache.store.features import COLUMNS, prepare_features
-from cxr_cache.store.rows import find_done_rows
-from cxr_cache.training.outcome import IMAGE_COLUMNS, finding_table
+from cxr_cache.store.rows import COLUMNS, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 
@@ -190,7 +190,7 @@ def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDAr
     ----------
     outputs
         Those of the encoder that the head reads, in the order of
-        :data:`cxr_cache.store.features.COLUMNS`: most often the embeddings alone.
+        :data:`cxr_cache.store.rows.COLUMNS`: most often the embeddings alone.
     """
     bank = HeadBank.from_snapshot(model.head_tensors)
     n_rows = len(outputs[0])

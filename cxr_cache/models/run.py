@@ -8,18 +8,18 @@ import platform
 import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from cxr_cache.common.files import replacing, write_whole
 from cxr_cache.common.tables import format_csv
-from cxr_cache.common.whole_files import replacing, write_whole
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.errors import RunError
-from cxr_cache.metrics.calibration import Calibration
+from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
@@ -102,6 +102,15 @@ class SavedModel:
     def tail_tensors(self) -> dict[str, Tensor]:
         """Weights of the encoder's fine-tuned blocks, by their names in the checkpoint."""
         return {k: v.float() for k, v in self.tensors.items() if k.startswith(_ENCODER_PREFIX)}
+
+    def read_at(self, point: OperatingPoint) -> SavedModel:
+        """The model with thresholds and calibration of this operating point instead of its own."""
+        return replace(
+            self,
+            thresholds=point.by_finding(self.findings),
+            threshold_rule=point.rule,
+            calibration=point.calibration.to_dict(),
+        )
 
 
 def read_calibration(stored: dict[str, Any] | None, n_findings: int) -> Calibration:
@@ -423,15 +432,6 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         raise RunError(
             f"{path} holds a finished run. Choose another folder, or replace it with --overwrite."
         )
-
-
-def keep_longest(history: pd.DataFrame) -> pd.DataFrame:
-    """Of a history whose candidates were trained one by one, the longest, and the final model."""
-    if "horizon" not in history:
-        return history
-    is_longest = history["horizon"] == history["horizon"].max()
-    kept: pd.DataFrame = history[is_longest | (history["fold"] == FINAL_FOLD)]
-    return kept
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from cxr_cache.common.whole_files import write_whole
+from cxr_cache.common.files import write_whole
 
 Axes: TypeAlias = Any  # matplotlib has no types of its own
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import jinja2
 
-from cxr_cache.datasets.clusters import UNITS, Unit
+from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
@@ -50,7 +50,8 @@ def render_page(
     pictures
         Data address by image id; None leaves the cases out.
     maps
-        Where the first run looked in its cases, as :func:`cxr_cache.report.case_maps.draw_maps` returns.
+        Where the first run looked in its cases, as
+        :func:`cxr_cache.report.cases.draw_maps` returns.
     problems
         What was wrong with images that have no picture.
     """

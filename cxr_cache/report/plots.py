@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from cxr_cache.common.files import write_whole
+from cxr_cache.datasets.cohort import UNITS
+from cxr_cache.errors import ImageError
+from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.curves import POOLED
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
-from cxr_cache.models.run import FINAL_FOLD, Run, keep_longest
+from cxr_cache.models.explain import Explanation
+from cxr_cache.models.run import FINAL_FOLD, Run
 from cxr_cache.report.drawing import (
     BLUE,
     GREEN,
     GREY,
     INK,
     ORANGE,
+    PALETTE,
     Axes,
     label_rows,
     label_width,
     open_figure,
     put_legend_on_top,
 )
+from cxr_cache.report.views import keep_longest
 
 PLOTS = (
     "epoch_search",
@@ -330,3 +341,200 @@ def draw_plots(run: Run) -> dict[str, Path]:
     else:
         del paths["curves"]
     return paths
+
+
+_MARKERS: Final = "osD^v*"  # runs differ by more than their colour
+
+
+def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[Path, Path]:
+    """Write ``comparison.csv`` and ``comparison.png`` into a folder, which is made if missing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture = folder / "comparison.csv", folder / "comparison.png"
+    write_whole(table, comparison.table.to_csv(index=False, float_format="%.9g").encode())
+    draw_comparison(comparison, picture)
+    return table, picture
+
+
+def draw_comparison(comparison: Comparison, path: str | Path) -> None:
+    """Draw the AUROC difference of every run and finding, with its interval, as a PNG.
+
+    Findings whose difference is beyond luck after Holm's correction are filled markers; the mean
+    over findings is the top row. Intervals of very few studies run out of the frame.
+
+    Parameters
+    ----------
+    comparison
+        Of two or more runs.
+    path
+        File to write; its folder exists.
+    """
+    table = comparison.table
+    table = table[(table["rows"] == "images") & (table["measure"] == "auroc")]
+    findings = _order(table)
+    runs = comparison.runs[1:]
+    furthest = max(0.05, 1.4 * table["difference"].abs().max())
+    with open_figure(path, 8, 1.4 + 0.26 * len(findings)) as figure:
+        axes = figure.add_subplot()
+        axes.axvline(0, color=GREY, linewidth=1)
+        for k, run in enumerate(runs):
+            shift = 0.5 * ((k + 0.5) / len(runs) - 0.5)
+            _draw_run(axes, table[table["run"] == run], findings, run, k, shift)
+        label_rows(axes, [name or "mean over findings" for name in findings])
+        axes.set_xlim(-furthest, furthest)
+        axes.set_xlabel(
+            f"AUROC difference to {comparison.runs[0]}, with 95 % interval over "
+            f"{UNITS[comparison.unit]}"
+        )
+        put_legend_on_top(axes, 3)
+
+
+def _order(table: pd.DataFrame) -> list[str]:
+    """Findings that were compared, from the bottom up: fewest positives first, the mean on top."""
+    first_run = table[table["run"] == table["run"].iloc[0]].dropna(subset=["difference"])
+    of_findings = first_run[first_run["finding"] != MACRO]
+    return [*of_findings.sort_values("n_positive", kind="stable")["finding"], MACRO]
+
+
+def _draw_run(
+    axes: Axes, rows: pd.DataFrame, findings: list[str], run: str, k: int, shift: float
+) -> None:
+    rows = rows.set_index("finding").loc[findings]
+    color, marker = PALETTE[k % len(PALETTE)], _MARKERS[k % len(_MARKERS)]
+    places = np.arange(len(findings)) - shift
+    bounds = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+    reach = np.nan_to_num(np.array(bounds))
+    differs = (rows["p_holm"] < 0.05).to_numpy()
+    axes.errorbar(rows["difference"], places, xerr=reach, fmt="none", ecolor=color, elinewidth=1.2)
+    for chosen, face, label in ((~differs, "white", run), (differs, color, f"{run}, differs")):
+        axes.scatter(
+            rows["difference"][chosen],
+            places[chosen],
+            s=22,
+            marker=marker,
+            edgecolors=color,
+            facecolors=face,
+            zorder=3,
+            label=label if chosen.any() else None,
+        )
+
+
+_N_SHOWN: Final = 40
+
+
+def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
+    """Draw every setting's folds, their mean, and the baselines, best on top, as a PNG.
+
+    Parameters
+    ----------
+    table
+        Of :class:`cxr_cache.training.ablate.Ablation`; the best forty settings and
+        all baselines are drawn.
+    path
+        File to write; its folder exists.
+    """
+    path = Path(path)
+    n_before = (table["kind"] == "head").cumsum()
+    shown = table[(table["kind"] == "baseline") | (n_before <= _N_SHOWN)][::-1]
+    folds = shown[[name for name in shown if str(name).startswith("fold_")]].to_numpy()
+    is_head = (shown["kind"] == "head").to_numpy()
+    places = np.arange(len(shown))
+    with open_figure(path, 8, 1.2 + 0.27 * len(shown)) as figure:
+        axes = figure.add_subplot()
+        axes.plot(folds, places, "|", color=GREY, markersize=7)
+        for kind, color, marker, name in (
+            (is_head, BLUE, "o", "head"),
+            (~is_head, ORANGE, "D", "baseline"),
+        ):
+            means = shown["mean_auroc"].to_numpy()[kind]
+            if kind.any():
+                axes.plot(
+                    means, places[kind], marker, color=color, label=f"{name}, mean over folds"
+                )
+        label_rows(axes, [str(label) for label in shown["setting"]])
+        axes.set_xlabel("macro AUROC on held-out folds (each fold a line)")
+        put_legend_on_top(axes, 2)
+    return path
+
+
+_COLOURS: Final = "cividis"  # made to look the same to colour-blind people
+
+
+_STRONGEST: Final = 0.75  # opacity of the map's maximum; its zero is transparent
+
+
+def draw_explanation(explanation: Explanation, path: Path) -> None:
+    """Draw the radiograph, alone and with the map over it, into a PNG.
+
+    The map is scaled to its own maximum, so that colours do not compare between pictures; where it
+    is zero, nothing covers the radiograph.
+    """
+    height, width = explanation.picture.shape[:2]
+    figure = Figure(figsize=(10, 1 + 4.8 * min(height / width, 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    plain, covered = figure.subplots(1, 2)
+    relevance = explanation.relevance / max(float(explanation.relevance.max()), 1e-12)
+    for axes in (plain, covered):
+        axes.imshow(
+            explanation.picture, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0)
+        )
+        axes.set_axis_off()
+    shown = covered.imshow(
+        relevance,
+        cmap=_COLOURS,
+        vmin=0,
+        vmax=1,
+        alpha=_STRONGEST * relevance,
+        extent=explanation.extent,
+        interpolation="bilinear",
+    )
+    covered.set_xlim(0, width)
+    covered.set_ylim(height, 0)
+    figure.colorbar(shown, ax=covered, label="relevance, share of the maximum", shrink=0.8)
+    called = "present" if explanation.probability >= explanation.threshold else "absent"
+    threshold = (
+        f"{explanation.threshold:.1%}" if explanation.threshold <= 1 else "none: never called"
+    )
+    figure.suptitle(
+        f"{explanation.finding}: {explanation.probability:.1%} (threshold {threshold}), {called}\n"
+        f"{explanation.path.name}. Not for clinical use."
+    )
+    figure.savefig(path, dpi=110)
+
+
+def write_explanations(
+    explanations: Iterable[Explanation | ImageError], folder: Path, *, raw: bool = False
+) -> tuple[int, list[str]]:
+    """Draw every explanation into a folder as ``IMAGE_FINDING.png``.
+
+    Parameters
+    ----------
+    explanations
+        As :func:`cxr_cache.models.explain.explain_images` gives them.
+    folder
+        Made where it is not there.
+    raw
+        Also write the map itself, ``.npy``, float32, rows and columns of patches.
+
+    Returns
+    -------
+    n_written
+        Pictures.
+    failures
+        What was said about images that could not be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names: Counter[str] = Counter()
+    failures = []
+    for one in explanations:
+        if isinstance(one, ImageError):
+            failures.append(str(one))
+            continue
+        name = f"{one.path.stem}_{one.finding}"
+        name = re.sub(r"[^\w.-]+", "_", name)
+        names[name] += 1  # images of two folders may share a name
+        name += f"_{names[name]}" if names[name] > 1 else ""
+        draw_explanation(one, folder / f"{name}.png")
+        if raw:
+            np.save(folder / f"{name}.npy", one.relevance)
+    return names.total(), failures

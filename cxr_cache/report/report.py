@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cxr_cache.common.whole_files import write_whole
+from cxr_cache.common.files import write_whole
 from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.evaluation.compare import N_RESAMPLES, compare_runs
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models.run import Run
-from cxr_cache.report.cases import PER_KIND, find_cases
+from cxr_cache.report.cases import PER_KIND, draw_thumbnails, find_cases
 from cxr_cache.report.model_card import UNKNOWN, render_card
 from cxr_cache.report.page import MAX_RUNS, render_page
 from cxr_cache.report.plots import draw_plots
-from cxr_cache.report.thumbnails import draw_thumbnails
 from cxr_cache.report.views import collect_differences, read_view
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def write_report(
     view = read_view(run)  # fails before anything is drawn
     shown = {} if image_dir is None else _show_cases([run], image_dir)
     if image_dir is not None and encoder is not None:
-        from cxr_cache.report.case_maps import draw_maps  # torch takes seconds to import
+        from cxr_cache.report.cases import draw_maps  # torch takes seconds to import
 
         cases = shown["cases"][0]
         shown["maps"] = draw_maps(run, cases, image_dir, encoder, on_progress=on_progress)

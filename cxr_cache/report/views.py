@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,11 @@ import pandas as pd
 from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
-from cxr_cache.models.run import Run, TableName, keep_longest
+from cxr_cache.models.run import FINAL_FOLD, Run, TableName
+
+if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
+    pass
+
 
 POINTS_OF_ALL_CURVES: Final = 30_000
 """What a page draws at most: about 0.7 MB, however many findings and runs there are."""
@@ -312,3 +316,12 @@ def _tidy(value: Any, *, significant: bool = False) -> Any:
     if isinstance(value, int | np.integer):
         return int(value)
     return float(f"{value:.{_DIGITS}g}") if significant else round(float(value), _DIGITS)
+
+
+def keep_longest(history: pd.DataFrame) -> pd.DataFrame:
+    """Of a history whose candidates were trained one by one, the longest, and the final model."""
+    if "horizon" not in history:
+        return history
+    is_longest = history["horizon"] == history["horizon"].max()
+    kept: pd.DataFrame = history[is_longest | (history["fold"] == FINAL_FOLD)]
+    return kept

@@ -18,9 +18,14 @@ from numpy.typing import NDArray
 
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import Batch, dead_workers_explained, decode_batches
-from cxr_cache.encoders.canary import MIN_COSINE, cosines
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
-from cxr_cache.encoders.encoding import FittingEncoder, encoding_threads, largest_token
+from cxr_cache.encoders.encoding import (
+    MIN_COSINE,
+    FittingEncoder,
+    cosines,
+    encoding_threads,
+    largest_token,
+)
 from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.store.feature_store import (
     DONE,

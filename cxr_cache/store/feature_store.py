@@ -29,6 +29,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import (
+    WriterLock,
     disk_errors_named,
     opened,
     read_at,
@@ -38,7 +39,6 @@ from cxr_cache.common.files import (
     sync_folder,
     write_at,
 )
-from cxr_cache.common.locks import WriterLock
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import DiskError, StoreFormatError, StoreNotFoundError
 from cxr_cache.store.layout import (

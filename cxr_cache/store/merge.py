@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.encoders.canary import MIN_COSINE, cosines
-from cxr_cache.encoders.encoder import EncoderIdentity
+from cxr_cache.encoders.encoding import MIN_COSINE, cosines
+from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.errors import ConfigError, StoreMismatchError
 from cxr_cache.store.feature_store import (
     DONE,

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_bytes
-from cxr_cache.encoders.canary import MIN_COSINE, cosines, encode_canaries
-from cxr_cache.encoders.encoder import Encoder, EncoderIdentity
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import MIN_COSINE, cosines, encode_canaries
+from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.errors import ImageError, StoreMismatchError
 from cxr_cache.store.feature_store import FeatureStore, Space
 

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_cache.common.files import require_space, reserve
 from cxr_cache.config import TrainConfig
-from cxr_cache.datasets.cohort import Cohort, load_labels
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.labels import load_labels
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.store.feature_store import FAILED, PENDING, FeatureStore
-from cxr_cache.store.features import COLUMNS, prepare_features
-from cxr_cache.store.shared_arrays import allocate_shared
+
+COLUMNS: Final = {
+    "projected": ("embeddings",),
+    "pooled": ("pooled",),
+    "both": ("embeddings", "pooled"),
+}
+"""Columns of a store for each of :data:`cxr_cache.config.FEATURES`."""
+
+
+def prepare_embeddings(embeddings: NDArray[np.float32], input_norm: str) -> NDArray[np.float32]:
+    """Embeddings as the head reads them: L2-normalised along the last axis, or as they are.
+
+    What is standardised stays as it is: mean and spread belong to the rows that a head is trained
+    on, and end up in its first layer.
+    """
+    if input_norm != "l2":
+        return embeddings
+    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    prepared: NDArray[np.float32] = embeddings / np.maximum(norms, np.float32(1e-12))
+    return prepared
+
+
+def prepare_features(parts: Sequence[NDArray[np.float32]], input_norm: str) -> NDArray[np.float32]:
+    """Side by side, each prepared by itself: the encoder's outputs differ in scale."""
+    prepared = [prepare_embeddings(part, input_norm) for part in parts]
+    return prepared[0] if len(prepared) == 1 else np.concatenate(prepared, axis=-1)
+
 
 _ROWS_AT_ONCE: Final = 8192
 
@@ -150,3 +182,78 @@ def read_features(
         parts = [store.read_rows(name, part)[:, :n_views].swapaxes(0, 1) for name in columns]
         prepared[:, start : start + len(part)] = prepare_features(parts, config.input_norm)
     return prepared
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows that can be trained on: done in the store, undamaged, and labelled at all."""
+
+    embeddings: NDArray[np.float32]
+    """``(V, N, D)``, prepared by :func:`cxr_cache.store.rows.prepare_features`."""
+    cohort: Cohort
+    """The N images; targets are NaN where unlabelled."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results should know about the rows left out."""
+
+    @property
+    def targets(self) -> NDArray[np.float32]:
+        """``(N, F)``, NaN where unlabelled."""
+        return self.cohort.targets
+
+
+def load_training_data(
+    store: FeatureStore,
+    config: TrainConfig,
+    *,
+    labels: Path | None = None,
+    allow_pending: bool = False,
+) -> TrainingData:
+    """Read the embeddings that can be trained on, prepared as the head reads them.
+
+    Parameters and errors are those of :func:`cxr_cache.store.rows.find_labelled_rows` and
+    :func:`cxr_cache.store.rows.read_features`.
+    """
+    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+    return TrainingData(read_features(store, found.rows, config), found.cohort, found.notes)
+
+
+_WORTH_A_FILE: Final = 2**28
+"""Bytes from which on a second copy in memory would be felt."""
+
+
+def allocate_shared(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Zeros, float32; a large array lies in a temporary file, which goes when the array does.
+
+    joblib hands an array to another process of this machine by its file's name if it has one;
+    other arrays it writes to such a file first, and then both are in memory. Where the temporary
+    folder cannot be used or has no room, the array is an ordinary one.
+    """
+    n_bytes = 4 * math.prod(shape)
+    if n_bytes < _WORTH_A_FILE:
+        return np.zeros(shape, np.float32)
+    try:
+        # A write to a mapped page that the disk has no room for would end the process.
+        require_space(Path(tempfile.gettempdir(), "features"), n_bytes)
+        file, name = _open_temporary()
+        file.truncate(n_bytes)
+        reserve(file.fileno())
+    except OSError:
+        return np.zeros(shape, np.float32)
+    mapped = np.memmap(name, np.float32, "r+", shape=shape)
+    weakref.finalize(mapped, file.close)
+    return np.asarray(mapped)  # pickled by value, where it must go to another machine
+
+
+def _open_temporary() -> tuple[IO[bytes], str]:
+    """A file that goes when it is closed, and a name for other processes to open it by.
+
+    On Linux it is in no folder, so that not even a process that is killed leaves it behind; its
+    name is that of its descriptor.
+    """
+    file = tempfile.TemporaryFile(prefix="cxr-cache-")  # noqa: SIM115  # closed with the array
+    name = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    if os.access(name, os.R_OK | os.W_OK):
+        return file, name
+    file.close()
+    named = tempfile.NamedTemporaryFile(prefix="cxr-cache-")  # noqa: SIM115
+    return named, named.name

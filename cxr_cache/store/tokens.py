@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
@@ -14,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxr_cache.common.devices import free_ram_bytes
 from cxr_cache.common.distributed import world_size
 from cxr_cache.config import Augmentation
 from cxr_cache.datasets.augment import augment, roomy
-from cxr_cache.datasets.decoding import Batch, decode_batches
-from cxr_cache.datasets.read_ahead import read_ahead
+from cxr_cache.datasets.decoding import Batch, decode_batches, read_ahead
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.store.feature_store import FeatureStore
@@ -306,21 +304,3 @@ def _choose_place(n_bytes: int, device: torch.device) -> str:
         if n_bytes <= _SHARE_OF_MEMORY * free:
             return "device"
     return "ram" if n_bytes <= _SHARE_OF_MEMORY * free_ram_bytes() / world_size() else "disk"
-
-
-def free_ram_bytes() -> int:
-    """Memory that can be had without swapping, within the container's limit if there is one."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nobody knows
-    with contextlib.suppress(OSError, KeyError):
-        free = _read_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
-    with contextlib.suppress(OSError, KeyError, ValueError):  # cgroup v2; "max" is no number
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used + _read_numbers(group / "memory.stat")["file"])
-    return free
-
-
-def _read_numbers(path: Path) -> dict[str, int]:
-    """A file of lines such as ``MemAvailable: 12345 kB``."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines}

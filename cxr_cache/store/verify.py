@@ -266,8 +266,7 @@ def _compare_batch(
     store: FeatureStore, rows: NDArray[np.intp], image_dir: Path, encoder: Encoder
 ) -> list[tuple[int, str]]:
     from cxr_cache.datasets.images import read_image
-    from cxr_cache.encoders.canary import MIN_COSINE, cosines
-    from cxr_cache.encoders.encoding import encode_views
+    from cxr_cache.encoders.encoding import MIN_COSINE, cosines, encode_views
 
     bad, pixels = [], {}
     for row in map(int, rows):

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.backends import check_backend, open_backend, streams_results
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import (
     BackendError,
     ConfigError,
@@ -61,7 +62,7 @@ N_ATTEMPTS: Final = 3
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """Arguments of :func:`cxr_cache.encoders.encoder.load_encoder`, which travel to the workers."""
+    """Arguments of :func:`cxr_cache.encoders.loading.load_encoder`, which travel to the workers."""
 
     name: str
     device: str = "auto"

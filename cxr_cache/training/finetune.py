@@ -29,7 +29,7 @@ from cxr_cache.datasets.decoding import dead_workers_explained
 from cxr_cache.datasets.images import find_missing
 from cxr_cache.datasets.splits import Split
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.encoding import reload_encoder
+from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.encoders.weights import hash_tensors
 from cxr_cache.errors import (
     ConfigError,

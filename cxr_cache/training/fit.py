@@ -15,14 +15,53 @@ from torch import Tensor
 
 from cxr_cache.common.devices import resolve_device
 from cxr_cache.config import TrainConfig
-from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.training.backprop import Backprop, draw_dropout
 from cxr_cache.training.losses import make_loss, stack_losses
 from cxr_cache.training.optim import BankOptimizer
-from cxr_cache.training.standards import Standards
+
+_ROWS_AT_ONCE: Final = 8192
+
+
+@dataclass(frozen=True)
+class Standards:
+    """Mean and spread of each head's training inputs, to standardise by."""
+
+    mean: Tensor
+    """``(H, 1, D)``."""
+    std: Tensor
+    """``(H, 1, D)``; 1 where an input never varies."""
+
+    @classmethod
+    def of(cls, embeddings: Tensor, rows: Sequence[Tensor]) -> Standards:
+        """Those of the rows of each head, of embeddings ``(N, D)``."""
+        means, variances = [], []
+        for chosen in rows:
+            total, squares = torch.zeros(2, embeddings.shape[1], device=embeddings.device).double()
+            for part in torch.split(chosen, _ROWS_AT_ONCE):
+                x = embeddings[part].double()
+                total += x.sum(dim=0)
+                squares += x.square().sum(dim=0)
+            means.append(total / len(chosen))
+            variances.append((squares / len(chosen) - means[-1].square()).clamp(min=0))
+        std = torch.stack(variances).sqrt()
+        mean = torch.stack(means)
+        # Of an input that never varies, rounding shows less than this share of its size.
+        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+        return cls(mean[:, None].to(embeddings.dtype), std[:, None].to(embeddings.dtype))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Standardise ``(H, n, D)`` in place."""
+        return x.sub_(self.mean).div_(self.std)
+
+    def fold_into(self, state: dict[str, Tensor], h: int) -> dict[str, Tensor]:
+        """Head `h` with its first layer changed so that it reads what is not standardised."""
+        weight = state["weight_0"] / self.std[h].mT  # (1, D, C) / (D, 1)
+        bias = state["bias_0"] - self.mean[h] @ weight  # (1, 1, C) - (1, D) @ (1, D, C)
+        return state | {"weight_0": weight, "bias_0": bias}
+
 
 _SCORED_AT_ONCE: Final = 8192  # rows of one head
 _TRAINED_AT_ONCE: Final = 1024
@@ -35,7 +74,7 @@ class Rows(Protocol):
 
     @property
     def embeddings(self) -> NDArray[np.float32]:
-        """``(V, N, D)``, prepared by :func:`cxr_cache.store.features.prepare_features`."""
+        """``(V, N, D)``, prepared by :func:`cxr_cache.store.rows.prepare_features`."""
         ...
 
     @property
@@ -50,23 +89,6 @@ class PlainRows:
 
     embeddings: NDArray[np.float32]
     targets: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Rows that can be trained on: done in the store, undamaged, and labelled at all."""
-
-    embeddings: NDArray[np.float32]
-    """``(V, N, D)``, prepared by :func:`cxr_cache.store.features.prepare_features`."""
-    cohort: Cohort
-    """The N images; targets are NaN where unlabelled."""
-    notes: tuple[str, ...] = ()
-    """What a reader of the results should know about the rows left out."""
-
-    @property
-    def targets(self) -> NDArray[np.float32]:
-        """``(N, F)``, NaN where unlabelled."""
-        return self.cohort.targets
 
 
 # -- heads side by side -----------------------------------------------------------------

@@ -33,7 +33,7 @@ def fit_on_cores(
     keep: Collection[int],
     on_epochs: Callable[[int], None] = lambda _n: None,
 ) -> list[Trajectory]:
-    """Train one head per task, as :func:`cxr_cache.training.fit.fit_heads` does, as quickly as can be.
+    """Train one head per task, as quickly as can be, as :func:`fit_heads` does.
 
     A CPU with enough to do trains one head per core at a time. Five folds on two cores would leave
     one core idle for a sixth of the time, so heads take turns: those furthest behind go on for some

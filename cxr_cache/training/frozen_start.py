@@ -12,7 +12,7 @@ from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import TEST, Split
-from cxr_cache.encoders.encoder import EncoderIdentity
+from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.errors import RunError
 from cxr_cache.models.run import Run
 from cxr_cache.store.feature_store import FeatureStore

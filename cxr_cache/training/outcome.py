@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -13,14 +12,11 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
 from cxr_cache.config import Recipe
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.training.search import EpochSearch
-
-IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
-"""What a table of predictions says of every image; patients are needed for its intervals."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def write_outcome(
         rule=config.threshold_rule,
         calibration=config.calibration,
     )
-    run.save_model(point.put_into(make_model(point.by_finding(cohort.findings))))
+    run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
     run.write_table("splits", _split_table(cohort, split))
     run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)
@@ -150,23 +146,6 @@ def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
             "split": np.where(split.is_test, "test", "train"),
             "fold": pd.Series(split.fold + 1, dtype="Int64").mask(split.is_test),
         }
-    )
-    return table
-
-
-def finding_table(
-    cohort: Cohort, values: NDArray[np.float32], columns: Sequence[str]
-) -> pd.DataFrame:
-    """Columns that say which image, then one per finding with `values`, ``(N, F)``."""
-    described = {
-        "image_id": cohort.image_ids,
-        "study_uid": cohort.study_uids,
-        "patient_id": cohort.patient_ids,
-        "projection": cohort.projections,
-    }
-    left = pd.DataFrame({name: described[name] for name in columns})
-    table: pd.DataFrame = pd.concat(
-        [left, pd.DataFrame(values, columns=list(cohort.findings))], axis=1
     )
     return table
 

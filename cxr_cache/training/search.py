@@ -17,9 +17,9 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split, make_split
 from cxr_cache.errors import TrainingError
 from cxr_cache.models.heads import HeadBank
+from cxr_cache.store.rows import TrainingData
 from cxr_cache.training.fit import (
     HeadTask,
-    TrainingData,
     Trajectory,
     count_steps,
     fit_heads,

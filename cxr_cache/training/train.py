@@ -13,8 +13,7 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.rows import find_labelled_rows, read_features
-from cxr_cache.training.fit import TrainingData
+from cxr_cache.store.rows import load_training_data
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_labels,
@@ -123,19 +122,3 @@ def train_head(
         ),
     )
     return TrainResult(run, search, notes)
-
-
-def load_training_data(
-    store: FeatureStore,
-    config: TrainConfig,
-    *,
-    labels: Path | None = None,
-    allow_pending: bool = False,
-) -> TrainingData:
-    """Read the embeddings that can be trained on, prepared as the head reads them.
-
-    Parameters and errors are those of :func:`cxr_cache.store.rows.find_labelled_rows` and
-    :func:`cxr_cache.store.rows.read_features`.
-    """
-    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
-    return TrainingData(read_features(store, found.rows, config), found.cohort, found.notes)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_cache.common.locks import WriterLock
+from cxr_cache.common.files import WriterLock
 from cxr_cache.errors import StoreBusyError
 from cxr_cache.store.feature_store import FeatureStore
 from tests.small_stores import make_batch, make_store

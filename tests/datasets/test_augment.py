@@ -7,7 +7,7 @@ import torch
 
 from cxr_cache.config import Augmentation
 from cxr_cache.datasets.augment import augment, roomy
-from cxr_cache.datasets.images import Preprocessing
+from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.errors import ConfigError
 
 SEEDS = torch.arange(4)

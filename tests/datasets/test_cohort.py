@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_cache.datasets.cohort import Cohort, load_cohort, load_labels
+from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.describe import describe_cohort
 from cxr_cache.datasets.images import find_missing
-from cxr_cache.datasets.labels import FINDINGS
+from cxr_cache.datasets.indiana import load_cohort
+from cxr_cache.datasets.labels import FINDINGS, load_labels
 from cxr_cache.errors import TableError
 
 REPORTS = "uid,Problems\n1,normal\n2,Cardiomegaly;Edema\n"

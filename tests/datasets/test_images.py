@@ -26,14 +26,12 @@ from PIL import Image, ImageFile
 
 from cxr_cache.datasets import images
 from cxr_cache.datasets.images import (
-    DECODE_RULE,
     MAX_FILE_BYTES,
     MIN_EDGE_PX,
-    Preprocessing,
     find_missing,
-    normalise,
     read_image,
 )
+from cxr_cache.datasets.preprocessing import DECODE_RULE, Preprocessing, normalise
 from cxr_cache.errors import ConfigError, ImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -846,6 +844,9 @@ def test_find_missing_keeps_the_order(tmp_path):
 
 def test_importing_the_module_does_not_import_torch():
     """Decoding workers start with it."""
-    code = "import sys, cxr_cache.datasets.images; print({'torch', 'pandas', 'h5py'} & set(sys.modules))"
+    code = (
+        "import sys, cxr_cache.datasets.images; "
+        "print({'torch', 'pandas', 'h5py'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

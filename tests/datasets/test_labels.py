@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_cache.datasets.cohort import load_cohort
+from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.labels import (
     FINDINGS,
     PUBLISHED_COUNTS,

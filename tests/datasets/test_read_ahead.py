@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cxr_cache.datasets.read_ahead import read_ahead
+from cxr_cache.datasets.decoding import read_ahead
 
 
 def readers() -> list[threading.Thread]:

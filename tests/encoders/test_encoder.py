@@ -22,13 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from cxr_cache.common import devices
 from cxr_cache.common.devices import resolve_device, resolve_precision
-from cxr_cache.datasets.images import Preprocessing, normalise
-from cxr_cache.encoders.encoder import (
-    Encoder,
-    EncoderIdentity,
-    load_encoder,
-    trainable_parameter_names,
-)
+from cxr_cache.datasets.preprocessing import Preprocessing, normalise
+from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
+from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError
 from scripts.write_random_biomedclip import CONFIG, write_biomedclip_folder, write_checkpoint
 

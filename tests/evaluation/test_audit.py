@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from cxr_cache.cli.main import cli
-from cxr_cache.encoders.encoder import load_encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import CxrCacheError
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.store.feature_store import FeatureStore

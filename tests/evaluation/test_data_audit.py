@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cxr_cache.cli.main import cli
-from cxr_cache.datasets.cohort import Cohort, load_cohort
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
-from cxr_cache.encoders.encoder import load_encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
 from cxr_cache.evaluation.audit import (
     CLOSE,
@@ -27,8 +28,12 @@ from cxr_cache.evaluation.audit import (
     AuditConfig,
     audit_store,
 )
-from cxr_cache.evaluation.audit_images import describe_picture, shrink
-from cxr_cache.evaluation.duplicates import find_neighbours, find_same_digests
+from cxr_cache.evaluation.audit_images import (
+    describe_picture,
+    find_neighbours,
+    find_same_digests,
+    shrink,
+)
 from cxr_cache.evaluation.leakage import (
     BY_IMAGE,
     BY_STUDY,

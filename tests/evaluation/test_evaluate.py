@@ -15,8 +15,8 @@ from sklearn import metrics as reference
 from cxr_cache.errors import ConfigError, RunError, TableError
 from cxr_cache.evaluation.evaluate import evaluate_predictions, evaluate_run, format_summary
 from cxr_cache.evaluation.scored import parse_predictions, read_scored
+from cxr_cache.metrics.operating_point import choose_thresholds
 from cxr_cache.metrics.scores import NEVER
-from cxr_cache.metrics.thresholds import choose_thresholds
 from cxr_cache.models.run import Run, SavedModel
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Nodule", "Hernia", "Mass", "Bronchiolitis")

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
-from cxr_cache.datasets.clusters import UNITS, assign_clusters, name_unit
+from cxr_cache.datasets.cohort import UNITS, assign_clusters, name_unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import (

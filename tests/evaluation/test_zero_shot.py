@@ -19,9 +19,9 @@ from sklearn.metrics import roc_auc_score
 
 from cxr_cache.cli.main import cli
 from cxr_cache.datasets.labels import FINDINGS
-from cxr_cache.encoders.encoder import Encoder, load_encoder
-from cxr_cache.encoders.prompts import PromptPair, load_prompts
-from cxr_cache.encoders.text import load_text_encoder
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.loading import load_encoder
+from cxr_cache.encoders.text import PromptPair, load_prompts, load_text_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError
 from cxr_cache.evaluation.evaluate import evaluate_run
 from cxr_cache.evaluation.zero_shot import require_same_encoder, score_prompts, score_zero_shot

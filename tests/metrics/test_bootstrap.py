@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from cxr_cache.metrics import bootstrap as bootstrap_module
-from cxr_cache.metrics.bootstrap import bootstrap, bootstrap_weights
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics import resampled as bootstrap_module
+from cxr_cache.metrics.resampled import RankedScores, bootstrap, bootstrap_weights
 from cxr_cache.metrics.scores import auroc, average_precision, confusion_counts
 from tests.predictions import SEEDS, F, N, make_predictions, per_finding
 

@@ -13,16 +13,15 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from cxr_cache.metrics import scores as metrics
-from cxr_cache.metrics.calibration import (
-    MIN_SLOPE,
-    Calibration,
+from cxr_cache.metrics.operating_point import MIN_SLOPE, Calibration, fit_calibration
+from cxr_cache.metrics.scores import (
+    auroc,
+    average_precision,
     expected_calibration_error,
-    fit_calibration,
     log_losses,
     reliability,
     squared_errors,
 )
-from cxr_cache.metrics.scores import auroc, average_precision
 from tests.predictions import SEEDS, F, make_predictions, per_finding
 
 

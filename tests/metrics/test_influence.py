@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cxr_cache.datasets.clusters import count_rarer_class
-from cxr_cache.metrics.bootstrap import bootstrap
-from cxr_cache.metrics.influence import auroc_influence, clustered_error
-from cxr_cache.metrics.intervals import MeanError
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.intervals import (
+    MeanError,
+    auroc_influence,
+    clustered_error,
+    count_rarer_class,
+)
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import auroc, macro_mean
 
 

@@ -12,7 +12,6 @@ import pytest
 from scipy import stats
 from scipy.special import expit, logit
 
-from cxr_cache.metrics.bootstrap import bootstrap_weights
 from cxr_cache.metrics.intervals import (
     interval_of_mean,
     macro_error,
@@ -21,7 +20,7 @@ from cxr_cache.metrics.intervals import (
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.resampled import RankedScores
+from cxr_cache.metrics.resampled import RankedScores, bootstrap_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 
 from cxr_cache.config import THRESHOLD_RULES, TrainConfig, parse_threshold_rule
 from cxr_cache.errors import ConfigError
+from cxr_cache.metrics.operating_point import choose_thresholds
 from cxr_cache.metrics.scores import NEVER, confusion_counts, rates
-from cxr_cache.metrics.thresholds import choose_thresholds
 from tests.predictions import SEEDS, F, N, make_predictions
 
 

@@ -17,22 +17,23 @@ from cxr_cache.cli.main import cli
 from cxr_cache.config import FinetuneConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
-from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, ImageError, RunError
 from cxr_cache.evaluation.evaluate import evaluate_run
 from cxr_cache.models.explain import (
     Explanation,
     explain_images,
     find_extent,
+    map_findings,
     parse_findings,
+    roll_out,
 )
+from cxr_cache.models.export_onnx import plain_heads
 from cxr_cache.models.predict import predict_images
-from cxr_cache.models.relevance import map_findings, roll_out
 from cxr_cache.models.run import Run
-from cxr_cache.models.whole_model import plain_heads
-from cxr_cache.report.case_maps import draw_maps
-from cxr_cache.report.cases import Case
-from cxr_cache.report.explain_plot import write_explanations
+from cxr_cache.report.cases import Case, draw_maps
+from cxr_cache.report.plots import write_explanations
 from cxr_cache.store.extract import ExtractConfig, extract_embeddings
 from cxr_cache.training.finetune import finetune_tail
 from cxr_cache.training.train import train_head

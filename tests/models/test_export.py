@@ -23,19 +23,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cxr_cache.cli.main import cli
-from cxr_cache.datasets.images import normalise
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
-from cxr_cache.encoders.encoder import Encoder, load_encoder, trainable_parameter_names
+from cxr_cache.datasets.preprocessing import normalise
+from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, ExportError, RunError
-from cxr_cache.metrics.calibration import Calibration
+from cxr_cache.metrics.operating_point import Calibration
 from cxr_cache.models import export as export_module
 from cxr_cache.models import export_onnx
 from cxr_cache.models.export import export_run
+from cxr_cache.models.export_onnx import build_whole_model, in_full_precision
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.predict import predict_images, predict_pixels
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import load_members
-from cxr_cache.models.whole_model import build_whole_model, in_full_precision
 from scripts.write_random_biomedclip import write_biomedclip_folder
 from tests.encoders.test_encoder import (
     TIMM_VIT,

@@ -11,8 +11,7 @@ from PIL import Image
 
 from cxr_cache.errors import ConfigError
 from cxr_cache.evaluation.scored import ScoredImages
-from cxr_cache.report.cases import MAX_FINDINGS, PER_KIND, find_cases
-from cxr_cache.report.thumbnails import EDGE_PX, draw_thumbnails
+from cxr_cache.report.cases import EDGE_PX, MAX_FINDINGS, PER_KIND, draw_thumbnails, find_cases
 
 
 def make_images(targets: np.ndarray, probabilities: np.ndarray) -> ScoredImages:

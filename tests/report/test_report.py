@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cxr_cache.datasets.labels import FINDINGS
-from cxr_cache.encoders.prompts import PromptPair
+from cxr_cache.encoders.text import PromptPair
 from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import evaluate_run

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from cxr_cache.cli.main import main
-from cxr_cache.datasets.cohort import Cohort, load_cohort
+from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
-from cxr_cache.encoders.canary import cosines
-from cxr_cache.encoders.encoder import load_encoder
+from cxr_cache.encoders.encoding import cosines
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.store.extract import ExtractConfig, extract_embeddings
 from cxr_cache.store.feature_store import DONE, FAILED, FeatureStore
@@ -50,14 +51,14 @@ def encoded(encoder, monkeypatch) -> list[int]:
         sizes.append(len(pixels))
         return encode(pixels)
 
-    monkeypatch.setattr("cxr_cache.encoders.canary.encode_canaries", lambda _: None)
+    monkeypatch.setattr("cxr_cache.encoders.encoding.encode_canaries", lambda _: None)
     monkeypatch.setattr(encoder, "encode", count)
     monkeypatch.setattr("cxr_cache.store.resume.encode_canaries", _canaries_of(encode))
     return sizes
 
 
 def _canaries_of(encode):
-    from cxr_cache.encoders.canary import draw_canaries
+    from cxr_cache.encoders.encoding import draw_canaries
 
     return lambda encoder: encode(
         torch.from_numpy(draw_canaries(encoder.preprocessing.image_size_px))

@@ -15,11 +15,13 @@ from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
 from cxr_cache.common import files as durable
-from cxr_cache.datasets.cohort import Cohort, load_cohort
+from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.encoders import encoding
-from cxr_cache.encoders.canary import cosines
-from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import cosines
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import (
     ConfigError,
     DiskFullError,

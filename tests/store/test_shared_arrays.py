@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from joblib import Parallel, delayed
 
-from cxr_cache.store import shared_arrays
-from cxr_cache.store.shared_arrays import allocate_shared
+from cxr_cache.store import rows as shared_arrays
+from cxr_cache.store.rows import allocate_shared
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_without_names_of_descriptors_the_file_lies_in_the_folder(folder, monkey
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file stays")
 def test_a_killed_process_leaves_nothing(tmp_path):
     code = (
-        "import os, signal, cxr_cache.store.shared_arrays as s; s._WORTH_A_FILE = 1; "
+        "import os, signal, cxr_cache.store.rows as s; s._WORTH_A_FILE = 1; "
         "array = s.allocate_shared((1000, 1000)); array[:] = 1; "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -15,10 +15,11 @@ from cxr_cache.cli.main import cli
 from cxr_cache.errors import RunError, StoreFormatError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.run import Run
-from cxr_cache.report.ablation_plot import draw_ablation
+from cxr_cache.report.plots import draw_ablation
 from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.rows import load_training_data
 from cxr_cache.training import ablation_folds as ablation_fit
-from cxr_cache.training.ablate import Ablation, run_ablation
+from cxr_cache.training.ablate import Ablation, make_settings, run_ablation
 from cxr_cache.training.baselines import (
     BASELINES,
     Baseline,
@@ -28,8 +29,6 @@ from cxr_cache.training.baselines import (
 )
 from cxr_cache.training.fit import PlainRows
 from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort
-from cxr_cache.training.settings import make_settings
-from cxr_cache.training.train import load_training_data
 from tests.synthetic import IMPORTED, QUICK, make_cohort, make_store
 
 FOLDS = [f"fold_{k + 1}" for k in range(QUICK.n_folds)]

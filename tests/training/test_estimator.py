@@ -19,8 +19,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from cxr_cache import FocalHeadClassifier, GroupedMultilabelSplit
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, TableError
-from cxr_cache.store.features import prepare_embeddings
-from cxr_cache.training.fit import HeadTask, TrainingData, fit_heads
+from cxr_cache.store.rows import TrainingData, prepare_embeddings
+from cxr_cache.training.fit import HeadTask, fit_heads
 from tests.synthetic import FINDINGS, make_cohort, make_embeddings
 
 COHORT = make_cohort(n_studies=60, unlabelled=0.1)

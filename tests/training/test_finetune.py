@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from cxr_cache.config import Augmentation, FinetuneConfig, TrainConfig
-from cxr_cache.datasets.cohort import load_cohort
+from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
-from cxr_cache.encoders.encoder import Encoder, load_encoder
-from cxr_cache.encoders.encoding import reload_encoder
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.loading import load_encoder, reload_encoder
 from cxr_cache.errors import (
     ConfigError,
     RunError,
@@ -26,8 +26,8 @@ from cxr_cache.errors import (
 )
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.models.explain import map_findings
 from cxr_cache.models.predict import predict_images, predict_store, predict_tokens
-from cxr_cache.models.relevance import map_findings
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from cxr_cache.store.extract import ExtractConfig, extract_embeddings

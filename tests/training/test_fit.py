@@ -15,11 +15,10 @@ from torch import nn
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.store.features import prepare_embeddings
+from cxr_cache.store.rows import TrainingData, prepare_embeddings
 from cxr_cache.training.fit import (
     HeadFit,
     HeadTask,
-    TrainingData,
     Trajectory,
     can_share_a_bank,
     count_steps,

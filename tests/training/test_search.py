@@ -14,9 +14,10 @@ from cxr_cache.datasets.splits import Split, make_split
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.heads import HeadBank, predict_probabilities
+from cxr_cache.store.rows import TrainingData
 from cxr_cache.training import fit_on_cores as fit_on_cores_module
 from cxr_cache.training import search as search_module
-from cxr_cache.training.fit import HeadTask, TrainingData, fit_heads
+from cxr_cache.training.fit import HeadTask, fit_heads
 from cxr_cache.training.search import (
     EpochSearch,
     require_trainable_folds,

@@ -9,7 +9,7 @@ import pytest
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError
-from cxr_cache.training.settings import make_settings
+from cxr_cache.training.ablate import make_settings
 
 BASE = TrainConfig()
 GRID = ["lr=1e-4,1e-3", "hidden=512x256,64,none", "clip=1,none", "flip=yes,no"]

@@ -31,10 +31,9 @@ from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.features import prepare_embeddings
-from cxr_cache.store.rows import LabelledRows
+from cxr_cache.store.rows import LabelledRows, load_training_data, prepare_embeddings
 from cxr_cache.training import search as search_module
-from cxr_cache.training.train import load_training_data, train_head
+from cxr_cache.training.train import train_head
 from tests.synthetic import (
     FINDINGS,
     IMPORTED,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cxr_cache.config import FinetuneConfig
-from cxr_cache.encoders.encoder import Encoder, load_encoder
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.tokens import ResidentTokens

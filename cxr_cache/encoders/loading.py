@@ -1,0 +1,170 @@
+"""An encoder's name -> the encoder: its source found, its tower built, filled and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from cxr_cache.common.devices import (
+    require_choice,
+    resolve_device,
+    resolve_precision,
+)
+from cxr_cache.config import DEFAULT_ENCODER
+from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.open_clip import (
+    OpenClipTower,
+    build_tower,
+    find_in_folder,
+    find_in_open_clip,
+    find_on_hub,
+    read_preprocessing,
+)
+from cxr_cache.encoders.sources import Source
+from cxr_cache.encoders.timm_vit import TimmTower, find_random
+from cxr_cache.encoders.towers import SplitTower
+from cxr_cache.encoders.weights import fill_with_noise, load_weights
+from cxr_cache.errors import EncoderError
+
+
+def find_source(name: str) -> Source:
+    """Read what a name stands for: configuration, and where the weights are."""
+    finders: dict[str, Callable[[str], Source]] = {
+        "hf-hub": find_on_hub,
+        "local-dir": find_in_folder,
+        "random": find_random,
+    }
+    scheme, colon, identifier = name.partition(":")
+    if not colon:
+        return find_in_open_clip(name)
+    if scheme not in finders or not identifier:
+        raise EncoderError(
+            f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, "
+            "random:TIMM_NAME, or an open_clip architecture with its weights, "
+            "ViT-B-32/laion2b_s34b_b79k."
+        )
+    return finders[scheme](identifier)
+
+
+def split_tower(visual: Any) -> SplitTower | None:
+    """Take a tower apart, or None. Subclasses may do anything, so only the exact types count."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer as OpenClipTransformer
+    from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+
+    if type(visual) is TimmModel and type(visual.trunk) is TimmTransformer:
+        return TimmTower(visual) if visual.trunk.global_pool else None
+    if type(visual) is OpenClipTransformer and visual.transformer.batch_first:
+        return OpenClipTower(visual) if visual.pool_type != "none" else None
+    return None
+
+
+def load_encoder(
+    name: str = DEFAULT_ENCODER,
+    *,
+    device: str = "cpu",
+    precision: str = "auto",
+    resize: str | None = None,
+    normalize: str = "encoder",
+    bits_stored: int | None = None,
+) -> Encoder:
+    """Load the vision tower that a name stands for, frozen and ready to encode.
+
+    Neither text tower nor tokenizer is built or downloaded, the global random state is left as
+    it was, and a checkpoint that could run code is refused.
+
+    Parameters
+    ----------
+    name
+        ``hf-hub:ORG/REPO`` or ``hf-hub:ORG/REPO@REVISION``: from the Hugging Face cache, else
+        from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights.
+        ``ARCHITECTURE/TAG`` as open_clip lists them (``ViT-B-32/laion2b_s34b_b79k``).
+        ``random:TIMM_NAME`` or ``random:TIMM_NAME:SEED``: seeded random weights.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the best there is.
+    precision
+        ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the processor computes it
+        natively, else fp32.
+    resize
+        ``"squash"`` or ``"crop"`` override what the encoder's configuration says; None keeps it.
+    normalize
+        ``"encoder"`` for its own mean and standard deviation, ``"imagenet"`` for ImageNet's.
+    bits_stored
+        Bits in use in 16-bit grey files, None for all; recorded with the preprocessing.
+
+    Returns
+    -------
+    Encoder
+        Its ``identity`` says which weights these are.
+
+    Raises
+    ------
+    EncoderError
+        The name is unknown, a file is missing, damaged or of another model, the hub cannot be
+        reached, or the device does not exist. The message names the file and the remedy.
+    ConfigError
+        `resize`, `normalize`, `precision` or `bits_stored` is out of range.
+
+    Examples
+    --------
+    >>> encoder = load_encoder("random:test_vit:7", precision="fp32")
+    >>> pooled, embedding = encoder.encode(torch.zeros(2, 3, 160, 160, dtype=torch.uint8))
+    >>> embedding.shape, encoder.identity.is_random
+    (torch.Size([2, 512]), True)
+    """
+    require_choice("resize", resize, (None, "squash", "crop"))
+    require_choice("normalize", normalize, ("encoder", "imagenet"))
+    chosen_device = resolve_device(device)
+    chosen_precision = resolve_precision(precision, chosen_device)
+    source = find_source(name)
+    visual = build_tower(source)
+    preprocessing = read_preprocessing(source, visual, resize, normalize, bits_stored)
+    if source.weights is None:
+        fill_with_noise(visual, source.seed)
+    else:
+        load_weights(visual, source.weights)
+    return Encoder(
+        visual.to(chosen_device), split_tower(visual), preprocessing, chosen_precision, source
+    )
+
+
+IMAGENET_STATISTICS: Final = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+"""Mean and standard deviation of the pixels that ``--normalize imagenet`` stands for."""
+
+
+def reload_encoder(
+    recorded: Mapping[str, Any], *, model: str | None = None, device: str = "auto"
+) -> Encoder:
+    """Load the encoder that a store or a run says it was made with.
+
+    Parameters
+    ----------
+    recorded
+        An encoder's identity as :meth:`EncoderIdentity.to_dict` gives it.
+    model
+        Its name, where it lies elsewhere now; None takes the recorded one.
+    device
+        As for :func:`cxr_cache.encoders.loading.load_encoder`.
+
+    Returns
+    -------
+    Encoder
+        It may still differ in its weights: compare the identities.
+
+    Raises
+    ------
+    EncoderError
+        `recorded` is no identity, or the encoder cannot be loaded.
+    """
+    identity = EncoderIdentity.from_dict(recorded)
+    preprocessing = identity.preprocessing
+    statistics = [list(preprocessing.get(name, ())) for name in ("mean", "std")]
+    return load_encoder(
+        model or identity.name,
+        device=device,
+        precision=identity.precision,
+        resize=preprocessing.get("resize"),
+        normalize="imagenet" if statistics == IMAGENET_STATISTICS else "encoder",
+        bits_stored=preprocessing.get("bits_stored"),
+    )

@@ -1,0 +1,155 @@
+"""timm's vision transformers: seeded random ones, and any of them taken apart at a block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cxr_cache.common.wording import suggest
+from cxr_cache.encoders.sources import Source
+from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
+from cxr_cache.errors import EncoderError
+
+RANDOM_EMBEDDING_WIDTH = 512  # BiomedCLIP's, so that stores of random encoders have its shapes
+
+
+def find_random(identifier: str) -> Source:
+    """A timm architecture that will be filled with noise, projected as BiomedCLIP is."""
+    import timm
+
+    architecture, _, seed = identifier.partition(":")
+    if not timm.is_model(architecture):
+        raise EncoderError(
+            f"timm {timm.__version__} has no architecture '{architecture}'."
+            f"{suggest(architecture, timm.list_models())}"
+        )
+    if not re.fullmatch(r"\d{0,18}", seed):
+        raise EncoderError(f"The seed in random:{identifier} is not a whole number.")
+    timm_cfg = timm.models.get_pretrained_cfg(architecture)
+    model_cfg = {
+        "embed_dim": RANDOM_EMBEDDING_WIDTH,
+        "vision_cfg": {
+            "timm_model_name": architecture,
+            "timm_pool": "",  # the architecture's own
+            "timm_proj": "linear",
+            "image_size": timm_cfg.input_size[-1] if timm_cfg else 224,
+        },
+    }
+    name = f"random:{architecture}:{int(seed or 0)}"
+    return Source(name, name, model_cfg, {}, weights=None, seed=int(seed or 0))
+
+
+class TimmTower(SplitTower):
+    """timm's VisionTransformer inside open_clip's adapter: BiomedCLIP, and every `random:` ViT."""
+
+    def __init__(self, visual: Any) -> None:
+        self._trunk, self._head = visual.trunk, visual.head
+        self.blocks = self._trunk.blocks
+        self.reads_class_token_only = (
+            self._trunk.global_pool == "token"
+            and self._trunk.attn_pool is None
+            and _is_plain_timm_block(self.blocks[-1])
+        )
+        self.patch_grid = tuple(self._trunk.patch_embed.grid_size)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        trunk = self._trunk
+        tokens: Tensor = trunk.norm_pre(
+            trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(pixels)))
+        )
+        return tokens
+
+    def class_token_block(self, tokens: Tensor) -> Tensor:
+        block: Any = self.blocks[-1]
+        attended = _attend_with_class_token(block.attn, block.norm1(tokens))
+        class_token: Tensor = tokens[:, :1] + block.drop_path1(block.ls1(attended))  # (B, 1, W)
+        changed: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(class_token))))
+        return class_token + changed
+
+    def is_spelled_out(self, block: nn.Module) -> bool:
+        return _is_plain_timm_block(block)
+
+    def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        attn = block.attn
+        q, k, v = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
+        attention = softmax_products(attn.q_norm(q), attn.k_norm(k))
+        mixed = join_heads(attention @ v)
+        mixed = attn.norm(mixed) if hasattr(attn, "norm") else mixed
+        tokens = tokens + block.ls1(attn.proj(mixed))
+        return tokens + block.ls2(block.mlp(block.norm2(tokens))), attention
+
+    def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self._trunk.forward_head(self._trunk.norm(tokens), pre_logits=True)
+        return pooled, self._head(self._trunk.head(pooled))
+
+
+def _is_plain_timm_block(block: nn.Module) -> bool:
+    """Whether a block is what :meth:`TimmTower.class_token_block` spells out, and no more."""
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block
+
+    known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+    return (
+        type(block) is Block
+        and type(block.attn) is Attention
+        and {name for name, _ in block.attn.named_children()} <= known
+    )
+
+
+def _attend_with_class_token(attn: Any, tokens: Tensor) -> Tensor:
+    """``attn(tokens)[:, :1]`` of timm's attention, without the other tokens' queries.
+
+    The fused projection stacks the weights of queries, keys and values, A rows each; its first A
+    rows are applied to the class token only.
+    """
+    B = tokens.shape[0]  # len() would be a constant in an exported graph
+    A = attn.num_heads * attn.head_dim
+    weights = attn.qkv.weight.split(A)
+    biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.split(A)
+    q = F.linear(tokens[:, :1], weights[0], biases[0]).view(B, attn.num_heads, attn.head_dim)
+    is_linear = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    drops = attn.training and attn.attn_drop.p > 0
+    mix = _mix_tokens if is_linear and not drops else _mix_values
+    mixed = mix(attn, q, tokens, weights[1:], biases[1:]).reshape(B, 1, A)
+    mixed = attn.norm(mixed) if hasattr(attn, "norm") else mixed
+    attended: Tensor = attn.proj_drop(attn.proj(mixed))
+    return attended
+
+
+def _mix_tokens(
+    attn: Any, q: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """What one query per head attends to, ``(B, heads, head_dim)``, with no key or value computed.
+
+    With one query q, tokens x_t and per head the matrices K, V and biases b, c:
+
+        q . (K x_t + b) = (K^T q) . x_t + const,  and softmax does not notice the constant
+        sum_t a_t (V x_t + c) = V (sum_t a_t x_t) + c,  for the a_t sum to one
+
+    so the two projections of all tokens become two of one vector per head.
+    """
+    heads, head_dim = attn.num_heads, attn.head_dim
+    weight_k, weight_v = (weight.view(heads, head_dim, -1) for weight in weights)
+    direction = torch.einsum("bhd,hdw->bhw", q * head_dim**-0.5, weight_k)  # (B, heads, W)
+    attention = torch.softmax(direction @ x.transpose(1, 2), dim=-1)  # (B, heads, T)
+    mixed = torch.einsum("bhw,hdw->bhd", attention.to(x.dtype) @ x, weight_v)
+    return mixed if biases[1] is None else mixed + biases[1].view(heads, head_dim)
+
+
+def _mix_values(
+    attn: Any, q: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """The same where keys are normalised, or attention is dropped out: keys and values of all."""
+    heads = (*x.shape[:2], attn.num_heads, attn.head_dim)
+    k, v = (
+        F.linear(x, weight, bias).view(heads).transpose(1, 2)  # (B, heads, T, head_dim)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    q = attn.q_norm(q[:, :, None])
+    return F.scaled_dot_product_attention(q, attn.k_norm(k), v, dropout_p=dropout)
