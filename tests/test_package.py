@@ -119,13 +119,13 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
         (
             "PIL",
             {
-                *("datasets.images", "report.cases"),
+                *("datasets.images", "datasets.preprocessing", "report.cases"),
                 *(f"datasets.phantoms.{name}" for name in ("dataset", "film", "anatomy")),
             },
         ),
         (
             "open_clip",
-            {f"encoders.{name}" for name in ("encoder", "open_clip", "sources", "towers", "text")},
+            {f"encoders.{name}" for name in ("loading", "open_clip", "text", "timm_vit", "towers")},
         ),
         (
             "click",

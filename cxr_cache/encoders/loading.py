@@ -108,6 +108,7 @@ def load_encoder(
 
     Examples
     --------
+    >>> import torch
     >>> encoder = load_encoder("random:test_vit:7", precision="fp32")
     >>> pooled, embedding = encoder.encode(torch.zeros(2, 3, 160, 160, dtype=torch.uint8))
     >>> embedding.shape, encoder.identity.is_random

@@ -636,7 +636,7 @@ def write_hub_cache(hub: Path, repo: str, model: Path, files: tuple[str, ...]) -
 
 ENCODE_OFFLINE = """
 import json, sys
-from cxr_cache.encoder import load_encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import EncoderError
 print(json.dumps(load_encoder(sys.argv[1]).identity.to_dict()))
 for name in sys.argv[2:]:

@@ -624,7 +624,7 @@ def test_embeddings_are_in_memory_once(tmp_path, monkeypatch, n_views):
     monkeypatch.setattr("cxr_cache.store.rows._ROWS_AT_ONCE", 300)
     rows = np.arange(10, len(cohort))
     found = LabelledRows(rows, cohort.take(rows), ())  # what this takes is another matter
-    monkeypatch.setattr("cxr_cache.training.train.find_labelled_rows", lambda *_, **__: found)
+    monkeypatch.setattr("cxr_cache.store.rows.find_labelled_rows", lambda *_, **__: found)
     with FeatureStore.open(path) as store:
         tracemalloc.start()
         data = load_training_data(store, TrainConfig())
