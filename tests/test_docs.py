@@ -1,0 +1,78 @@
+"""What the documents name is there: commands with their options, files, headings, modules."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from cxr_cache.cli.main import cli
+from scripts.write_commands import OUT, render
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+CODE = sorted((ROOT / "cxr_cache").rglob("*.py"))
+
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def commands_in(page: Path) -> list[str]:
+    """Every `cxr-cache ...` line of a page's code blocks, continued lines joined."""
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0].strip() for line in lines if line.startswith("cxr-cache ")]
+
+
+def headings_of(page: Path) -> set[str]:
+    """Anchors, as GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_page_of_commands_is_what_the_commands_say():
+    assert OUT.read_text(encoding="utf-8") == render(), "run: python scripts/write_commands.py"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != OUT], ids=page_id)
+def test_commands_in_the_documents_take_the_options_that_they_are_shown_with(page):
+    """Files need not exist: options and arguments are parsed, and nothing is run."""
+    for line in commands_in(page):
+        name, *words = shlex.split(line)[1:]
+        command = cli.commands[name]
+        try:
+            command.make_context(name, words, parent=click.Context(cli, **cli.context_settings))
+        except click.UsageError as error:
+            pytest.fail(f"{page.name}: {line}\n{error.format_message()}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):  # the web, which tests do not ask
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page.name} -> {target}"
+        assert not anchor or anchor in headings_of(path), f"{page.name} -> {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CODE], ids=page_id)
+def test_modules_and_names_that_are_written_about_exist(page):
+    for name in re.findall(r"[`\"]~?(cxr_cache(?:\.\w+)+)", page.read_text()):
+        found: object = importlib.import_module("cxr_cache")
+        path = "cxr_cache"
+        for part in name.split(".")[1:]:
+            path = f"{path}.{part}"
+            if hasattr(found, part):
+                found = getattr(found, part)
+            else:
+                try:
+                    found = importlib.import_module(path)
+                except ImportError:
+                    pytest.fail(f"{page_id(page)} speaks of {name}, which is not there")
