@@ -16,6 +16,8 @@ from scripts.write_commands import OUT, render
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CODE = sorted((ROOT / "cxr_cache").rglob("*.py"))
+PACKAGES = {path.parent.name for path in (ROOT / "cxr_cache").glob("*/__init__.py")}
+FOLDERS = {"cxr_cache", "docs", "scripts", "tests", *PACKAGES}
 
 
 def page_id(path: Path) -> str:
@@ -60,6 +62,15 @@ def test_links_lead_somewhere(page):
         path = page.parent / file if file else page
         assert path.exists(), f"{page.name} -> {target}"
         assert not anchor or anchor in headings_of(path), f"{page.name} -> {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CODE], ids=page_id)
+def test_files_that_are_written_about_exist(page):
+    """Files of this repository, by their paths from its root (a module also from the package's)."""
+    for name in re.findall(r"\b((?:\w+/)+\w+\.(?:py|sh|md|json))\b", page.read_text()):
+        if name.split("/")[0] in FOLDERS:
+            found = any((root / name).exists() for root in (ROOT, ROOT / "cxr_cache"))
+            assert found, f"{page_id(page)} speaks of {name}, which is not there"
 
 
 @pytest.mark.parametrize("page", [*PAGES, *CODE], ids=page_id)
