@@ -40,7 +40,7 @@ class StoreMismatchError(CxrCacheError, ValueError):
 
 
 class StoreBusyError(CxrCacheError, OSError):
-    """Another process is writing to the store."""
+    """Another process is writing to the store or the folder."""
 
 
 class StoreIncompleteError(CxrCacheError, ValueError):

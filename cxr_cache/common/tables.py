@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from cxr_cache.common.wording import nearest_names
+from cxr_cache.common.wording import list_names, nearest_names
 from cxr_cache.errors import TableError
 
 logger = logging.getLogger(__name__)
@@ -65,12 +65,12 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         raise TableError(f"{path} is empty; it should hold a header and one row per entry.")
     (_, header), *rows = records
     if not rows:
-        raise TableError(f"{path} has a header ({', '.join(header)}) but no rows.")
+        raise TableError(f"{path} has a header ({list_names(header)}) but no rows.")
     for line, cells in rows:
         if len(cells) != len(header):
             raise TableError(
                 f"{path}, line {line}: {len(cells)} fields, but the header names {len(header)} "
-                f"({', '.join(header)}). Name every column, and put cells that hold the separator "
+                f"({list_names(header)}). Name every column, and put cells that hold the separator "
                 "or a line break in double quotes."
             )
     if header[0] == "":  # row numbers, as DataFrame.to_csv writes them
@@ -162,7 +162,7 @@ def require_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> 
             nearest = nearest_names(column, present)
             hint = f" Should {nearest[0]!r} be renamed?" if nearest else ""
             raise TableError(
-                f"{path} has no column {column!r}; its columns are {', '.join(present)}.{hint}"
+                f"{path} has no column {column!r}; its columns are {list_names(present)}.{hint}"
             )
 
 

@@ -58,10 +58,22 @@ def normalise(name: str) -> str:
     return " ".join(name.split()).lower()
 
 
-def list_names(names: Sequence[str], n_shown: int) -> str:
-    """The first `n_shown` names, and how many more there are."""
-    more = len(names) - n_shown
-    return ", ".join(names[:n_shown]) + (f" and {more} more" if more > 0 else "")
+def list_names(names: Sequence[str], n_shown: int | None = None) -> str:
+    """List the first `n_shown` names (None: all of them), and say how many more there are.
+
+    Commas separate them, or semicolons where one of the names holds a comma itself.
+
+    Examples
+    --------
+    >>> list_names(["Mass", "Edema", "Hernia"], 2)
+    'Mass, Edema and 1 more'
+    >>> list_names(["Nodule, calcified", "Mass"])
+    'Nodule, calcified; Mass'
+    """
+    shown = list(names[:n_shown])
+    separator = "; " if any("," in name for name in shown) else ", "
+    more = len(names) - len(shown)
+    return separator.join(shown) + (f" and {more:,} more" if more else "")
 
 
 def first_line(error: Exception) -> str:

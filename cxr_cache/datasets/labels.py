@@ -20,7 +20,7 @@ from cxr_cache.common.tables import (
     require_columns,
     require_unique,
 )
-from cxr_cache.common.wording import nearest_names, normalise
+from cxr_cache.common.wording import list_names, nearest_names, normalise
 from cxr_cache.errors import TableError
 
 _DATA = files("cxr_cache.datasets") / "findings35.json"
@@ -174,7 +174,7 @@ def parse_target_table(
     findings = tuple(column for column in table.columns if column not in DESCRIPTIVE_COLUMNS)
     if not findings:
         raise TableError(
-            f"{source} has no finding: its columns are {', '.join(table.columns)}. "
+            f"{source} has no finding: its columns are {list_names(list(table.columns))}. "
             "Add one column per finding (1, 0, or blank where unlabelled)."
         )
     targets = np.empty((len(table), len(findings)), np.float32)

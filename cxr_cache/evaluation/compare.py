@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.scored import ScoredImages, read_scored
@@ -175,7 +176,7 @@ def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: Scor
     if ours.findings != theirs.findings:
         other = sorted(set(ours.findings) ^ set(theirs.findings)) or ["their order"]
         raise RunError(
-            f"{first.path} and {second.path} do not have the same findings: {', '.join(other)}."
+            f"{first.path} and {second.path} do not have the same findings: {list_names(other)}."
         )
     shared = np.isin(ours.image_ids, theirs.image_ids).sum()
     if shared != len(ours) or len(ours) != len(theirs):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
@@ -349,7 +350,7 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     if metrics["findings_undefined"]:
         lines.append(
             f"  {metrics['n_findings_undefined']} not scored, without a positive or a negative in "
-            f"test: {', '.join(metrics['findings_undefined'])}"
+            f"test: {list_names(metrics['findings_undefined'])}"
         )
     return "\n".join(lines)
 

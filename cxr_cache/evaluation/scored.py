@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import find_duplicates, read_csv, require_unique
+from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.cohort import (
     Unit,
     assign_clusters,
@@ -290,7 +291,7 @@ def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
     if key is None or len(table.columns) == 1:
         raise TableError(
             f"{path} needs a column image_id or study_uid, and a column to group by, such as sex; "
-            f"its columns are {', '.join(table.columns)}."
+            f"its columns are {list_names(list(table.columns))}."
         )
     require_unique(table, key, path)
     for names, reason in _CLASHES.items():

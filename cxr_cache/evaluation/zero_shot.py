@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.text import PromptPair, TextEncoder
@@ -69,7 +70,7 @@ class ZeroShot:
                 line += f"  {figure.to_text(sign):<24}"
             lines.append(line.rstrip())
         if self.without_prompts:
-            lines.append(f"No prompts for: {', '.join(self.without_prompts)}")
+            lines.append(f"No prompts for: {list_names(self.without_prompts)}")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -151,7 +152,7 @@ def score_zero_shot(
     chosen = [f for f, finding in enumerate(cohort.findings) if finding in prompts]
     if not chosen:
         raise TrainingError(
-            f"None of the findings has prompts: {', '.join(cohort.findings)}. Give a file with "
+            f"None of the findings has prompts: {list_names(cohort.findings)}. Give a file with "
             "--prompts."
         )
     findings = [cohort.findings[f] for f in chosen]

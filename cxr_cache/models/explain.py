@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.images import read_image, read_picture
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import ConfigError, ImageError, RunError
@@ -53,7 +54,7 @@ def parse_findings(run: Run, names: Sequence[str]) -> list[str]:
     unknown = [name for name in names if name.casefold() not in known]
     if unknown:
         raise ConfigError(
-            f"{run.path} has no finding {unknown[0]!r}. It has: {', '.join(known.values())}."
+            f"{run.path} has no finding {unknown[0]!r}. It has: {list_names(list(known.values()))}."
         )
     return [known[name.casefold()] for name in names]
 

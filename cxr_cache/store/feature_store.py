@@ -16,7 +16,6 @@ import importlib.metadata
 import itertools
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -31,6 +30,8 @@ from numpy.typing import NDArray
 from cxr_cache.common.files import (
     WriterLock,
     disk_errors_named,
+    free_bytes,
+    open_file,
     opened,
     read_at,
     require_space,
@@ -40,7 +41,7 @@ from cxr_cache.common.files import (
     write_at,
 )
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.errors import DiskError, StoreFormatError, StoreNotFoundError
+from cxr_cache.errors import ConfigError, DiskError, StoreFormatError, StoreNotFoundError
 from cxr_cache.store.layout import (
     ERROR_WIDTH,
     FEATURES,
@@ -68,13 +69,14 @@ class Space:
     n_bytes: int
     n_token_bytes: int
     """How many of these are for tokens."""
-    n_free: int
+    n_free: int | None
+    """None where the file system does not say."""
 
     def to_text(self) -> str:
         """One line for a terminal."""
         tokens = f" (tokens {_in_words(self.n_token_bytes)})" if self.n_token_bytes else ""
-        free = _in_words(self.n_free)
-        return f"{self.path} takes {_in_words(self.n_bytes)}{tokens}; {free} are free."
+        free = "" if self.n_free is None else f"; {_in_words(self.n_free)} are free"
+        return f"{self.path} takes {_in_words(self.n_bytes)}{tokens}{free}."
 
 
 class FeatureStore:
@@ -120,6 +122,7 @@ class FeatureStore:
         part: Mapping[str, int] | None = None,
         fill: Callable[[FeatureStore], None] | None = None,
         on_space: Callable[[Space], None] | None = None,
+        overwrite: bool = True,
     ) -> FeatureStore:
         """Write a new store in which every row is pending, and open it for writing.
 
@@ -148,9 +151,13 @@ class FeatureStore:
             already.
         on_space
             Called with the space that the store takes, before it is refused or written.
+        overwrite
+            Replace a file that is there already, also one that another process has just made.
 
         Raises
         ------
+        ConfigError
+            There is a file at `path`, and `overwrite` is off.
         StoreBusyError
             Another process is writing to `path`.
         DiskFullError, DiskError
@@ -167,8 +174,10 @@ class FeatureStore:
             versions=_versions(),
         )
         try:
+            require_absent(path, overwrite=overwrite)
             _remove_abandoned(path)
-            _publish(path, header, _encode_table(cohort), features, canary, fill, on_space)
+            table = _encode_table(cohort)
+            _publish(path, lock, header, table, features, canary, fill, on_space)
             return cls._open_file(path, os.O_RDWR, lock)
         except BaseException:
             lock.release()
@@ -216,7 +225,7 @@ class FeatureStore:
 
     @classmethod
     def _open_file(cls, path: Path, flags: int, lock: WriterLock | None) -> FeatureStore:
-        fd = os.open(path, flags | os.O_CLOEXEC)
+        fd = open_file(path, flags)
         try:
             return cls(path, fd, read_layout(fd, path), lock)
         except BaseException:
@@ -538,6 +547,7 @@ class FeatureStore:
         try:
             _publish(
                 self.path,
+                lock,
                 header,
                 _encode_table(cohort),
                 features,
@@ -655,6 +665,7 @@ class FeatureStore:
 
 def _publish(
     path: Path,
+    lock: WriterLock,
     header: Header,
     table: Mapping[str, NDArray[Any]],
     features: Mapping[str, tuple[int, ...]],
@@ -675,7 +686,7 @@ def _publish(
             reserve(fd)
             sync(fd)
             if fill is not None:
-                _fill_unnamed(path, temporary, fill)
+                _fill_unnamed(path, temporary, lock, fill)
             temporary.replace(target)
             sync_folder(target.parent)
     finally:
@@ -683,10 +694,23 @@ def _publish(
             temporary.unlink()
 
 
-def _fill_unnamed(path: Path, temporary: Path, fill: Callable[[FeatureStore], None]) -> None:
-    with FeatureStore._open_file(temporary, os.O_RDWR, WriterLock.acquire(temporary)) as store:
+def _fill_unnamed(
+    path: Path, temporary: Path, lock: WriterLock, fill: Callable[[FeatureStore], None]
+) -> None:
+    with FeatureStore._open_file(temporary, os.O_RDWR, lock) as store:
         store.path = path  # what messages name
-        fill(store)
+        try:
+            fill(store)
+        finally:
+            store._lock = None  # of the file that is to come, so not to be released here
+
+
+def require_absent(path: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError if there is a file at `path`, unless it may be replaced."""
+    if path.exists() and not overwrite:
+        raise ConfigError(
+            f"{path} exists already. Choose another file, or replace it with --overwrite."
+        )
 
 
 def _require_space(
@@ -696,8 +720,7 @@ def _require_space(
     n_bytes = {name: column.n_bytes for name, column in columns.items()}
     needed = sum(n_bytes.values())
     if on_space is not None:
-        free = shutil.disk_usage(path.parent).free
-        on_space(Space(path, needed, n_bytes.get("tokens", 0), free))
+        on_space(Space(path, needed, n_bytes.get("tokens", 0), free_bytes(path.parent)))
     require_space(path, needed)
     return needed
 

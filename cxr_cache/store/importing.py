@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.errors import ConfigError, TableError
-from cxr_cache.store.feature_store import FeatureStore, are_finite
+from cxr_cache.errors import TableError
+from cxr_cache.store.feature_store import FeatureStore, are_finite, require_absent
 
 _ROWS_AT_ONCE = 16_384
 _DAMAGED = (  # what zipfile and numpy raise on damaged or dishonest files
@@ -85,10 +85,7 @@ def import_embeddings(
         There is a file at `store_path` and `overwrite` is off.
     """
     npz_path, store_path = Path(npz_path), Path(store_path)
-    if store_path.exists() and not overwrite:
-        raise ConfigError(
-            f"{store_path} exists already. Choose another file, or replace it with --overwrite."
-        )
+    require_absent(store_path, overwrite=overwrite)
     image_ids, embeddings = _read_npz(npz_path)
     positions = pd.Index(image_ids).get_indexer(pd.Index(cohort.image_ids))  # (N,), -1 if absent
     if (positions < 0).all():
@@ -114,7 +111,9 @@ def import_embeddings(
             store.commit(rows, {"embeddings": embeddings[positions[rows], None]}, unknown)
         store.record_failures(absent, [f"no embedding in {npz_path.name}"] * len(absent))
 
-    FeatureStore.create(store_path, cohort, encoder=encoder, features=shapes, fill=fill).close()
+    FeatureStore.create(
+        store_path, cohort, encoder=encoder, features=shapes, fill=fill, overwrite=overwrite
+    ).close()
     n_known = len(np.unique(positions[present]))
     return ImportSummary(
         store_path,

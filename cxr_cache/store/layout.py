@@ -257,7 +257,8 @@ def read_layout(fd: int, path: Path) -> Layout:
     layout = _parse(fd, path)
     _require_columns(path, layout)
     _require_own_bytes(path, layout.columns, os.fstat(fd).st_size)
-    stored = os.pread(fd, 16, layout.columns[_FIXED_DIGEST].offset)
+    stored = bytearray(16)
+    read_at(fd, memoryview(stored), layout.columns[_FIXED_DIGEST].offset)
     if stored != _hash_fixed(fd, layout.columns):
         raise StoreFormatError(
             f"{path} is damaged: its description or image table (encoder, ids, studies, targets) "
@@ -267,7 +268,9 @@ def read_layout(fd: int, path: Path) -> Layout:
 
 
 def _parse(fd: int, path: Path) -> Layout:
-    if os.pread(fd, len(_SIGNATURE), 0) != _SIGNATURE:
+    start = bytearray(len(_SIGNATURE))
+    read_at(fd, memoryview(start), 0)
+    if start != _SIGNATURE:
         raise StoreFormatError(
             f"{path} is not a feature store: it does not begin as the HDF5 files that cxr-cache "
             "writes. Features made elsewhere come in with `cxr-cache import`."

@@ -23,6 +23,7 @@ from cxr_cache.store.feature_store import (
     PENDING,
     WITHOUT_TOKENS,
     FeatureStore,
+    require_absent,
 )
 
 
@@ -83,10 +84,7 @@ def merge(
         A part is still being written.
     """
     store_path = Path(store_path)
-    if store_path.exists() and not overwrite:
-        raise ConfigError(
-            f"{store_path} exists already. Choose another file, or replace it with --overwrite."
-        )
+    require_absent(store_path, overwrite=overwrite)
     paths = [Path(path).resolve() for path in part_paths]
     if repeated := {path for path in paths if paths.count(path) > 1}:
         raise StoreMismatchError(f"{min(repeated)} is given twice. Give each part once.")
@@ -107,6 +105,7 @@ def merge(
             canary=first.canary,
             boundary_block=first.header.boundary_block,
             fill=lambda whole: _copy(whole, parts, damaged),
+            overwrite=overwrite,
         ) as whole:
             status = whole.status
     return MergeSummary(

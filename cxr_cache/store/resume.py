@@ -18,7 +18,7 @@ from cxr_cache.datasets.images import read_bytes
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines, encode_canaries
 from cxr_cache.encoders.identity import EncoderIdentity
-from cxr_cache.errors import ImageError, StoreMismatchError
+from cxr_cache.errors import ConfigError, ImageError, StoreMismatchError
 from cxr_cache.store.feature_store import FeatureStore, Space
 
 
@@ -62,8 +62,8 @@ def open_or_create(
     """
     wanted = _plan_features(encoder.identity, n_views, n_unfrozen)
     if not path.exists():
-        return Resumed(
-            FeatureStore.create(
+        try:
+            store = FeatureStore.create(
                 path,
                 cohort,
                 encoder=encoder.identity.to_dict(),
@@ -72,8 +72,12 @@ def open_or_create(
                 boundary_block=wanted.boundary_block,
                 part=part,
                 on_space=on_space,
+                overwrite=False,
             )
-        )
+            return Resumed(store)
+        except ConfigError:
+            if not path.exists():  # else another process has made it in the meantime
+                raise
     store = FeatureStore.open(path, "r+")
     try:
         require_same_encoder(store, encoder)

@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
+from cxr_cache.common.wording import list_names
 from cxr_cache.config import Recipe
 from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
@@ -70,7 +71,7 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     if len(rare):
         notes.append(
             f"{len(rare)} findings have fewer positive train images than folds, so some folds "
-            f"cannot score them: {', '.join(cohort.findings[f] for f in rare)}."
+            f"cannot score them: {list_names([cohort.findings[f] for f in rare])}."
         )
     if split.by == "image":
         shared = count_shared_studies(split.is_test, cohort.study_uids)
