@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from cxr_cache.errors import CxrCacheError, DiskError, DiskFullError, StoreBusyError
+from cxr_cache.errors import ConfigError, CxrCacheError, DiskError, DiskFullError, StoreBusyError
 
 logger = logging.getLogger(__name__)
 
@@ -424,3 +424,28 @@ def _describe(holder: dict[str, object]) -> str:
     if holder.keys() >= {"pid", "host", "started"}:
         return f"process {holder['pid']} on {holder['host']} (since {holder['started']})"
     return "another process"
+
+
+# -- text that people give ---
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, or say in one sentence where it is something else.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or holds a byte that is not UTF-8; the message names the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise ConfigError(
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8, so the file was saved in another "
+            "encoding, such as Latin-1. Save it as UTF-8."
+        ) from error

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxr_cache.common.files import read_text
 from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.encoders.loading import find_source
 from cxr_cache.encoders.sources import Source
@@ -219,26 +220,40 @@ class PromptPair:
 def load_prompts(path: Path | None = None) -> dict[str, PromptPair]:
     """Prompts by finding, from a JSON file or the package's own for the 35 findings.
 
-    The file holds ``{"Mass": {"present": ["a lung mass"], "absent": ["no lung mass"]}}``; a finding
+    The file is UTF-8 and holds ``{"Mass": {"present": ["a lung mass"], "absent": ["no lung mass"]}}``; a finding
     may have several of each, whose embeddings are averaged.
 
     Raises
     ------
     ConfigError
-        The file is not of that form.
+        The file cannot be read, is not UTF-8, or is not of that form.
     """
     if path is None:
         text = files("cxr_cache.encoders").joinpath("prompts35.json").read_text(encoding="utf-8")
     else:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
+    finding: str | None = None
     try:
-        entries = json.loads(text)
-        return {finding: _parse_pair(entry) for finding, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        pairs = {}
+        for finding, entry in json.loads(text).items():  # noqa: B007 -- named in the message
+            pairs[finding] = _parse_pair(entry)
+        return pairs
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        where = f"the entry of {finding!r}: " if finding is not None else ""
         raise ConfigError(
-            f"{path} is not a file of prompts ({error!r}). It needs, for every finding: "
-            '{"Cardiomegaly": {"present": ["cardiomegaly"], "absent": ["no cardiomegaly"]}}.'
+            f"{path} is not a file of prompts ({where}{_describe(error)}). It needs, for every "
+            'finding: {"Cardiomegaly": {"present": ["cardiomegaly"], "absent": ["no '
+            'cardiomegaly"]}}.'
         ) from error
+
+
+def _describe(error: Exception) -> str:
+    """What is wrong, in words; exceptions of Python itself name nothing that is in the file."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, ValueError):
+        return str(error)
+    return "it is nested in another way"
 
 
 def _parse_pair(entry: Any) -> PromptPair:

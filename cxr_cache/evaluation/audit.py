@@ -19,6 +19,7 @@ from cxr_cache.evaluation.audit_images import (
     THUMBNAIL_PX,
     Neighbourhood,
     PictureFacts,
+    describe_usual,
     examine_pictures,
     find_embedding_outliers,
     find_neighbours,
@@ -83,6 +84,8 @@ class Audit:
     """Files that could not be looked at: image_id, reason."""
     looked_at_pixels: bool
     leakage: Leakage | None
+    notes: tuple[str, ...] = ()
+    """What is unusual about all pictures together."""
 
     @property
     def crossing(self) -> pd.DataFrame:
@@ -95,6 +98,7 @@ class Audit:
         """For a terminal."""
         lines = [f"{self.store}: {self.n_images:,} images looked at, {self.n_failed:,} failed"]
         lines += self._describe_groups() + self._describe_duplicates() + self._describe_outliers()
+        lines += [f"Note: {note}" for note in self.notes]
         if len(self.unreadable):
             lines.append(f"{len(self.unreadable):,} files could not be read")
         if not self.looked_at_pixels:
@@ -163,6 +167,7 @@ class Audit:
             "n_pairs_crossing": len(self.crossing),
             "n_outliers": self.outliers["reason"].value_counts().to_dict(),
             "n_unreadable": len(self.unreadable),
+            "notes": self.notes,
             "leakage": None if self.leakage is None else self.leakage.to_dict(),
         }
         (folder / "audit.json").write_text(json.dumps(summary, indent=2, default=int))
@@ -241,6 +246,7 @@ def audit_store(
         unreadable=unreadable,
         looked_at_pixels=image_dir is not None,
         leakage=leakage,
+        notes=tuple(describe_usual(facts.values())),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -253,12 +253,14 @@ _GAIN: Final = 0.25
 _MIN_IMAGES: Final = 20  # of a projection, for its usual picture to mean anything
 
 
-_CHANGES: Final[Mapping[str, Callable[[Array], Array]]] = {
-    "inverted: its negative fits": np.negative,
-    "upside down: fits when turned by 180 degrees": lambda usual: np.rot90(usual, 2),
-    "on its side: fits when turned by 90 degrees": lambda usual: np.rot90(usual, 1),
-}
-"""What may have been done to a picture, as done to the usual one."""
+_CHANGES: Final[Sequence[tuple[str, Callable[[Array], Array]]]] = (
+    ("inverted: its negative fits", np.negative),
+    ("upside down: fits when turned by 180 degrees", lambda usual: np.rot90(usual, 2)),
+    ("on its side: fits when turned by 90 degrees", lambda usual: np.rot90(usual, 1)),
+    ("on its side: fits when turned by 90 degrees", lambda usual: np.rot90(usual, -1)),
+)
+"""What may have been done to a picture, as done to the usual one or its mirror image: with these,
+all eight ways in which a picture can lie."""
 
 
 COLUMNS: Final = ("row", "reason", "value", "usual")
@@ -310,13 +312,16 @@ def find_pixel_outliers(
         np.array([getattr(one, name) for one in pictures])
         for name in ("contrast", "colour", "frame")
     )
-    is_blank = contrast < MIN_CONTRAST
+    # What all pictures of a data set have makes none of them odd: each bound follows the usual one.
+    is_blank = contrast < min(MIN_CONTRAST, np.median(contrast) / 2)
+    is_coloured = colour > max(MAX_COLOUR, 2 * np.median(colour))
+    is_framed = (frame > max(MAX_FRAME, (1 + np.median(frame)) / 2)) & ~is_blank
     found = [
         _table(rows[chosen], reason, values[chosen], np.median(values))
         for reason, chosen, values in (
             ("blank: almost no contrast", is_blank, contrast),
-            ("in colour", colour > MAX_COLOUR, colour),
-            ("mostly a plain frame", (frame > MAX_FRAME) & ~is_blank, frame),
+            ("in colour", is_coloured, colour),
+            ("mostly a plain frame", is_framed, frame),
         )
         if chosen.any()
     ]
@@ -328,18 +333,47 @@ def find_pixel_outliers(
     return pd.concat([*found, _table(rows[:0], "", contrast[:0], 0.0)], ignore_index=True)
 
 
+def describe_usual(facts: Collection[PictureFacts]) -> list[str]:
+    """Say what is unusual about the data set as a whole, so that no single image is blamed."""
+    if not facts:
+        return []
+    contrast, colour, frame = (
+        float(np.median([getattr(one, name) for one in facts]))
+        for name in ("contrast", "colour", "frame")
+    )
+    notes = []
+    if contrast < MIN_CONTRAST:
+        notes.append(
+            f"most pictures have almost no contrast: {contrast:.3g} of 255 grey levels are usual. "
+            "If 16-bit files hold values of fewer bits, extract them again and state how many, "
+            "such as --bits-stored 12."
+        )
+    if colour > MAX_COLOUR:
+        notes.append(
+            f"most pictures are in colour: channels usually differ by {colour:.3g} grey levels, and "
+            "radiographs are grey. Look at some of them."
+        )
+    if frame > MAX_FRAME:
+        notes.append(
+            f"most pictures have a plain frame, which usually takes {frame:.0%} of their area. "
+            "Crop the files, or the encoder sees little else."
+        )
+    return notes
+
+
 def _find_misfits(rows: NDArray[np.intp], thumbnails: NDArray[np.uint8]) -> list[pd.DataFrame]:
     """Thumbnails ``(n, S, S)`` of one projection that fit badly as they are."""
     scaled = standardise(thumbnails)
     usual = standardise(np.median(scaled, axis=0)[None])[0]
     as_is = _fit(scaled, usual)
-    changed = np.stack([_fit(scaled, change(usual)) for change in _CHANGES.values()])
-    best = changed.argmax(axis=0)
+    reasons, changes = zip(*_CHANGES, strict=True)
+    changed = np.stack([_fit(scaled, change(usual)) for change in changes])
+    best = np.array(reasons)[changed.argmax(axis=0)]
     is_changed = (changed.max(axis=0) > _FITS) & (changed.max(axis=0) - as_is > _GAIN)
     middle = np.median(as_is)
     spread = 1.4826 * np.median(np.abs(as_is - middle))  # of a normal distribution
     is_unlike = (middle - as_is > MAX_ROBUST_Z * max(spread, 0.02)) & ~is_changed
-    found = {reason: is_changed & (best == k) for k, reason in enumerate(_CHANGES)}
+    found = {reason: is_changed & (best == reason) for reason in dict.fromkeys(reasons)}
     found["unlike the usual picture of its projection"] = is_unlike
     return [
         _table(rows[chosen], reason, as_is[chosen], middle)

@@ -18,6 +18,7 @@ from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
 from cxr_cache.models.export_onnx import require_onnx, write_onnx
 from cxr_cache.models.export_open_clip import HEAD_FILE, require_one_checkpoint, write_open_clip
+from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.predict import require_encoder_of_run
 from cxr_cache.models.run import Run, SavedModel
 
@@ -117,8 +118,10 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "threshold_rule": model.threshold_rule,
         "calibration": model.calibration,
         "preprocessing": model.encoder["preprocessing"],
+        "features": model.head.get("features", "projected"),
         "input_norm": model.head["input_norm"],
         "hidden": list(model.head["hidden"]),
+        "norm": HeadBank.from_snapshot(model.head_tensors).norm,
         "n_members": len(model.tensors["weight_0"]),
         "fine_tuned_blocks": list(dict.fromkeys(blocks)),
         "encoder": model.encoder,

@@ -6,12 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.encoder import Encoder
@@ -117,7 +117,7 @@ def write_open_clip(
     }
     _write_json(folder / CONFIG_FILE, config)
     heads = plain_heads(model)
-    _write_json(folder / HEAD_FILE, {**description, "how_to_use": _how_to_use(model, len(heads))})
+    _write_json(folder / HEAD_FILE, {**description, "how_to_use": _how_to_use(model, heads)})
     _save(heads.state_dict(), folder / HEAD_WEIGHTS_FILE)
     tuned = {name: tensor[0] for name, tensor in model.tail_tensors.items()}
     assert tuned.keys() <= tensors.keys(), "blocks that the encoder does not have"
@@ -145,19 +145,18 @@ def _preprocess_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _how_to_use(model: SavedModel, n_heads: int) -> list[str]:
+def _how_to_use(model: SavedModel, heads: nn.ModuleList) -> list[str]:
     """Lines of Python and prose that need open_clip, but not this package."""
     calibrates = read_calibration(model.calibration, len(model.findings)).method != "none"
-    *hidden, last = (f"({n}, {m})" for _, n, m in _layer_shapes(model))
-    layers = [f"Linear{shape}, BatchNorm1d, ReLU, Dropout" for shape in hidden]
+    layers = ", ".join(map(_name_layer, cast(nn.Sequential, heads[0])))
     normalise = "embedding = torch.nn.functional.normalize(embedding, dim=-1)"
     return [
         "model, _, preprocess = open_clip.create_model_and_transforms('local-dir:THIS_FOLDER')",
         "embedding = model.eval().encode_image(preprocess(image.convert('RGB'))[None])",
         *([normalise] if model.head["input_norm"] == "l2" else []),
-        f"A head is torch.nn.Sequential of {', '.join([*layers, f'Linear{last}'])} in evaluation "
-        f"mode. {HEAD_WEIGHTS_FILE} is the state_dict of torch.nn.ModuleList of {n_heads} such "
-        "heads ('0.0.weight' is the first layer of the first).",
+        f"A head is torch.nn.Sequential of {layers} in evaluation mode. {HEAD_WEIGHTS_FILE} is the "
+        f"state_dict of torch.nn.ModuleList of {len(heads)} such heads ('0.0.weight' is the first "
+        "layer of the first).",
         "probabilities = mean over the heads of torch.sigmoid(head(embedding)), in the order of "
         "findings.",
         *([_CALIBRATE] if calibrates else []),
@@ -166,11 +165,11 @@ def _how_to_use(model: SavedModel, n_heads: int) -> list[str]:
     ]
 
 
-def _layer_shapes(model: SavedModel) -> list[tuple[int, int, int]]:
-    """Heads, inputs and outputs of each linear layer."""
-    n_layers = sum(name.startswith("weight_") for name in model.tensors)
-    shapes = (tuple(model.tensors[f"weight_{i}"].shape) for i in range(n_layers))
-    return [(k, n, m) for k, n, m in shapes]
+def _name_layer(layer: nn.Module) -> str:
+    """A layer as one would write it in Python, without what its weights do not depend on."""
+    if isinstance(layer, nn.Linear):
+        return f"Linear({layer.in_features}, {layer.out_features})"
+    return type(layer).__name__
 
 
 def _copy_beside(weights: Path, folder: Path) -> list[str]:

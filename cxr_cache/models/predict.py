@@ -136,8 +136,10 @@ def require_encoder_of_run(
     if trained_with.get("imported"):
         raise RunError(
             f"{run.path} was trained on embeddings imported from {trained_with['name']}; there is "
-            "no encoder to run new images through. Import their embeddings into a store and use "
-            f"`cxr-cache evaluate {run.path} --store F.h5`."
+            "no encoder to run images through. To score other images, import their embeddings "
+            f"into a store, too, and use `cxr-cache evaluate {run.path} --store F.h5`. To predict "
+            "from images, to explain them or to export the whole model, use `cxr-cache extract` on "
+            "the images and train on that store."
         )
     if encoder is None:
         return

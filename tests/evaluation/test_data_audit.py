@@ -30,7 +30,9 @@ from cxr_cache.evaluation.audit import (
 )
 from cxr_cache.evaluation.audit_images import (
     describe_picture,
+    describe_usual,
     find_neighbours,
+    find_pixel_outliers,
     find_same_digests,
     shrink,
 )
@@ -225,6 +227,55 @@ def test_sound_images_are_left_alone(audited):
     assert len(others) <= 1, others
     odd = {"copy.png", "resaved.png", "brighter.png"} & set(audited.outliers["image_id"])
     assert not odd
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize(
+    ("n_turns", "reason"), [(0, None), (1, "on its side"), (2, "upside down"), (3, "on its side")]
+)
+def test_a_film_is_found_whichever_way_it_lies(planted, n_turns, reason, mirrored):
+    """Eight ways: to the left, to the right, upside down, and each of them mirrored."""
+    _, image_dir, source = planted
+    names = [f for f in sorted(image_dir.iterdir()) if f.stem not in PLANTED]
+    pictures = {row: np.asarray(Image.open(name)) for row, name in enumerate(names)}
+    frontal = [row for row, name in enumerate(names) if name.name.endswith("1001.dcm.png")]
+    row = names.index(image_dir / source)
+    turned = np.rot90(pictures[row], n_turns)
+    pictures[row] = np.fliplr(turned) if mirrored else turned
+    facts = {row: describe_picture(pictures[row]) for row in sorted({*frontal, row})}
+    found = find_pixel_outliers(facts, np.full(len(names), "Frontal"))
+    reasons = found.loc[found["row"] == row, "reason"].tolist()
+    assert len(reasons) == (reason is not None), reasons
+    assert all(found_reason.startswith(reason) for found_reason in reasons)
+
+
+def test_what_all_pictures_have_makes_none_of_them_odd():
+    """12-bit values stored in 16 bits: all are dark, which is said once, of all of them."""
+    rng = np.random.default_rng(0)
+    dark = [rng.integers(0, 16, (32, 32), dtype=np.uint8) for _ in range(24)]
+    facts = [describe_picture(picture) for picture in (*dark, np.full((32, 32), 3, np.uint8))]
+    assert np.median([one.contrast for one in facts]) == 15
+    found = find_pixel_outliers(dict(enumerate(facts)), np.full(25, "Frontal"))
+    blank = found[found["reason"].str.startswith("blank")]
+    assert blank["row"].tolist() == [24]
+    assert blank["usual"].tolist() == [15]
+    (note,) = describe_usual(facts)
+    assert "15 of 255 grey levels" in note
+    assert "--bits-stored 12" in note
+
+    coloured = [describe_picture(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(24)]
+    found = find_pixel_outliers(dict(enumerate(coloured)), np.full(24, "Frontal"))
+    assert not len(found[found["reason"] == "in colour"])
+    (note,) = describe_usual(coloured)
+    assert "in colour" in note
+
+    framed = np.zeros((32, 32), np.uint8)
+    framed[:16, :16] = dark[0][:16, :16] * 16
+    facts = [describe_picture(framed)] * 24
+    assert not len(find_pixel_outliers(dict(enumerate(facts)), np.full(24, "Frontal")))
+    (note,) = describe_usual(facts)
+    assert "75% of their area" in note
+    assert describe_usual([]) == []
 
 
 def test_a_file_that_cannot_be_read_is_listed(planted, tmp_path):

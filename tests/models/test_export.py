@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,11 +63,14 @@ def save_run(
     precision: str = "fp32",
     input_norm: str = "l2",
     calibrates: bool = False,
+    norm: str = "batch",
+    hidden: tuple[int, ...] = (16, 8),
     **identity: Any,
 ) -> Run:
     """A finished run whose numbers are drawn: each member's head and blocks differ."""
     generator = torch.Generator().manual_seed(7)
-    bank = HeadBank(n_members, encoder.identity.embedding_width, len(FINDINGS), hidden=(16, 8))
+    width = encoder.identity.embedding_width
+    bank = HeadBank(n_members, width, len(FINDINGS), hidden=hidden, norm=norm)
     tensors = {
         # Far from initial weights, so that images get different probabilities
         name: 2 * tensor + 0.5 * torch.rand(tensor.shape, generator=generator)
@@ -89,7 +93,7 @@ def save_run(
     random_encoder = encoder.identity.is_random
     run = Run.create(path, {"kind": "test", "seed": 3, "random_encoder": random_encoder})
     thresholds = {finding: 0.2 + 0.1 * i for i, finding in enumerate(FINDINGS)}
-    head = {"input_norm": input_norm, "hidden": (16, 8), "dropout": 0.5}
+    head = {"input_norm": input_norm, "hidden": hidden, "dropout": 0.5}
     slope, intercept = np.linspace(0.6, 1.7, len(FINDINGS)), np.linspace(-1, 0.5, len(FINDINGS))
     stored = Calibration("platt", slope, intercept).to_dict() if calibrates else None
     run.save_model(
@@ -215,6 +219,32 @@ def plain_head(n_inputs: int, hidden: Sequence[int], n_outputs: int) -> nn.Seque
     return nn.Sequential(*layers, nn.Linear(n_inputs, n_outputs))
 
 
+@pytest.mark.parametrize("hidden", [(16,), ()])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_an_export_tells_the_layers_that_the_head_has(tmp_path, clip, norm, hidden):
+    """Built by the words of head.json alone, whatever norm and depth the recipe asked for."""
+    run = save_run(tmp_path / "run", clip, norm=norm, hidden=hidden)
+    export_run(run, tmp_path / "out", "open-clip")
+    told = json.loads((tmp_path / "out" / "head.json").read_text())
+    (sentence,) = (line for line in told["how_to_use"] if line.startswith("A head is"))
+    words = sentence.removeprefix("A head is torch.nn.Sequential of ").partition(" in eval")[0]
+    layers, n_units = [], 24
+    for word in re.findall(r"[A-Z]\w+(?:\(.*?\))?", words):
+        name, _, shape = word.rstrip(")").partition("(")
+        n_units = int(shape.split(", ")[1]) if shape else n_units
+        arguments = [int(n) for n in shape.split(", ")] if shape else []
+        arguments = arguments or ([n_units] if "Norm" in name else [])
+        layers.append(getattr(nn, name)(*arguments))
+    heads = nn.ModuleList([nn.Sequential(*layers)]).eval()
+    heads.load_state_dict(load_file(tmp_path / "out" / "head.safetensors"))
+    assert told["norm"] == norm or not hidden  # without a hidden layer there is none
+    assert told["features"] == "projected"
+    embedding = torch.rand(5, 24)
+    bank = HeadBank.from_snapshot(run.load_model().head_tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(heads[0](embedding), bank(embedding)[0])
+
+
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 def test_only_the_fine_tuned_blocks_differ_from_the_checkpoint(tmp_path, file_format):
     """In BiomedCLIP's layout: text tower and logit scale bit for bit, in their types."""
@@ -318,7 +348,10 @@ def test_a_checkpoint_of_an_image_tower_alone(tmp_path):
 def test_imported_embeddings_have_no_encoder_to_export(tmp_path, tiny, file_format):
     run = save_run(tmp_path / "run", tiny)
     run.save_model(replace(run.load_model(), encoder=IMPORTED))
-    with pytest.raises(RunError, match=r"imported from imported:tiny\.npz"):
+    remedy = (
+        r"imported from imported:tiny\.npz.* export .*`cxr-cache extract` on the images and train"
+    )
+    with pytest.raises(RunError, match=remedy):
         export_run(run, tmp_path / "out", file_format)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 
+from cxr_cache.cli.main import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.indiana import load_cohort
@@ -281,6 +284,18 @@ def test_a_run_on_imported_embeddings_has_no_encoder_to_predict_with(imported_ru
         predict_images(imported_run, [], encoder)
     with pytest.raises(RunError, match=remedy):
         require_encoder_of_run(imported_run, imported_run.load_model().encoder, None)
+
+
+def test_what_is_advised_for_imported_embeddings_works(imported_run, folder, tmp_path):
+    """The command that the message names, on other embeddings of the same kind."""
+    with pytest.raises(RunError) as caught:
+        require_encoder_of_run(imported_run, imported_run.load_model().encoder, None)
+    (command,) = re.findall(r"`cxr-cache (evaluate [^`]*)`", str(caught.value))
+    other = make_store(tmp_path / "other.h5", make_cohort(seed=9))
+    arguments = [str(other) if word == "F.h5" else word for word in command.split()]
+    done = CliRunner().invoke(cli, [*arguments, "--resamples", "20"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "macro AUROC" in done.output
 
 
 # --- Stores ---------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@
     const head = make("tr", {}, ...["Group", ...(several ? ["Run"] : []), "positives", "images", "AUROC", "sensitivity", "specificity"]
       .map((label) => make("th", { scope: "col" }, label)));
     const rows = groups.flatMap((group, run) => (group || []).map((row) => make("tr", {},
-      make("th", { scope: "row" }, `${row.group.replace("_", " ")} ${row.value}`),
+      make("th", { scope: "row" }, `${row.group.replaceAll("_", " ")} ${row.value}`),
       ...(several ? [make("td", {}, data.runs[run].name)] : []),
       make("td", {}, count(row.n_positive_test)), make("td", {}, count(row.n_test)),
       make("td", {}, fixed(row.auroc), row.auroc_low === null ? "" : make("span", { class: "interval" }, ` ${fixed(row.auroc_low)} to ${fixed(row.auroc_high)}`)),
