@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cxr_cache.config import TrainConfig
     from cxr_cache.datasets.cohort import Cohort
-    from cxr_cache.datasets.indiana import load_cohort
+    from cxr_cache.datasets.readers import load_cohort
     from cxr_cache.encoders.loading import load_encoder
     from cxr_cache.evaluation.evaluate import evaluate_run
     from cxr_cache.models.predict import predict_images
@@ -37,7 +37,7 @@ _HOMES = {
     "evaluate_run": "evaluation.evaluate",
     "extract_embeddings": "store.extract",
     "import_embeddings": "store.importing",
-    "load_cohort": "datasets.indiana",
+    "load_cohort": "datasets.readers",
     "load_encoder": "encoders.loading",
     "predict_images": "models.predict",
     "train_head": "training.train",

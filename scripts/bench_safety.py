@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.store.extract import ExtractConfig, extract_embeddings

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -25,10 +26,7 @@ def make_cohort(n_images: int, seed: int = 0) -> Cohort:
     rng = np.random.default_rng(seed)
     names = np.array([f"{i:06d}.png" for i in range(n_images)])
     return Cohort(
-        image_ids=names,
-        study_uids=names,
-        patient_ids=np.full(n_images, ""),
-        projections=np.full(n_images, ""),
+        pd.DataFrame({"image_id": names, "study_uid": names}),
         targets=(rng.random((n_images, N_FINDINGS)) < PREVALENCE).astype(np.float32),
         findings=tuple(f"Finding {i}" for i in range(N_FINDINGS)),
         source={"generated": str(seed)},

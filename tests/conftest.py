@@ -55,6 +55,6 @@ def images(phantoms, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def cohort(phantoms) -> Cohort:
-    from cxr_cache.datasets.indiana import load_cohort
+    from cxr_cache.datasets.readers import load_cohort
 
     return load_cohort(phantoms)

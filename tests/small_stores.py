@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.datasets.cohort import Cohort
@@ -21,11 +22,13 @@ def make_cohort(n_images: int, seed: int = 0, n_findings: int = 3) -> Cohort:
     rng = np.random.default_rng(seed)
     image_ids = [f"{'äö' if i % 5 == 0 else 'a'}/{i:05}.png" for i in range(n_images)]
     targets = rng.choice(np.array([0, 1, np.nan], np.float32), (n_images, n_findings))
+    images = {
+        "image_id": image_ids,
+        "study_uid": [f"study {i // 2}" for i in range(n_images)],
+        "projection": rng.choice(["Frontal", "Lateral", ""], n_images),
+    }
     return Cohort(
-        image_ids=np.array(image_ids),
-        study_uids=np.array([f"study {i // 2}" for i in range(n_images)]),
-        patient_ids=np.full(n_images, ""),
-        projections=rng.choice(["Frontal", "Lateral", ""], n_images),
+        pd.DataFrame(images),
         targets=targets,
         findings=tuple(f"finding {f}" for f in range(n_findings)),
         source={"table.csv": "ab" * 32},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.config import TrainConfig
@@ -41,11 +42,13 @@ def make_cohort(n_studies: int = 60, *, seed: int = 0, unlabelled: float = 0.0) 
     study = np.repeat(np.arange(n_studies), 2)
     targets = (rng.random((n_studies, len(FINDINGS))) < PREVALENCE).astype(np.float32)[study]
     targets[rng.random(targets.shape) < unlabelled] = np.nan
+    images = {
+        "image_id": [f"{row:05d}.png" for row in range(len(study))],
+        "study_uid": study.astype(str),
+        "projection": np.where(np.arange(len(study)) % 2, "Lateral", "Frontal"),
+    }
     return Cohort(
-        image_ids=np.array([f"{row:05d}.png" for row in range(len(study))]),
-        study_uids=study.astype(str),
-        patient_ids=np.full(len(study), ""),
-        projections=np.where(np.arange(len(study)) % 2, "Lateral", "Frontal"),
+        pd.DataFrame(images),
         targets=targets,
         findings=FINDINGS,
         source={"synthetic": "0"},

@@ -8,8 +8,8 @@ from textwrap import indent
 from typing import Any
 
 from cxr_cache.config import TrainConfig
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import evaluate_run, format_summary

@@ -42,7 +42,7 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
     """Show findings, counts, views and missing files of a data set."""
     from cxr_cache.datasets.describe import describe_cohort
     from cxr_cache.datasets.images import find_missing
-    from cxr_cache.datasets.indiana import load_cohort
+    from cxr_cache.datasets.readers import load_cohort
 
     for folder in (image_dir, plot.parent if plot is not None else None):
         if folder is not None:
@@ -371,6 +371,6 @@ def _image_progress(bar: Any) -> Callable[[int, int, int], None]:
 
 
 def _load_cohort(csv_dir: Path, limit: int | None) -> Cohort:
-    from cxr_cache.datasets.indiana import load_cohort
+    from cxr_cache.datasets.readers import load_cohort
 
     return load_cohort(csv_dir).take(slice(limit))

@@ -446,6 +446,6 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
         raise ConfigError(
-            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8, so the file was saved in another "
-            "encoding, such as Latin-1. Save it as UTF-8."
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8, so the file was saved in "
+            "another encoding, such as Latin-1. Save it as UTF-8."
         ) from error

@@ -3,24 +3,210 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import (
-    find_duplicates,
-)
+from cxr_cache.common.tables import find_duplicates
 from cxr_cache.errors import TableError
 from cxr_cache.metrics.scores import Array
 
+IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
+"""Columns that every image table has, in this order; further ones follow them."""
+_OPTIONAL_COLUMNS: Final = ("patient_id", "projection")
+_TAKEN_NAMES: Final = frozenset({"split", "fold"})
+"""Columns that the tables of a run have beside those of the image table."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """N images in a fixed order, which is the order of the rows everywhere else.
+
+    Attributes
+    ----------
+    images
+        One row per image, all cells text, ``""`` where unknown, index 0 to N - 1. Columns:
+        ``image_id``, the posix path of the file relative to the image folder, unique;
+        ``study_uid``, the examination that the image belongs to; ``patient_id``, which all images
+        of a study share; ``projection``, ``"Frontal"`` or ``"Lateral"``; and any further fact
+        about images, such as ``sex`` or ``age``, which stores and tables of runs then carry along.
+        Missing columns ``patient_id`` and ``projection`` are added blank; numbers become text.
+    targets
+        1 present, 0 absent, NaN unlabelled; shape ``(N, F)``, float32.
+    findings
+        Names of the F findings.
+    source
+        SHA-256 (hex) of each file that was read, by file name.
+
+    Raises
+    ------
+    TableError
+        A column is missing or has a name that is taken, an image is listed twice, a study has two
+        patients, or the targets are of another shape or hold other values.
+
+    Examples
+    --------
+    >>> images = pd.DataFrame({"image_id": ["1_a.png", "1_b.png"], "study_uid": ["1", "1"]})
+    >>> cohort = Cohort(images.assign(age=57), np.zeros((2, 1), np.float32), ("Edema",))
+    >>> cohort.images.loc[1].to_dict()
+    {'image_id': '1_b.png', 'study_uid': '1', 'patient_id': '', 'projection': '', 'age': '57'}
+    """
+
+    images: pd.DataFrame
+    targets: NDArray[np.float32]
+    findings: tuple[str, ...]
+    source: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", _normalise(self.images))
+        n_images = len(self.images)
+        if self.targets.shape != (n_images, len(self.findings)):
+            raise TableError(
+                f"targets of shape {self.targets.shape} for {n_images} images and "
+                f"{len(self.findings)} findings"
+            )
+        if not (np.isnan(self.targets) | (self.targets == 0) | (self.targets == 1)).all():
+            raise TableError("targets hold other values than 1, 0 and NaN")
+        for name in self.images.columns:
+            if name in _TAKEN_NAMES or name in self.findings:
+                other = "a column of a run's tables" if name in _TAKEN_NAMES else "a finding"
+                raise TableError(
+                    f"{name!r} is a column of the image table and the name of {other}; rename one."
+                )
+        if duplicates := find_duplicates(self.images["image_id"]):
+            raise TableError(f"image {duplicates[0]!r} is listed twice; image ids must be unique")
+        _require_utf8(self.images)
+        require_one_patient_per_study(
+            self.images["patient_id"].to_numpy(), self.images["study_uid"].to_numpy()
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def image_ids(self) -> NDArray[np.str_]:
+        """Column ``image_id`` as an array, ``(N,)``."""
+        return _to_array(self.images["image_id"])
+
+    @cached_property
+    def study_uids(self) -> NDArray[np.str_]:
+        """Column ``study_uid`` as an array, ``(N,)``."""
+        return _to_array(self.images["study_uid"])
+
+    @cached_property
+    def patient_ids(self) -> NDArray[np.str_]:
+        """Column ``patient_id`` as an array, ``(N,)``; ``""`` where unknown."""
+        return _to_array(self.images["patient_id"])
+
+    @cached_property
+    def projections(self) -> NDArray[np.str_]:
+        """Column ``projection`` as an array, ``(N,)``; ``""`` where unknown."""
+        return _to_array(self.images["projection"])
+
+    @property
+    def groups(self) -> NDArray[np.str_]:
+        """What a split keeps together: the patient where known, else the study; shape ``(N,)``."""
+        return assign_clusters(self.patient_ids, self.study_uids)
+
+    def take(self, rows: NDArray[Any] | slice) -> Cohort:
+        """Return the images at `rows` (indices, mask or slice), in that order."""
+        return dataclasses.replace(self, images=self.images.iloc[rows], targets=self.targets[rows])
+
+    def assign(self, **columns: Any) -> Cohort:
+        """Return the same images with columns of the image table replaced or added.
+
+        Parameters
+        ----------
+        columns
+            Values by name, as :meth:`pandas.DataFrame.assign` takes them.
+        """
+        return dataclasses.replace(self, images=self.images.assign(**columns))
+
+
+def _normalise(images: pd.DataFrame) -> pd.DataFrame:
+    """The image table with all its columns in order, as text, counted from 0."""
+    names = [str(name) for name in images.columns]
+    if duplicates := find_duplicates(names):
+        raise TableError(f"two columns of the image table are named {duplicates[0]!r}; rename one.")
+    missing = [name for name in IMAGE_COLUMNS if name not in (*names, *_OPTIONAL_COLUMNS)]
+    if missing:
+        raise TableError(
+            f"The image table has no column {missing[0]!r}; its columns are {', '.join(names)}."
+        )
+    cells = {name: _to_text(images.iloc[:, place]) for place, name in enumerate(names)}
+    ordered = dict.fromkeys([*IMAGE_COLUMNS, *names])
+    table: pd.DataFrame = pd.DataFrame(
+        {name: pd.Series(cells.get(name, ""), range(len(images)), object) for name in ordered}
+    )
+    return table
+
+
+def _to_text(column: pd.Series[Any]) -> list[str]:
+    cells = column.tolist()
+    if pd.api.types.infer_dtype(cells, skipna=False) == "string":
+        return cells
+    return ["" if pd.isna(cell) else _write_cell(cell) for cell in cells]
+
+
+def _write_cell(cell: Any) -> str:
+    """A number that pandas made a float, for a missing one among them, is whole again: 57."""
+    return f"{cell:.15g}" if isinstance(cell, float) else str(cell)
+
+
+def _require_utf8(images: pd.DataFrame) -> None:
+    """Names of files may be any bytes; Python reads those outside UTF-8 as surrogates."""
+    for name in images.columns:
+        cells = images[name].tolist()
+        if _is_utf8("".join(cells)):
+            continue
+        cell = next(cell for cell in cells if not _is_utf8(cell))
+        if name == "image_id":
+            raise TableError(
+                f"image {cell!r} has a name that is not UTF-8, in which stores and tables keep "
+                "names. Rename the file."
+            )
+        raise TableError(
+            f"{name} {cell!r} is not UTF-8, in which stores and tables keep text. Write it anew."
+        )
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _to_array(cells: pd.Series[str]) -> NDArray[np.str_]:
+    return np.asarray(cells.tolist(), np.str_)
+
+
+def finding_table(
+    cohort: Cohort, values: NDArray[np.float32], columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Columns that say which image, then one per finding with `values`, ``(N, F)``.
+
+    Parameters
+    ----------
+    columns
+        Which columns of the image table; None takes all.
+    """
+    images = cohort.images if columns is None else cohort.images[list(columns)]
+    of_findings = pd.DataFrame(values, columns=list(cohort.findings))
+    table: pd.DataFrame = pd.concat([images, of_findings], axis=1)
+    return table
+
+
+# -- what is resampled, and kept together by splits --------------------------------------
+
 Unit: TypeAlias = Literal["study", "patient", "patient or study"]
 """What the clusters of some rows are."""
-
 
 UNITS: Final[dict[Unit, str]] = {
     "study": "studies",
@@ -74,114 +260,3 @@ def name_unit(patient_ids: Array) -> Unit:
     if not known.any():
         return "study"
     return "patient" if known.all() else "patient or study"
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Cohort:
-    """N images in a fixed order, which is the order of the rows everywhere else.
-
-    Attributes
-    ----------
-    image_ids
-        Relative posix path of each file under the image folder, unique; shape
-        ``(N,)``, as the next three.
-    study_uids
-        Examination that the image belongs to.
-    patient_ids
-        ``""`` where unknown. All images of a study name the same patient.
-    projections
-        ``"Frontal"``, ``"Lateral"``, or ``""`` where unknown.
-    targets
-        1 present, 0 absent, NaN unlabelled; shape ``(N, F)``, float32.
-    findings
-        Names of the F findings.
-    source
-        SHA-256 (hex) of each file that was read, by file name.
-    """
-
-    image_ids: NDArray[np.str_]
-    study_uids: NDArray[np.str_]
-    patient_ids: NDArray[np.str_]
-    projections: NDArray[np.str_]
-    targets: NDArray[np.float32]
-    findings: tuple[str, ...]
-    source: dict[str, str]
-
-    def __post_init__(self) -> None:
-        n_images = len(self.image_ids)
-        for name in ("study_uids", "patient_ids", "projections", "targets"):
-            n_values = len(getattr(self, name))
-            if n_values != n_images:
-                raise TableError(f"{n_images} image_ids, but {n_values} {name}")
-        if self.targets.shape != (n_images, len(self.findings)):
-            raise TableError(
-                f"targets of shape {self.targets.shape} for {n_images} images and "
-                f"{len(self.findings)} findings"
-            )
-        if not (np.isnan(self.targets) | (self.targets == 0) | (self.targets == 1)).all():
-            raise TableError("targets hold other values than 1, 0 and NaN")
-        duplicates = find_duplicates(self.image_ids)
-        if duplicates:
-            raise TableError(f"image {duplicates[0]!r} is listed twice; image ids must be unique")
-        self._require_utf8()
-        require_one_patient_per_study(self.patient_ids, self.study_uids)
-
-    def _require_utf8(self) -> None:
-        """Names of files may be any bytes; Python reads those outside UTF-8 as surrogates."""
-        for image_id in self.image_ids.tolist():
-            if not _is_utf8(image_id):
-                raise TableError(
-                    f"image {image_id!r} has a name that is not UTF-8, in which stores and tables "
-                    "keep names. Rename the file."
-                )
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    @property
-    def groups(self) -> NDArray[np.str_]:
-        """What a split keeps together: the patient where known, else the study; shape ``(N,)``."""
-        return assign_clusters(self.patient_ids, self.study_uids)
-
-    def take(self, rows: NDArray[Any] | slice) -> Cohort:
-        """Return the images at `rows` (indices, mask or slice), in that order."""
-        return dataclasses.replace(
-            self,
-            image_ids=self.image_ids[rows],
-            study_uids=self.study_uids[rows],
-            patient_ids=self.patient_ids[rows],
-            projections=self.projections[rows],
-            targets=self.targets[rows],
-        )
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
-"""What a table of predictions says of every image; patients are needed for its intervals."""
-
-
-def finding_table(
-    cohort: Cohort, values: NDArray[np.float32], columns: Sequence[str]
-) -> pd.DataFrame:
-    """Columns that say which image, then one per finding with `values`, ``(N, F)``."""
-    described = {
-        "image_id": cohort.image_ids,
-        "study_uid": cohort.study_uids,
-        "patient_id": cohort.patient_ids,
-        "projection": cohort.projections,
-    }
-    left = pd.DataFrame({name: described[name] for name in columns})
-    table: pd.DataFrame = pd.concat(
-        [left, pd.DataFrame(values, columns=list(cohort.findings))], axis=1
-    )
-    return table

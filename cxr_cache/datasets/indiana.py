@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from cxr_cache.common.tables import (
     require_filled,
     require_unique,
 )
-from cxr_cache.datasets.cohort import Cohort, logger
+from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.labels import (
     FINDINGS,
     assign_targets,
@@ -24,23 +26,30 @@ from cxr_cache.datasets.labels import (
 )
 from cxr_cache.errors import TableError
 
+logger = logging.getLogger(__name__)
+
 PROJECTIONS = {"frontal": "Frontal", "lateral": "Lateral", "": ""}
 """How a projection may be written (in any case), and how the cohort writes it."""
 
+FACTS: Final = ("sex", "age", "view_position")
+"""Columns that the image table gets as well where either file has them."""
 
-def load_cohort(csv_dir: str | Path) -> Cohort:
+
+def read_indiana(csv_dir: Path) -> Cohort:
     """Read a data set in the form of the Indiana collection: two CSV files in one folder.
 
     ``indiana_reports.csv`` has one row per study with the columns ``uid`` and
     ``Problems``; ``indiana_projections.csv`` one row per image with ``uid``,
     ``filename`` and ``projection``. Rows are joined on ``uid`` and keep the
-    order of the images. Other columns are ignored, except two:
+    order of the images. Other columns are ignored, except these, in either file
+    (that of the images counts first):
 
     ``label``
-        Findings separated by ``;``, in either file (that of the images
-        counts first). It takes precedence over the rule for ``Problems``.
+        Findings separated by ``;``. It takes precedence over the rule for ``Problems``.
     ``patient_id``
-        In either file. Images of one patient then stay together in splits.
+        Images of one patient then stay together in splits.
+    ``sex``, ``age``, ``view_position``
+        Further columns of the image table, as written.
 
     An image whose study has no report is kept as an unlabelled row, and the
     number of them is logged as a warning.
@@ -66,7 +75,6 @@ def load_cohort(csv_dir: str | Path) -> Cohort:
     --------
     read_csv : the encodings, separators and faults that are dealt with.
     """
-    csv_dir = Path(csv_dir)
     reports_path = _find_csv(csv_dir, "reports")
     images_path = _find_csv(csv_dir, "projections")
     reports, images = read_csv(reports_path), read_csv(images_path)
@@ -76,13 +84,21 @@ def load_cohort(csv_dir: str | Path) -> Cohort:
     require_unique(images, "filename", images_path)
     require_filled(images, "uid", images_path)
     report_of_image = _join(images, reports, images_path, reports_path)
+    table = {
+        "image_id": images["filename"].tolist(),
+        "study_uid": images["uid"].tolist(),
+        "projection": _parse_projections(images, images_path),
+    }
+    for name in ("patient_id", *FACTS):
+        if name in images:
+            table[name] = images[name].tolist()
+        elif name in reports:
+            of_reports = np.array([*reports[name], ""], object)  # -1 takes the blank at the end
+            table[name] = of_reports[report_of_image].tolist()
     return Cohort(
-        image_ids=_to_array(images["filename"]),
-        study_uids=_to_array(images["uid"]),
-        patient_ids=_parse_patient_ids(images, reports, report_of_image),
-        projections=_parse_projections(images, images_path),
-        targets=_parse_targets(images, reports, report_of_image, images_path, reports_path),
-        findings=FINDINGS,
+        pd.DataFrame(table),
+        _parse_targets(images, reports, report_of_image, images_path, reports_path),
+        FINDINGS,
         source={path.name: hash_file(path) for path in (reports_path, images_path)},
     )
 
@@ -147,18 +163,7 @@ def _parse_targets(
     return take_or_nan(of_reports, report_of_image)
 
 
-def _parse_patient_ids(
-    images: pd.DataFrame, reports: pd.DataFrame, report_of_image: NDArray[np.int64]
-) -> NDArray[np.str_]:
-    if "patient_id" in images:
-        return _to_array(images["patient_id"])
-    if "patient_id" in reports:
-        of_reports = np.append(_to_array(reports["patient_id"]), "")
-        return of_reports[report_of_image]  # -1 takes the blank at the end
-    return np.full(len(images), "", np.str_)
-
-
-def _parse_projections(images: pd.DataFrame, path: Path) -> NDArray[np.str_]:
+def _parse_projections(images: pd.DataFrame, path: Path) -> list[str]:
     written = images["projection"].str.lower()
     unknown = np.flatnonzero(~written.isin(list(PROJECTIONS)))
     if len(unknown):
@@ -167,8 +172,4 @@ def _parse_projections(images: pd.DataFrame, path: Path) -> NDArray[np.str_]:
             f"{path}, line {images.index[row]}: projection {images['projection'].iloc[row]!r} is "
             "neither Frontal nor Lateral; leave it blank where it is something else or unknown."
         )
-    return _to_array(written.map(PROJECTIONS))
-
-
-def _to_array(cells: pd.Series[str]) -> NDArray[np.str_]:
-    return np.asarray(cells.tolist(), np.str_)
+    return written.map(PROJECTIONS).tolist()

@@ -220,8 +220,8 @@ class PromptPair:
 def load_prompts(path: Path | None = None) -> dict[str, PromptPair]:
     """Prompts by finding, from a JSON file or the package's own for the 35 findings.
 
-    The file is UTF-8 and holds ``{"Mass": {"present": ["a lung mass"], "absent": ["no lung mass"]}}``; a finding
-    may have several of each, whose embeddings are averaged.
+    The file is UTF-8 and holds entries such as ``"Mass": {"present": ["a lung mass"], "absent":
+    ["no lung mass"]}``. A finding may have several of each; their embeddings are averaged.
 
     Raises
     ------
@@ -235,7 +235,7 @@ def load_prompts(path: Path | None = None) -> dict[str, PromptPair]:
     finding: str | None = None
     try:
         pairs = {}
-        for finding, entry in json.loads(text).items():  # noqa: B007 -- named in the message
+        for finding, entry in json.loads(text).items():
             pairs[finding] = _parse_pair(entry)
         return pairs
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.wording import describe_differences, find_differences
-from cxr_cache.datasets.cohort import IMAGE_COLUMNS, finding_table
+from cxr_cache.datasets.cohort import finding_table
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
@@ -228,8 +228,7 @@ def predict_store(
     Returns
     -------
     predictions
-        Columns image_id, study_uid, patient_id, projection and one probability per finding, not
-        calibrated.
+        The columns of the image table and one probability per finding, not calibrated.
     targets
         Columns image_id and one target per finding of the run.
 
@@ -260,7 +259,7 @@ def predict_store(
         require_encoder_of_run(run, model.encoder, encoder)
         probabilities = _predict_cached(model, encoder, store, rows)
     return (
-        finding_table(cohort, probabilities, IMAGE_COLUMNS),
+        finding_table(cohort, probabilities),
         finding_table(cohort, cohort.targets, ("image_id",)),
     )
 

@@ -250,10 +250,12 @@ class Run:
         path = self.path / f"{name}.csv"
         if not path.is_file():
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
-        text_columns = (*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ()))
+        text_columns = [*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ())]
+        if name in ("predictions", "out_of_fold"):
+            text_columns += _read_image_columns(path)
         dtypes = dict.fromkeys(text_columns, str)
         table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
-        text = [column for column in text_columns if column in table]
+        text = [column for column in dtypes if column in table]
         table[text] = table[text].fillna("")
         return table
 
@@ -444,6 +446,15 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise _damaged(path, "is not a run's configuration")
     return config
+
+
+def _read_image_columns(path: Path) -> list[str]:
+    """The columns of a table of predictions that come from the image table: those before `split`.
+
+    What follows are the findings, whose columns hold numbers.
+    """
+    header = pd.read_csv(path, nrows=0).columns.tolist()
+    return header[: header.index("split")] if "split" in header else []
 
 
 def _damaged(path: Path, reason: str) -> RunError:

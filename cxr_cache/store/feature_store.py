@@ -11,6 +11,7 @@ open while anything runs. The protocol, and what it withstands, are in ``docs/re
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import importlib.metadata
 import itertools
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 import numpy as np
+import pandas as pd
 import xxhash
 from numpy.typing import NDArray
 
@@ -40,12 +42,18 @@ from cxr_cache.common.files import (
     sync_folder,
     write_at,
 )
-from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.errors import ConfigError, DiskError, StoreFormatError, StoreNotFoundError
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort
+from cxr_cache.errors import (
+    ConfigError,
+    DiskError,
+    StoreFormatError,
+    StoreNotFoundError,
+    TableError,
+)
 from cxr_cache.store.layout import (
     ERROR_WIDTH,
     FEATURES,
-    TEXT_COLUMNS,
+    MAX_TEXT_BYTES,
     Column,
     Header,
     Layout,
@@ -172,11 +180,12 @@ class FeatureStore:
             boundary_block=boundary_block,
             part=None if part is None else dict(part),
             versions=_versions(),
+            image_columns=_further_columns(cohort),
         )
         try:
             require_absent(path, overwrite=overwrite)
             _remove_abandoned(path)
-            table = _encode_table(cohort)
+            table = _encode_table(cohort, header)
             _publish(path, lock, header, table, features, canary, fill, on_space)
             return cls._open_file(path, os.O_RDWR, lock)
         except BaseException:
@@ -386,15 +395,16 @@ class FeatureStore:
     @cached_property
     def cohort(self) -> Cohort:
         """The image table that the store was made from."""
-        image_ids, study_uids, patient_ids, projections = map(self._read_text, TEXT_COLUMNS)
+        datasets = self.header.text_datasets
+        images = {
+            name: self.image_ids if name == "image_id" else self._read_text(dataset)
+            for name, dataset in datasets.items()
+        }
         return Cohort(
-            image_ids=image_ids,
-            study_uids=study_uids,
-            patient_ids=patient_ids,
-            projections=projections,
-            targets=np.array(self.read_column("targets")),
-            findings=self.findings,
-            source=self.header.cohort,
+            pd.DataFrame(images),
+            np.array(self.read_column("targets")),
+            self.findings,
+            self.header.cohort,
         )
 
     @property
@@ -541,6 +551,7 @@ class FeatureStore:
                 "boundary_block": boundary_block,
                 "part": None if part is None else dict(part),
                 "versions": _versions(),
+                "image_columns": _further_columns(cohort),
             }
         )
         taken = np.flatnonzero(rows >= 0)
@@ -549,7 +560,7 @@ class FeatureStore:
                 self.path,
                 lock,
                 header,
-                _encode_table(cohort),
+                _encode_table(cohort, header),
                 features,
                 self.canary,
                 lambda new: new.copy_rows(self, rows[taken], taken),
@@ -576,7 +587,8 @@ class FeatureStore:
         DiskFullError
             With the bytes needed and those free.
         """
-        columns = plan_columns(_encode_table(cohort), features, self.canary)
+        header = dataclasses.replace(self.header, image_columns=_further_columns(cohort))
+        columns = plan_columns(_encode_table(cohort, header), features, self.canary)
         _require_space(self.path, columns, on_space)
 
     def copy_rows(
@@ -732,14 +744,23 @@ def _remove_abandoned(path: Path) -> None:
         left.unlink()
 
 
-def _encode_table(cohort: Cohort) -> dict[str, NDArray[Any]]:
-    """The columns that are known before any image is read, as they lie in the file."""
-    text = (cohort.image_ids, cohort.study_uids, cohort.patient_ids, cohort.projections)
-    encoded = (np.char.encode(values, "utf-8") for values in text)
-    table = {
-        name: values.astype(f"S{max(1, values.dtype.itemsize)}")
-        for name, values in zip(TEXT_COLUMNS, encoded, strict=True)
-    }
+def _further_columns(cohort: Cohort) -> tuple[str, ...]:
+    return tuple(name for name in cohort.images.columns if name not in IMAGE_COLUMNS)
+
+
+def _encode_table(cohort: Cohort, header: Header) -> dict[str, NDArray[Any]]:
+    """The datasets that are known before any image is read, as they lie in the file."""
+    table = {}
+    for name, dataset in header.text_datasets.items():
+        encoded = np.array([cell.encode() for cell in cohort.images[name]], np.bytes_)
+        if encoded.dtype.itemsize > MAX_TEXT_BYTES:
+            row = int(np.char.str_len(encoded).argmax())
+            raise TableError(
+                f"{name} of image {row + 1:,} of {len(cohort):,} is a text of "
+                f"{encoded.dtype.itemsize:,} bytes; a store keeps at most {MAX_TEXT_BYTES:,} in a "
+                "cell of its image table. Shorten it, or leave the column out."
+            )
+        table[dataset] = encoded.astype(f"S{max(1, encoded.dtype.itemsize)}")
     return {**table, "targets": np.ascontiguousarray(cohort.targets, "<f4")}
 
 

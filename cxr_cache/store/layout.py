@@ -21,22 +21,25 @@ import xxhash
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import read_at, write_at
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS
 from cxr_cache.errors import StoreFormatError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSIONS: Final = (1, 2)
+"""Those that are read. Version 1 has no further columns of the image table, and is written where
+there are none: cxr-cache 0.1.0 reads it too."""
 FEATURES: Final = ("embeddings", "pooled", "tokens")
-TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
-TABLE_COLUMNS: Final = (*TEXT_COLUMNS, "targets")
 PART_FIELDS: Final = {"number", "of", "first_row", "n_rows_of_whole"}
 ERROR_WIDTH: Final = 240
 """Bytes that are kept of the reason why a row failed."""
+MAX_TEXT_BYTES: Final = 1 << 14
+"""Bytes that a cell of the image table may have."""
 
 _ROW_COLUMNS: Final = ("status", "error", "image_sha256", "row_digest")
 _FIXED_DIGEST: Final = "fixed_digest"
 _SIGNATURE: Final = b"\x89HDF\r\n\x1a\n\0"  # with the version of the superblock, 0
 _MAX_ATTRIBUTE_BYTES: Final = 1 << 20
 _MAX_STRUCTURE_BYTES: Final = 1 << 22  # outside all datasets; a store has some kilobytes there
-_MAX_TEXT_BYTES: Final = 1 << 14
+_MAX_IMAGE_COLUMNS: Final = 64  # besides those that every image table has
 _MAX_CANARIES: Final = 64
 _BYTES_AT_ONCE: Final = 1 << 20
 _ALIGNMENT: Final = 64  # of every dataset, so that no number straddles cache lines
@@ -56,7 +59,22 @@ class Header:
     part: dict[str, int] | None = None
     """Which part of a larger store this is (see ``PART_FIELDS``); None where it is a whole."""
     versions: dict[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    image_columns: tuple[str, ...] = ()
+    """Further columns of the image table, in their order."""
+
+    @property
+    def format_version(self) -> int:
+        """The first version that has a place for all this."""
+        return 2 if self.image_columns else 1
+
+    @property
+    def text_datasets(self) -> dict[str, str]:
+        """Dataset that holds each column of the image table, by the column's name.
+
+        Further columns may have any name, of which HDF5 would make a path: they are numbered.
+        """
+        further = {name: f"image_column_{i}" for i, name in enumerate(self.image_columns)}
+        return {**{name: name for name in IMAGE_COLUMNS}, **further}
 
 
 @dataclass(frozen=True)
@@ -150,7 +168,10 @@ def write_layout(
     with h5py.File(
         view, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT
     ) as file:
-        for key, value in vars(header).items():
+        described = {**vars(header), "format_version": header.format_version}
+        if not header.image_columns:
+            del described["image_columns"]
+        for key, value in described.items():
             file.attrs[key] = np.bytes_(json.dumps(value).encode())
         for name, column in columns.items():
             dataset = _create_contiguous(file, column)
@@ -279,7 +300,8 @@ def _parse(fd: int, path: Path) -> Layout:
     try:
         with h5py.File(view, "r") as file:
             header = _read_header(file, path)
-            columns = {name: _read_column(file, name, path) for name in _names(file, path)}
+            names = _names(file, header, path)
+            columns = {name: _read_column(file, name, path) for name in names}
     except StoreFormatError:
         raise
     except Exception as error:  # damaged bytes make libhdf5, h5py and numpy raise anything
@@ -294,21 +316,26 @@ def _parse(fd: int, path: Path) -> Layout:
 
 def _read_header(file: h5py.File, path: Path) -> Header:
     version = _read_attribute(file, "format_version", path)
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise StoreFormatError(
             f"{path} has another format:\n"
-            f"  format_version: {version!r} in the store, {FORMAT_VERSION!r} in this cxr-cache\n"
+            f"  format_version: {version!r} in the store, "
+            f"{' or '.join(map(str, FORMAT_VERSIONS))} in this cxr-cache\n"
             "Use the version of cxr-cache that wrote it."
         )
-    values = {key: _read_attribute(file, key, path) for key in Header.__dataclass_fields__}
+    keys = [key for key in Header.__dataclass_fields__ if key != "image_columns" or version > 1]
+    values = {"image_columns": [], **{key: _read_attribute(file, key, path) for key in keys}}
     part = values["part"]
     sound = (
         all(isinstance(values[key], dict) for key in ("encoder", "cohort", "versions"))
         and isinstance(values["findings"], list)
+        and isinstance(values["image_columns"], list)
+        and len(values["image_columns"]) <= _MAX_IMAGE_COLUMNS
         and all(
             isinstance(text, str)
             for texts in (
                 values["findings"],
+                values["image_columns"],
                 values["cohort"].values(),
                 values["versions"].values(),
             )
@@ -320,7 +347,8 @@ def _read_header(file: h5py.File, path: Path) -> Header:
     )
     if not sound:
         raise StoreFormatError(f"{path}: its description is not that of a feature store; refused.")
-    return Header(**{**values, "findings": tuple(values["findings"])})
+    lists = {name: tuple(values[name]) for name in ("findings", "image_columns")}
+    return Header(**{**values, **lists})
 
 
 def _read_attribute(file: h5py.File, key: str, path: Path) -> Any:
@@ -339,8 +367,9 @@ def _read_attribute(file: h5py.File, key: str, path: Path) -> Any:
     return json.loads(bytes(file.attrs[key]))
 
 
-def _names(file: h5py.File, path: Path) -> list[str]:
-    known = {*TABLE_COLUMNS, *_ROW_COLUMNS, *FEATURES, "canary", _FIXED_DIGEST}
+def _names(file: h5py.File, header: Header, path: Path) -> list[str]:
+    table = (*header.text_datasets.values(), "targets")
+    known = {*table, *_ROW_COLUMNS, *FEATURES, "canary", _FIXED_DIGEST}
     names: list[str] = []
 
     def collect(name: bytes) -> bool | None:
@@ -382,12 +411,13 @@ def _read_column(file: h5py.File, name: str, path: Path) -> Column:
 def _require_columns(path: Path, layout: Layout) -> None:
     """Raise unless every dataset has the type and the number of rows that a store gives it."""
     columns = layout.columns
-    required = {*TABLE_COLUMNS, *_ROW_COLUMNS, _FIXED_DIGEST, "embeddings"}
+    texts = layout.header.text_datasets.values()
+    required = {*texts, "targets", *_ROW_COLUMNS, _FIXED_DIGEST, "embeddings"}
     if missing := sorted(required - columns.keys()):
         raise StoreFormatError(f"{path} is not a whole feature store: it lacks {missing}.")
     N, F = layout.n_images, len(layout.header.findings)
     V, D = columns["embeddings"].shape[:1] or (0,), columns["embeddings"].shape[-1:] or (0,)
-    widths = {name: min(columns[name].dtype.itemsize, _MAX_TEXT_BYTES) for name in TEXT_COLUMNS}
+    widths = {name: min(columns[name].dtype.itemsize, MAX_TEXT_BYTES) for name in texts}
     expected: dict[str, tuple[str, int | None, tuple[int | None, ...]]] = {
         **{name: (f"S{width}", N, ()) for name, width in widths.items()},
         "targets": ("<f4", N, (F,)),

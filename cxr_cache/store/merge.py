@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.wording import describe_differences, find_differences
@@ -184,13 +185,10 @@ def _describe(part: FeatureStore) -> dict[str, Any]:
 
 def _join(cohorts: Sequence[Cohort]) -> Cohort:
     return Cohort(
-        image_ids=np.concatenate([cohort.image_ids for cohort in cohorts]),
-        study_uids=np.concatenate([cohort.study_uids for cohort in cohorts]),
-        patient_ids=np.concatenate([cohort.patient_ids for cohort in cohorts]),
-        projections=np.concatenate([cohort.projections for cohort in cohorts]),
-        targets=np.concatenate([cohort.targets for cohort in cohorts]),
-        findings=cohorts[0].findings,
-        source=cohorts[0].source,
+        pd.concat([cohort.images for cohort in cohorts]).fillna(""),
+        np.concatenate([cohort.targets for cohort in cohorts]),
+        cohorts[0].findings,
+        cohorts[0].source,
     )
 
 

@@ -237,10 +237,7 @@ def _require_nothing_lost(store: FeatureStore, cohort: Cohort, rows: NDArray[np.
 def _is_same_table(stored: Cohort, wanted: Cohort) -> bool:
     return (
         stored.findings == wanted.findings
-        and np.array_equal(stored.image_ids, wanted.image_ids)
-        and np.array_equal(stored.study_uids, wanted.study_uids)
-        and np.array_equal(stored.patient_ids, wanted.patient_ids)
-        and np.array_equal(stored.projections, wanted.projections)
+        and stored.images.equals(wanted.images)
         and np.array_equal(stored.targets, wanted.targets, equal_nan=True)
     )
 

@@ -282,10 +282,9 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 def _as_cohort(targets: NDArray[np.float32]) -> Cohort:
     """Rows that are known by their number only."""
-    names = np.arange(len(targets)).astype(str)
-    blank = np.full(len(targets), "")
-    findings = tuple(map(str, range(targets.shape[1])))
-    return Cohort(names, names, blank, blank, targets, findings, source={})
+    numbers = np.arange(len(targets))
+    images = pd.DataFrame({"image_id": numbers, "study_uid": numbers})
+    return Cohort(images, targets, tuple(map(str, range(targets.shape[1]))))
 
 
 class GroupedMultilabelSplit(BaseCrossValidator):  # type: ignore[misc]  # has no types

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import list_names
 from cxr_cache.config import Recipe
-from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort, finding_table
+from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
@@ -154,8 +154,8 @@ def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
 def _prediction_table(
     cohort: Cohort, probabilities: NDArray[np.float32], sides: NDArray[np.str_]
 ) -> pd.DataFrame:
-    table = finding_table(cohort, probabilities, IMAGE_COLUMNS)
-    table.insert(len(IMAGE_COLUMNS), "split", sides)
+    table = finding_table(cohort, probabilities)
+    table.insert(cohort.images.shape[1], "split", sides)
     return table
 
 

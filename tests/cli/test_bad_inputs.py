@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from PIL import Image
 
 from cxr_cache.cli.main import cli
 from cxr_cache.datasets.images import MAX_FILE_BYTES
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.labels import load_labels
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import TableError
 from cxr_cache.store.extract import ExtractConfig, ExtractSummary, extract_embeddings
@@ -293,7 +292,7 @@ def extracted(folder) -> ExtractSummary:
     torch.set_num_threads(1)
     cohort = load_cohort(folder)
     return extract_embeddings(
-        replace(cohort, image_ids=np.append(cohort.image_ids[:-1], "nul\0.png")),
+        cohort.assign(image_id=np.append(cohort.image_ids[:-1], "nul\0.png")),
         folder / "images",
         folder / "library.h5",
         load_encoder(MODEL, precision="fp32"),
@@ -402,7 +401,7 @@ def test_a_name_that_is_not_utf_8_is_refused_before_extraction(tmp_path):
     cohort = make_cohort(1)
     ids = np.array(["0.png", os.fsdecode(b"r\xf6ntgen.png")])
     with pytest.raises(TableError, match=r"'r\\udcf6ntgen\.png' has a name that is not UTF-8"):
-        replace(cohort, image_ids=ids)
+        cohort.assign(image_id=ids)
 
 
 # --- tables -----------------------------------------------------------------------------------

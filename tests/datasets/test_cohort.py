@@ -7,14 +7,15 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort
 from cxr_cache.datasets.describe import describe_cohort
 from cxr_cache.datasets.images import find_missing
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.labels import FINDINGS, load_labels
-from cxr_cache.errors import TableError
+from cxr_cache.datasets.readers import load_cohort
+from cxr_cache.errors import ConfigError, TableError
 
 REPORTS = "uid,Problems\n1,normal\n2,Cardiomegaly;Edema\n"
 IMAGES = "uid,filename,projection\n1,1_a.png,Frontal\n1,1_b.png,Lateral\n2,2_a.png,Frontal\n"
@@ -37,16 +38,11 @@ def column(cohort: Cohort, finding: str) -> list[float]:
 
 
 def make_cohort(**changes) -> Cohort:
-    parts = {
-        "image_ids": np.array(["a", "b"]),
-        "study_uids": np.array(["1", "2"]),
-        "patient_ids": np.array(["", ""]),
-        "projections": np.array(["", ""]),
-        "targets": np.zeros((2, 1), np.float32),
-        "findings": ("Edema",),
-        "source": {},
-    }
-    return Cohort(**(parts | changes))
+    """Two images, of which columns of the table or whole parts are changed."""
+    parts = {"targets": np.zeros((2, 1), np.float32), "findings": ("Edema",), "source": {}}
+    parts = {name: changes.pop(name, part) for name, part in parts.items()}
+    images = {"image_id": ["a", "b"], "study_uid": ["1", "2"], "patient_id": "", "projection": ""}
+    return Cohort(pd.DataFrame(images | changes), **parts)
 
 
 # ------------------------------------------------------------------- real data
@@ -133,7 +129,7 @@ def test_patients_are_read_where_there_are_any(tmp_path):
 
 
 def test_a_patient_never_shares_a_group_with_a_study_of_the_same_number():
-    cohort = make_cohort(study_uids=np.array(["7", "8"]), patient_ids=np.array(["8", ""]))
+    cohort = make_cohort(study_uid=["7", "8"], patient_id=["8", ""])
     assert len(set(cohort.groups)) == 2
 
 
@@ -198,13 +194,16 @@ def test_tables_that_contradict_themselves_are_refused(tmp_path, reports, images
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"study_uids": np.array(["1"])}, "2 image_ids, but 1 study_uids"),
+        (
+            {"targets": np.zeros((1, 1), np.float32)},
+            r"targets of shape \(1, 1\) for 2 images and 1",
+        ),
         (
             {"targets": np.zeros((2, 3), np.float32)},
             r"targets of shape \(2, 3\) for 2 images and 1",
         ),
         ({"targets": np.full((2, 1), 2, np.float32)}, "other values than 1, 0 and NaN"),
-        ({"image_ids": np.array(["a", "a"])}, "image 'a' is listed twice"),
+        ({"image_id": ["a", "a"]}, "image 'a' is listed twice"),
     ],
 )
 def test_a_cohort_checks_itself(changes, message):
@@ -219,6 +218,61 @@ def test_taking_rows_keeps_them_together(tmp_path):
         assert part.image_ids.tolist() == cohort.image_ids[rows].tolist()
         assert part.study_uids.tolist() == cohort.study_uids[rows].tolist()
         np.testing.assert_array_equal(part.targets, cohort.targets[rows])
+
+
+# ------------------------------------------------------------- further columns
+
+
+def test_facts_about_images_are_read_from_either_file_as_written(tmp_path):
+    reports = "uid,Problems,sex,age\n1,normal,F,057Y\n2,normal,,\n"
+    images = "uid,filename,projection,view_position,age\n1,a,,PA,0\n2,b,,AP,3\n77,c,,,\n"
+    cohort = load_cohort(write_tables(tmp_path, reports, images))
+    assert cohort.images.columns.tolist() == [*IMAGE_COLUMNS, "sex", "age", "view_position"]
+    assert cohort.images["sex"].tolist() == ["F", "", ""]
+    assert cohort.images["age"].tolist() == ["0", "3", ""]  # the images' own counts first
+    assert cohort.images["view_position"].tolist() == ["PA", "AP", ""]
+
+
+def test_a_table_of_one_s_own_becomes_text_in_the_usual_order():
+    images = pd.DataFrame(
+        {"age": [57, None], "study_uid": [1, 2], "weight": [70.25, 1e-3], "image_id": ["a", "b"]},
+        index=[7, 7],
+    )
+    cohort = Cohort(images, np.zeros((2, 1), np.float32), ("Edema",))
+    assert cohort.images.columns.tolist() == [*IMAGE_COLUMNS, "age", "weight"]
+    assert cohort.images.iloc[0].tolist() == ["a", "1", "", "", "57", "70.25"]
+    assert cohort.images.iloc[1].tolist() == ["b", "2", "", "", "", "0.001"]
+    assert cohort.images.index.tolist() == [0, 1]
+    assert cohort.patient_ids.tolist() == ["", ""]
+    assert cohort.assign(sex=["F", pd.NA]).images["sex"].tolist() == ["F", ""]
+    assert images.index.tolist() == [7, 7]  # what was given is left as it was
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"image_id": ["a", "b"]}, "has no column 'study_uid'; its columns are image_id"),
+        (
+            {"split": "train"},
+            "'split' is a column of the image table and the name of a column",
+        ),
+        ({"Edema": 1}, "'Edema' is a column of the image table and the name of a finding"),
+        ({"sex": ["F", "\udcf6"]}, r"sex '\\udcf6' is not UTF-8"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_refused(images, message):
+    if "image_id" not in images:
+        images = {"image_id": ["a", "b"], "study_uid": ["1", "2"], **images}
+    with pytest.raises(TableError, match=message):
+        Cohort(pd.DataFrame(images), np.zeros((2, 1), np.float32), ("Edema",))
+
+
+def test_an_unknown_format_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"format is one of auto, indiana\. Did you mean"):
+        load_cohort(tmp_path, format="indianna")
+    write_tables(tmp_path)
+    named, found = load_cohort(tmp_path, format="indiana"), load_cohort(tmp_path)
+    assert named.images.equals(found.images)
 
 
 # ----------------------------------------------------------------- the user's labels
@@ -265,10 +319,13 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path, content, message):
 
 def test_prevalence_is_among_labelled_images_and_studies_count_once():
     cohort = Cohort(
-        image_ids=np.array(["a", "b", "c", "d"]),
-        study_uids=np.array(["1", "1", "2", "3"]),
-        patient_ids=np.full(4, ""),
-        projections=np.array(["Frontal", "Lateral", "Frontal", ""]),
+        pd.DataFrame(
+            {
+                "image_id": ["a", "b", "c", "d"],
+                "study_uid": ["1", "1", "2", "3"],
+                "projection": ["Frontal", "Lateral", "Frontal", ""],
+            }
+        ),
         targets=np.array([[1, np.nan], [1, np.nan], [0, np.nan], [np.nan, np.nan]], np.float32),
         findings=("Edema", "Never labelled"),
         source={},

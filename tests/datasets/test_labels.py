@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.labels import (
     FINDINGS,
     PUBLISHED_COUNTS,
@@ -15,6 +14,7 @@ from cxr_cache.datasets.labels import (
     parse_labels,
     parse_target_table,
 )
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.errors import TableError
 
 

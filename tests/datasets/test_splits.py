@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.labels import FINDINGS
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.datasets.splits import (
     Split,
     assign_folds,

@@ -15,8 +15,8 @@ from PIL import Image
 
 from cxr_cache.cli.main import cli
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
 from cxr_cache.evaluation.audit import (
@@ -83,11 +83,15 @@ def planted(tmp_path_factory) -> tuple[Path, Path, str]:
     source = str(cohort.image_ids[row])
     names = list(plant(phantoms.image_dir, source).values())
     labels = 1 - np.repeat(cohort.targets[row : row + 1], len(names), axis=0)
+    more = pd.DataFrame(
+        {
+            "image_id": names,
+            "study_uid": [f"planted {name}" for name in names],
+            "projection": "Frontal",
+        }
+    )
     cohort = Cohort(
-        image_ids=np.append(cohort.image_ids, names),
-        study_uids=np.append(cohort.study_uids, [f"planted {name}" for name in names]),
-        patient_ids=np.append(cohort.patient_ids, [""] * len(names)),
-        projections=np.append(cohort.projections, ["Frontal"] * len(names)),
+        pd.concat([cohort.images, more]),
         targets=np.concatenate([cohort.targets, labels]),
         findings=cohort.findings,
         source=cohort.source,
@@ -339,7 +343,7 @@ def test_studies_on_both_sides_are_counted(leaking):
 def test_a_patient_on_both_sides_is_found_where_studies_are_whole(tmp_path):
     """The run did not know that two studies are one patient's; the store does."""
     cohort = synthetic.make_cohort(40)
-    known = replace(cohort, patient_ids=np.char.add("p", (np.arange(80) // 8).astype(str)))
+    known = cohort.assign(patient_id=np.char.add("p", (np.arange(80) // 8).astype(str)))
     train_head(
         synthetic.make_store(tmp_path / "blind.h5", cohort),
         tmp_path / "run",
@@ -378,7 +382,7 @@ def test_leaking_pays_where_labels_hang_on_the_study_alone(leaking, tmp_path):
 
 def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
     cohort = synthetic.make_cohort(80)
-    cohort = replace(cohort, study_uids=np.arange(len(cohort)).astype(str))
+    cohort = cohort.assign(study_uid=np.arange(len(cohort)).astype(str))
     store = synthetic.make_store(tmp_path / "features.h5", cohort)
     train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
     with FeatureStore.open(store) as features:
@@ -390,7 +394,7 @@ def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
 
 def test_the_leak_is_measured_over_patients_where_they_are_known(tmp_path):
     cohort = synthetic.make_cohort(80)
-    known = replace(cohort, patient_ids=np.char.add("p", (np.arange(160) // 4).astype(str)))
+    known = cohort.assign(patient_id=np.char.add("p", (np.arange(160) // 4).astype(str)))
     store = synthetic.make_store(tmp_path / "features.h5", known)
     train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
     with FeatureStore.open(store) as features:

@@ -171,7 +171,7 @@ def trained(tmp_path_factory) -> tuple[Run, pd.Series, Path]:
     folder = tmp_path_factory.mktemp("patients")
     cohort = make_cohort(90)
     patients = np.char.add("00MRN", (np.arange(len(cohort)) // 6).astype(str))
-    store = make_store(folder / "s.h5", replace(cohort, patient_ids=patients))
+    store = make_store(folder / "s.h5", cohort.assign(patient_id=patients))
     run = train_head(store, folder / "run", replace(QUICK, epochs=(4,))).run
     evaluate_run(run, n_resamples=50)
     write_report(run)

@@ -193,11 +193,11 @@ def test_patients_of_the_store_are_resampled_with_and_without_a_run(folder, stor
         encoder = features.header.encoder
         by_study = score_zero_shot(features, ours, PROMPTS, run=run, n_resamples=20)
     patients = np.char.add("p", (np.arange(len(cohort)) // 6).astype(str))  # three studies each
-    named = {"patient_ids": patients}, {"study_uids": patients}
+    named = {"patient_id": patients}, {"study_uid": patients}
     found = []
     for k, names in enumerate(named):
         path = tmp_path / f"{k}.h5"
-        synthetic.make_store(path, replace(cohort, **names), encoder=encoder, embeddings=embeddings)
+        synthetic.make_store(path, cohort.assign(**names), encoder=encoder, embeddings=embeddings)
         with FeatureStore.open(path) as features:
             found += [
                 score_zero_shot(features, ours, PROMPTS, run=tested, n_resamples=20)

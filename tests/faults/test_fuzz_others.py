@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.errors import CxrCacheError
 from cxr_cache.models.run import Run, SavedModel
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -60,11 +61,13 @@ def draw_cohort(folder: Path, n_images: int, seed: int = 5) -> Cohort:
         shown = [finding for finding, there in zip(FINDINGS, row, strict=True) if there]
         pixels, _ = draw_phantom(shown, "Frontal", np.random.default_rng([seed, k]), SIZE_PX)
         Image.fromarray(pixels).save(folder / f"{k}.png")
+    images = {
+        "image_id": [f"{k}.png" for k in range(n_images)],
+        "study_uid": np.arange(n_images),
+        "projection": "Frontal",
+    }
     return Cohort(
-        image_ids=np.array([f"{k}.png" for k in range(n_images)]),
-        study_uids=np.arange(n_images).astype(str),
-        patient_ids=np.full(n_images, ""),
-        projections=np.full(n_images, "Frontal"),
+        pd.DataFrame(images),
         targets=targets,
         findings=FINDINGS,
         source={},

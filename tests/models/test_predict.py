@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from cxr_cache.cli.main import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import (

@@ -21,8 +21,8 @@ import torch
 from cxr_cache.cli.main import main
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError, TooManyFailuresError

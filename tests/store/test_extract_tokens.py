@@ -17,7 +17,7 @@ from cxr_cache.cli.main import cli
 from cxr_cache.common import files as durable
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
-from cxr_cache.datasets.indiana import load_cohort
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders import encoding
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import cosines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import xxhash
 
@@ -23,6 +25,7 @@ from cxr_cache.errors import (
     StoreBusyError,
     StoreFormatError,
     StoreNotFoundError,
+    TableError,
 )
 from cxr_cache.store.feature_store import (
     DONE,
@@ -129,6 +132,36 @@ def test_the_image_table_comes_back(tmp_path):
     for column in ("image_ids", "study_uids", "patient_ids", "projections", "targets"):
         np.testing.assert_array_equal(getattr(stored, column), getattr(cohort, column))
     assert (stored.findings, stored.source) == (cohort.findings, cohort.source)
+
+
+def test_further_columns_of_the_image_table_come_back_under_any_name(tmp_path):
+    facts = {"sex": ["F", "", "M"], "../age (years)": ["57", "ö" * 300, ""], "targets": "x"}
+    cohort = make_cohort(3).assign(**facts)
+    options = {"encoder": ENCODER, "features": SHAPES}
+    with FeatureStore.create(tmp_path / "s.h5", cohort, **options) as store:
+        assert store.header.format_version == 2
+    with FeatureStore.open(tmp_path / "s.h5", "r+") as store:
+        assert store.cohort.images.equals(cohort.images)
+        fewer = make_cohort(3).assign(weight=70)
+        taken = store.replace(fewer, np.arange(3), features=SHAPES)
+    with taken:
+        assert taken.cohort.images.equals(fewer.images)
+
+
+def test_a_table_without_further_columns_is_written_as_version_0_1_0_reads_it(tmp_path):
+    make_store(tmp_path / "s.h5").close()
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert json.loads(bytes(file.attrs["format_version"])) == 1
+        assert "image_columns" not in file.attrs
+        assert not any(name.startswith("image_column") for name in file)
+
+
+@pytest.mark.parametrize("name", ["image_id", "sex"])
+def test_a_text_too_long_for_the_image_table_is_refused_when_it_is_written(tmp_path, name):
+    cohort = make_cohort(3).assign(**{name: ["a", "b" * 16_385, "c"]})
+    with pytest.raises(TableError, match=f"{name} of image 2 of 3 is .* 16,385 bytes"):
+        FeatureStore.create(tmp_path / "s.h5", cohort, encoder=ENCODER, features=SHAPES)
+    assert not (tmp_path / "s.h5").exists()
 
 
 def test_a_digest_is_xxh3_over_id_file_and_features(tmp_path):
@@ -415,8 +448,8 @@ def test_a_newer_format_is_named(tmp_path):
     path = tmp_path / "s.h5"
     make_store(path).close()
     with h5py.File(path, "r+") as file:
-        file.attrs["format_version"] = np.bytes_(b"2")
-    with pytest.raises(StoreFormatError, match="format_version: 2 in the store, 1 in this"):
+        file.attrs["format_version"] = np.bytes_(b"3")
+    with pytest.raises(StoreFormatError, match="format_version: 3 in the store, 1 or 2 in this"):
         FeatureStore.open(path)
 
 
@@ -479,10 +512,14 @@ def test_a_million_rows_are_opened_without_reading_them(tmp_path, monkeypatch):
     names = np.char.mod("files/p10/p10000032/s50414267/%040d.jpg", np.arange(N))
     studies = np.char.mod("s%08d", np.arange(N) // 2)
     cohort = Cohort(
-        image_ids=names,
-        study_uids=studies,
-        patient_ids=studies,
-        projections=np.full(N, "Frontal"),
+        pd.DataFrame(
+            {
+                "image_id": names,
+                "study_uid": studies,
+                "patient_id": studies,
+                "projection": "Frontal",
+            }
+        ),
         targets=np.zeros((N, 35), np.float32),
         findings=tuple(f"finding {f}" for f in range(35)),
         source={"table.csv": "ab" * 32},

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from cxr_cache.datasets.indiana import load_cohort
+from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, StoreBusyError, StoreMismatchError
@@ -22,6 +23,7 @@ from cxr_cache.store.feature_store import (
     FeatureStore,
 )
 from cxr_cache.store.merge import merge
+from cxr_cache.training.train import train_head
 from tests.small_stores import flip_bit
 
 QUICK = ExtractConfig(batch_size=4, num_workers=0)
@@ -69,6 +71,28 @@ def test_merged_parts_equal_one_extraction(data, parts, tmp_path):
         assert len(merged.find_damaged()) == 0
     again = extract_embeddings(cohort, root / "images", tmp_path / "s.h5", encoder, QUICK)
     assert again.n_computed == 0  # it is a store like any other
+
+
+def test_facts_about_images_go_from_the_table_to_the_tables_of_a_run(data, tmp_path):
+    """In parts, merged, continued from a table that has them only later, and trained."""
+    root, cohort, encoder = data
+    labels = np.arange(len(cohort)) % 2 == np.arange(35)[:, None] % 2
+    known = dataclasses.replace(
+        cohort.assign(sex="F", age=np.arange(len(cohort)) + 7), targets=labels.T.astype(np.float32)
+    )
+    paths = [make_part((root, known, encoder), tmp_path, number, 2) for number in (1, 2)]
+    merge(paths, tmp_path / "s.h5")
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        assert store.cohort.images.equals(known.images)
+    later = known.assign(age=lambda images: "0" + images["age"], view_position="PA")
+    summary = extract_embeddings(later, root / "images", tmp_path / "s.h5", encoder, QUICK)
+    assert (summary.n_computed, summary.n_taken_over) == (0, len(cohort) - 1)
+    config = TrainConfig(epochs=(1,), n_folds=2, batch_size=2, hidden=(4,), n_jobs=1)
+    run = train_head(tmp_path / "s.h5", tmp_path / "run", config).run
+    for name in ("predictions", "out_of_fold"):
+        table = run.read_table(name).set_index("image_id")
+        wanted = later.images.set_index("image_id").loc[table.index]
+        assert table[wanted.columns.tolist()].equals(wanted.astype(table["age"].dtype))
 
 
 def test_parts_cover_every_row_once(data, tmp_path):

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from cxr_cache.cli.main import cli
 from cxr_cache.common import backends
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import (
     BackendError,

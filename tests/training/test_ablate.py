@@ -238,7 +238,7 @@ def test_names_of_images_may_be_of_any_alphabet(tmp_path):
     cohort = make_cohort(20)
     image_ids = cohort.image_ids.astype("<U12")
     image_ids[0] = "größe 胸.png"
-    path = make_store(tmp_path / "s.h5", replace(cohort, image_ids=image_ids))
+    path = make_store(tmp_path / "s.h5", cohort.assign(image_id=image_ids))
     assert len(ablate(path, tmp_path / "out", SETTINGS[:1], baselines=[]).table) == 1
 
 

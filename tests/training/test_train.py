@@ -188,7 +188,7 @@ def test_a_study_is_never_on_two_sides(store, tmp_path, seed):
 def test_patients_stay_whole_where_they_are_known(tmp_path):
     cohort = make_cohort()
     patients = (np.arange(len(cohort)) // 6).astype(str)  # three studies each
-    store = make_store(tmp_path / "s.h5", replace(cohort, patient_ids=patients))
+    store = make_store(tmp_path / "s.h5", cohort.assign(patient_id=patients))
 
     splits = read(train_head(store, tmp_path / "run", QUICKER).run, "splits")
 
