@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.text import PromptPair, TextEncoder
@@ -117,8 +118,8 @@ def score_zero_shot(
     prompts: Mapping[str, PromptPair],
     *,
     run: Run | None = None,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    n_resamples: int = CompareConfig.n_resamples,
+    seed: int = CompareConfig.seed,
 ) -> ZeroShot:
     """Score prompts on a run's test images, or on all of a store.
 
