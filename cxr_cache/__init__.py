@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cxr_cache.config import TrainConfig
+    from cxr_cache.config import ExtractConfig, TrainConfig
     from cxr_cache.datasets.cohort import Cohort
     from cxr_cache.datasets.readers import load_cohort
     from cxr_cache.encoders.loading import load_encoder
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cxr_cache.models.predict import predict_images
     from cxr_cache.models.run import Run
     from cxr_cache.report.report import write_report
-    from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+    from cxr_cache.store.extract import extract_embeddings
     from cxr_cache.store.feature_store import FeatureStore
     from cxr_cache.store.importing import import_embeddings
     from cxr_cache.training.estimator import FocalHeadClassifier, GroupedMultilabelSplit
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Cohort": "datasets.cohort",
-    "ExtractConfig": "store.extract",
+    "ExtractConfig": "config",
     "FeatureStore": "store.feature_store",
     "FocalHeadClassifier": "training.estimator",
     "GroupedMultilabelSplit": "training.estimator",

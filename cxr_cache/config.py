@@ -1,16 +1,20 @@
-"""Options of training with their defaults, checked when they are set, and names to choose from.
+"""Every option once: its default, its meaning, its choices and what is checked of it.
 
-Nothing here imports torch, so that the command line can show the defaults at once.
+The command line, the Python functions and the scikit-learn estimator all read these classes. Each
+checks itself when it is made, and an error names the field. Nothing here imports anything heavy, so
+that the command line can show the defaults at once.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Final, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import lru_cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from cxr_cache.errors import ConfigError
 
@@ -20,25 +24,22 @@ LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-b
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
-SPLITS: Final = ("study", "image")
-FINALS: Final = ("refit", "ensemble", "best-fold")
-INPUT_NORMS: Final = ("l2", "standard", "none")
-"""Each embedding to length 1, each of its numbers to mean 0 and spread 1 over images, or as is."""
-NORMS: Final = ("batch", "layer")
 FEATURES: Final = ("projected", "pooled", "both")
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
-SOURCES: Final = ("auto", "tokens", "images")
 BACKENDS: Final = ("loky", "dask", "ray")
-PLACES: Final = ("auto", "device", "ram", "disk")
-TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
 """How thresholds may be chosen; the targets are examples."""
 CALIBRATIONS: Final = ("none", "temperature", "platt")
-Rule: TypeAlias = tuple[bool, str]
+SplitBy: TypeAlias = Literal["study", "image"]
+FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
+Norm: TypeAlias = Literal["batch", "layer"]
+InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 
 
 def parse_threshold_rule(rule: str) -> tuple[str, float]:
-    """``"ppv=0.5"`` -> ``("ppv", 0.5)``; rules without a target get NaN.
+    """Split a rule into its name and its target: ``"ppv=0.5"`` gives ``("ppv", 0.5)``.
+
+    Rules without a target get NaN.
 
     Raises
     ------
@@ -53,94 +54,280 @@ def parse_threshold_rule(rule: str) -> tuple[str, float]:
             except ValueError:
                 break
             if is_target and not 0 < target <= 1:
-                raise ConfigError(f"--threshold-rule {rule}: the target must lie in (0, 1].")
+                problem = f"{rule!r}: the target must lie in (0, 1]"
+                raise ConfigError(problems=[("threshold_rule", problem)])
             return name, target
-    raise ConfigError(
-        f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}."
-    )
+    problem = f"{rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}"
+    raise ConfigError(problems=[("threshold_rule", problem)])
+
+
+# -- how an option is declared and checked ------------------------------------------------
+
+T = TypeVar("T")
+Check: TypeAlias = Callable[[Any], str]
+"""What is wrong with a value, in words that follow the option's name; empty if nothing is."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What training a head and fine-tuning have in common; the defaults are the reference's."""
+class Option:
+    """What is known of a field beside its name, type and default."""
 
-    epochs: tuple[int, ...] = (30, 50, 75, 90, 100)
-    """Candidates of the search."""
-    n_folds: int = 5
-    test_fraction: float = 0.2
-    split_by: Literal["study", "image"] = "study"
-    final: Literal["refit", "ensemble", "best-fold"] = "refit"
-    seed: int = 42
-    batch_size: int = 16
-    learning_rate: float = 2e-5
-    weight_decay: float = 1e-4
-    max_grad_norm: float | None = 1.0
-    schedule: str = "plateau"
-    patience: int = 3
-    """The rate is halved after more than so many epochs without a better validation loss."""
-    early_stopping: int | None = None
-    """Epochs without a better validation loss after which a fold stops; None trains on."""
-    loss: str = "focal"
-    alpha: float = 0.25
-    gamma: float = 2.0
-    hidden: tuple[int, ...] = (512, 256)
-    dropout: float = 0.5
-    norm: Literal["batch", "layer"] = "batch"
-    input_norm: Literal["l2", "standard", "none"] = "l2"
-    device: str = "cpu"
-    threshold_rule: str = "f1"
-    """How thresholds are chosen on out-of-fold predictions."""
-    calibration: Literal["none", "temperature", "platt"] = "none"
-    """How probabilities are calibrated on out-of-fold predictions."""
+    help: str
+    """One or more whole sentences."""
+    choices: tuple[str, ...] = ()
+    check: Check = lambda _: ""
+    """Applied to a value of the right type, and to each number of several; never to None."""
+    flag: str = ""
+    """Name on the command line; empty where it is the field's, with dashes."""
+    unset: str = "none"
+    """What None means, in the words of the help text."""
+    separator: str = ","
+    """What stands between several numbers on the command line."""
+
+
+def option(
+    default: T,
+    help: str,  # noqa: A002
+    *,
+    choices: tuple[str, ...] = (),
+    check: Check = lambda _: "",
+    flag: str = "",
+    unset: str = "none",
+    separator: str = ",",
+) -> T:
+    """Declare a field of a config; the arguments are those of :class:`Option`."""
+    described = Option(help, choices, check, flag, unset, separator)
+    return field(default=default, metadata={"option": described})
+
+
+def must(holds: Callable[[Any], bool], words: str, why: str = "") -> Check:
+    """A check that a value passes if the condition holds; `words` say so: "must be positive"."""
+    return lambda value: "" if holds(value) else f"{words}, not {value!r}{why and f': {why}'}"
+
+
+def at_least(least: int, why: str = "") -> Check:
+    """A check of a number's lower bound."""
+    words = f"must be {least} or more" if least else "must not be negative"
+    return must(lambda value: value >= least, words, why)
+
+
+_POSITIVE: Final = must(lambda x: 0 < x < math.inf, "must be positive and finite")
+_FINITE: Final = must(lambda x: 0 <= x < math.inf, "must be 0 or more, and finite")
+_SHARE: Final = must(lambda x: 0 <= x <= 1, "must lie in [0, 1]")
+_BELOW_1: Final = must(lambda x: 0 <= x < 1, "must lie in [0, 1)")
+_POSITIVE_SHARE: Final = must(lambda x: 0 < x <= 1, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values a field takes."""
+
+    type: type
+    """bool, int, float, str, or the class of a config inside a config."""
+    is_many: bool = False
+    """Whether the value is a tuple of such."""
+    is_optional: bool = False
+    """Whether it may be None."""
+    choices: tuple[str, ...] = ()
+
+
+def kinds(config: type) -> dict[str, Kind]:
+    """Tell the kind of each field of a config."""
+    return _read_kinds(config)
+
+
+@lru_cache
+def _read_kinds(config: type) -> dict[str, Kind]:
+    """Tell the kind of each field from its annotation; a Literal's values are its choices."""
+
+    def kind_of(hint: Any, choices: tuple[str, ...]) -> Kind:
+        if NoneType in get_args(hint):
+            [inner] = (part for part in get_args(hint) if part is not NoneType)
+            kind = kind_of(inner, choices)
+            return Kind(kind.type, kind.is_many, True, kind.choices)
+        if get_origin(hint) is Literal:
+            return Kind(str, choices=choices or get_args(hint))
+        if get_origin(hint) is tuple:
+            return Kind(get_args(hint)[0], is_many=True)
+        return Kind(hint, choices=choices)
+
+    hints = get_type_hints(config)
+    return {f.name: kind_of(hints[f.name], option_of(f).choices) for f in fields(config)}
+
+
+def option_of(of: Field[Any]) -> Option:
+    """What :func:`option` declared of a field."""
+    described: Option = of.metadata["option"]
+    return described
+
+
+def _read(value: Any, kind: Kind) -> Any:
+    """The value in Python's own types, as arrays and JSON have others.
+
+    Raises
+    ------
+    ValueError
+        It is of another kind; the message says what it must be.
+    """
+    if value is None and kind.is_optional:
+        return None
+    if kind.is_many:
+        values = (value,) if isinstance(value, Real) else value
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise ValueError(f"must be whole numbers such as (5, 10), not {value!r}")
+        return tuple(_read(number, Kind(kind.type)) for number in values)
+    if getattr(value, "ndim", None) == 0:  # numpy's and torch's numbers
+        value = value.item()
+    if kind.type is int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"must be a whole number, not {value!r}")
+        return int(value)
+    if kind.type is float:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"must be a number, not {value!r}")
+        return float(value)
+    if kind.choices and value not in kind.choices:
+        raise ValueError(f"is one of {', '.join(kind.choices)}, not {value!r}")
+    if not isinstance(value, kind.type):
+        words = {bool: "true or false", str: "text"}.get(kind.type, f"of {kind.type.__name__}")
+        raise ValueError(f"must be {words}, not {value!r}")
+    return value
+
+
+class Config:
+    """Fields declared with :func:`option`, which are checked, all at once, when one is made."""
 
     def __post_init__(self) -> None:
+        if problems := list(self._find_problems()):
+            raise ConfigError(problems=problems)
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        """Put every value into its own type; give field and complaint where that fails."""
+        known = kinds(type(self))
+        for of in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            check = option_of(of).check
+            try:
+                value = _read(getattr(self, of.name), known[of.name])
+            except ValueError as error:
+                yield of.name, str(error)
+                continue
+            object.__setattr__(self, of.name, value)
+            several = value if isinstance(value, tuple) else (value,)
+            complaints = [check(number) for number in several if number is not None]
+            if complaint := next(filter(None, complaints), ""):
+                yield of.name, complaint
+
+
+# -- training -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe(Config):
+    """What training a head and fine-tuning have in common, with the reference's values."""
+
+    epochs: tuple[int, ...] = option(
+        (30, 50, 75, 90, 100),
+        "Candidate numbers of epochs, of which cross-validation chooses the best.",
+        check=at_least(1),
+    )
+    n_folds: int = option(5, "Number of cross-validation folds.", flag="--folds", check=at_least(2))
+    test_fraction: float = option(
+        0.2,
+        "Share of the data that is set aside for the test.",
+        check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    )
+    split_by: SplitBy = option(
+        "study",
+        "What is kept whole in the split. study keeps all images of a patient on one side, or of a "
+        "study where patients are unknown; image reproduces the reference's leak.",
+    )
+    final: FinalModel = option(
+        "refit",
+        "What becomes the final model: one trained again on all folds (refit), the average of the "
+        "folds' models (ensemble), or the best of them (best-fold, as the reference).",
+    )
+    seed: int = option(
+        42, "Seed of the split, the initial weights, the order and dropout.", check=at_least(0)
+    )
+    batch_size: int = option(16, "Images per step.", check=at_least(2, "batch norm needs two rows"))
+    learning_rate: float = option(2e-5, "Learning rate of AdamW.", flag="--lr", check=_POSITIVE)
+    weight_decay: float = option(1e-4, "Weight decay of AdamW.", check=_FINITE)
+    max_grad_norm: float | None = option(
+        1.0,
+        "Largest norm of the gradient, to which longer gradients are shortened; none sets no "
+        "limit.",
+        flag="--clip",
+        check=must(lambda x: x > 0, "must be positive"),
+    )
+    schedule: str = option(
+        "plateau",
+        "How the learning rate changes. plateau halves it when the validation loss has not "
+        "improved for more than --patience epochs.",
+        choices=SCHEDULES,
+    )
+    patience: int = option(
+        3,
+        "Number of epochs without a better validation loss that the plateau schedule waits for.",
+        check=at_least(0),
+    )
+    early_stopping: int | None = option(
+        None,
+        "Stop a fold after this many epochs without a better validation loss.",
+        unset="train on",
+        check=at_least(1),
+    )
+    loss: str = option(
+        "focal",
+        "Loss function. focal is the reference's, which multiplies every term by alpha; "
+        "focal-balanced is the paper's.",
+        choices=LOSSES,
+    )
+    alpha: float = option(0.25, "Weight alpha of focal and focal-balanced.", check=_SHARE)
+    gamma: float = option(
+        2.0,
+        "Focusing exponent of the focal losses, class-balanced and asymmetric (whose authors use "
+        "4).",
+        check=_FINITE,
+    )
+    hidden: tuple[int, ...] = option(
+        (512, 256),
+        "Widths of the head's hidden layers, joined by x; none leaves a linear head.",
+        check=at_least(1),
+        separator="x",
+    )
+    dropout: float = option(
+        0.5, "Probability that a hidden unit is left out of a training step.", check=_BELOW_1
+    )
+    norm: Norm = option("batch", "Normalisation that follows each hidden layer.")
+    input_norm: InputNorm = option(
+        "l2",
+        "What is done to embeddings before the head. l2 scales each to length 1; standard gives "
+        "each of its numbers mean 0 and spread 1 over the training images.",
+    )
+    device: str = option("cpu", "Device to train on: auto, cpu, cuda, cuda:1 or mps.")
+    threshold_rule: str = option(
+        "f1",
+        "Rule that chooses each finding's threshold on out-of-fold predictions, such as "
+        f"{', '.join(THRESHOLD_RULES)}.",
+    )
+    calibration: Literal["none", "temperature", "platt"] = option(
+        "none",
+        "Calibration of the probabilities, fitted on out-of-fold predictions: one temperature for "
+        "all findings, or Platt's slope and intercept for each.",
+    )
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._find_problems()
+        if self.epochs == ():
+            yield "epochs", "must be 1 or more, and there are none"
+        try:
+            parse_threshold_rule(str(self.threshold_rule))
+        except ConfigError as error:
+            yield from error.problems
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists
-        if broken := [text for holds, text in self._rules() if not holds]:
-            raise ConfigError("; ".join(broken) + ".")
-        parse_threshold_rule(self.threshold_rule)
-
-    def _rules(self) -> list[Rule]:
-        calibrations = ", ".join(CALIBRATIONS)
-        return [
-            *(
-                (all(isinstance(n, Integral) for n in numbers), f"--{name} must be a whole number")
-                for name, numbers in self._counts().items()
-            ),
-            (bool(self.epochs) and self.epochs[0] >= 1, "--epochs must be 1 or more"),
-            (self.n_folds >= 2, "--folds must be 2 or more"),
-            (0 < self.test_fraction < 1, "--test-fraction must lie between 0 and 1"),
-            (self.split_by in SPLITS, f"--split-by is one of {', '.join(SPLITS)}"),
-            (self.final in FINALS, f"--final is one of {', '.join(FINALS)}"),
-            (self.seed >= 0, "--seed must not be negative"),
-            (self.batch_size >= 2, "--batch-size must be 2 or more: batch norm needs two rows"),
-            (0 < self.learning_rate < math.inf, "--lr must be positive and finite"),
-            (0 <= self.weight_decay < math.inf, "--weight-decay must be 0 or more, and finite"),
-            (self.max_grad_norm is None or self.max_grad_norm > 0, "--clip must be positive"),
-            (self.schedule in SCHEDULES, f"--schedule is one of {', '.join(SCHEDULES)}"),
-            (self.patience >= 0, "--patience must not be negative"),
-            (self.early_stopping is None or self.early_stopping >= 1, "--early-stopping is >= 1"),
-            (self.loss in LOSSES, f"--loss is one of {', '.join(LOSSES)}"),
-            (0 <= self.alpha <= 1, "--alpha must lie in [0, 1]"),
-            (0 <= self.gamma < math.inf, "--gamma must be 0 or more, and finite"),
-            (all(width >= 1 for width in self.hidden), "--hidden widths must be 1 or more"),
-            (0 <= self.dropout < 1, "--dropout must lie in [0, 1)"),
-            (self.norm in NORMS, f"--norm is one of {', '.join(NORMS)}"),
-            (self.input_norm in INPUT_NORMS, f"--input-norm is one of {', '.join(INPUT_NORMS)}"),
-            (self.calibration in CALIBRATIONS, f"--calibration is one of {calibrations}"),
-        ]
-
-    def _counts(self) -> dict[str, tuple[int, ...]]:
-        """What has to be whole, by the name of its option."""
-        stopping = () if self.early_stopping is None else (self.early_stopping,)
-        return {
-            "epochs": self.epochs,
-            "folds": (self.n_folds,),
-            "batch-size": (self.batch_size,),
-            "patience": (self.patience,),
-            "early-stopping": stopping,
-            "hidden": self.hidden,
-        }
 
     @property
     def has_horizon(self) -> bool:
@@ -148,71 +335,85 @@ class Recipe:
         return self.schedule in HORIZON_SCHEDULES
 
 
+def _other(name: str, default: T, help: str = "") -> T:  # noqa: A002
+    """The option called `name` of :class:`Recipe`, with another default or meaning."""
+    [known] = (option_of(of) for of in fields(Recipe) if of.name == name)
+    return option(default, help or known.help, **_without(known, "help"))
+
+
+def _without(known: Option, name: str) -> dict[str, Any]:
+    return {key: value for key, value in vars(known).items() if key != name}
+
+
 @dataclass(frozen=True)
 class TrainConfig(Recipe):
-    """How to search and train a head on cached embeddings."""
+    """How to search and train a head on cached embeddings; by default the tuned recipe.
 
-    features: Literal["projected", "pooled", "both"] = "projected"
-    flip: bool = True
-    """Train on the mirror images too, where the store has them."""
-    n_jobs: int = -1
-    """Processes that share the folds on the CPU; -1 is one per core."""
+    It was chosen on out-of-fold predictions; docs/measurements.md compares it with the reference's
+    on test studies.
+    """
+
+    epochs: tuple[int, ...] = _other("epochs", (5, 10, 20, 30, 50))
+    batch_size: int = _other("batch_size", 64)
+    learning_rate: float = _other("learning_rate", 1e-3)
+    final: FinalModel = _other("final", "ensemble")
+    features: Literal["projected", "pooled", "both"] = option(
+        "projected",
+        "What the head reads: the projected embedding, the pooled features that it is projected "
+        "from, or both.",
+    )
+    flip: bool = option(True, "Train on the mirror images too, where the store has them.")
+    n_jobs: int = option(
+        -1,
+        "Number of processes that share the folds on the CPU; -1 uses one per core.",
+        flag="--jobs",
+    )
 
     @classmethod
     def of_recipe(cls, name: str, **options: Any) -> TrainConfig:
-        """The recipe called `name`, of :data:`RECIPES`, but for the options given."""
+        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
         if name not in RECIPES:
-            raise ConfigError(f"--recipe is one of {', '.join(RECIPES)}, not {name!r}.")
+            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
+            raise ConfigError(problems=[("recipe", problem)])
         return cls(**{**RECIPES[name], **options})
-
-    def _rules(self) -> list[Rule]:
-        features = ", ".join(FEATURES)
-        return [
-            *super()._rules(),
-            (self.features in FEATURES, f"--features is one of {features}"),
-        ]
 
 
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "tuned": {
-        "batch_size": 64,
-        "learning_rate": 1e-3,
-        "epochs": (5, 10, 20, 30, 50),
-        "final": "ensemble",
+    "tuned": {},
+    "reference": {
+        name: Recipe.__dataclass_fields__[name].default
+        for name in ("epochs", "batch_size", "learning_rate", "final")
     },
-    "reference": {},
 }
-"""Options of :class:`TrainConfig` that differ from its defaults, which are the reference's.
-
-``tuned`` was chosen on out-of-fold predictions; docs/measurements.md has both on test studies.
-"""
+"""Options of :class:`TrainConfig` in which a recipe differs from its defaults."""
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Config):
     """Random changes to the pixels of an image, for training end to end; none by default."""
 
-    crop_scale: float | None = None
-    """Smallest share of the image's area that a random crop keeps; None crops nothing."""
-    rotation_deg: float = 0.0
-    """Largest turn to either side, in degrees."""
-    brightness: float = 0.0
-    """0.2 multiplies by a factor from 0.8 to 1.2."""
-    contrast: float = 0.0
-    """As brightness, around the image's mean."""
-
-    def __post_init__(self) -> None:
-        rules: list[Rule] = [
-            (
-                self.crop_scale is None or 0 < self.crop_scale <= 1,
-                "--crop-scale must lie in (0, 1]",
-            ),
-            (0 <= self.rotation_deg <= 180, "--rotation must lie between 0 and 180 degrees"),
-            (0 <= self.brightness < 1, "--brightness must lie in [0, 1)"),
-            (0 <= self.contrast < 1, "--contrast must lie in [0, 1)"),
-        ]
-        if broken := [text for holds, text in rules if not holds]:
-            raise ConfigError("; ".join(broken) + ".")
+    crop_scale: float | None = option(
+        None,
+        "When training from images: smallest share of the area that a random crop keeps.",
+        unset="no crop",
+        check=_POSITIVE_SHARE,
+    )
+    rotation_deg: float = option(
+        0.0,
+        "When training from images: largest random turn to either side, in degrees.",
+        flag="--rotation",
+        check=must(lambda x: 0 <= x <= 180, "must lie between 0 and 180 degrees"),
+    )
+    brightness: float = option(
+        0.0,
+        "When training from images: random change of brightness; 0.2 multiplies by 0.8 to 1.2.",
+        check=_BELOW_1,
+    )
+    contrast: float = option(
+        0.0,
+        "When training from images: random change of contrast around the mean; 0.2 is ± 20 %.",
+        check=_BELOW_1,
+    )
 
     @property
     def changes_pixels(self) -> bool:
@@ -222,63 +423,333 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class FinetuneConfig(Recipe):
-    """How to fine-tune the last blocks together with the head."""
+    """How to fine-tune the last blocks of the encoder together with the head."""
 
-    epochs: tuple[int, ...] = (5, 10, 15)
-    """Candidates of the search; a single one is taken without a search."""
-    device: str = "auto"
-    unfreeze_layers: int = 2
-    """Blocks that train, counted from the end."""
-    head_learning_rate: float = 2e-4
-    """Of the head; `learning_rate` is that of the blocks."""
-    warmup_steps: int = 0
-    """Steps over which both rates rise from zero."""
-    decay_norms: bool = True
-    """Whether weight decay applies to norms and biases too, as the reference has it."""
-    accumulate: int = 1
-    """Batches whose gradients are averaged into one step; batch norm sees each by itself."""
-    precision: str = "auto"
-    """What the blocks compute in; weights, head and optimiser stay float32."""
-    grad_checkpointing: bool = False
-    """Compute activations again instead of keeping them: less memory, a third more work."""
-    source: str = "auto"
-    """Cached tokens, or end to end from the images; auto takes tokens where the store has them."""
-    tokens_in: str = "auto"
-    """Where tokens wait for their turn; auto is the fastest place that they fit into."""
-    flip: bool = False
-    """From images: show the mirror image half of the time (a store of two views always does)."""
-    augmentation: Augmentation = Augmentation()
-    """From images only."""
-    num_workers: int = min(8, os.cpu_count() or 1)
-    """From images: decoding processes."""
-    half: bool = False
-    """Round the trained weights to float16: half the file."""
+    epochs: tuple[int, ...] = _other(
+        "epochs",
+        (5, 10, 15),
+        "Candidate numbers of epochs, of which cross-validation chooses the best. A single one is "
+        "used without a search.",
+    )
+    learning_rate: float = _other("learning_rate", 2e-5, "Learning rate of the blocks.")
+    input_norm: InputNorm = option(
+        "l2",
+        "What is done to embeddings before the head. l2 scales each to length 1; none leaves them.",
+        choices=("l2", "none"),
+    )
+    device: str = _other("device", "auto")
+    unfreeze_layers: int = option(
+        2, "Number of blocks of the encoder that train, counted from the end.", check=at_least(1)
+    )
+    head_learning_rate: float = option(
+        2e-4, "Learning rate of the head.", flag="--head-lr", check=_POSITIVE
+    )
+    warmup_steps: int = option(
+        0, "Number of steps over which both learning rates rise from zero.", check=at_least(0)
+    )
+    decay_norms: bool = option(
+        True, "Apply weight decay to norms and biases too, as the reference does."
+    )
+    accumulate: int = option(
+        1, "Number of batches whose gradients are averaged into one step.", check=at_least(1)
+    )
+    precision: str = option(
+        "auto",
+        "Number format that the blocks compute in. auto is bf16 where the processor computes it "
+        "natively, else fp32; weights and optimiser always stay fp32.",
+        choices=("auto", "fp32", "bf16"),
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "Compute activations again instead of keeping them, which takes less memory and a third "
+        "more work.",
+    )
+    source: str = option(
+        "auto",
+        "What to train from: the tokens in the store, or the images, end to end. auto uses tokens "
+        "where the store has them.",
+        choices=("auto", "tokens", "images"),
+    )
+    tokens_in: str = option(
+        "auto",
+        "Where cached tokens wait until they are needed. auto is the fastest place that they fit "
+        "into.",
+        choices=("auto", "device", "ram", "disk"),
+    )
+    flip: bool = option(False, "When training from images: show the mirror image half of the time.")
+    augmentation: Augmentation = option(Augmentation(), "Random changes to the pixels.")
+    num_workers: int = option(
+        min(8, os.cpu_count() or 1),
+        "When training from images: number of decoding processes.",
+        check=at_least(0),
+    )
+    half: bool = option(
+        False, "Save the trained blocks in float16, which halves the size of the file."
+    )
 
-    def __post_init__(self) -> None:
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
         if isinstance(self.augmentation, Mapping):  # as JSON has it
             object.__setattr__(self, "augmentation", Augmentation(**self.augmentation))
-        super().__post_init__()
-
-    def _rules(self) -> list[Rule]:
-        precisions = ", ".join(TRAINING_PRECISIONS)
-        return [
-            *super()._rules(),
-            (self.unfreeze_layers >= 1, "--unfreeze-layers must be 1 or more"),
-            (
-                self.input_norm != "standard",
-                "--input-norm standard needs embeddings that stay as they are; fine-tuning takes "
-                "l2 or none",
-            ),
-            (self.head_learning_rate > 0, "--head-lr must be positive"),
-            (self.warmup_steps >= 0, "--warmup-steps must not be negative"),
-            (self.accumulate >= 1, "--accumulate must be 1 or more"),
-            (self.precision in TRAINING_PRECISIONS, f"--precision is one of {precisions}"),
-            (self.source in SOURCES, f"--source is one of {', '.join(SOURCES)}"),
-            (self.tokens_in in PLACES, f"--tokens-in is one of {', '.join(PLACES)}"),
-            (self.num_workers >= 0, "--num-workers must be 0 or more"),
-        ]
+        for name, problem in super()._find_problems():
+            if (name, self.input_norm) == ("input_norm", "standard"):
+                problem = (
+                    "standard needs embeddings that stay as they are; fine-tuning takes l2 or none"
+                )
+            yield name, problem
 
     @property
     def searches(self) -> bool:
         """Whether the number of epochs is looked for in all folds, or given."""
         return len(self.epochs) > 1
+
+
+@dataclass(frozen=True)
+class WorkersConfig(Config):
+    """Which workers share out a long job; see :func:`cxr_cache.common.backends.open_backend`."""
+
+    backend: Literal["loky", "dask", "ray"] | None = option(
+        None,
+        "Where to share out the work: processes of this machine (loky), a Dask or a Ray cluster.",
+        unset="this process alone",
+    )
+    n_workers: int | None = option(
+        None,
+        "Number of workers to start, or to wait for.",
+        flag="--workers",
+        unset="one per core; all of a cluster",
+        check=at_least(1),
+    )
+    scheduler: str | None = option(
+        None,
+        "Address of a running Dask or Ray cluster.",
+        unset="start one on this machine",
+    )
+
+
+@dataclass(frozen=True)
+class AblateConfig(WorkersConfig):
+    """How to compare recipes; all of them share the folds."""
+
+    epochs: tuple[int, ...] = _other(
+        "epochs",
+        (10, 20, 30),
+        "Candidate numbers of epochs that every setting tries; it is ranked by its best.",
+    )
+    n_sampled: int | None = option(
+        None,
+        "Number of settings to try, chosen at random from all combinations.",
+        flag="--sample",
+        unset="all",
+        check=at_least(1),
+    )
+    backend: Literal["loky", "dask", "ray"] = option(
+        "loky",
+        "Where to train: processes of this machine (loky), a Dask or a Ray cluster.",
+    )
+    baselines: bool = option(
+        True,
+        "Also rank three baselines: prevalence, logistic regression and nearest neighbours.",
+    )
+    refit: bool = option(
+        False, "Train the best setting as a run in OUT/best, which is tested once."
+    )
+
+
+# -- extraction ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderOptions(Config):
+    """Which encoder to load, and how it reads images and computes."""
+
+    name: str = option(
+        DEFAULT_ENCODER,
+        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, an open_clip name, or "
+        "random:TIMM_NAME[:SEED].",
+        flag="--model",
+    )
+    device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
+    precision: str = option(
+        "auto",
+        "Number format to compute in. auto is bf16 where the processor computes it natively, else "
+        "fp32.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    resize: Literal["squash", "crop"] | None = option(
+        None,
+        "How an image becomes square: squeezed into shape, or cut to its middle.",
+        unset="as the encoder's configuration says",
+    )
+    normalize: Literal["encoder", "imagenet"] = option(
+        "encoder", "Whose mean and standard deviation of pixels to use."
+    )
+    bits_stored: int | None = option(None, "Number of bits in use in 16-bit files.", unset="all 16")
+
+
+@dataclass(frozen=True)
+class ExtractConfig(Config):
+    """How to run an extraction; nothing here changes what the embeddings mean."""
+
+    batch_size: int | None = option(
+        None,
+        "Images per forward pass; they become fewer where the device's memory is short.",
+        unset="8 on a CPU, 256 on a GPU",
+        check=at_least(1),
+    )
+    num_workers: int | None = option(
+        None,
+        "Number of decoding processes; 0 decodes in a thread.",
+        unset="on a CPU one for every fourth core, else one per core, at most 16",
+        check=at_least(0),
+    )
+    flip: bool = option(False, "Also embed each image's mirror image, as a second view.")
+    unfreeze_layers: int | None = option(
+        None,
+        "With --tokens: number of last blocks that will be fine-tuned, whose input is cached.",
+        unset=str(FinetuneConfig.unfreeze_layers),
+        check=at_least(1),
+    )
+    max_failures: int | None = option(
+        None,
+        "Largest number of images that may fail before the extraction stops.",
+        unset="1 % of the images, at least 100",
+        check=at_least(0),
+    )
+    part: tuple[int, int] | None = option(
+        None,
+        "Extract one of N parts, such as 2/3, for merge to join.",
+        unset="all",
+        separator="/",
+    )
+    recheck_images: bool = option(
+        True, "When continuing, look for image files that have changed since."
+    )
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._find_problems()
+        part = self.part
+        if part is not None and not (len(part) == 2 and 1 <= part[0] <= part[1]):
+            yield "part", f"must be one of 1/N, 2/N ... N/N, not {'/'.join(map(str, part))}"
+
+    def tolerated_failures(self, n_images: int) -> int:
+        """Failed rows with which an extraction of `n_images` still counts as a success."""
+        return max(100, n_images // 100) if self.max_failures is None else self.max_failures
+
+
+@dataclass(frozen=True)
+class VerifyConfig(Config):
+    """How to check a store."""
+
+    n_sampled: int = option(
+        32, "With --images: number of images to encode again.", flag="--sample", check=at_least(0)
+    )
+    seed: int = option(0, "With --images: seed that chooses the sample.", check=at_least(0))
+
+
+# -- judging and using --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """How differences between runs are resampled."""
+
+    n_resamples: int = option(
+        2000,
+        "Number of bootstrap resamples. Patients are resampled; studies, if the data set does not "
+        "identify patients.",
+        flag="--resamples",
+        check=at_least(2),
+    )
+    seed: int = option(0, "Seed of the bootstrap.", check=at_least(0))
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(CompareConfig):
+    """How a run's predictions are read and scored."""
+
+    n_resamples: int = option(
+        CompareConfig.n_resamples,
+        "Number of bootstrap resamples; 0 leaves out the intervals. Patients are resampled; "
+        "studies, if the data set does not identify patients.",
+        flag="--resamples",
+        check=at_least(0),
+    )
+    threshold_rule: str | None = option(
+        None,
+        "Choose the thresholds anew on out-of-fold predictions, by a rule such as "
+        f"{', '.join(THRESHOLD_RULES)}.",
+        unset="as stored",
+    )
+    calibration: Literal["none", "temperature", "platt"] | None = option(
+        None,
+        "Calibrate the probabilities anew on out-of-fold predictions: one temperature for all "
+        "findings, or Platt's slope and intercept for each.",
+        unset="as stored",
+    )
+
+
+@dataclass(frozen=True)
+class AuditConfig(Config):
+    """How to look for leaks, duplicates and images that do not belong."""
+
+    closeness: float = option(
+        0.1,
+        "Share of the usual distance of embeddings below which two images are compared as "
+        "pictures.",
+        check=_POSITIVE_SHARE,
+    )
+    n_jobs: int = option(-1, "Number of decoding processes; -1 uses one per core.", flag="--jobs")
+    n_repeats: int = option(
+        5,
+        "With --leakage: number of trainings whose results are averaged.",
+        flag="--repeats",
+        check=at_least(1),
+    )
+
+
+@dataclass(frozen=True)
+class ExplainConfig(Config):
+    """How far a finding is followed back into the encoder."""
+
+    n_blocks: int | None = option(
+        None,
+        "Number of last blocks to follow back.",
+        flag="--blocks",
+        unset="the blocks that were fine-tuned; of a frozen run, the last two",
+        check=at_least(1),
+    )
+
+
+@dataclass(frozen=True)
+class CardConfig(Config):
+    """What the model card states, as identifiers of the Hugging Face Hub."""
+
+    license_id: str = option(
+        "unknown", "License named in the model card, as the Hub writes it.", flag="--license"
+    )
+    dataset_id: str = option(
+        "unknown", "Data set named in the model card, as the Hub writes it.", flag="--dataset"
+    )
+
+
+@dataclass(frozen=True)
+class DemoConfig(Config):
+    """How large the demonstration is."""
+
+    n_studies: int = option(
+        450, "Number of phantom studies to draw.", flag="--studies", check=at_least(1)
+    )
+    seed: int = option(0, "Seed of the phantoms and the training.", check=at_least(0))
+
+
+def _document(config: type[Config]) -> None:
+    """Append the options to the docstring, for whoever asks help() in a notebook."""
+    lines = ["", "", "Parameters", "----------"]
+    for of in fields(config):  # type: ignore[arg-type]  # subclasses are dataclasses
+        lines += [of.name, f"    {option_of(of).help}"]
+    config.__doc__ = (config.__doc__ or "").rstrip() + "\n".join(lines)
+
+
+for _config in [*vars().values()]:
+    if isinstance(_config, type) and issubclass(_config, Config) and _config is not Config:
+        _document(_config)

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 class CxrCacheError(Exception):
     """Base class; the command line prints these without a traceback."""
 
 
 class ConfigError(CxrCacheError, ValueError):
-    """Options that contradict each other or lie outside their range."""
+    """Options that contradict each other or lie outside their range.
+
+    Parameters
+    ----------
+    message
+        Whole sentences; made from `problems` where it is empty.
+    problems
+        Fields and what is wrong with each, in words that follow its name.
+    """
+
+    def __init__(self, message: str = "", problems: Sequence[tuple[str, str]] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message or self.spelled({}))
+
+    def spelled(self, flags: Mapping[str, str]) -> str:
+        """Give the message with the fields under the names of `flags`, as a command has them."""
+        if not self.problems:
+            return str(self)
+        return "; ".join(f"{flags.get(field, field)} {text}" for field, text in self.problems) + "."
 
 
 class TableError(CxrCacheError, ValueError):

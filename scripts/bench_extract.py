@@ -40,13 +40,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import cosines, encoding_threads
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.store.extract import ExtractConfig, ExtractSummary, extract_embeddings
+from cxr_cache.store.extract import ExtractSummary, extract_embeddings, resolve_for
 from cxr_cache.store.feature_store import FeatureStore
 
 IMAGE_SIZE_PX, PLAIN_BATCH_SIZE = 256, 32
@@ -77,7 +78,7 @@ class Bench:
 
     def __init__(self, folder: Path, encoder: Encoder, n_images: int) -> None:
         self.folder, self.encoder, self.cohort = folder, encoder, _write_images(folder, n_images)
-        self.config = ExtractConfig().resolve_for(encoder.device)
+        self.config = resolve_for(ExtractConfig(), encoder.device)
         pixels = [
             read_image(folder, image_id, encoder.preprocessing).pixels
             for image_id in self.cohort.image_ids

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 
 ENCODER = "random:vit_tiny_patch16_224"

@@ -131,7 +131,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
             "click",
             {f"cli.{name}" for name in ("main", "options", "store", "train", "score", "use")},
         ),
-        ("tqdm", {"cli.options"}),
+        ("tqdm", {"cli.progress"}),
     ],
 )
 def test_few_modules_know_a_library(library, modules):

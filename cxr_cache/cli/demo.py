@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from cxr_cache.config import TrainConfig
+from cxr_cache.config import ExtractConfig, TrainConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
@@ -15,7 +15,7 @@ from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import evaluate_run, format_summary
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.training.finetune import finetune_tail
 from cxr_cache.training.frozen_start import config_from_run
 from cxr_cache.training.outcome import TrainResult

@@ -17,7 +17,7 @@ import click
 from cxr_cache import __version__
 from cxr_cache.cli import score, store, train, use
 from cxr_cache.cli.options import Terminated, exit_status
-from cxr_cache.errors import CxrCacheError
+from cxr_cache.errors import ConfigError, CxrCacheError
 
 _COMMANDS_IN = (store, train, score, use)
 
@@ -28,6 +28,8 @@ class ErrorsAsMessages(click.Group):
     def invoke(self, ctx: click.Context) -> object:  # noqa: D102
         try:
             return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.ClickException(error.spelled(self._flags(ctx))) from error
         except CxrCacheError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
@@ -45,6 +47,11 @@ class ErrorsAsMessages(click.Group):
             )
             click.echo(f"\nStopped. {what}\n  {command}", err=True)
             ctx.exit(exit_status(stop))
+
+    def _flags(self, ctx: click.Context) -> dict[str, str]:
+        """Flags of the command that runs, by the names of their fields."""
+        command = self.commands[ctx.invoked_subcommand or ""]
+        return {p.name: p.opts[0] for p in command.params if p.name}
 
 
 @click.group(

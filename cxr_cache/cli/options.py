@@ -1,47 +1,225 @@
-"""What commands share: arguments and options, progress bars, checks and encoders."""
+"""What commands share: options made from the configs, arguments, checks and encoders."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from cxr_cache.config import CALIBRATIONS, THRESHOLD_RULES
+from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, option_of
 from cxr_cache.errors import StoreMismatchError
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
     from cxr_cache.models.run import Run
 
+    ParamType: TypeAlias = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # which older versions of click cannot index
+
 Command: TypeAlias = Callable[..., Any]
+C = TypeVar("C", bound=Config)
 
 FILE: Final = click.Path(dir_okay=False, path_type=Path)
 FOLDER: Final = click.Path(file_okay=False, path_type=Path)
+
+
+# -- options that know their environment variable and their config's field ----------------
+
+
+class Option(click.Option):
+    """An option whose environment variable is spelled as its flag: CXR_CACHE_TRAIN_LR."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:  # noqa: D102
+        for flag in self.opts:
+            if value := os.environ.get(_variable(ctx, flag)):
+                return value
+        for flag in self.secondary_opts:  # --no-flip
+            if value := os.environ.get(_variable(ctx, flag)):
+                return "no" if click.BOOL.convert(value, self, ctx) else "yes"
+        return super().resolve_envvar_value(ctx)  # the field's name, as in version 0.1.0
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:  # noqa: D102
+        try:
+            return super().process_value(ctx, value)
+        except click.BadParameter as error:
+            if ctx.get_parameter_source(self.name or "") != ParameterSource.DEFAULT_MAP:
+                raise
+            message = f"{error.message} It stands in {ctx.meta['config']}."
+            raise click.BadParameter(message, ctx, self) from error
+
+
+def _variable(ctx: click.Context, flag: str) -> str:
+    return f"{ctx.auto_envvar_prefix}_{flag.lstrip('-').replace('-', '_').upper()}"
+
+
+option = partial(click.option, cls=Option)
+
+
+class _OrNone(ParamType):
+    """A value of another type, or the word none."""
+
+    def __init__(self, inner: ParamType) -> None:
+        self.inner, self.name = inner, inner.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "none" else self.inner.convert(value, param, ctx)
+
+
+class _Numbers(ParamType):
+    """Whole numbers with a separator between; none are none of them."""
+
+    name = "integers"
+
+    def __init__(self, separator: str) -> None:
+        self.separator = separator
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts: Sequence[Any] = value
+        if isinstance(value, str):
+            parts = () if value == "none" else value.split(self.separator)
+        try:
+            return tuple(int(part) for part in parts)
+        except ValueError:
+            example = self.separator.join(("50", "100"))
+            self.fail(f"{value!r} is not numbers such as {example}.", param, ctx)
+
+
+class Names(ParamType):
+    """Text that may be given several times; in an environment variable, with ; between."""
+
+    name = "text"
+    envvar_list_splitter = ";"
+
+
+def options_of(
+    config: type[Config],
+    *names: str,
+    without: Sequence[str] = (),
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[Command], Command]:
+    """Make the options of a command from the fields of a config.
+
+    Parameters
+    ----------
+    config
+        Declares them.
+    names
+        Fields that become options; all, if none are named.
+    without
+        Fields that do not.
+    recipes
+        By name, what recipes have instead of the defaults: the help text shows it.
+    """
+
+    def add(command: Command) -> Command:
+        for of in reversed(fields(config)):  # type: ignore[arg-type]  # subclasses are dataclasses
+            if of.name in without or (names and of.name not in names):
+                continue
+            kind = kinds(config)[of.name]
+            if issubclass(kind.type, Config):
+                command = options_of(kind.type)(command)
+            else:
+                command = _option_of(of, kind, recipes or {})(command)
+        return command
+
+    return add
+
+
+def _option_of(
+    of: Field[Any], kind: Kind, recipes: Mapping[str, Mapping[str, Any]]
+) -> Callable[[Command], Command]:
+    """Make the option of one field."""
+    known = option_of(of)
+    flag = known.flag or f"--{of.name.replace('_', '-')}"
+
+    def show(value: Any) -> str:
+        if value is None:
+            return known.unset
+        if isinstance(value, bool):
+            return flag.lstrip("-") if value else f"no-{flag.lstrip('-')}"
+        if isinstance(value, tuple):
+            return known.separator.join(map(str, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    shown = [show(of.default)]
+    others = {name: values[of.name] for name, values in recipes.items() if of.name in values}
+    shown += [f"{name}: {show(value)}" for name, value in others.items()]
+
+    return option(
+        f"{flag}/--no-{flag.lstrip('-')}" if kind.type is bool else flag,
+        of.name,
+        type=_type_of(kind, known.separator),
+        metavar=_metavar(kind, known.separator),
+        default=of.default,
+        show_default=False,
+        help=f"{known.help}  [default: {'; '.join(shown)}]",
+    )
+
+
+def _metavar(kind: Kind, separator: str) -> str | None:
+    """How the help text shows the value, where click does not know."""
+    if kind.choices:
+        return f"[{'|'.join(kind.choices)}]"
+    return separator.join("IN" if separator == "/" else "NN") if kind.is_many else None
+
+
+def _type_of(kind: Kind, separator: str) -> ParamType:
+    plain = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
+    inner: ParamType = plain[kind.type]
+    if kind.is_many:
+        inner = _Numbers(separator)
+    if kind.choices:
+        inner = click.Choice(kind.choices)
+    return _OrNone(inner) if kind.is_optional and inner is not click.STRING else inner
+
+
+def options_given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the user set: on the command line, by a variable or in a file."""
+    source_of = click.get_current_context().get_parameter_source
+    return {k: v for k, v in options.items() if source_of(k) != ParameterSource.DEFAULT}
+
+
+def pick(config: type[Config], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a command's options those that are fields of a config, to make it of."""
+    names = {of.name for of in fields(config)}  # type: ignore[arg-type]
+    picked = {name: value for name, value in options.items() if name in names}
+    pixels = pick(Augmentation, options) if "augmentation" in names else {}
+    return picked | ({"augmentation": Augmentation(**pixels)} if pixels else {})
+
+
+# -- arguments and options of several commands ---------------------------------------------
+
 STORE: Final = click.argument("store", type=FILE)
 RUN: Final = click.argument("run", type=FOLDER)
 RUNS: Final = click.argument("runs", type=FOLDER, nargs=-1, required=True)
 IMAGES: Final = click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
-DEVICE: Final = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
-MODEL_OF_RUN: Final = click.option(
-    "--model", help="The run's encoder, where it has moved.  [default: as recorded]"
+DEVICE: Final = options_of(EncoderOptions, "device")
+MODEL_OF_RUN: Final = option(
+    "--model", help="Name of the run's encoder, if it has moved.  [default: as recorded]"
 )
-MODEL_OF_STORE: Final = click.option(
-    "--model", help="The store's encoder, where it has moved.  [default: as recorded]"
+MODEL_OF_STORE: Final = option(
+    "--model", help="Name of the store's encoder, if it has moved.  [default: as recorded]"
 )
-SEED: Final = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Seed of the bootstrap."
+LABELS: Final = option(
+    "--labels", type=FILE, help="CSV file whose targets are used instead of the store's."
 )
-GROUPS: Final = click.option(
+GROUPS: Final = option(
     "--groups",
     type=FILE,
-    help="CSV with image_id or study_uid and columns such as sex and age: figures for each group. "
-    "Kept with the run.",
+    help="CSV file with image_id or study_uid and columns such as sex and age. Figures are "
+    "computed for each group, and the table is kept with the run.",
 )
+ALLOW_PENDING: Final = option(
+    "--allow-pending", is_flag=True, help="Train although some rows are still pending."
+)
+AS_JSON: Final = option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
 class Terminated(KeyboardInterrupt):
@@ -51,56 +229,6 @@ class Terminated(KeyboardInterrupt):
 def exit_status(stop: KeyboardInterrupt) -> int:
     """128 and the number of the signal."""
     return 143 if isinstance(stop, Terminated) else 130
-
-
-def threshold_rule_option(default: str | None) -> Callable[[Command], Command]:
-    """How thresholds are chosen; None as the default leaves them as they are."""
-    kept = "" if default else "  [default: as stored]"
-    return click.option(
-        "--threshold-rule",
-        default=default,
-        metavar="RULE",
-        help=f"How thresholds are chosen, out of fold: {', '.join(THRESHOLD_RULES)}.{kept}",
-    )
-
-
-def calibration_option(default: str | None) -> Callable[[Command], Command]:
-    """How probabilities are calibrated; None as the default leaves them as they are."""
-    kept = "" if default else "  [default: as stored]"
-    return click.option(
-        "--calibration",
-        type=click.Choice(CALIBRATIONS),
-        default=default,
-        help="Map of probabilities, fitted out of fold: one temperature for all findings, or "
-        f"Platt's slope and intercept for each.{kept}",
-    )
-
-
-def options_given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user set, on the command line or by environment variables."""
-    source_of = click.get_current_context().get_parameter_source
-    return {k: v for k, v in options.items() if source_of(k) != ParameterSource.DEFAULT}
-
-
-@contextmanager
-def progress_bar(total: int | None, unit: str) -> Iterator[Any]:
-    """A tqdm bar on stderr, silent when that is not a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, disable=None, file=sys.stderr, smoothing=0.05) as bar:
-        yield bar
-
-
-@contextmanager
-def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """The same, as a function to be told how much of how much is done."""
-    with progress_bar(None, unit) as bar:
-
-        def update(n_done: int, n_total: int) -> None:
-            bar.total = n_total
-            bar.update(n_done - bar.n)
-
-        yield update
 
 
 def require_folder(path: Path) -> None:

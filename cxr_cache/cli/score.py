@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,17 +18,16 @@ from cxr_cache.cli.options import (
     MODEL_OF_STORE,
     RUN,
     RUNS,
-    SEED,
     STORE,
-    Command,
-    calibration_option,
-    counting,
     load_encoder_of_run,
     load_encoder_of_store,
+    option,
     options_given,
+    options_of,
     require_folder,
-    threshold_rule_option,
 )
+from cxr_cache.cli.progress import counting
+from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,41 +35,26 @@ if TYPE_CHECKING:
     from cxr_cache.models.run import Run
 
 
-def _resamples(least: int) -> Callable[[Command], Command]:
-    return click.option(
-        "--resamples",
-        type=click.IntRange(min=least),
-        default=2000,
-        help="Bootstrap resamples of studies, of patients where they are known.",
-    )
-
-
 @click.command()
 @RUN
-@click.option("--store", type=FILE, help="Score the run on another store (an external test set).")
-@click.option("--out", type=FILE, help="With --store: write the metrics to this JSON file.")
-@threshold_rule_option(None)
-@calibration_option(None)
+@option("--store", type=FILE, help="Store of an external test set to score the run on.")
+@option("--out", type=FILE, help="With --store: JSON file that the metrics are written to.")
+@options_of(EvaluateConfig)
 @GROUPS
-@_resamples(0)
-@SEED
-@click.option(
+@option(
     "--model",
-    help="With --store, for a fine-tuned run: the encoder, where it has moved.  "
-    "[default: as recorded]",
+    help="With --store, for a fine-tuned run: name of the encoder, if it has moved.  [default: as "
+    "recorded]",
 )
 @DEVICE
 def evaluate(
     run: Path,
     store: Path | None,
     out: Path | None,
-    threshold_rule: str | None,
-    calibration: str | None,
     groups: Path | None,
-    resamples: int,
-    seed: int,
     model: str | None,
     device: str,
+    **options: Any,
 ) -> None:
     """Score a run's predictions, with intervals; or the run on another store.
 
@@ -83,7 +66,8 @@ def evaluate(
 
     if out is not None and store is None:
         raise click.UsageError("--out goes with --store; a run keeps its own metrics.json.")
-    if store is not None and (threshold_rule or calibration):
+    config = EvaluateConfig(**options)
+    if store is not None and (config.threshold_rule or config.calibration):
         raise click.UsageError(
             "--threshold-rule and --calibration are chosen on the run's own out-of-fold "
             "predictions, never on another store. Evaluate the run with them first."
@@ -92,11 +76,8 @@ def evaluate(
     if store is None:
         metrics = evaluate_run(
             opened,
-            threshold_rule=threshold_rule,
-            calibration=calibration,
             groups=groups,
-            n_resamples=resamples,
-            seed=seed,
+            **vars(config),
         )
         click.echo(format_summary(metrics))
         return
@@ -124,8 +105,8 @@ def evaluate(
         calibration=opened.calibration,
         rule=opened.threshold_rule,
         groups=groups,
-        n_resamples=resamples,
-        seed=seed,
+        n_resamples=config.n_resamples,
+        seed=config.seed,
     )
     click.echo(format_summary(evaluation.metrics))
     if out is not None:
@@ -134,17 +115,17 @@ def evaluate(
 
 @click.command()
 @RUNS
-@click.option("--out", type=FOLDER, help="Folder for comparison.csv and comparison.png.")
-@_resamples(2)
-@SEED
-def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int) -> None:
+@option("--out", type=FOLDER, help="Folder that comparison.csv and comparison.png are written to.")
+@options_of(CompareConfig)
+def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
     """How much better RUNS are than the first of them, on the same test studies."""
     from cxr_cache.evaluation.compare import compare_runs
     from cxr_cache.models.run import Run
 
+    config = CompareConfig(**options)
     if len(runs) < 2:
         raise click.UsageError("Give two runs or more; the others are compared with the first.")
-    comparison = compare_runs(*map(Run.open, runs), n_resamples=resamples, seed=seed)
+    comparison = compare_runs(*map(Run.open, runs), **vars(config))
     click.echo(comparison.to_text())
     if out is not None:
         from cxr_cache.report.plots import write_comparison
@@ -155,20 +136,18 @@ def compare(runs: tuple[Path, ...], out: Path | None, resamples: int, seed: int)
 
 @click.command("zero-shot")
 @STORE
-@click.option("--run-dir", type=FOLDER, help="Score this run's test images, beside the run.")
-@click.option("--prompts", type=FILE, help="JSON file of prompts.  [default: for the 35 findings]")
-@click.option("--out", type=FILE, help="Write the table to this CSV file.")
-@_resamples(2)
-@SEED
+@option("--run-dir", type=FOLDER, help="Run whose test images are scored beside its own head.")
+@option("--prompts", type=FILE, help="JSON file of prompts.  [default: those for the 35 findings]")
+@option("--out", type=FILE, help="CSV file that the table is written to.")
+@options_of(CompareConfig)
 @MODEL_OF_STORE
 def zero_shot(
     store: Path,
     run_dir: Path | None,
     prompts: Path | None,
     out: Path | None,
-    resamples: int,
-    seed: int,
     model: str | None,
+    **options: Any,
 ) -> None:
     """What the encoder tells from prompts alone, without training.
 
@@ -181,6 +160,7 @@ def zero_shot(
     from cxr_cache.models.run import Run
     from cxr_cache.store.feature_store import FeatureStore
 
+    config = CompareConfig(**options)
     if out is not None:
         require_folder(out.parent)
     pairs = load_prompts(prompts)
@@ -194,8 +174,7 @@ def zero_shot(
             load_text_encoder(encoder.name),
             pairs,
             run=run,
-            n_resamples=resamples,
-            seed=seed,
+            **vars(config),
         )
     click.echo(found.to_text())
     if out is not None:
@@ -217,36 +196,32 @@ def _keep_zero_shot(run: Run, table: pd.DataFrame) -> None:
 
 @click.command()
 @RUNS
-@click.option(
+@option(
     "--out",
     type=FILE,
     default="comparison.html",
-    help="Page of several runs; that of one is report.html in its folder.",
+    help="HTML file of the page of several runs. The page of one run is report.html in its folder.",
 )
-@click.option(
+@option(
     "--image-dir",
     type=FOLDER,
-    help="Folder of the images: the page then shows small pictures of hits, misses and false "
-    "alarms, and may not be shared if they may not.",
+    help="Folder with the images: the page then shows small pictures of hits, misses and false "
+    "alarms, and may be shared only if they may be.",
 )
-@click.option(
+@option(
     "--maps",
     is_flag=True,
-    help="With --image-dir, for one run: also where it looked in these pictures, which takes a "
-    "pass through the encoder for each: up to 12 of each of 40 findings, minutes without a GPU.",
+    help="With --image-dir, for one run: also show where it looked in these pictures. Each takes a "
+    "pass through the encoder, and there are up to 12 for each of 40 findings: minutes without a "
+    "GPU.",
 )
-@click.option(
+@option(
     "--model",
-    help="With --maps: the run's encoder, where it has moved.  [default: as recorded]",
+    help="With --maps: name of the run's encoder, if it has moved.  [default: as recorded]",
 )
-@click.option("--device", default="auto", help="With --maps: auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--license", "license_id", default="unknown", help="For the model card, as the Hub writes it."
-)
-@click.option(
-    "--dataset", "dataset_id", default="unknown", help="For the model card, as the Hub writes it."
-)
-@_resamples(2)
+@DEVICE
+@options_of(CardConfig)
+@options_of(CompareConfig, "n_resamples")
 def report(
     runs: tuple[Path, ...],
     out: Path,
@@ -254,9 +229,8 @@ def report(
     maps: bool,
     model: str | None,
     device: str,
-    license_id: str,
-    dataset_id: str,
-    resamples: int,
+    n_resamples: int,
+    **card: str,
 ) -> None:
     """Write the plots, page and model card of a run, or one page for several RUNS.
 
@@ -269,17 +243,17 @@ def report(
         raise click.UsageError("--maps goes with --image-dir and one run.")
     if not maps and (idle := options_given({"model": model, "device": device})):
         raise click.UsageError(f"--{min(idle)} goes with --maps.")
+    config = CompareConfig(n_resamples)
     opened = [Run.open(run) for run in runs]
     if len(opened) > 1:
-        page = write_joint_report(opened, out, image_dir=image_dir, n_resamples=resamples)
+        page = write_joint_report(opened, out, image_dir=image_dir, n_resamples=config.n_resamples)
     else:
         encoder = load_encoder_of_run(opened[0], model, device) if maps else None
-        with counting("map") if maps else nullcontext() as on_progress:
+        with counting("maps") if maps else nullcontext() as on_progress:
             page = write_report(
                 opened[0],
                 image_dir=image_dir,
-                license_id=license_id,
-                dataset_id=dataset_id,
+                **card,
                 encoder=encoder,
                 on_progress=on_progress,
             )

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from cxr_cache.cli.options import (
+    AS_JSON,
     DEVICE,
     FILE,
     FOLDER,
     MODEL_OF_STORE,
     STORE,
-    counting,
     load_encoder_of_store,
-    progress_bar,
+    option,
+    options_of,
+    pick,
     require_folder,
     warn_if_random,
 )
-from cxr_cache.config import BACKENDS, DEFAULT_ENCODER, FinetuneConfig
+from cxr_cache.cli.progress import Progress, counting, progress
+from cxr_cache.config import (
+    AuditConfig,
+    EncoderOptions,
+    ExtractConfig,
+    FinetuneConfig,
+    VerifyConfig,
+    WorkersConfig,
+)
 from cxr_cache.errors import StoreFormatError, StoreMismatchError
 
 if TYPE_CHECKING:
     from cxr_cache.datasets.cohort import Cohort
 
-_CSV_DIR: Final = click.option(
-    "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files."
+_CSV_DIR: Final = option(
+    "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files of the data set."
 )
 
 
 @click.command()
 @_CSV_DIR
-@click.option("--image-dir", type=FOLDER, help="Also look for the image files.")
-@click.option("--plot", type=FILE, help="Draw the class distribution into this PNG.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@option("--image-dir", type=FOLDER, help="Folder with the images, to count those missing.")
+@option("--plot", type=FILE, help="PNG file to draw the class distribution into.")
+@AS_JSON
 def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: bool) -> None:
     """Show findings, counts, views and missing files of a data set."""
     from cxr_cache.datasets.describe import describe_cohort
@@ -66,7 +76,7 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
 
 @click.command()
 @STORE
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@AS_JSON
 def inspect(store: Path, as_json: bool) -> None:
     """Tell all about a feature store on one screen."""
     from cxr_cache.store.feature_store import FeatureStore
@@ -79,26 +89,23 @@ def inspect(store: Path, as_json: bool) -> None:
 
 @click.command()
 @STORE
-@click.option("--images", "image_dir", type=FOLDER, help="Encode a sample of these images again.")
-@click.option("--sample", default=32, help="With --images: how many.")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="With --images: chooses the sample."
-)
+@option("--images", "image_dir", type=FOLDER, help="Folder with images to encode again.")
+@options_of(VerifyConfig)
 @MODEL_OF_STORE
 @DEVICE
-@click.option("--repair", is_flag=True, help="Mark bad rows pending, for `extract` to heal.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@option("--repair", is_flag=True, help="Mark bad rows as pending, for extract to compute.")
+@AS_JSON
 @click.pass_context
 def verify(
     ctx: click.Context,
+    /,
     store: Path,
     image_dir: Path | None,
-    sample: int,
-    seed: int,
     model: str | None,
     device: str,
     repair: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Check every row of a store.
 
@@ -106,15 +113,15 @@ def verify(
     """
     from cxr_cache.store.verify import verify as run_verification
 
+    config = VerifyConfig(**options)
     try:
         encoder = None if image_dir is None else load_encoder_of_store(store, model, device)
-        with counting("row") as on_progress:
+        with counting("rows") as on_progress:
             found = run_verification(
                 store,
                 image_dir=image_dir,
                 encoder=encoder,
-                n_sampled=sample,
-                seed=seed,
+                **vars(config),
                 repair=repair,
                 on_progress=on_progress,
             )
@@ -127,39 +134,29 @@ def verify(
 
 @click.command()
 @STORE
-@click.option("--run-dir", type=FOLDER, help="A run on this store, whose split is checked.")
-@click.option("--image-dir", type=FOLDER, help="Also compare the pictures themselves.")
-@click.option("--leakage", is_flag=True, help="Measure what a split by image would have gained.")
-@click.option(
-    "--repeats", "n_repeats", default=5, help="With --leakage: trainings that are averaged."
-)
-@click.option(
-    "--closeness",
-    default=0.1,
-    help="Share of the usual distance of embeddings below which two images may be one.",
-)
-@click.option("--jobs", "n_jobs", default=-1, help="Decoding processes; -1 is one per core.")
-@click.option("--out", type=FOLDER, help="Folder for the tables (CSV) and a summary (JSON).")
+@option("--run-dir", type=FOLDER, help="Run on this store whose split is checked.")
+@option("--image-dir", type=FOLDER, help="Folder with the images, to compare them too.")
+@option("--leakage", is_flag=True, help="Measure what a split by image would have gained.")
+@options_of(AuditConfig)
+@option("--out", type=FOLDER, help="Folder for the tables (CSV) and a summary (JSON).")
 def audit(
     store: Path,
     run_dir: Path | None,
     image_dir: Path | None,
     leakage: bool,
-    n_repeats: int,
-    closeness: float,
-    n_jobs: int,
     out: Path | None,
+    **options: Any,
 ) -> None:
     """Look for leaks across the split, duplicates, and images that do not belong."""
-    from cxr_cache.evaluation.audit import AuditConfig, audit_store
+    from cxr_cache.evaluation.audit import audit_store
     from cxr_cache.models.run import Run
     from cxr_cache.store.feature_store import FeatureStore
 
     if image_dir is not None:
         require_folder(image_dir)
-    config = AuditConfig(closeness=closeness, n_jobs=n_jobs, n_repeats=n_repeats)
+    config = AuditConfig(**options)
     run = None if run_dir is None else Run.open(run_dir)
-    with FeatureStore.open(store) as features, counting("img") as on_progress:
+    with FeatureStore.open(store) as features, counting("images") as on_progress:
         found = audit_store(
             features,
             run=run,
@@ -174,154 +171,63 @@ def audit(
         click.echo(f"Tables written to {out}", err=True)
 
 
-def _part(
-    _ctx: click.Context, _param: click.Parameter, value: str | None
-) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    number, _, n_parts = value.partition("/")
-    if not (number.isdecimal() and n_parts.isdecimal()):
-        raise click.BadParameter(f"{value!r} is not a part such as 2/3.")
-    return int(number), int(n_parts)
-
-
 @click.command()
 @_CSV_DIR
-@click.option("--image-dir", type=FOLDER, required=True, help="Folder with the images.")
-@click.option("--store", type=FILE, required=True, help="HDF5 file to write or to continue.")
-@click.option(
-    "--model",
-    default=DEFAULT_ENCODER,
-    help="hf-hub:ORG/REPO, local-dir:FOLDER, an open_clip name, or random:TIMM_NAME[:SEED].",
+@option("--image-dir", type=FOLDER, required=True, help="Folder with the images.")
+@option("--store", type=FILE, required=True, help="HDF5 file that is written, or continued.")
+@options_of(EncoderOptions)
+@option(
+    "--tokens",
+    is_flag=True,
+    help="Also cache the tokens that fine-tuning the last blocks starts from.",
 )
-@click.option("--flip", is_flag=True, help="Also embed each image's mirror image.")
-@click.option(
-    "--tokens", is_flag=True, help="Also cache what fine-tuning the last blocks starts from."
-)
-@click.option(
-    "--unfreeze-layers",
+@options_of(ExtractConfig)
+@option(
+    "--limit",
     type=click.IntRange(min=1),
-    help="With --tokens: how many blocks will be fine-tuned.  "
-    f"[default: {FinetuneConfig.unfreeze_layers}]",
+    help="Number of images to extract, from the top of the table.  [default: all]",
 )
-@click.option(
-    "--batch-size",
-    type=int,
-    help="Images per forward pass; fewer where the memory is short.  [default: CPU 8, GPU 256]",
-)
-@click.option(
-    "--num-workers",
-    type=int,
-    help="Decoding processes; 0 is a thread.  [default: CPU cores / 4; GPU one per core, max 16]",
-)
-@DEVICE
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    help="auto is bf16 where the processor computes it natively, else fp32.",
-)
-@click.option(
-    "--resize",
-    type=click.Choice(["squash", "crop"]),
-    help="How a picture becomes square.  [default: as the encoder's configuration says]",
-)
-@click.option(
-    "--normalize",
-    type=click.Choice(["encoder", "imagenet"]),
-    default="encoder",
-    help="Mean and standard deviation of the pixels.",
-)
-@click.option("--bits-stored", type=int, help="Bits used in 16-bit files.  [default: all 16]")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N images of the table.")
-@click.option(
-    "--max-failures",
-    type=click.IntRange(min=0),
-    help="Stop when more images fail.  [default: 1 % of the images, at least 100]",
-)
-@click.option(
-    "--part", callback=_part, metavar="I/N", help="Extract one of N parts, for `merge` to join."
-)
-@click.option(
-    "--recheck-images/--no-recheck-images",
-    default=True,
-    help="When continuing, look for image files that have changed.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    help="Share the work out to processes of this machine (loky), a Dask or a Ray cluster.",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="With --backend: workers to start, or to wait for.  [default: one per core; a cluster's]",
-)
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="With --backend dask or ray: a running cluster.  [default: start one on this machine]",
-)
+@options_of(WorkersConfig)
 def extract(
     csv_dir: Path,
     image_dir: Path,
     store: Path,
-    model: str,
-    flip: bool,
     tokens: bool,
-    unfreeze_layers: int | None,
-    batch_size: int | None,
-    num_workers: int | None,
-    device: str,
-    precision: Any,
-    resize: Any,
-    normalize: Any,
-    bits_stored: int | None,
     limit: int | None,
-    max_failures: int | None,
-    part: tuple[int, int] | None,
-    recheck_images: bool,
-    backend: str | None,
-    workers: int | None,
-    scheduler: str | None,
+    **given: Any,
 ) -> None:
     """Embed every image once; the same command again continues where it stopped."""
-    if backend is None and (workers or scheduler):
+    workers = WorkersConfig(**pick(WorkersConfig, given))
+    config = ExtractConfig(**pick(ExtractConfig, given))
+    options = EncoderOptions(**pick(EncoderOptions, given))
+    if workers.backend is None and workers != WorkersConfig():
         raise click.UsageError("--workers and --scheduler go with --backend.")
-    if unfreeze_layers is not None and not tokens:
+    if config.unfreeze_layers is not None and not tokens:
         raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
+    if tokens and config.unfreeze_layers is None:
+        config = replace(config, unfreeze_layers=FinetuneConfig.unfreeze_layers)
     cohort = _load_cohort(csv_dir, limit)
     require_folder(image_dir)
-    from cxr_cache.store.extract import ExtractConfig, extract_embeddings
-    from cxr_cache.store.workers import EncoderOptions, Workers, extract_on_workers
+    from cxr_cache.store.extract import extract_embeddings
+    from cxr_cache.store.workers import Workers, extract_on_workers, load_once
 
-    config = ExtractConfig(
-        batch_size=batch_size,
-        num_workers=num_workers,
-        flip=flip,
-        unfreeze_layers=(unfreeze_layers or FinetuneConfig.unfreeze_layers) if tokens else None,
-        max_failures=max_failures,
-        part=part,
-        recheck_images=recheck_images,
-    )
-    options = EncoderOptions(model, device, precision, resize, normalize, bits_stored)
-    encoder = options.load()
+    encoder = load_once(options)
     warn_if_random(encoder.identity.is_random)
-    with progress_bar(len(cohort), "img") as bar:
+    with progress("images") as shown:
         callbacks: Any = {
-            "on_progress": _image_progress(bar),
-            "on_space": lambda space: bar.write(space.to_text(), file=sys.stderr),
+            "on_progress": _image_progress(shown),
+            "on_space": lambda space: click.echo(space.to_text(), err=True),
         }
         summary = (
             extract_embeddings(cohort, image_dir, store, encoder, config, **callbacks)
-            if backend is None
+            if workers.backend is None
             else extract_on_workers(
                 cohort,
                 image_dir,
                 store,
                 options,
                 config,
-                Workers(backend, workers, scheduler),
+                Workers(**vars(workers)),
                 **callbacks,
             )
         )
@@ -335,8 +241,8 @@ def extract(
 @click.command("import")
 @click.argument("embeddings", type=FILE)
 @_CSV_DIR
-@click.option("--store", type=FILE, required=True, help="HDF5 file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace a store that is there already.")
+@option("--store", type=FILE, required=True, help="HDF5 file that is written.")
+@option("--overwrite", is_flag=True, help="Replace a store that is already there.")
 def import_(embeddings: Path, csv_dir: Path, store: Path, overwrite: bool) -> None:
     """Make a store from features computed elsewhere (.npz: image_id, embeddings)."""
     from cxr_cache.store.importing import import_embeddings
@@ -348,8 +254,8 @@ def import_(embeddings: Path, csv_dir: Path, store: Path, overwrite: bool) -> No
 
 @click.command()
 @click.argument("parts", type=FILE, nargs=-1, required=True)
-@click.option("--store", type=FILE, required=True, help="HDF5 file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace a store that is there already.")
+@option("--store", type=FILE, required=True, help="HDF5 file that is written.")
+@option("--overwrite", is_flag=True, help="Replace a store that is already there.")
 def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
     """Join the parts that `extract --part` made on several machines."""
     from cxr_cache.store.merge import merge as run_merge
@@ -357,15 +263,10 @@ def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
     click.echo(run_merge(parts, store, overwrite=overwrite).to_text())
 
 
-def _image_progress(bar: Any) -> Callable[[int, int, int], None]:
-    n_failures = 0
-
+def _image_progress(shown: Progress) -> Callable[[int, int, int], None]:
     def update(n_done: int, n_failed: int, n_total: int) -> None:
-        nonlocal n_failures
-        n_failures += n_failed
-        bar.total = n_total
-        bar.update(n_done + n_failed)
-        bar.set_postfix(failed=n_failures, refresh=False)
+        shown.n_failed += n_failed
+        shown.update(shown.n_done + n_done + n_failed, n_total)
 
     return update
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,16 +14,20 @@ from cxr_cache.cli.options import (
     IMAGES,
     MODEL_OF_RUN,
     RUN,
+    Names,
     load_encoder_of_run,
+    option,
+    options_of,
     require_folder,
     warn_if_random,
 )
+from cxr_cache.config import DemoConfig, ExplainConfig
 
 
 @click.command()
 @RUN
 @IMAGES
-@click.option("--out", type=FILE, help="Write a CSV instead of printing the likeliest findings.")
+@option("--out", type=FILE, help="CSV file to write instead of printing the likeliest findings.")
 @MODEL_OF_RUN
 @DEVICE
 def predict(
@@ -53,16 +58,20 @@ def predict(
 @click.command()
 @RUN
 @IMAGES
-@click.option("--finding", "findings", multiple=True, required=True, help="May be repeated.")
-@click.option("--out", type=FOLDER, required=True, help="Folder for the pictures.")
-@click.option(
-    "--blocks",
-    "n_blocks",
-    type=click.IntRange(min=1),
-    help="Last blocks to follow back.  [default: those fine-tuned; of a frozen run, the last two]",
+@option(
+    "--finding",
+    "findings",
+    type=Names(),
+    multiple=True,
+    required=True,
+    help="Name of a finding to draw; may be given several times.",
 )
-@click.option(
-    "--raw", is_flag=True, help="Also write each map as .npy, rows and columns of patches."
+@option("--out", type=FOLDER, required=True, help="Folder that the pictures are written to.")
+@options_of(ExplainConfig)
+@option(
+    "--raw",
+    is_flag=True,
+    help="Also write each map as a .npy file, of rows and columns of patches.",
 )
 @MODEL_OF_RUN
 @DEVICE
@@ -71,10 +80,10 @@ def explain(
     images: tuple[Path, ...],
     findings: tuple[str, ...],
     out: Path,
-    n_blocks: int | None,
     raw: bool,
     model: str | None,
     device: str,
+    **options: Any,
 ) -> None:
     """Draw where in image files (a folder means all its files) a finding was seen.
 
@@ -83,13 +92,14 @@ def explain(
     from cxr_cache.models.explain import explain_images, parse_findings
     from cxr_cache.models.run import Run
 
+    config = ExplainConfig(**options)
     paths = _require_files(images)
     opened = Run.open(run)
     names = parse_findings(opened, findings)
     encoder = load_encoder_of_run(opened, model, device)
     from cxr_cache.report.plots import write_explanations
 
-    maps = explain_images(opened, paths, names, encoder, n_blocks=n_blocks)
+    maps = explain_images(opened, paths, names, encoder, **vars(config))
     n_written, failures = write_explanations(maps, out, raw=raw)
     click.echo(f"{n_written:,} pictures written to {out}")
     if failures:
@@ -100,19 +110,19 @@ def explain(
 
 @click.command()
 @RUN
-@click.option(
+@option(
     "--format",
     "file_format",
     type=click.Choice(["open-clip", "onnx"]),
     required=True,
-    help="open-clip: a folder for local-dir:, with the head beside it. onnx: one file, pixels to "
-    "probabilities.",
+    help="Format of the export. open-clip is a folder for local-dir:, with the head beside it; "
+    "onnx is one file, from pixels to probabilities.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder or file to write."
+@option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder or file that is written."
 )
 @MODEL_OF_RUN
-@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+@option("--overwrite", is_flag=True, help="Replace an earlier export.")
 def export(run: Path, file_format: str, out: Path, model: str | None, overwrite: bool) -> None:
     """Write the whole model, encoder included, for use without cxr-cache."""
     from cxr_cache.models.export import export_run
@@ -126,13 +136,12 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--studies", default=450, help="Phantom studies to draw.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of phantoms and training.")
-def demo(folder: Path, studies: int, seed: int) -> None:
+@options_of(DemoConfig)
+def demo(folder: Path, **options: Any) -> None:
     """The whole job on synthetic chest X-rays: no data, no network, two minutes."""
     from cxr_cache.cli.demo import run_demo
 
-    run_demo(folder, n_studies=studies, seed=seed, echo=click.echo)
+    run_demo(folder, **vars(DemoConfig(**options)), echo=click.echo)
 
 
 def _require_files(images: tuple[Path, ...]) -> list[Path]:

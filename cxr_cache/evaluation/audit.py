@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.config import AuditConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
 from cxr_cache.evaluation.audit_images import (
@@ -43,24 +44,6 @@ _N_SHOWN: Final = 5
 _AND: Final = " and "
 _MIN_ROWS: Final = 3
 _COARSE_PX: Final = 16
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """How to look."""
-
-    closeness: float = 0.1
-    """Embeddings closer than this share of the usual distance are looked at as pictures."""
-    n_jobs: int = 1
-    """Processes that decode images."""
-    n_repeats: int = 5
-    """Trainings of each head that measures the leak."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.closeness <= 1:
-            raise ConfigError(f"--closeness must lie in (0, 1], not at {self.closeness}.")
-        if self.n_repeats < 1:
-            raise ConfigError(f"--repeats must be 1 or more, not {self.n_repeats}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from cxr_cache.common.wording import list_names
+from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.scored import ScoredImages, read_scored
@@ -23,7 +24,6 @@ from cxr_cache.models.run import Run
 MEASURES: Final = ("auroc", "ap")
 MACRO: Final = ""
 """What stands for the finding where the mean over findings is compared."""
-N_RESAMPLES: Final = 2000
 
 COLUMNS: Final = (
     *("run", "against", "rows", "measure", "finding", "n_positive"),
@@ -95,7 +95,9 @@ def _describe(row: Any) -> str:
     return f"{row['difference']:+.3f}{bounds}{p}"
 
 
-def compare_runs(*runs: Run, n_resamples: int = N_RESAMPLES, seed: int = 0) -> Comparison:
+def compare_runs(
+    *runs: Run, n_resamples: int = CompareConfig.n_resamples, seed: int = CompareConfig.seed
+) -> Comparison:
     """Compare runs with the first by a paired bootstrap: each resample scores all.
 
     The interval of a difference is the difference and Student's t times its standard error over

@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.wording import list_names
+from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
@@ -39,7 +40,6 @@ from cxr_cache.models.run import Run, TableName
 FEW_POSITIVES: Final = 10
 """Findings with fewer positives in test are scored, and named as hardly measurable."""
 
-N_RESAMPLES: Final = 2000
 
 _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a Bayesian bootstrap over {units} "
@@ -88,8 +88,8 @@ def evaluate_predictions(
     calibration: Calibration | None = None,
     rule: str = "f1",
     groups: str | Path | None = None,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
+    n_resamples: int = EvaluateConfig.n_resamples,
+    seed: int = EvaluateConfig.seed,
 ) -> Evaluation:
     """Score predictions for images that no choice was made on.
 
@@ -140,8 +140,8 @@ def evaluate_run(
     threshold_rule: str | None = None,
     calibration: str | None = None,
     groups: str | Path | None = None,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
+    n_resamples: int = EvaluateConfig.n_resamples,
+    seed: int = EvaluateConfig.seed,
 ) -> dict[str, Any]:
     """Evaluate the predictions that a run stored, and store the figures with it.
 

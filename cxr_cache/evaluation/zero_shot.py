@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from cxr_cache.common.wording import list_names
+from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.text import PromptPair, TextEncoder
@@ -118,8 +119,8 @@ def score_zero_shot(
     prompts: Mapping[str, PromptPair],
     *,
     run: Run | None = None,
-    n_resamples: int = 2000,
-    seed: int = 0,
+    n_resamples: int = CompareConfig.n_resamples,
+    seed: int = CompareConfig.seed,
 ) -> ZeroShot:
     """Score prompts on a run's test images, or on all of a store.
 

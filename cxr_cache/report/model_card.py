@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
+from cxr_cache.config import CardConfig
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.report.page import make_environment
 from cxr_cache.report.views import RunView
 
-UNKNOWN: Final = "unknown"
+UNKNOWN: Final = CardConfig.license_id
 
 _TAGS: Final = ("chest-x-ray", "radiology", "medical", "multi-label-classification", "cxr-cache")
 _DIGITS: Final = 4

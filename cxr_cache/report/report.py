@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from cxr_cache.common.files import write_whole
+from cxr_cache.config import CardConfig, CompareConfig
 from cxr_cache.errors import ConfigError, RunError
-from cxr_cache.evaluation.compare import N_RESAMPLES, compare_runs
+from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models.run import Run
 from cxr_cache.report.cases import PER_KIND, draw_thumbnails, find_cases
-from cxr_cache.report.model_card import UNKNOWN, render_card
+from cxr_cache.report.model_card import render_card
 from cxr_cache.report.page import MAX_RUNS, render_page
 from cxr_cache.report.plots import draw_plots
 from cxr_cache.report.views import collect_differences, read_view
@@ -28,8 +29,8 @@ def write_report(
     *,
     image_dir: str | Path | None = None,
     encoder: Encoder | None = None,
-    license_id: str = UNKNOWN,
-    dataset_id: str = UNKNOWN,
+    license_id: str = CardConfig.license_id,
+    dataset_id: str = CardConfig.dataset_id,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Draw the plots of an evaluated run, and write its page and model card into its folder.
@@ -80,7 +81,7 @@ def write_joint_report(
     path: str | Path,
     *,
     image_dir: str | Path | None = None,
-    n_resamples: int = N_RESAMPLES,
+    n_resamples: int = CompareConfig.n_resamples,
 ) -> Path:
     """Write one page for several evaluated runs, with paired differences to the first of them.
 

@@ -16,6 +16,7 @@ import torch
 from joblib import cpu_count
 from numpy.typing import NDArray
 
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import Batch, dead_workers_explained, decode_batches
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
@@ -39,56 +40,15 @@ from cxr_cache.store.feature_store import (
 from cxr_cache.store.resume import open_or_create
 
 
-@dataclass(frozen=True)
-class ExtractConfig:
-    """How to run an extraction; nothing here changes what the embeddings mean."""
-
-    batch_size: int | None = None
-    """Images per forward pass; halved where the device's memory does not suffice. None: 8 on a
-    CPU, where each core has a batch of its own in its caches, else 256."""
-    num_workers: int | None = None
-    """Decoding processes; 0 decodes in a thread. None: as many as the encoder may need, for a CPU
-    one for every fourth core, else one per core, at most 16."""
-    flip: bool = False
-    """Also embed each image's mirror image, as a second view."""
-    unfreeze_layers: int | None = None
-    """Also cache the tokens that enter the first of so many last blocks; None caches none."""
-    max_failures: int | None = None
-    """Failed rows that are tolerated; None means 1 % of the rows, at least 100."""
-    part: tuple[int, int] | None = None
-    """(2, 3) extracts the second third of the rows, for ``merge`` to join; None extracts all."""
-    recheck_images: bool = True
-    """Hash the files of rows that are done already, and compute those that have changed."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"--batch-size is {self.batch_size}; it must be at least 1.")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ConfigError(f"--num-workers is {self.num_workers}; it must be 0 or more.")
-        if self.max_failures is not None and self.max_failures < 0:
-            raise ConfigError(f"--max-failures is {self.max_failures}; it must be 0 or more.")
-        if self.unfreeze_layers is not None and self.unfreeze_layers < 1:
-            raise ConfigError(
-                f"--unfreeze-layers is {self.unfreeze_layers}; it must be at least 1."
-            )
-        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
-            raise ConfigError(
-                f"--part is {self.part[0]}/{self.part[1]}; it must be one of 1/N, 2/N ... N/N."
-            )
-
-    def resolve_for(self, device: torch.device) -> ExtractConfig:
-        """The same, with the numbers that are left to the device."""
-        on_cpu = device.type == "cpu"
-        defaults = {
-            "batch_size": 8 if on_cpu else 256,
-            "num_workers": cpu_count() // 4 if on_cpu else min(16, cpu_count()),
-        }
-        missing = {name: n for name, n in defaults.items() if getattr(self, name) is None}
-        return replace(self, **missing)
-
-    def tolerated_failures(self, n_images: int) -> int:
-        """Failed rows with which an extraction of `n_images` still counts as a success."""
-        return max(100, n_images // 100) if self.max_failures is None else self.max_failures
+def resolve_for(config: ExtractConfig, device: torch.device) -> ExtractConfig:
+    """Fill in the numbers that `config` leaves to the device."""
+    on_cpu = device.type == "cpu"
+    defaults = {
+        "batch_size": 8 if on_cpu else 256,  # each core of a CPU has a batch in its own caches
+        "num_workers": cpu_count() // 4 if on_cpu else min(16, cpu_count()),
+    }
+    missing = {name: n for name, n in defaults.items() if getattr(config, name) is None}
+    return replace(config, **missing)
 
 
 @dataclass
@@ -223,7 +183,7 @@ def extract_embeddings(
     DiskFullError, DiskError
         There is not enough space for the whole store, or the disk failed.
     """
-    config = (config or ExtractConfig()).resolve_for(encoder.device)
+    config = resolve_for(config or ExtractConfig(), encoder.device)
 
     def fill(store: FeatureStore, summary: ExtractSummary) -> None:
         _fill(store, Path(image_dir), encoder, config, summary, on_progress)

@@ -27,6 +27,7 @@ from joblib import cpu_count, delayed
 from numpy.typing import NDArray
 
 from cxr_cache.common.backends import check_backend, open_backend, streams_results
+from cxr_cache.config import EncoderOptions, ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
@@ -37,13 +38,7 @@ from cxr_cache.errors import (
     StoreMismatchError,
     WorkerLostError,
 )
-from cxr_cache.store.extract import (
-    ExtractConfig,
-    ExtractSummary,
-    extract_embeddings,
-    give_up,
-    run_extraction,
-)
+from cxr_cache.store.extract import ExtractSummary, extract_embeddings, give_up, run_extraction
 from cxr_cache.store.feature_store import (
     DONE,
     WITHOUT_TOKENS,
@@ -60,21 +55,10 @@ N_ATTEMPTS: Final = 3
 """How often lost workers are replaced by new ones."""
 
 
-@dataclass(frozen=True)
-class EncoderOptions:
-    """Arguments of :func:`cxr_cache.encoders.loading.load_encoder`, which travel to the workers."""
-
-    name: str
-    device: str = "auto"
-    precision: str = "auto"
-    resize: str | None = None
-    normalize: str = "encoder"
-    bits_stored: int | None = None
-
-    def load(self) -> Encoder:
-        """The encoder, loaded once per process."""
-        with _loading:  # a Dask worker may have several threads
-            return _load(self)
+def load_once(options: EncoderOptions) -> Encoder:
+    """Load an encoder, once per process."""
+    with _loading:  # a Dask worker may have several threads
+        return _load(options)
 
 
 _loading: Final = threading.Lock()
@@ -155,7 +139,7 @@ def extract_on_workers(
     folder = store_path.with_name(f"{store_path.name}.parts")
     check_backend(workers.backend, n_workers=workers.count(), scheduler=workers.scheduler)
     _collect_left(store_path, folder)
-    own = encoder.load()
+    own = load_once(encoder)
     encoder = replace(encoder, precision=own.precision)  # one for all, whatever auto means there
 
     def fill(store: FeatureStore, summary: ExtractSummary) -> None:
@@ -248,7 +232,7 @@ def _make_part(part: _Part) -> tuple[Path, ExtractSummary]:
         if not part.path.exists():
             _begin_part(store, cohort, part)
     summary = extract_embeddings(
-        cohort, part.image_dir, part.path, part.encoder.load(), _adapt_to_worker(part.config)
+        cohort, part.image_dir, part.path, load_once(part.encoder), _adapt_to_worker(part.config)
     )
     return part.path, summary
 

@@ -22,12 +22,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from cxr_cache.cli.main import cli
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.images import MAX_FILE_BYTES
 from cxr_cache.datasets.labels import load_labels
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import TableError
-from cxr_cache.store.extract import ExtractConfig, ExtractSummary, extract_embeddings
+from cxr_cache.store.extract import ExtractSummary, extract_embeddings
 from cxr_cache.store.feature_store import (
     DONE,
     FAILED,

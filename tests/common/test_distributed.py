@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from cxr_cache.common.distributed import process_group
-from cxr_cache.config import FinetuneConfig
+from cxr_cache.config import ExtractConfig, FinetuneConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError
 from cxr_cache.models.run import Run
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.training.finetune import finetune_tail
 
 CONFIG = FinetuneConfig(

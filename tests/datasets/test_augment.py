@@ -65,11 +65,11 @@ def test_brightness_stays_within_its_factor(pixels):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"crop_scale": 0.0}, r"--crop-scale must lie in \(0, 1\]"),
-        ({"crop_scale": 1.5}, r"--crop-scale must lie in \(0, 1\]"),
-        ({"rotation_deg": -1}, "--rotation must lie between 0 and 180"),
-        ({"brightness": 1.0}, r"--brightness must lie in \[0, 1\)"),
-        ({"contrast": -0.1}, r"--contrast must lie in \[0, 1\)"),
+        ({"crop_scale": 0.0}, r"crop_scale must lie in \(0, 1\]"),
+        ({"crop_scale": 1.5}, r"crop_scale must lie in \(0, 1\]"),
+        ({"rotation_deg": -1}, "rotation_deg must lie between 0 and 180"),
+        ({"brightness": 1.0}, r"brightness must lie in \[0, 1\)"),
+        ({"contrast": -0.1}, r"contrast must lie in \[0, 1\)"),
     ],
 )
 def test_options_out_of_range_are_named(option, message):

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cxr_cache.cli.main import cli
+from cxr_cache.config import AuditConfig, ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
@@ -25,7 +26,6 @@ from cxr_cache.evaluation.audit import (
     SAME_FILE,
     SAME_PIXELS,
     Audit,
-    AuditConfig,
     audit_store,
 )
 from cxr_cache.evaluation.audit_images import (
@@ -44,7 +44,7 @@ from cxr_cache.evaluation.leakage import (
     measure_leakage,
 )
 from cxr_cache.models.run import Run
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training.train import train_head
 from tests import small_stores, synthetic
@@ -409,7 +409,7 @@ def test_the_leak_is_measured_over_patients_where_they_are_known(tmp_path):
 def test_what_cannot_be_done_is_said(leaking, tmp_path):
     with FeatureStore.open(leaking[0]) as store, pytest.raises(ConfigError, match="--run-dir"):
         audit_store(store, with_leakage=True)
-    with pytest.raises(ConfigError, match=r"--closeness must lie in \(0, 1\]"):
+    with pytest.raises(ConfigError, match=r"closeness must lie in \(0, 1\]"):
         AuditConfig(closeness=0)
     small_stores.make_store(tmp_path / "pending.h5", done=slice(2)).close()
     with (

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxr_cache.cli.main import cli
-from cxr_cache.config import FinetuneConfig, TrainConfig
+from cxr_cache.config import ExtractConfig, FinetuneConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
 from cxr_cache.encoders.encoder import Encoder
@@ -35,7 +35,7 @@ from cxr_cache.models.predict import predict_images
 from cxr_cache.models.run import Run
 from cxr_cache.report.cases import Case, draw_maps
 from cxr_cache.report.plots import write_explanations
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.training.finetune import finetune_tail
 from cxr_cache.training.train import train_head
 from tests import synthetic

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
-from cxr_cache.config import TrainConfig
+from cxr_cache.config import ExtractConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
@@ -39,7 +39,7 @@ from cxr_cache.models.predict import (
     require_encoder_of_run,
 )
 from cxr_cache.models.run import Run
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training.train import train_head
 from tests.synthetic import FINDINGS, IMPORTED, QUICK, WIDTH, make_cohort, make_store

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from cxr_cache.cli.main import main
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
@@ -26,7 +27,7 @@ from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError, TooManyFailuresError
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings, resolve_for
 from cxr_cache.store.feature_store import DONE, FAILED, FeatureStore
 
 MODEL = "random:test_vit"
@@ -215,10 +216,10 @@ def test_the_summary_names_the_limit(phantoms, cohort, encoder, tmp_path, monkey
 def test_what_is_not_given_depends_on_the_device(cores, cpu, gpu, monkeypatch):
     monkeypatch.setattr("cxr_cache.store.extract.cpu_count", lambda: cores)
     for device, expected in (("cpu", cpu), ("cuda", gpu)):
-        config = ExtractConfig().resolve_for(torch.device(device))
+        config = resolve_for(ExtractConfig(), torch.device(device))
         assert (config.batch_size, config.num_workers) == expected
     given = ExtractConfig(batch_size=3, num_workers=5)
-    assert given.resolve_for(torch.device("cuda")) == given
+    assert resolve_for(given, torch.device("cuda")) == given
 
 
 # -- what cannot be used ----------------------------------------------------------------

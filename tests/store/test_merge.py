@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from cxr_cache.config import TrainConfig
+from cxr_cache.config import ExtractConfig, TrainConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, StoreBusyError, StoreMismatchError
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import (
     DONE,
     FAILED,

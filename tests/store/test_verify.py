@@ -12,11 +12,12 @@ import torch
 from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import StoreBusyError
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import PENDING, FeatureStore
 from cxr_cache.store.verify import (
     CORRUPT,

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
 from cxr_cache.common import backends
+from cxr_cache.config import EncoderOptions, ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
@@ -30,9 +31,9 @@ from cxr_cache.errors import (
     WorkerLostError,
 )
 from cxr_cache.store import workers as extract_workers
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import DONE, FAILED, FeatureStore
-from cxr_cache.store.workers import EncoderOptions, Workers, extract_on_workers
+from cxr_cache.store.workers import Workers, extract_on_workers
 from tests.store.test_extract import assert_same_store
 
 OPTIONS = EncoderOptions("random:test_vit", device="cpu", precision="fp32")

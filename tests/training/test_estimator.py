@@ -208,8 +208,8 @@ def test_the_seed_decides_and_frames_are_as_good_as_arrays():
     ("changes", "y", "error", "message"),
     [
         ({"schedule": "plateau"}, Y, ConfigError, "fit holds nothing out. Use 'constant'"),
-        ({"loss": "hinge"}, Y, ConfigError, "--loss is one of focal"),
-        ({"n_epochs": 2.5}, Y, ConfigError, "--epochs must be a whole number"),
+        ({"loss": "hinge"}, Y, ConfigError, "loss is one of focal"),
+        ({"n_epochs": 2.5}, Y, ConfigError, "epochs must be a whole number"),
         ({"batch_size": 500}, Y, ConfigError, r"batch_size=500 .* n_samples = 120\. Use a smaller"),
         ({}, np.where(np.isnan(Y), 2, Y), TableError, r"y holds .*2.* in row \d+, column \d"),
         ({}, np.full(len(X), "a"), TableError, "y holds 1 class, 'a'; there must be two"),

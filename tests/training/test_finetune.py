@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cxr_cache.config import Augmentation, FinetuneConfig, TrainConfig
+from cxr_cache.config import Augmentation, ExtractConfig, FinetuneConfig, TrainConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
@@ -30,7 +30,7 @@ from cxr_cache.models.explain import map_findings
 from cxr_cache.models.predict import predict_images, predict_store, predict_tokens
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
-from cxr_cache.store.extract import ExtractConfig, extract_embeddings
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training import finetune as finetune_module
 from cxr_cache.training.finetune import finetune_tail

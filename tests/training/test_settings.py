@@ -76,13 +76,13 @@ def test_what_may_be_none_and_what_is_whole():
         (["lr=1e-3,1e-2", "learning_rate=1"], "learning_rate was given before"),
         (["lr=none"], "'none' is not a value for it"),
         (["early_stopping=2.5"], "'2.5' is not a value for it"),
-        (["gamma=inf"], "--gamma must be 0 or more, and finite"),
+        (["gamma=inf"], "gamma must be 0 or more, and finite"),
         (["seed=1,2"], "all settings share it. Use --seed instead"),
         (["folds=3"], "all settings share it. Use --folds instead"),
         (["n_jobs=3"], "all settings share it. Use --workers instead"),
         (["final=refit"], "all settings share it. It is the recipe's"),
-        (["dropout=1.5"], r"--dropout must lie in \[0, 1\)"),
-        (["loss=foca"], "--loss is one of"),
+        (["dropout=1.5"], r"dropout must lie in \[0, 1\)"),
+        (["loss=foca"], "loss is one of"),
         ([f"alpha={','.join(str(i / 500) for i in range(300))}", *GRID[:3], "gamma=1,2,3"], "10,8"),
     ],
 )
@@ -95,10 +95,12 @@ def test_what_cannot_be_set_is_explained(options, message):
 
 
 def test_recipes_differ_in_what_they_say_and_options_go_before_them():
-    tuned = TrainConfig.of_recipe("tuned")
+    tuned, reference = TrainConfig.of_recipe("tuned"), TrainConfig.of_recipe("reference")
 
-    assert TrainConfig.of_recipe("reference") == TrainConfig()
+    assert tuned == TrainConfig()
+    assert (reference.batch_size, reference.learning_rate, reference.final) == (16, 2e-5, "refit")
+    assert reference.epochs == (30, 50, 75, 90, 100)
     assert (tuned.batch_size, tuned.learning_rate, tuned.final) == (64, 1e-3, "ensemble")
     assert TrainConfig.of_recipe("tuned", batch_size=8) == replace(tuned, batch_size=8)
-    with pytest.raises(ConfigError, match="--recipe is one of tuned, reference, not 'best'"):
+    with pytest.raises(ConfigError, match="recipe is one of tuned, reference, not 'best'"):
         TrainConfig.of_recipe("best")
