@@ -266,7 +266,7 @@ class WriterLock:
             write_at(fd, json.dumps(self.holder).encode(), 0)
 
     @classmethod
-    def acquire(cls, written: Path) -> WriterLock:
+    def acquire(cls, written: Path, lock_file: Path | None = None) -> WriterLock:
         """Take the lock on a file or an existing folder, or refuse at once.
 
         Parameters
@@ -274,6 +274,8 @@ class WriterLock:
         written
             A file, whose lock lies beside it; or a folder, whose lock lies in it. A thread that
             has the lock of a folder already gets it anew: what it wrote before has failed.
+        lock_file
+            Where the lock is to be instead.
 
         Raises
         ------
@@ -282,7 +284,7 @@ class WriterLock:
         DiskError
             The lock file cannot be made.
         """
-        path = _lock_path(written)
+        path = lock_file or _lock_path(written)
         with _guard:
             own = _held.get(path)
             if own is not None and own._pid == os.getpid():
@@ -333,7 +335,7 @@ def require_no_writer(written: Path) -> None:
     own = _held.get(path)
     if own is not None and own._pid == os.getpid():
         return
-    with contextlib.suppress(FileNotFoundError), opened(path, os.O_RDWR) as fd:
+    with contextlib.suppress(FileNotFoundError, PermissionError), opened(path, os.O_RDONLY) as fd:
         _lock(fd, fcntl.LOCK_SH, path, written)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cxr_cache.common.devices import require_choice
-from cxr_cache.common.files import opened, sync, sync_folder
+from cxr_cache.common.files import WriterLock, opened, sync, sync_folder
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
@@ -87,19 +87,22 @@ def export_run(
         The run was trained on imported embeddings, or with another encoder than is found.
     EncoderError
         The encoder cannot be loaded.
+    StoreBusyError
+        Another process is writing to `out`.
     """
     require_choice("format", file_format, tuple(FORMATS))
     chosen, out, saved = FORMATS[file_format], Path(out).expanduser().resolve(), run.load_model()
     require_encoder_of_run(run, saved.encoder, None)
     chosen.require(run, saved)
-    _require_free(out, is_folder=chosen.is_folder, overwrite=overwrite)
-    in_float32 = {**saved.encoder, "precision": "fp32"}
-    encoder = reload_encoder(in_float32, model=model, device="cpu")
-    require_encoder_of_run(run, in_float32, encoder)
-    if encoder.identity.name == f"local-dir:{out}":
-        raise ConfigError(f"{out} is the run's own encoder. Choose another folder.")
-    with _replacing(out) as temporary:
-        notes = chosen.write(saved, encoder, describe_model(run, saved), temporary)
+    with _one_writer(out):
+        _require_free(out, is_folder=chosen.is_folder, overwrite=overwrite)
+        in_float32 = {**saved.encoder, "precision": "fp32"}
+        encoder = reload_encoder(in_float32, model=model, device="cpu")
+        require_encoder_of_run(run, in_float32, encoder)
+        if encoder.identity.name == f"local-dir:{out}":
+            raise ConfigError(f"{out} is the run's own encoder. Choose another folder.")
+        with _replacing(out) as temporary:
+            notes = chosen.write(saved, encoder, describe_model(run, saved), temporary)
     if not _computes_in_fp32(saved):
         notes += (f"{_describe_precision(saved)} Its own probabilities differ by that rounding.",)
     return ExportSummary(out, sum(file.stat().st_size for file in _files(out)), notes)
@@ -156,12 +159,21 @@ def _require_free(out: Path, *, is_folder: bool, overwrite: bool) -> None:
 
 
 @contextmanager
+def _one_writer(out: Path) -> Iterator[None]:
+    """Keep other processes from writing to `out`, by a lock beside it: a folder is replaced."""
+    lock = WriterLock.acquire(out, out.with_name(f".{out.name}.lock"))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """A name beside `out` to write a file or folder to, which then takes the place of `out`."""
     temporary, former = (
         out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         for file in _files(temporary):

@@ -6,8 +6,8 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.files import replacing, write_whole
+from cxr_cache.common.files import (
+    disk_errors_named,
+    hold_folder,
+    replacing,
+    require_no_writer,
+    write_whole,
+)
 from cxr_cache.common.tables import format_csv
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.errors import RunError
@@ -128,21 +134,29 @@ class Run:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.config = config
+        self._let_go: Callable[[], object] = lambda: None
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Run:
         """Start a run folder; an unfinished run of before is started anew.
 
+        No other process may write to the folder until the run is finished or this process ends.
+
         Raises
         ------
         RunError
             `path` holds a finished run and `overwrite` is off, or holds other files.
+        StoreBusyError
+            Another process is writing to `path`; the message names it.
         """
         path = Path(path)
         require_free(path, overwrite=overwrite)
-        path.mkdir(parents=True, exist_ok=True)
+        with disk_errors_named(path):
+            path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
-        run._write_config("running")  # first: whatever is left of an old run is not taken for one
+        with run._held():
+            require_free(path, overwrite=overwrite)  # another may have finished since
+            run._write_config("running")  # first: what is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
         for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
             (path / name).unlink(missing_ok=True)
@@ -158,6 +172,7 @@ class Run:
         *,
         free: Collection[str] = (),
         incidental: Collection[str] = (),
+        writes: bool = True,
     ) -> Run | None:
         """The unfinished run at `path`, to be continued; None where there is nothing to continue.
 
@@ -172,31 +187,25 @@ class Run:
         incidental
             Settings (``"store.path"``) that are named beside others that differ, but may differ
             alone.
+        writes
+            This process is the one that writes, so no other may; as in :meth:`create`.
 
         Raises
         ------
         RunError
             The run there was started with other options, or from another store.
+        StoreBusyError
+            Another process is writing to `path`.
         """
-        path = Path(path)
-        found = _read_config(path)
-        if found is None or found.get("status") == "finished" or not (path / _STATES).is_dir():
+        run = cls(Path(path), _read_config(Path(path)) or {})
+        if not run._is_begun():
             return None
-        given = json.loads(json.dumps(config, default=_jsonable))  # tuples are lists in JSON
-        before, now = _flatten({key: found.get(key) for key in given}), _flatten(given)
-        differences = {
-            name: values
-            for name, values in find_differences(before, now).items()
-            if name not in free
-        }
-        if differences.keys() - set(incidental):
-            raise RunError(
-                f"{path} holds an unfinished run that was started differently:\n"
-                + describe_differences(differences, "in the run", "now")
-                + "\nContinue it with the same options and store, choose another folder, or start "
-                "it anew with --overwrite."
-            )
-        return cls(path, found)
+        with run._held(writes=writes):
+            run.config = _read_config(run.path) or {}
+            if not run._is_begun():  # another has finished it since
+                return None
+            run._require_same(config, free, incidental)
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -229,6 +238,42 @@ class Run:
         """Declare the run complete; from here on it is not overwritten unasked."""
         self._write_config("finished")
         shutil.rmtree(self.path / _STATES, ignore_errors=True)
+        self._let_go()
+
+    @contextmanager
+    def _held(self, *, writes: bool = True) -> Iterator[None]:
+        """Keep others from writing to the folder: from here on, unless the block fails."""
+        if writes:
+            self._let_go = hold_folder(self.path, self)
+        try:
+            yield
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _is_begun(self) -> bool:
+        """Whether there is something to continue."""
+        status = self.config.get("status", "finished")
+        return status != "finished" and (self.path / _STATES).is_dir()
+
+    def _require_same(
+        self, config: Mapping[str, Any], free: Collection[str], incidental: Collection[str]
+    ) -> None:
+        """Raise RunError unless the run was started as :meth:`resume` was told."""
+        given = json.loads(json.dumps(config, default=_jsonable))  # tuples are lists in JSON
+        before = _flatten({key: self.config.get(key) for key in given})
+        differences = {
+            name: values
+            for name, values in find_differences(before, _flatten(given)).items()
+            if name not in free
+        }
+        if differences.keys() - set(incidental):
+            raise RunError(
+                f"{self.path} holds an unfinished run that was started differently:\n"
+                + describe_differences(differences, "in the run", "now")
+                + "\nContinue it with the same options and store, choose another folder, or start "
+                "it anew with --overwrite."
+            )
 
     def _write_config(self, status: str) -> None:
         self.config = {**self.config, "status": status}
@@ -424,7 +469,15 @@ class Run:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise RunError unless a run may be written to `path`; called before the long work."""
+    """Raise unless a run may be written to `path`; called before the long work.
+
+    Raises
+    ------
+    RunError
+        `path` holds a finished run and `overwrite` is off, or holds other files.
+    StoreBusyError
+        Another process is writing to `path`.
+    """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file; --run-dir needs a folder, which may not exist yet.")
     config = _read_config(path)
@@ -434,6 +487,8 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         raise RunError(
             f"{path} holds a finished run. Choose another folder, or replace it with --overwrite."
         )
+    if path.is_dir():
+        require_no_writer(path)
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from cxr_cache.common.devices import resolve_device
-from cxr_cache.common.files import write_whole
+from cxr_cache.common.files import hold_folder, write_whole
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.splits import Split
@@ -218,7 +218,17 @@ class Results:
 
     @classmethod
     def open(cls, out: Path, identity: Mapping[str, Any], n_folds: int) -> Results:
-        """Make the folder, or go on in it if it belongs to the same data and folds."""
+        """Make the folder, or go on in it if it belongs to the same data and folds.
+
+        No other process may write to it for as long as the results live.
+
+        Raises
+        ------
+        RunError
+            `out` holds an ablation of other data or folds, or other files.
+        StoreBusyError
+            Another process is writing to `out`.
+        """
         marker = out / _IDENTITY
         if marker.exists():
             before = json.loads(marker.read_text())
@@ -228,11 +238,14 @@ class Results:
                     + describe_differences(differences, "there", "now")
                     + "\nGive another folder with --out."
                 )
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and any(path.name[0] != "." for path in out.iterdir()):
             raise RunError(f"{out} is not empty, and holds no ablation. Give another folder.")
-        (out / _FILES).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        results = cls(out / _FILES, n_folds)
+        hold_folder(out, results)
         write_whole(marker, json.dumps(identity, indent=2).encode())
-        return cls(out / _FILES, n_folds)
+        results.path.mkdir(exist_ok=True)
+        return results
 
     def has(self, method: Method, fold: int | None = None) -> bool:
         """Whether a method, or one of its folds, is finished."""

@@ -385,6 +385,7 @@ def _open_run(
             decisive,
             free=[f"finetune.{name}" for name in _FREE],
             incidental=("store.path", "labels.path", "from_run.path"),
+            writes=is_main(),
         )
     barrier()  # nobody writes while another still looks
     if run is None and is_main():

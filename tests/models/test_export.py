@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cxr_cache.cli.main import cli
+from cxr_cache.common.files import WriterLock
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.preprocessing import normalise
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.errors import ConfigError, ExportError, RunError
+from cxr_cache.errors import ConfigError, ExportError, RunError, StoreBusyError
 from cxr_cache.metrics.operating_point import Calibration
 from cxr_cache.models import export as export_module
 from cxr_cache.models import export_onnx
@@ -429,6 +430,18 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, clip, monkeypatch, mome
         export_run(run, out, "open-clip", overwrite=True)
 
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"clip", "run", "out"}
+
+
+def test_a_second_writer_of_an_export_is_refused(tmp_path, clip):
+    """Even with --overwrite: each would delete what the other has just written."""
+    run, out = save_run(tmp_path / "run", clip), tmp_path / "out"
+    lock = WriterLock.acquire(out, tmp_path / ".out.lock")
+    with pytest.raises(StoreBusyError, match=r"out is being written by process"):
+        export_run(run, out, "open-clip", overwrite=True)
+    assert not out.exists()
+    lock.release()
+    export_run(run, out, "open-clip")
     assert {path.name for path in tmp_path.iterdir()} == {"clip", "run", "out"}
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from cxr_cache.errors import RunError
+from cxr_cache.errors import RunError, StoreBusyError
 from cxr_cache.models.run import Run, SavedModel, require_free
 
 MODEL = SavedModel(
@@ -37,7 +38,7 @@ def make_run(path: Path, **config) -> Run:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- Creating and opening -------------------------------------------------------------------------
@@ -391,3 +392,76 @@ def test_a_full_disk_is_named_and_the_last_state_stays(tmp_path):
     assert "Free some space and run the same command again" in said
     assert run.load_state("fold-1") == {"epoch": 1}
     assert [path.name for path in (run.path / "unfinished").iterdir()] == ["fold-1.pt"]
+
+
+# --- One writer at a time -------------------------------------------------------------------------
+
+
+def begin_elsewhere(path: Path, wait: str = "sys.stdin.read()") -> subprocess.Popen:
+    """Another process that begins a run, and is at it until its input ends."""
+    code = (
+        "import sys\n"
+        "from cxr_cache.models.run import Run\n"
+        "run = Run.create(sys.argv[1], {'kind': 'train', 'seed': 1})\n"
+        "run.save_state('fold-1', {'epoch': 1})\n"
+        "print('begun', flush=True)\n"
+        f"{wait}\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+def test_a_second_writer_is_told_who_the_first_is_and_changes_nothing(tmp_path):
+    """A job that was queued twice: one run must not be mixed from two."""
+    path = tmp_path / "run"
+    with begin_elsewhere(path) as first:
+        before = contents(path)
+        said = rf"{path} is being written by process {first.pid} on .* \(since"
+        attempts = (
+            lambda: require_free(path, overwrite=False),
+            lambda: require_free(path, overwrite=True),
+            lambda: Run.create(path, {"kind": "train", "seed": 2}),
+            lambda: Run.create(path, {"kind": "train", "seed": 2}, overwrite=True),
+            lambda: Run.resume(path, {"kind": "train", "seed": 1}),
+        )
+        for attempt in attempts:
+            with pytest.raises(StoreBusyError, match=said):
+                attempt()
+        assert Run.resume(path, {"kind": "train", "seed": 1}, writes=False)  # others of torchrun
+        assert contents(path) == before
+        first.stdin.close()
+    assert first.returncode == 0
+    assert ".lock" not in contents(path)
+    Run.create(path, {"kind": "train", "seed": 2}).finish()
+
+
+def test_a_killed_writer_stops_nobody(tmp_path):
+    path = tmp_path / "run"
+    with begin_elsewhere(path, "import os; os.kill(os.getpid(), 9)") as first:
+        first.wait()
+    assert (path / ".lock").exists()
+    run = Run.resume(path, {"kind": "train", "seed": 1})
+    assert run is not None
+    run.finish()
+    assert ".lock" not in contents(path)
+
+
+def test_a_failed_training_can_be_repeated_in_the_same_process(tmp_path):
+    """A notebook keeps the run of a cell that failed; the same cell must work again."""
+    failed = Run.create(tmp_path / "run", {"kind": "train"})
+    again = Run.create(tmp_path / "run", {"kind": "train"})
+    del failed
+    assert (tmp_path / "run" / ".lock").exists()
+    again.finish()
+    with pytest.raises(RunError, match="holds a finished run"):
+        Run.create(tmp_path / "run", {"kind": "train"})
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_another_thread_is_refused(tmp_path):
+    run = Run.create(tmp_path / "run", {"kind": "train"})
+    with ThreadPoolExecutor(1) as thread, pytest.raises(StoreBusyError, match="is being written"):
+        thread.submit(Run.create, tmp_path / "run", {"kind": "train"}).result()
+    run.finish()

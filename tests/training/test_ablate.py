@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
-from cxr_cache.errors import RunError, StoreFormatError, TrainingError
+from cxr_cache.errors import RunError, StoreBusyError, StoreFormatError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.run import Run
 from cxr_cache.report.plots import draw_ablation
@@ -209,6 +210,17 @@ def test_a_finished_ablation_is_read_and_further_settings_are_added(
     pd.testing.assert_frame_equal(again.table, whole.table)
     written = pd.read_csv(tmp_path / "a" / "ablation.csv")
     np.testing.assert_allclose(written["mean_auroc"], whole.table["mean_auroc"], rtol=1e-5)
+
+
+def test_a_second_writer_into_the_folder_is_refused(store, tmp_path):
+    """Two jobs of an array with one --out: the second is told so, and changes nothing."""
+    first = ablation_fit.Results.open(tmp_path / "out", {"data": "its own"}, 3)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with ThreadPoolExecutor(1) as thread, pytest.raises(StoreBusyError, match="is being written"):
+        thread.submit(ablation_fit.Results.open, tmp_path / "out", {"data": "its own"}, 3).result()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    del first
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_another_store_or_another_split_is_refused(store, tmp_path):
