@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -32,7 +33,8 @@ BACKENDS: Final = ("loky", "dask", "ray")
 PLACES: Final = ("auto", "device", "ram", "disk")
 TRAINING_PRECISIONS: Final = ("auto", "fp32", "bf16")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
-"""How thresholds may be chosen; the targets are examples."""
+"""Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
+all rules."""
 CALIBRATIONS: Final = ("none", "temperature", "platt")
 Rule: TypeAlias = tuple[bool, str]
 
@@ -40,24 +42,26 @@ Rule: TypeAlias = tuple[bool, str]
 def parse_threshold_rule(rule: str) -> tuple[str, float]:
     """``"ppv=0.5"`` -> ``("ppv", 0.5)``; rules without a target get NaN.
 
+    Only the form is looked at here; :func:`cxr_cache.metrics.operating_point.find_rule` knows which
+    rules there are.
+
     Raises
     ------
     ConfigError
-        There is no such rule, or the target does not lie in (0, 1].
+        This is not the form of a rule, or the target does not lie in (0, 1].
     """
     name, is_target, text = rule.partition("=")
-    for known in THRESHOLD_RULES:
-        if known.partition("=")[:2] == (name, is_target):
-            try:
-                target = float(text) if is_target else math.nan
-            except ValueError:
-                break
-            if is_target and not 0 < target <= 1:
-                raise ConfigError(f"--threshold-rule {rule}: the target must lie in (0, 1].")
-            return name, target
-    raise ConfigError(
-        f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}."
-    )
+    try:
+        target = float(text) if is_target else math.nan
+    except ValueError:
+        name = ""
+    if not re.fullmatch("[a-z][a-z0-9-]*", name):
+        raise ConfigError(
+            f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}."
+        )
+    if is_target and not 0 < target <= 1:
+        raise ConfigError(f"--threshold-rule {rule}: the target must lie in (0, 1].")
+    return name, target
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,19 @@ class Space:
         return f"{self.path} takes {_in_words(self.n_bytes)}{tokens}{free}."
 
 
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows of a store are in which state; done, failed and pending are all there are."""
+
+    n_images: int
+    n_done: int
+    n_failed: int
+    n_pending: int
+    """Rows still to do, those without tokens among them."""
+    n_without_tokens: int
+    """Pending rows that hold an embedding and lack only their tokens."""
+
+
 class FeatureStore:
     """Rows of embeddings on disk, keyed by image id.
 
@@ -376,6 +389,18 @@ class FeatureStore:
     def states(self) -> tuple[int, ...]:
         """What a row's status may be here: only a store with tokens has rows without them."""
         return (PENDING, DONE, FAILED, *((WITHOUT_TOKENS,) if "tokens" in self.columns else ()))
+
+    def count_rows(self) -> RowCounts:
+        """Count the rows by their state now."""
+        counts = np.bincount(self.status, minlength=WITHOUT_TOKENS + 1).tolist()
+        n_without_tokens = counts[WITHOUT_TOKENS]
+        return RowCounts(
+            len(self),
+            n_done=counts[DONE],
+            n_failed=counts[FAILED],
+            n_pending=counts[PENDING] + n_without_tokens,
+            n_without_tokens=n_without_tokens,
+        )
 
     @property
     def done_rows(self) -> NDArray[np.intp]:
