@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache
@@ -28,7 +29,8 @@ FEATURES: Final = ("projected", "pooled", "both")
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
-"""How thresholds may be chosen; the targets are examples."""
+"""Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
+all rules."""
 CALIBRATIONS: Final = ("none", "temperature", "platt")
 SplitBy: TypeAlias = Literal["study", "image"]
 FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
@@ -41,24 +43,26 @@ def parse_threshold_rule(rule: str) -> tuple[str, float]:
 
     Rules without a target get NaN.
 
+    Only the form is looked at here; :func:`cxr_cache.metrics.operating_point.find_rule` knows which
+    rules there are.
+
     Raises
     ------
     ConfigError
-        There is no such rule, or the target does not lie in (0, 1].
+        This is not the form of a rule, or the target does not lie in (0, 1].
     """
     name, is_target, text = rule.partition("=")
-    for known in THRESHOLD_RULES:
-        if known.partition("=")[:2] == (name, is_target):
-            try:
-                target = float(text) if is_target else math.nan
-            except ValueError:
-                break
-            if is_target and not 0 < target <= 1:
-                problem = f"{rule!r}: the target must lie in (0, 1]"
-                raise ConfigError(problems=[("threshold_rule", problem)])
-            return name, target
-    problem = f"{rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}"
-    raise ConfigError(problems=[("threshold_rule", problem)])
+    try:
+        target = float(text) if is_target else math.nan
+    except ValueError:
+        name = ""
+    if not re.fullmatch("[a-z][a-z0-9-]*", name):
+        problem = f"{rule!r} is no rule; it is one such as {', '.join(THRESHOLD_RULES)}"
+        raise ConfigError(problems=[("threshold_rule", problem)])
+    if is_target and not 0 < target <= 1:
+        problem = f"{rule!r}: the target must lie in (0, 1]"
+        raise ConfigError(problems=[("threshold_rule", problem)])
+    return name, target
 
 
 # -- how an option is declared and checked ------------------------------------------------

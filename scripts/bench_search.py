@@ -38,8 +38,9 @@ from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.training.fit import HeadTask, PlainRows, fit_heads
 from cxr_cache.training.fit_on_cores import fit_on_cores
-from cxr_cache.training.losses import reference_focal_loss
+from cxr_cache.training.losses import WeightedFocal
 
+focal_loss = WeightedFocal(2.0, 0.25, 0.25)  # the reference's
 N, D, F, K = 6000, 512, 35, 5
 CANDIDATES = (30, 50, 75, 90, 100)
 N_PARAMETERS = 404_515
@@ -77,7 +78,7 @@ def train_plainly(
     done, started = 0, time.perf_counter()
     while done < n_steps:
         for inputs, targets in batches:
-            loss = reference_focal_loss(model(inputs), targets)
+            loss = focal_loss(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

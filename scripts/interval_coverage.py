@@ -42,7 +42,7 @@ from cxr_cache.metrics.intervals import (
     student_interval,
 )
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
-from cxr_cache.metrics.resampled import RankedScores, bootstrap, bootstrap_weights
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import confusion_counts, macro_mean, rates
 
 Array = NDArray[Any]
@@ -92,7 +92,12 @@ def cover_one_finding(
         ranked = RankedScores(present.astype(float), scores)
         once = ranked.auroc_and_ap(np.ones((1, len(scores))))[0][0]
         for name, groups in groupings.items():
-            areas = ranked.auroc_and_ap(bootstrap_weights(groups, n_resamples, repeat))[0]
+            areas = bootstrap(
+                lambda weights, ranked=ranked: {"auroc": ranked.auroc_and_ap(weights)[0]},
+                groups,
+                n_resamples,
+                repeat,
+            )["auroc"]
             n = count_rarer_class(present.astype(float), groups)
             interval = student_interval(once, standard_errors(areas, n), n, "logit")
             n_covered[name] += bool(covers(interval, truth)[0])

@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 import click
 from click.core import ParameterSource
 
-from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, option_of
-from cxr_cache.errors import StoreMismatchError
+from cxr_cache.config import (
+    Augmentation,
+    Config,
+    EncoderOptions,
+    Kind,
+    kinds,
+    option_of,
+)
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
@@ -250,16 +256,17 @@ def load_encoder_of_store(
     store: Path, model: str | None, device: str, remedy: str = "Leave out --images."
 ) -> Encoder:
     """Load what made a store's features; where they were imported, `remedy` ends the message."""
+    from cxr_cache.encoders.identity import require_not_imported
     from cxr_cache.encoders.loading import reload_encoder
     from cxr_cache.store.feature_store import FeatureStore
 
     with FeatureStore.open(store) as features:
         recorded = features.header.encoder
-    if recorded.get("imported"):
-        raise StoreMismatchError(
-            f"{store} holds embeddings imported from {recorded['name']}; there is no encoder here "
-            f"to compare them with. {remedy}"
-        )
+    require_not_imported(
+        recorded,
+        f"{store} holds",
+        f"there is no encoder here to compare them with. {remedy}",
+    )
     return reload_encoder(recorded, model=model, device=device)
 
 

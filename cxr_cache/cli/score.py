@@ -156,7 +156,7 @@ def zero_shot(
     Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
     """
     from cxr_cache.encoders.text import load_prompts, load_text_encoder
-    from cxr_cache.evaluation.zero_shot import require_same_encoder, score_zero_shot
+    from cxr_cache.evaluation.zero_shot import require_text_tower_of, score_zero_shot
     from cxr_cache.models.run import Run
     from cxr_cache.store.feature_store import FeatureStore
 
@@ -168,7 +168,7 @@ def zero_shot(
     remedy = "Extract the images with a model that has a text tower."
     encoder = load_encoder_of_store(store, model, "cpu", remedy).identity
     with FeatureStore.open(store) as features:
-        require_same_encoder(features, encoder)
+        require_text_tower_of(features, encoder)
         found = score_zero_shot(
             features,
             load_text_encoder(encoder.name),

@@ -19,8 +19,8 @@ from cxr_cache.metrics.scores import Array
 IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
 """Columns that every image table has, in this order; further ones follow them."""
 _OPTIONAL_COLUMNS: Final = ("patient_id", "projection")
-_TAKEN_NAMES: Final = frozenset({"split", "fold"})
-"""Columns that the tables of a run have beside those of the image table."""
+_TAKEN_NAMES: Final = frozenset({"split", "fold", "status", "error"})
+"""Columns that tables of runs and stores have beside those of the image table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,8 @@ class Cohort:
             raise TableError("targets hold other values than 1, 0 and NaN")
         for name in self.images.columns:
             if name in _TAKEN_NAMES or name in self.findings:
-                other = "a column of a run's tables" if name in _TAKEN_NAMES else "a finding"
+                taken = "a column of the tables of runs and stores"
+                other = taken if name in _TAKEN_NAMES else "a finding"
                 raise TableError(
                     f"{name!r} is a column of the image table and the name of {other}; rename one."
                 )

@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         """
         split = self._require_split(n_unfrozen)
         blocks = split.blocks[len(split.blocks) - n_unfrozen :]
-        if not split.reads_class_token_only or not all(map(split.is_spelled_out, blocks)):
+        if not split.reads_class_token_only or not all(map(split.shows_attention, blocks)):
             raise EncoderError(
                 f"{self._name} cannot show where it looked: that is read off the class token's "
                 "attention, and this tower pools other tokens, or has blocks of its own kind. "

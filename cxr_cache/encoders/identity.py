@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from cxr_cache.errors import EncoderError
+from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.errors import CxrCacheError, EncoderError, StoreMismatchError
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,80 @@ class EncoderIdentity:
         mine, theirs = self._comparable(), other._comparable()
         if self.weights_sha256 == other.weights_sha256:
             mine["name"] = theirs["name"] = None
-        return {
-            field: (mine.get(field), theirs.get(field))
-            for field in mine | theirs
-            if mine.get(field) != theirs.get(field)
-        }
+        return find_differences(mine, theirs)
 
     def _comparable(self) -> dict[str, Any]:
         """The fields that matter, with the preprocessing's among them."""
-        own = {
+        fields = {
             name: value
             for name, value in self.to_dict().items()
             if name not in ("revision", "preprocessing", "is_random")
         }
-        return own | dict(self.preprocessing)
+        return fields | dict(self.preprocessing)
+
+
+def compare_encoders(
+    recorded: Mapping[str, Any], here: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """What keeps features of two encoders apart: field -> (recorded, here); empty if nothing does.
+
+    A second import of embeddings has another digest even if the same network made them, so of
+    those only the widths can be compared.
+
+    Parameters
+    ----------
+    recorded, here
+        What stores and runs record of their encoder: :meth:`EncoderIdentity.to_dict`, or where
+        embeddings were imported, from what.
+    """
+    if recorded.get("imported") or here.get("imported"):
+        keys = ("imported", "embedding_width")
+        return find_differences(*({key: one.get(key) for key in keys} for one in (recorded, here)))
+    return EncoderIdentity.from_dict(recorded).differences(EncoderIdentity.from_dict(here))
+
+
+def require_same_encoder(
+    recorded: Mapping[str, Any],
+    here: Mapping[str, Any],
+    where_recorded: str,
+    where_here: str,
+    remedy: str,
+    *,
+    problem: str,
+    error: type[CxrCacheError] = StoreMismatchError,
+) -> None:
+    """Raise unless features of the two encoders may be mixed.
+
+    Parameters
+    ----------
+    recorded, here
+        As for :func:`compare_encoders`.
+    where_recorded, where_here
+        Where each was found: ``"in the store"``.
+    problem, remedy
+        First sentence of the message, without its full stop, and the last.
+    error
+        What is raised, with every differing field and both its values.
+    """
+    if differences := compare_encoders(recorded, here):
+        listed = describe_differences(differences, where_recorded, where_here)
+        raise error(f"{problem}:\n{listed}\n{remedy}")
+
+
+def require_not_imported(
+    recorded: Mapping[str, Any],
+    owner: str,
+    consequence: str,
+    error: type[CxrCacheError] = StoreMismatchError,
+) -> None:
+    """Raise where embeddings were imported, so that there is no encoder to compute more of them.
+
+    Parameters
+    ----------
+    recorded
+        As for :func:`compare_encoders`.
+    owner, consequence
+        Beginning and end of the message: ``"s.h5 holds"``, ``"there is no encoder to ..."``.
+    """
+    if recorded.get("imported"):
+        raise error(f"{owner} embeddings imported from {recorded['name']}; {consequence}")

@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
-from cxr_cache.common.devices import (
-    require_choice,
-    resolve_device,
-    resolve_precision,
-)
+from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
 from cxr_cache.config import DEFAULT_ENCODER
+from cxr_cache.encoders import open_clip
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
-from cxr_cache.encoders.open_clip import (
-    OpenClipTower,
-    build_tower,
-    find_in_folder,
-    find_in_open_clip,
-    find_on_hub,
-    read_preprocessing,
-)
-from cxr_cache.encoders.sources import Source
-from cxr_cache.encoders.timm_vit import TimmTower, find_random
-from cxr_cache.encoders.towers import SplitTower
-from cxr_cache.encoders.weights import fill_with_noise, load_weights
+from cxr_cache.encoders.sources import IMAGENET, Family, Source
+from cxr_cache.encoders.timm_vit import find_random
 from cxr_cache.errors import EncoderError
 
+FAMILIES: Final[dict[str, Family]] = {
+    "open_clip": open_clip.FAMILY,
+    "random": replace(open_clip.FAMILY, find={"random": find_random}),
+}
+"""Where names are looked up, in this order: the last family that knows a name's scheme says what
+the encoder lacks."""
 
-def find_source(name: str) -> Source:
-    """Read what a name stands for: configuration, and where the weights are."""
-    finders: dict[str, Callable[[str], Source]] = {
-        "hf-hub": find_on_hub,
-        "local-dir": find_in_folder,
-        "random": find_random,
-    }
+
+def find_encoder(name: str) -> tuple[Family, Source]:
+    """Read what a name stands for: its family, its configuration, and where the weights are.
+
+    Raises
+    ------
+    EncoderError
+        No family knows the name, or what it leads to is not whole.
+    """
     scheme, colon, identifier = name.partition(":")
     if not colon:
-        return find_in_open_clip(name)
-    if scheme not in finders or not identifier:
-        raise EncoderError(
-            f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, "
-            "random:TIMM_NAME, or an open_clip architecture with its weights, "
-            "ViT-B-32/laion2b_s34b_b79k."
-        )
-    return finders[scheme](identifier)
-
-
-def split_tower(visual: Any) -> SplitTower | None:
-    """Take a tower apart, or None. Subclasses may do anything, so only the exact types count."""
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer as OpenClipTransformer
-    from timm.models.vision_transformer import VisionTransformer as TimmTransformer
-
-    if type(visual) is TimmModel and type(visual.trunk) is TimmTransformer:
-        return TimmTower(visual) if visual.trunk.global_pool else None
-    if type(visual) is OpenClipTransformer and visual.transformer.batch_first:
-        return OpenClipTower(visual) if visual.pool_type != "none" else None
-    return None
+        scheme, identifier = "", name
+    for family in FAMILIES.values():
+        if identifier and scheme in family.find and (source := family.find[scheme](identifier)):
+            return family, source
+    raise EncoderError(
+        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, "
+        "random:TIMM_NAME, or an open_clip architecture with its weights, "
+        "ViT-B-32/laion2b_s34b_b79k."
+    )
 
 
 def load_encoder(
@@ -118,20 +102,13 @@ def load_encoder(
     require_choice("normalize", normalize, ("encoder", "imagenet"))
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
-    source = find_source(name)
-    visual = build_tower(source)
-    preprocessing = read_preprocessing(source, visual, resize, normalize, bits_stored)
-    if source.weights is None:
-        fill_with_noise(visual, source.seed)
-    else:
-        load_weights(visual, source.weights)
+    family, source = find_encoder(name)
+    visual = family.build(source)
+    preprocessing = family.read_preprocessing(source, visual, resize, normalize, bits_stored)
+    family.fill(visual, source)
     return Encoder(
-        visual.to(chosen_device), split_tower(visual), preprocessing, chosen_precision, source
+        visual.to(chosen_device), family.split(visual), preprocessing, chosen_precision, source
     )
-
-
-IMAGENET_STATISTICS: Final = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
-"""Mean and standard deviation of the pixels that ``--normalize imagenet`` stands for."""
 
 
 def reload_encoder(
@@ -160,12 +137,12 @@ def reload_encoder(
     """
     identity = EncoderIdentity.from_dict(recorded)
     preprocessing = identity.preprocessing
-    statistics = [list(preprocessing.get(name, ())) for name in ("mean", "std")]
+    is_imagenet = {name: tuple(preprocessing.get(name, ())) for name in IMAGENET} == IMAGENET
     return load_encoder(
         model or identity.name,
         device=device,
         precision=identity.precision,
         resize=preprocessing.get("resize"),
-        normalize="imagenet" if statistics == IMAGENET_STATISTICS else "encoder",
+        normalize="imagenet" if is_imagenet else "encoder",
         bits_stored=preprocessing.get("bits_stored"),
     )

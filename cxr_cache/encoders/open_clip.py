@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
-from cxr_cache.encoders.sources import CONFIG_FILE, Source, fetch_from_hub
+from cxr_cache.encoders.sources import CONFIG_FILE, IMAGENET, Family, Source, fetch_from_hub
+from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import (
     SplitTower,
     join_heads,
     softmax_products,
     split_heads,
 )
+from cxr_cache.encoders.weights import fill_with_noise, load_weights
 from cxr_cache.errors import ConfigError, EncoderError
 
 WEIGHTS_FILES = (  # in open_clip's own order of preference
@@ -173,7 +175,7 @@ class OpenClipTower(SplitTower):
         changed: Tensor = block.ls_2(block.mlp(block.ln_2(class_token)))
         return class_token + changed
 
-    def is_spelled_out(self, block: nn.Module) -> bool:
+    def shows_attention(self, block: nn.Module) -> bool:
         from open_clip.transformer import ResidualAttentionBlock
 
         return type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention
@@ -189,9 +191,6 @@ class OpenClipTower(SplitTower):
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         pooled: Tensor = self._visual._pool(tokens)[0]
         return pooled, pooled @ self._visual.proj
-
-
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 _RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash"}
@@ -238,7 +237,7 @@ def read_preprocessing(
 
     cfg = merge_preprocess_dict(PreprocessCfg(), source.preprocess_cfg)
     if normalize == "imagenet":
-        cfg |= _IMAGENET
+        cfg |= IMAGENET
     resize = resize or _RESIZE_OF_MODE.get(cfg["resize_mode"])
     if resize is None:
         raise EncoderError(
@@ -269,3 +268,33 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 def _three(value: float | Sequence[float]) -> tuple[float, float, float]:
     """open_clip takes one number for all three channels, too."""
     return (value, value, value) if isinstance(value, int | float) else tuple(value)  # type: ignore[return-value]
+
+
+def fill_tower(visual: nn.Module, source: Source) -> None:
+    """Put a checkpoint's weights into a tower, or noise where there is none."""
+    if source.weights is None:
+        fill_with_noise(visual, source.seed)
+    else:
+        load_weights(visual, source.weights)
+
+
+def split_tower(visual: Any) -> SplitTower | None:
+    """Take a tower apart, or None. Subclasses may do anything, so only the exact types count."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer as OpenClipTransformer
+    from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+
+    if type(visual) is TimmModel and type(visual.trunk) is TimmTransformer:
+        return TimmTower(visual) if visual.trunk.global_pool else None
+    if type(visual) is OpenClipTransformer and visual.transformer.batch_first:
+        return OpenClipTower(visual) if visual.pool_type != "none" else None
+    return None
+
+
+FAMILY: Final = Family(
+    find={"hf-hub": find_on_hub, "local-dir": find_in_folder, "": find_in_open_clip},
+    build=build_tower,
+    fill=fill_tower,
+    read_preprocessing=read_preprocessing,
+    split=split_tower,
+)

@@ -6,15 +6,23 @@ seconds, and a command that only reads features should not wait for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.errors import EncoderError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cxr_cache.datasets.preprocessing import Preprocessing
+    from cxr_cache.encoders.towers import SplitTower
+
 CONFIG_FILE = "open_clip_config.json"
+IMAGENET: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""Statistics of the pixels that ``--normalize imagenet`` stands for."""
 
 
 _HUB_TIMEOUT_S = 10
@@ -33,6 +41,25 @@ class Source:
     """None for random weights."""
     revision: str | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the encoders of one library are found, built, filled and taken apart."""
+
+    find: Mapping[str, Callable[[str], Source | None]]
+    """By the scheme of a name, ``"hf-hub"`` of ``"hf-hub:ORG/REPO"`` or ``""`` where it has none:
+    what reads the rest of the name. It gives None for the encoder of another family."""
+    build: Callable[[Source], nn.Module]
+    """Makes the image tower, as :func:`cxr_cache.encoders.towers.run_whole` takes it; its weights
+    mean nothing yet."""
+    fill: Callable[[nn.Module, Source], None]
+    """Puts the weights into it."""
+    read_preprocessing: Callable[[Source, nn.Module, str | None, str, int | None], Preprocessing]
+    """Reads what it expects of images, given `resize`, `normalize` and `bits_stored` as
+    :func:`cxr_cache.encoders.loading.load_encoder` takes them."""
+    split: Callable[[nn.Module], SplitTower | None]
+    """Takes the tower apart; None where that cannot be done."""
 
 
 def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cxr_cache.common.files import read_text
 from cxr_cache.common.wording import first_line, list_names
-from cxr_cache.encoders.loading import find_source
+from cxr_cache.encoders.loading import find_encoder
 from cxr_cache.encoders.sources import Source
 from cxr_cache.encoders.weights import read_tensors
 from cxr_cache.errors import ConfigError, EncoderError
@@ -73,7 +73,7 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
         The encoder has no text tower, transformers is missing, or a file is missing or does not
         fit.
     """
-    source = find_source(name)
+    _, source = find_encoder(name)
     if source.weights is None or not source.model_cfg.get("text_cfg"):
         raise EncoderError(
             f"{source.name} has no text tower: zero-shot needs a model of images and texts, such "

@@ -71,7 +71,7 @@ class TimmTower(SplitTower):
         changed: Tensor = block.drop_path2(block.ls2(block.mlp(block.norm2(class_token))))
         return class_token + changed
 
-    def is_spelled_out(self, block: nn.Module) -> bool:
+    def shows_attention(self, block: nn.Module) -> bool:
         return _is_plain_timm_block(block)
 
     def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,8 @@ class SplitTower(ABC):
         """The class token after the last block, ``(B, T, W) -> (B, 1, W)``."""
 
     @abstractmethod
-    def is_spelled_out(self, block: nn.Module) -> bool:
-        """Whether :meth:`block_with_attention` is what a block does."""
+    def shows_attention(self, block: nn.Module) -> bool:
+        """Whether :meth:`block_with_attention` computes all that a block does, and nothing else."""
 
     @abstractmethod
     def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,11 @@ class SplitTower(ABC):
 
 
 def run_whole(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled output and embedding of a tower that is not taken apart."""
+    """Pooled output and embedding of a tower that is not taken apart.
+
+    A tower is a module that gives the embedding; where it has a `trunk` and a `head`, what the
+    trunk gives is the pooled output.
+    """
     if hasattr(visual, "trunk"):
         pooled = visual.trunk(pixels)
         embedding = visual.head(pooled)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.config import AuditConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
+from cxr_cache.errors import ConfigError, StoreIncompleteError
 from cxr_cache.evaluation.audit_images import (
     THUMBNAIL_PX,
     Neighbourhood,
@@ -29,8 +29,9 @@ from cxr_cache.evaluation.audit_images import (
     standardise,
 )
 from cxr_cache.evaluation.leakage import Leakage, measure_leakage, recipe_of
+from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
-from cxr_cache.store.feature_store import FAILED, FeatureStore
+from cxr_cache.store.feature_store import FeatureStore
 
 SAME_FILE: Final = "same file"
 SAME_PIXELS: Final = "same pixels"
@@ -206,7 +207,7 @@ def audit_store(
             f"{store.path} has {len(rows)} finished rows; an audit compares at least {_MIN_ROWS}. "
             "Run `cxr-cache extract` first."
         )
-    cohort, sides = _join_run(store.cohort.take(rows), run)
+    cohort, sides = _join_run(store.cohort.take(rows), run, store.path)
     near = find_neighbours(np.array(store.embeddings[rows, 0]))
     facts, unreadable = _look_at(store, cohort, image_dir, config.n_jobs, on_progress)
     pairs = _find_pairs(np.array(store.read_column("image_sha256"))[rows], near, facts, config)
@@ -221,7 +222,7 @@ def audit_store(
         store=str(store.path),
         run=None if run is None else str(run.path),
         n_images=len(rows),
-        n_failed=int((store.status == FAILED).sum()),
+        n_failed=store.count_rows().n_failed,
         knows_patients=bool((cohort.patient_ids != "").any()),
         groups=_find_split_groups(cohort, sides),
         duplicates=_describe_pairs(pairs, cohort, sides),
@@ -233,26 +234,18 @@ def audit_store(
     )
 
 
-def _join_run(cohort: Cohort, run: Run | None) -> tuple[Cohort, NDArray[np.str_]]:
+def _join_run(cohort: Cohort, run: Run | None, store_path: Path) -> tuple[Cohort, NDArray[np.str_]]:
     """The cohort with the run's targets, and each image's side: test, fold 2, or nothing."""
+    sides = np.full(len(cohort), "", "<U8")
     if run is None:
-        return cohort, np.full(len(cohort), "", "<U8")
-    findings = tuple(run.config["findings"])
-    split = run.read_table("splits").set_index("image_id")
-    missing = split.index[~split.index.isin(cohort.image_ids)]
-    if len(missing):
-        raise RunError(
-            f"{len(missing):,} of the {len(split):,} images of {run.path} are not in the store, "
-            f"the first is {missing[0]!r}. Give the run's own store."
-        )
-    split = split.reindex(cohort.image_ids)
-    targets = run.read_table("targets").set_index("image_id").reindex(cohort.image_ids)
-    fold = "fold " + split["fold"].astype("Int64").astype("string")
-    sides = fold.where(split["split"] == "train", split["split"]).fillna("")
-    return (
-        replace(cohort, findings=findings, targets=targets[list(findings)].to_numpy(np.float32)),
-        sides.to_numpy(str),
-    )
+        return cohort, sides
+    aligned = align_run(run, cohort, store_path)
+    folds = np.char.add("fold ", (aligned.fold + 1).astype(str))
+    sides[aligned.places] = np.where(aligned.is_test, "test", folds)
+    findings = aligned.cohort.findings
+    targets = np.full((len(cohort), len(findings)), np.nan, np.float32)
+    targets[aligned.places] = aligned.cohort.targets
+    return replace(cohort, findings=findings, targets=targets), sides
 
 
 def _look_at(

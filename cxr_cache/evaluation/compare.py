@@ -21,7 +21,7 @@ from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
 
-MEASURES: Final = ("auroc", "ap")
+COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""
 """What stands for the finding where the mean over findings is compared."""
 
@@ -64,7 +64,7 @@ class Comparison:
             width = max(len(self.runs[0]), len(run), 10)
             lines.append(f"  {'':<22}{self.runs[0]:>{width}}  {run:>{width}}  difference")
             for rows in ("images", "studies"):
-                for measure in MEASURES:
+                for measure in COMPARED:
                     row = self.macro(run, measure, rows)
                     name = _NAMES[measure] + (", by study" if rows == "studies" else "")
                     lines.append(
@@ -204,7 +204,7 @@ def _score(images: Sequence[ScoredImages], n_resamples: int, seed: int) -> _Scor
         pairs = [of_run.auroc_and_ap(weights) for of_run in ranked]
         return {
             measure: np.stack([pair[i] for pair in pairs], axis=1)
-            for i, measure in enumerate(MEASURES)
+            for i, measure in enumerate(COMPARED)
         }
 
     once = statistics(np.ones((1, len(images[0]))))
@@ -220,7 +220,7 @@ def _tabulate(
     n_positive = (targets == 1).sum(axis=0)
     n_clusters = count_rarer_class(targets, images[0].clusters)
     parts = []
-    for measure in MEASURES:
+    for measure in COMPARED:
         estimates, resampled = scores.estimates[measure], scores.resampled[measure]
         of_runs = [
             _difference(

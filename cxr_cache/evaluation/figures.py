@@ -46,30 +46,72 @@ Figures: TypeAlias = dict[str, FloatArray]
 """Named figures under R weightings of the rows: overall ``(R,)``, per finding ``(R, F)``."""
 Entry: TypeAlias = dict[str, float | int | None]
 """``{"value", "low", "high"}``, as JSON has it."""
-Behind: TypeAlias = Literal["labelled", "positive", "both", "negative", "called", "not called"]
-"""Which clusters a figure of a finding rests on; ``"both"`` is the fewer of the two classes."""
+CountedOver: TypeAlias = Literal["labelled", "positive", "both", "negative", "called", "not called"]
+"""Whose clusters a figure of a finding rests on; ``"both"`` is the fewer of the two classes."""
 
 
 class Measure(NamedTuple):
-    """What an interval needs to know of a figure that every finding has."""
+    """What is known of a figure that every finding has; its own figure, the means, the page."""
 
-    scale: Scale
-    behind: Behind
+    label: str
+    """In the middle of a sentence."""
+    counted_over: CountedOver
+    scale: Scale | None = "logit"
+    """On which its interval is symmetric; None for no interval."""
+    baseline: float | str | None = None
+    """What its mean over findings is compared with: the number itself, or a figure's name."""
+    baseline_label: str = ""
+    """What scores the baseline."""
+    lower_is_better: bool = False
+    is_headline: bool = False
+    """Whether it stands at the top of the page and on the model card."""
+    is_in_panel: bool = False
+    """Whether it stands among the figures of a single finding, beside its curves."""
+    hub_metric: str = ""
+    """Its name among the metrics of the Hugging Face Hub, where a model card is to report it."""
+
+    @property
+    def heading(self) -> str:
+        """The label at the beginning of a line."""
+        return self.label[0].upper() + self.label[1:]
 
 
 MEASURES: Final = {
-    "auroc": Measure("logit", "both"),
-    "ap": Measure("logit", "both"),
-    "f1": Measure("logit", "positive"),
-    "sensitivity": Measure("logit", "positive"),
-    "specificity": Measure("logit", "negative"),
-    "ppv": Measure("logit", "called"),
-    "npv": Measure("logit", "not called"),
-    "balanced_accuracy": Measure("logit", "both"),
-    "brier": Measure("logit", "labelled"),
-    "log_loss": Measure("log", "labelled"),
-    "prevalence": Measure("logit", "labelled"),  # beside AP
+    "auroc": Measure(
+        *("AUROC", "both", "logit", 0.5, "guessing"), is_headline=True, hub_metric="roc_auc"
+    ),
+    "ap": Measure(
+        *("average precision", "both", "logit", "ap_of_chance", "guessing"),
+        is_headline=True,
+        hub_metric="average_precision",
+    ),
+    "prevalence": Measure("prevalence, beside average precision", "labelled"),
+    "f1": Measure(
+        *("F1", "positive", "logit", "f1_of_calling_all", "calling everything present"),
+        is_headline=True,
+        is_in_panel=True,
+        hub_metric="f1",
+    ),
+    "sensitivity": Measure("sensitivity", "positive"),
+    "specificity": Measure("specificity", "negative"),
+    "ppv": Measure("PPV", "called"),
+    "npv": Measure("NPV", "not called"),
+    "balanced_accuracy": Measure("balanced accuracy", "both", is_in_panel=True),
+    "brier": Measure(
+        "Brier score", "labelled", lower_is_better=True, is_headline=True, is_in_panel=True
+    ),
+    "log_loss": Measure("log loss", "labelled", "log", lower_is_better=True, is_in_panel=True),
+    "calibration_error": Measure(  # resampling would bias it upwards
+        *("calibration error", "labelled", None),
+        lower_is_better=True,
+        is_headline=True,
+        is_in_panel=True,
+    ),
 }
+"""Every figure of a finding, in the order of the page; tables, page and model card read this."""
+
+RESAMPLED: Final = {name: measure for name, measure in MEASURES.items() if measure.scale}
+"""Those that have intervals."""
 
 
 def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[Array], Figures]:
@@ -116,11 +158,12 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
         accuracy, all_negative = label_accuracy(counts), label_accuracy_all_negative(counts)
         exact_match = weighted_mean(exact, weights)  # (R, 2)
         return {
-            **{name: per_finding[name] for name in MEASURES},
+            **{name: per_finding[name] for name in RESAMPLED},
             **{
-                f"weighted_{name}": support_mean(per_finding[name], n_positive) for name in MEASURES
+                f"weighted_{name}": support_mean(per_finding[name], n_positive)
+                for name in RESAMPLED
             },
-            **{f"micro_{name}": micro[name] for name in MEASURES},
+            **{f"micro_{name}": micro[name] for name in RESAMPLED},
             "label_accuracy": accuracy,
             "label_accuracy_all_negative": all_negative,
             "label_accuracy_gain": accuracy - all_negative,
@@ -144,7 +187,7 @@ class Estimates:
     by_chance: Figures
     """What knowing nothing gets, ``(F,)``: ``ap_of_chance``, ``f1_of_calling_all``."""
     calibration_error: FloatArray
-    """Shape ``(F,)``; resampling would bias it upwards, so it has no interval."""
+    """Shape ``(F,)``; it has no interval."""
     calibration_error_weighted: float
     calibration_error_micro: float
 
@@ -153,7 +196,7 @@ class Estimates:
         return {
             **{
                 f"macro_{name}": _mean_entry(self.figures[name]) | self._bounds(f"macro_{name}")
-                for name in MEASURES
+                for name in RESAMPLED
             },
             **{f"macro_{name}": _mean_entry(values) for name, values in self.by_chance.items()},
             "macro_calibration_error": _mean_entry(self.calibration_error),
@@ -192,9 +235,9 @@ def estimate(
     if n_resamples:
         clusters = images.clusters
         resampled = bootstrap(statistics, clusters, n_resamples, seed)
-        behind = _count_clusters(images, images.probabilities >= thresholds)
-        intervals = _intervals(figures, resampled, behind, len(np.unique(clusters)))
-        n_undefined = {name: np.isnan(resampled[name]).sum(axis=0) for name in MEASURES}
+        n_clusters_of = _count_clusters(images, images.probabilities >= thresholds)
+        intervals = _intervals(figures, resampled, n_clusters_of, len(np.unique(clusters)))
+        n_undefined = {name: np.isnan(resampled[name]).sum(axis=0) for name in RESAMPLED}
     errors = expected_calibration_error(images.targets, images.probabilities)
     cells = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
     return Estimates(
@@ -231,10 +274,10 @@ def _mean_entry(of_findings: FloatArray) -> Entry:
 
 def _count_clusters(
     images: ScoredImages, decisions: NDArray[np.bool_]
-) -> dict[Behind, NDArray[np.int64]]:
+) -> dict[CountedOver, NDArray[np.int64]]:
     """Clusters with at least one image of each kind, per finding, ``(F,)``."""
     labelled = ~np.isnan(images.targets)
-    kinds: dict[Behind, NDArray[np.bool_]] = {
+    kinds: dict[CountedOver, NDArray[np.bool_]] = {
         "labelled": labelled,
         "positive": images.targets == 1,
         "negative": images.targets == 0,
@@ -249,12 +292,13 @@ def _count_clusters(
 def _intervals(
     figures: Figures,
     resampled: Figures,
-    behind: dict[Behind, NDArray[np.int64]],
+    n_clusters_of: dict[CountedOver, NDArray[np.int64]],
     n_clusters: int,
 ) -> dict[str, Interval]:
     intervals = {}
-    for name, (scale, kind) in MEASURES.items():
-        n, values = behind[kind], resampled[name]
+    for name, measure in RESAMPLED.items():
+        assert measure.scale is not None
+        scale, n, values = measure.scale, n_clusters_of[measure.counted_over], resampled[name]
         errors = standard_errors(values, n)
         intervals[name] = student_interval(figures[name], errors, n, scale)
         intervals[f"macro_{name}"] = macro_interval(figures[name], values, n, scale)
@@ -262,7 +306,7 @@ def _intervals(
         figures["balanced_accuracy"],
         *((figures[name], intervals[name]) for name in ("sensitivity", "specificity")),
     )
-    for name in figures.keys() - MEASURES.keys():
+    for name in figures.keys() - RESAMPLED.keys():
         error = standard_errors(resampled[name], n_clusters)
         intervals[name] = student_interval(figures[name], error, n_clusters, _scale_of(name))
     return intervals
@@ -272,7 +316,8 @@ def _scale_of(overall: str) -> Scale:
     """Of a figure over all findings."""
     if overall == "label_accuracy_gain":
         return "identity"
-    return MEASURES[overall.partition("_")[2]].scale if _is_mean(overall) else "logit"
+    scale = RESAMPLED[overall.partition("_")[2]].scale if _is_mean(overall) else None
+    return scale or "logit"
 
 
 def _is_mean(overall: str) -> bool:
@@ -310,7 +355,7 @@ def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimat
         "prevalence_test": weighted_mean(targets),
         "threshold": cuts,
     }
-    for name in MEASURES:
+    for name in RESAMPLED:
         if name != "prevalence":
             interval = estimates.intervals.get(name)
             columns[name] = estimates.figures[name]

@@ -20,11 +20,13 @@ from cxr_cache.metrics.paired import (
     ScoredRows,
     score_jointly,
 )
+from cxr_cache.models.aligned import align_run
 from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import FINAL_FOLD, Run
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import TrainingData, find_done_rows, read_features
 from cxr_cache.training.fit import HeadTask, count_steps, fit_heads
+from cxr_cache.training.search import average_rates
 
 BY_STUDY: Final = "split by study"
 BY_IMAGE: Final = "split by image"
@@ -124,7 +126,7 @@ def measure_leakage(
     """
     config = recipe_of(run)
     data = _data_of(store, run, config)
-    rates = _learning_rates(run)
+    rates = _read_rates(run)
     cohort = data.cohort
     options = (config.test_fraction, config.seed)
     by_study = split_test(cohort.targets, cohort.groups, *options)
@@ -225,26 +227,17 @@ def recipe_of(run: Run) -> TrainConfig:
 
 def _data_of(store: FeatureStore, run: Run, config: TrainConfig) -> TrainingData:
     """The run's images with its targets, and their embeddings."""
-    findings = tuple(run.config["findings"])
-    table = run.read_table("targets").set_index("image_id")
     done = find_done_rows(store, allow_pending=True)
-    rows = done[np.isin(store.image_ids[done], table.index.to_numpy(str))]
-    if len(rows) < len(table):
-        raise RunError(
-            f"{run.path} was trained on {len(table):,} images, of which {store.path} holds "
-            f"{len(rows):,}. Give the run's own store."
-        )
-    targets = table.loc[store.image_ids[rows], list(findings)].to_numpy(np.float32)
-    cohort = replace(store.cohort.take(rows), targets=targets, findings=findings)
-    return TrainingData(read_features(store, rows, config), cohort)
+    aligned = align_run(run, store.cohort.take(done), store.path)
+    return TrainingData(read_features(store, done[aligned.places], config), aligned.cohort)
 
 
-def _learning_rates(run: Run) -> list[float]:
-    """Rate of every epoch up to the chosen number: the folds' geometric mean, as in a refit."""
-    history = run.read_table("history")
-    history = history[history["fold"] != FINAL_FOLD]
+def _read_rates(run: Run) -> list[float]:
+    """Learning rate of every epoch up to the chosen number, as a refit would take them."""
+    history, chosen = run.read_table("history"), run.config["chosen_epochs"]
+    kept = (history["fold"] != FINAL_FOLD) & (history["epoch"] <= chosen)
     if "horizon" in history:
-        history = history[history["horizon"] == run.config["chosen_epochs"]]
-    history = history[history["epoch"] <= run.config["chosen_epochs"]]
-    rates = np.log(history["lr"]).groupby(history["epoch"]).mean()
-    return [float(rate) for rate in np.exp(rates.sort_index())]
+        kept &= history["horizon"] == chosen
+    return average_rates(
+        [fold.sort_values("epoch").to_dict("records") for _, fold in history[kept].groupby("fold")]
+    )

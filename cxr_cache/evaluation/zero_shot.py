@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
-from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.identity import EncoderIdentity, require_same_encoder
 from cxr_cache.encoders.text import PromptPair, TextEncoder
-from cxr_cache.errors import RunError, StoreMismatchError, TrainingError
+from cxr_cache.errors import TrainingError
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.metrics.paired import (
     Figure,
@@ -26,6 +26,7 @@ from cxr_cache.metrics.paired import (
     score_jointly,
 )
 from cxr_cache.metrics.scores import FloatArray
+from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import find_done_rows
@@ -129,7 +130,7 @@ def score_zero_shot(
     store
         Extracted with the encoder that the text tower belongs to.
     text_encoder
-        As :func:`require_same_encoder` has checked it.
+        As :func:`require_text_tower_of` has checked it.
     prompts
         By finding; findings without are left out.
     run
@@ -179,21 +180,22 @@ def score_zero_shot(
     )
 
 
-def require_same_encoder(store: FeatureStore, encoder: EncoderIdentity) -> None:
+def require_text_tower_of(store: FeatureStore, encoder: EncoderIdentity) -> None:
     """Raise unless the images were embedded by the checkpoint whose texts are to be compared.
 
     Raises
     ------
     StoreMismatchError
-        The weights differ; texts of another model lie elsewhere.
+        It is another encoder; texts of another model lie elsewhere.
     """
-    there, here = store.header.encoder["weights_sha256"], encoder.weights_sha256
-    if there != here:
-        raise StoreMismatchError(
-            f"{store.path} was not extracted with {encoder.name}:\n"
-            f"  weights_sha256: {there[:12]!r} in the store, {here[:12]!r} in this encoder\n"
-            "Its texts mean nothing beside these images. Use the store's encoder."
-        )
+    require_same_encoder(
+        store.header.encoder,
+        encoder.to_dict(),
+        "in the store",
+        "in this encoder",
+        "Its texts mean nothing beside these images. Use the store's encoder.",
+        problem=f"{store.path} was not extracted with {encoder.name}",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,18 +219,9 @@ def _all_images(store: FeatureStore) -> _Images:
 def _test_images(store: FeatureStore, run: Run) -> _Images:
     scored = read_scored(run)
     done = find_done_rows(store, allow_pending=True)
-    place = pd.Index(store.image_ids[done]).get_indexer(pd.Index(scored.image_ids))
-    if (place < 0).any():
-        raise RunError(
-            f"{(place < 0).sum():,} of the {len(place):,} test images of {run.path} are not in "
-            f"{store.path}. Give the run's own store."
-        )
-    cohort = replace(
-        store.cohort.take(done[place]),
-        targets=scored.targets.astype(np.float32),
-        findings=scored.findings,
-    )
-    return _Images(done[place], cohort, scored.probabilities)
+    aligned = align_run(run, store.cohort.take(done), store.path, only_test=True)
+    rows = pd.Index(scored.image_ids).get_indexer(pd.Index(aligned.cohort.image_ids))
+    return _Images(done[aligned.places], aligned.cohort, scored.probabilities[rows])
 
 
 def tabulate_areas(

@@ -1,20 +1,22 @@
-"""How far probabilities are from frequencies, and maps that bring them closer.
+"""How a model's probabilities are read: calibrated first, then cut at a threshold per finding.
 
-The maps act on the logit, rise strictly, and are fitted to out-of-fold predictions: the order of
-images, and with it AUROC and AP, stays what it was.
+Calibration maps act on the logit, rise strictly, and are fitted to out-of-fold predictions: the
+order of images, and with it AUROC and AP, stays what it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, logit
 
 from cxr_cache.config import parse_threshold_rule
+from cxr_cache.errors import ConfigError
 from cxr_cache.metrics.scores import (
     NEVER,
     Array,
@@ -30,10 +32,7 @@ MIN_SLOPE: Final = 0.01
 _CLOSEST: Final = float(np.finfo(np.float32).eps)  # probabilities are stored as float32
 
 
-# --- how well calibrated -------------------------------------------------------------------------
-
-
-# --- maps ----------------------------------------------------------------------------------------
+# -- calibration: maps of probabilities ----------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +163,80 @@ def _fit_platt(present: NDArray[np.bool_], logits: FloatArray) -> tuple[float, f
     return float(found.x[0]), float(found.x[1])
 
 
-# -- thresholds ---
+# -- thresholds ---------------------------------------------------------------------------
+
+
+Counts: TypeAlias = NDArray[np.intp]
+
+
+class ThresholdRule(NamedTuple):
+    """How the threshold of a finding is chosen among all that make a difference."""
+
+    choose: Callable[[Counts, Counts, float], int | None]
+    """Which of the C candidates, from the highest down, or None if none will do; given true and
+    false positives at each, ``(C,)``, of which the last call everything present, and the target."""
+    example: float | None = None
+    """A target, for messages; None for a rule that takes none."""
+    needs_negatives: bool = False
+    """Whether a finding without a labelled negative gets no threshold."""
+
+
+def _maximise_f1(tp: Counts, fp: Counts, _: float) -> int:
+    return int(np.argmax(f1_score(tp, fp, tp[-1] - tp)))
+
+
+def _maximise_youden(tp: Counts, fp: Counts, _: float) -> int:
+    # Sensitivity - (1 - specificity) over one denominator: whole numbers have exact ties.
+    return int(np.argmax(tp * fp[-1] - fp * tp[-1]))
+
+
+def _keep_sensitivity(tp: Counts, _: Counts, target: float) -> int:
+    return int(np.argmax(tp / tp[-1] >= target))  # the last one has 1
+
+
+def _keep_specificity(_: Counts, fp: Counts, target: float) -> int | None:
+    return _find_last((fp[-1] - fp) / fp[-1] >= target)
+
+
+def _keep_ppv(tp: Counts, fp: Counts, target: float) -> int | None:
+    return _find_last(tp / (tp + fp) >= target)
+
+
+def _find_last(reaching: NDArray[np.bool_]) -> int | None:
+    return int(np.flatnonzero(reaching)[-1]) if reaching.any() else None
+
+
+RULES: Final[dict[str, ThresholdRule]] = {
+    "f1": ThresholdRule(_maximise_f1),
+    "youden": ThresholdRule(_maximise_youden, needs_negatives=True),
+    "sensitivity": ThresholdRule(_keep_sensitivity, 0.9),
+    "specificity": ThresholdRule(_keep_specificity, 0.9, needs_negatives=True),
+    "ppv": ThresholdRule(_keep_ppv, 0.5),
+}
+"""``"f1"`` and ``"youden"`` maximise F1 and sensitivity + specificity - 1 (Youden, 1950); of equal
+maxima the highest threshold wins. ``"sensitivity"`` takes the highest threshold that reaches its
+target, ``"specificity"`` and ``"ppv"`` the lowest: each keeps the target and gives up as little as
+possible of what it costs."""
+
+
+def find_rule(rule: str) -> tuple[ThresholdRule, float]:
+    """Find a rule and its target, NaN where it takes none: ``"f1"``, ``"ppv=0.5"``.
+
+    Raises
+    ------
+    ConfigError
+        There is no such rule, it lacks its target, or has one that it does not take.
+    """
+    name, target = parse_threshold_rule(rule)
+    found = RULES.get(name)
+    if found is None or (found.example is None) != math.isnan(target):
+        examples = (
+            known if of.example is None else f"{known}={of.example}" for known, of in RULES.items()
+        )
+        raise ConfigError(
+            f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(examples)}."
+        )
+    return found, target
 
 
 def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") -> FloatArray:
@@ -184,10 +256,7 @@ def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") ->
     probabilities
         In [0, 1], shape ``(N, F)``.
     rule
-        ``"f1"`` and ``"youden"`` maximise F1 and sensitivity + specificity - 1 (Youden, 1950); of
-        equal maxima the highest threshold wins. ``"sensitivity=0.9"`` takes the highest threshold
-        that reaches it, ``"specificity=0.9"`` and ``"ppv=0.5"`` the lowest: each keeps the target
-        and gives up as little as possible of what it costs.
+        A name among :data:`RULES`, with its target where it takes one: ``"f1"``, ``"ppv=0.5"``.
 
     Returns
     -------
@@ -203,23 +272,26 @@ def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") ->
     ValueError
         A probability is NaN or infinite.
     """
-    name, target = parse_threshold_rule(rule)
+    found, target = find_rule(rule)
     probabilities = require_finite(np.asarray(probabilities, dtype=np.float64))
     columns = zip(targets.T, probabilities.T, strict=True)
-    return np.array([_choose_threshold(t, p, name, target) for t, p in columns], dtype=np.float64)
+    chosen = [_choose_threshold(t, p, found, target) for t, p in columns]
+    return np.array(chosen, dtype=np.float64)
 
 
-def _choose_threshold(targets: Array, probabilities: FloatArray, name: str, target: float) -> float:
+def _choose_threshold(
+    targets: Array, probabilities: FloatArray, rule: ThresholdRule, target: float
+) -> float:
     labelled = ~np.isnan(targets)
     order = np.argsort(-probabilities[labelled], kind="stable")
     present = targets[labelled][order] == 1
-    if not present.any() or (present.all() and name in ("youden", "specificity")):
+    if not present.any() or (present.all() and rule.needs_negatives):
         return NEVER
     descending = probabilities[labelled][order]
     last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # of each tie
     candidates = descending[last]
     tp = present.cumsum()[last]
-    best = _choose_candidate(tp, last + 1 - tp, name, target)
+    best = rule.choose(tp, last + 1 - tp, target)
     if best is None:
         return NEVER
     below = candidates[best + 1] if best + 1 < len(candidates) else 0.0
@@ -227,24 +299,7 @@ def _choose_threshold(targets: Array, probabilities: FloatArray, name: str, targ
     return half_way if half_way > below else float(candidates[best])
 
 
-def _choose_candidate(
-    tp: NDArray[np.intp], fp: NDArray[np.intp], name: str, target: float
-) -> int | None:
-    """Which of the candidates, from the highest threshold down; None if none will do."""
-    n_present, n_absent = tp[-1], fp[-1]
-    if name == "f1":
-        return int(np.argmax(f1_score(tp, fp, n_present - tp)))
-    if name == "youden":
-        # Sensitivity - (1 - specificity) over one denominator: whole numbers have exact ties.
-        return int(np.argmax(tp * n_absent - fp * n_present))
-    if name == "sensitivity":
-        return int(np.argmax(tp / n_present >= target))  # the last one has 1
-    kept = (n_absent - fp) / n_absent if name == "specificity" else tp / (tp + fp)
-    reaching = np.flatnonzero(kept >= target)
-    return int(reaching[-1]) if len(reaching) else None
-
-
-# -- both ---
+# -- both ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

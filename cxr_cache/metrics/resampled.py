@@ -25,10 +25,10 @@ _CHUNK_BYTES = 2**22
 _MIN_PER_CHUNK = 16  # below, going through the rows costs more than summing them
 
 
-def bootstrap_weights(
-    groups: Array, n_resamples: int, seed: int, *, first: int = 0
+def draw_weights(
+    codes: NDArray[np.intp], n_groups: int, resamples: range, seed: int
 ) -> NDArray[np.float32]:
-    """Random weights of whole groups, mean 1 and variance 1: the Bayesian bootstrap.
+    """Draw random weights of whole groups, mean 1 and variance 1: the Bayesian bootstrap.
 
     Each group gets one exponential weight (Rubin, "The Bayesian bootstrap", 1981), which all its
     rows share: two images of one study then count more or less together, as they would in another
@@ -41,27 +41,19 @@ def bootstrap_weights(
 
     Parameters
     ----------
-    groups
-        Study (or patient) of every row, shape ``(N,)``.
-    n_resamples, seed
+    codes
+        Number of the study (or patient) of every row, shape ``(N,)``.
+    n_groups
+        How many there are.
+    resamples, seed
         Resample ``r`` depends on `seed` and its number only, so resamples can be made in parts.
-    first
-        Number of the first resample.
 
     Returns
     -------
     NDArray[np.float32]
-        Positive, shape ``(R, N)``, rows of one group alike, in memory with the resamples of a
+        Positive, shape ``(R, N)``, rows of one group equal, in memory with the resamples of a
         row side by side.
     """
-    names, codes = np.unique(groups, return_inverse=True)
-    return _draw(codes, len(names), range(first, first + n_resamples), seed)
-
-
-def _draw(
-    codes: NDArray[np.intp], n_groups: int, resamples: range, seed: int
-) -> NDArray[np.float32]:
-    """Weights for rows whose groups are numbered, ``(N,)`` -> ``(R, N)``."""
     drawn = np.empty((n_groups, len(resamples)), dtype=np.float32)
     for column, resample in enumerate(resamples):
         rng = np.random.default_rng([seed, resample])
@@ -87,7 +79,7 @@ def bootstrap(
     groups
         Study (or patient) of every row, shape ``(N,)``.
     n_resamples, seed
-        As in :func:`bootstrap_weights`; the chunks change nothing.
+        As in :func:`draw_weights`; the chunks change nothing.
 
     Returns
     -------
@@ -110,7 +102,7 @@ def bootstrap(
     chunks = []
     for first in range(0, n_resamples, n_per_chunk):
         resamples = range(first, min(first + n_per_chunk, n_resamples))
-        chunks.append(statistics(_draw(codes, len(names), resamples, seed)))
+        chunks.append(statistics(draw_weights(codes, len(names), resamples, seed)))
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
@@ -153,7 +145,7 @@ class RankedScores:
         Parameters
         ----------
         weights
-            Not negative, shape ``(R, N)``; as :func:`bootstrap_weights` lays them out in
+            Not negative, shape ``(R, N)``; as :func:`draw_weights` lays them out in
             memory for speed.
 
         Returns

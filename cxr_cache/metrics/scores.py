@@ -120,45 +120,6 @@ def _mean_ranks(ordered: Array) -> FloatArray:
     return ranks
 
 
-def average_precision(targets: Array, scores: Array) -> FloatArray:
-    """Average precision of every finding, tied scores taken as one step.
-
-    Equal to ``sklearn.metrics.average_precision_score`` on the labelled rows of each finding: the
-    mean, over positives, of the precision among the rows that score at least as high.
-
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
-    scores
-        Logits or probabilities, finite, shape ``(..., N, F)``.
-
-    Returns
-    -------
-    FloatArray
-        Shape ``(..., F)``; NaN where :func:`auroc` is, so that both are means over the same
-        findings.
-
-    Raises
-    ------
-    ValueError
-        A score is NaN or infinite.
-    """
-    present, n_present, n_absent = _count(targets)
-    labelled = ~np.isnan(targets)
-
-    def precision_sum(matrix: Array) -> FloatArray:
-        sums = np.zeros(matrix.shape[1])
-        for f, scores in enumerate(matrix.T):
-            everything, positives = (np.sort(scores[of[:, f]]) for of in (labelled, present))
-            n_called = len(everything) - np.searchsorted(everything, positives)
-            n_found = len(positives) - np.searchsorted(positives, positives)
-            sums[f] = (n_found / n_called).sum()
-        return sums
-
-    return divide(_per_matrix(precision_sum, scores), np.where(n_absent > 0, n_present, 0))
-
-
 def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatArray:
     """Expected average precision of labelled rows in random order, per finding.
 

@@ -31,7 +31,7 @@ from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.predict import predict_pixels
 from cxr_cache.models.run import Run, SavedModel, read_calibration
 from cxr_cache.models.tuned import as_cached, load_members
-from cxr_cache.store.rows import COLUMNS
+from cxr_cache.store.rows import FEATURES
 
 OPSET: Final = 18
 MAX_DIFFERENCE: Final = 1e-4
@@ -280,7 +280,7 @@ class _FrozenModel(nn.Module):
         self.normalise = _Normalise(encoder.preprocessing)
         self.average = _Average(model)
         self._input_norm = model.head["input_norm"]
-        self._columns = COLUMNS[model.head.get("features", "projected")]
+        self._columns = FEATURES[model.head.get("features", "projected")]
 
     def forward(self, pixels: Tensor) -> Tensor:
         pooled, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))

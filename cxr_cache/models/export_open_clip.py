@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.loading import find_source
+from cxr_cache.encoders.loading import find_encoder
 from cxr_cache.encoders.open_clip import WEIGHTS_FILES
 from cxr_cache.encoders.sources import CONFIG_FILE, Source
 from cxr_cache.encoders.weights import read_tensors
@@ -106,7 +106,7 @@ def write_open_clip(
     ExportError
         The checkpoint has no text tower, or the disk is full.
     """
-    source = find_source(encoder.identity.name)
+    _, source = find_encoder(encoder.identity.name)
     assert source.weights is not None, "random weights were refused before"
     tensors = read_tensors(source.weights)
     _require_text_tower(source, tensors)

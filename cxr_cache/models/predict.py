@@ -18,7 +18,7 @@ from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.datasets.cohort import finding_table
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import (
     ImageError,
     RunError,
@@ -29,7 +29,7 @@ from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, read_calibration
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
-from cxr_cache.store.rows import COLUMNS, find_done_rows, prepare_features
+from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 
@@ -133,23 +133,26 @@ def require_encoder_of_run(
     run: Run, trained_with: Mapping[str, Any], encoder: Encoder | None
 ) -> None:
     """Raise RunError unless `encoder` made the embeddings that the run was trained on."""
-    if trained_with.get("imported"):
-        raise RunError(
-            f"{run.path} was trained on embeddings imported from {trained_with['name']}; there is "
-            "no encoder to run images through. To score other images, import their embeddings "
-            f"into a store, too, and use `cxr-cache evaluate {run.path} --store F.h5`. To predict "
-            "from images, to explain them or to export the whole model, use `cxr-cache extract` on "
-            "the images and train on that store."
-        )
+    require_not_imported(
+        trained_with,
+        f"{run.path} was trained on",
+        "there is no encoder to run images through. To score other images, import their embeddings "
+        f"into a store, too, and use `cxr-cache evaluate {run.path} --store F.h5`. To predict "
+        "from images, to explain them or to export the whole model, use `cxr-cache extract` on "
+        "the images and train on that store.",
+        RunError,
+    )
     if encoder is None:
         return
-    differences = EncoderIdentity.from_dict(trained_with).differences(encoder.identity)
-    if differences:
-        raise RunError(
-            f"{run.path} was trained on embeddings of another encoder:\n"
-            + describe_differences(differences, "in the run", f"in {encoder.identity.name}")
-            + "\nIts head means nothing on these. Use the run's encoder."
-        )
+    require_same_encoder(
+        trained_with,
+        encoder.identity.to_dict(),
+        "in the run",
+        f"in {encoder.identity.name}",
+        "Its head means nothing on these. Use the run's encoder.",
+        problem=f"{run.path} was trained on embeddings of another encoder",
+        error=RunError,
+    )
 
 
 @torch.inference_mode()
@@ -192,7 +195,7 @@ def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDAr
     ----------
     outputs
         Those of the encoder that the head reads, in the order of
-        :data:`cxr_cache.store.rows.COLUMNS`: most often the embeddings alone.
+        :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings alone.
     """
     bank = HeadBank.from_snapshot(model.head_tensors)
     n_rows = len(outputs[0])
@@ -208,7 +211,7 @@ def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDAr
 
 def _columns(model: SavedModel) -> tuple[str, ...]:
     """What the head reads; models from before there was a choice read the embedding."""
-    return COLUMNS[model.head.get("features", "projected")]
+    return FEATURES[model.head.get("features", "projected")]
 
 
 def predict_store(
@@ -282,23 +285,14 @@ def _predict_cached(
 
 
 def _require_same_features(run: Run, model: SavedModel, store: FeatureStore) -> None:
-    stored, trained_with = store.header.encoder, model.encoder
-    if trained_with.get("imported") or stored.get("imported"):
-        # A second import has another digest even if the same network made it: only widths tell.
-        keys = ("imported", "embedding_width")
-        differences = find_differences(
-            {key: stored.get(key) for key in keys}, {key: trained_with.get(key) for key in keys}
-        )
-    else:
-        differences = EncoderIdentity.from_dict(stored).differences(
-            EncoderIdentity.from_dict(trained_with)
-        )
-    if differences:
-        raise StoreMismatchError(
-            f"{store.path} holds embeddings of another encoder than {run.path} was trained on:\n"
-            + describe_differences(differences, "in the store", "in the run")
-            + "\nExtract the images with the run's encoder."
-        )
+    require_same_encoder(
+        store.header.encoder,
+        model.encoder,
+        "in the store",
+        "in the run",
+        "Extract the images with the run's encoder.",
+        problem=f"{store.path} holds embeddings of another encoder than {run.path} was trained on",
+    )
     if model.tail is not None:
         needed = {"boundary_block": model.tail["boundary_block"]}
         there = {"boundary_block": store.header.boundary_block}

@@ -8,6 +8,7 @@ from typing import Any, Final
 from cxr_cache.config import CardConfig
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
+from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.report.page import make_environment
 from cxr_cache.report.views import RunView
 
@@ -19,9 +20,11 @@ _HUB_PREFIX: Final = "hf-hub:"
 
 # Figure in metrics.json, metric of the Hub, name.
 _METRICS: Final = (
-    ("macro_auroc", "roc_auc", "macro AUROC"),
-    ("macro_ap", "average_precision", "macro average precision"),
-    ("macro_f1", "f1", "macro F1"),
+    *(
+        (f"macro_{name}", measure.hub_metric, f"macro {measure.label}")
+        for name, measure in MEASURES.items()
+        if measure.hub_metric
+    ),
     ("label_accuracy", "accuracy", "label accuracy"),
     ("label_accuracy_all_negative", "accuracy", "label accuracy of predicting nothing"),
 )

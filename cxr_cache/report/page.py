@@ -14,8 +14,10 @@ import jinja2
 
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
+from cxr_cache.evaluation.compare import COMPARED
 from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
+from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
 from cxr_cache.report.views import RunView, collect_charts
 
@@ -100,7 +102,9 @@ def make_environment() -> jinja2.Environment:
         "folder_name": _folder_name,
         "ap_of_chance": _ap_of_chance,
         "f1_of_calling_all": _f1_of_calling_all,
+        "beside": _beside,
     }
+    environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment
 
 
@@ -132,6 +136,20 @@ def _f1_of_calling_all(figures: Mapping[str, Any]) -> float | None:
     """What calling everything present gets as macro F1, where metrics.json says."""
     value: float | None = figures.get("macro_f1_of_calling_all", {"value": None})["value"]
     return value
+
+
+def _beside(measure: str, figures: Mapping[str, Any]) -> str:
+    """What the mean of a measure over findings is to be compared with, in words."""
+    known = MEASURES[measure]
+    if known.baseline is None:
+        return "lower is better" if known.lower_is_better else ""
+    if isinstance(known.baseline, float):
+        scored: float | None = known.baseline
+    elif known.baseline == "ap_of_chance":
+        scored = _ap_of_chance(figures)
+    else:
+        scored = figures.get(f"macro_{known.baseline}", {"value": None})["value"]
+    return f"{known.baseline_label} {_fixed(scored)}"
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
+from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run, TableName
 
@@ -28,10 +29,9 @@ _DIGITS: Final = 4  # a curve is a few hundred pixels wide
 _CURVE_COLUMNS: Final = ("sensitivity", "specificity", "ppv")
 _BIN_COLUMNS: Final = ("n", "mean_probability", "observed")
 _POINT_COLUMNS: Final = (
-    *("threshold", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced_accuracy"),
-    *("prevalence_test", "n_positive_test", "n_test", *CONFUSION_COLUMNS),
-    *("auroc", "auroc_low", "auroc_high", "ap", "ap_low", "ap_high"),
-    *("brier", "log_loss", "calibration_error"),
+    *("threshold", "prevalence_test", "n_positive_test", "n_test", *CONFUSION_COLUMNS),
+    *("auroc_low", "auroc_high", "ap_low", "ap_high"),
+    *(name for name in MEASURES if name != "prevalence"),
 )
 _GROUP_COLUMNS: Final = (
     *("group", "value", "n_positive_test", "n_test", "auroc", "auroc_low", "auroc_high"),
@@ -180,7 +180,8 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
         ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one
         for all cells pooled; ``curves``, ``calibration``, ``points``, ``groups`` and ``zero_shot``
         hold a list per run with one entry per finding, in that order, None where there is nothing
-        to draw; what is unknown of a point is None.
+        to draw; what is unknown of a point is None. ``measures`` names those of the figures of a
+        point that a table shows, with their labels.
     """
     findings = [*views[0].per_finding, POOLED]
     n_points = POINTS_OF_ALL_CURVES // (len(findings) * len(views))
@@ -200,6 +201,7 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
         "groups": [_groups(view, findings) for view in views],
         "zero_shot": [_zero_shot(view, findings) for view in views],
         "n_points": n_points,
+        "measures": [[name, of.label] for name, of in MEASURES.items() if of.is_in_panel],
     }
 
 

@@ -31,7 +31,6 @@ from cxr_cache.errors import ConfigError, StoreMismatchError, TooManyFailuresErr
 from cxr_cache.store.feature_store import (
     DONE,
     FAILED,
-    PENDING,
     WITHOUT_TOKENS,
     FeatureStore,
     Space,
@@ -451,13 +450,8 @@ def _write(
 
 
 def _count(store: FeatureStore, summary: ExtractSummary) -> None:
-    status = store.status
-    summary.n_images = len(status)
-    summary.n_done = int((status == DONE).sum())
-    summary.n_failed = int((status == FAILED).sum())
-    summary.n_without_tokens = int((status == WITHOUT_TOKENS).sum())
-    summary.n_pending = int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum())
-    failed = np.flatnonzero(status == FAILED)
+    vars(summary).update(vars(store.count_rows()))
+    failed = np.flatnonzero(store.status == FAILED)
     image_ids = store.image_ids[failed].tolist()
     summary.failures = list(zip(image_ids, store.read_errors(failed), strict=True))
 

@@ -15,6 +15,7 @@ import dataclasses
 import glob
 import importlib.metadata
 import itertools
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,12 @@ from cxr_cache.store.layout import (
 
 PENDING, DONE, FAILED, WITHOUT_TOKENS = 0, 1, 2, 3
 """What the status of a row may be; one without tokens holds everything but these."""
+STATUS_NAMES: Final = {
+    PENDING: "pending",
+    DONE: "done",
+    FAILED: "failed",
+    WITHOUT_TOKENS: "without tokens",
+}
 EMBEDDED: Final = (DONE, WITHOUT_TOKENS)
 """States of rows that hold an embedding."""
 _BYTES_AT_ONCE: Final = 1 << 22  # of many rows that are checked or copied
@@ -85,6 +92,19 @@ class Space:
         tokens = f" (tokens {_in_words(self.n_token_bytes)})" if self.n_token_bytes else ""
         free = "" if self.n_free is None else f"; {_in_words(self.n_free)} are free"
         return f"{self.path} takes {_in_words(self.n_bytes)}{tokens}{free}."
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows of a store are in which state; done, failed and pending are all there are."""
+
+    n_images: int
+    n_done: int
+    n_failed: int
+    n_pending: int
+    """Rows still to do, those without tokens among them."""
+    n_without_tokens: int
+    """Pending rows that hold an embedding and lack only their tokens."""
 
 
 class FeatureStore:
@@ -377,6 +397,18 @@ class FeatureStore:
         """What a row's status may be here: only a store with tokens has rows without them."""
         return (PENDING, DONE, FAILED, *((WITHOUT_TOKENS,) if "tokens" in self.columns else ()))
 
+    def count_rows(self) -> RowCounts:
+        """Count the rows by their state now."""
+        counts = np.bincount(self.status, minlength=WITHOUT_TOKENS + 1).tolist()
+        n_without_tokens = counts[WITHOUT_TOKENS]
+        return RowCounts(
+            len(self),
+            n_done=counts[DONE],
+            n_failed=counts[FAILED],
+            n_pending=counts[PENDING] + n_without_tokens,
+            n_without_tokens=n_without_tokens,
+        )
+
     @property
     def done_rows(self) -> NDArray[np.intp]:
         """Rows that hold every feature now; whether their bytes are sound is another question."""
@@ -406,6 +438,57 @@ class FeatureStore:
             self.findings,
             self.header.cohort,
         )
+
+    def to_frame(self, features: Sequence[str] = ()) -> pd.DataFrame:
+        """Give a row per image: the image table, the state of the row, the targets.
+
+        Parameters
+        ----------
+        features
+            Feature columns to add, such as ``("embeddings",)``, of the image as it is and not of
+            its mirror image: one column per number, ``embeddings_0`` ..., NaN where the row holds
+            none. All of them are read into memory.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns of the image table (text), ``status`` (``"done"``, ``"failed"``, ``"pending"``,
+            or ``"without tokens"``), ``error`` (why the row failed, else blank), the targets by
+            finding (float32, NaN where unlabelled), then the features (float32).
+
+        Raises
+        ------
+        KeyError
+            The store has no such feature.
+
+        Examples
+        --------
+        >>> with FeatureStore.open("features.h5") as store:
+        ...     images = store.to_frame()
+        >>> images.groupby("projection")["Cardiomegaly"].mean()
+        """
+        if unknown := [name for name in features if name not in self.features]:
+            raise KeyError(
+                f"{self.path} has no {unknown[0]!r}; its features are {', '.join(self.features)}"
+            )
+        status = self.status
+        failed = np.flatnonzero(status == FAILED)
+        errors = np.full(len(self), "", object)
+        errors[failed] = self.read_errors(failed)
+        known = [STATUS_NAMES.get(state, "damaged") for state in status.tolist()]
+        parts = [
+            self.cohort.images.assign(status=known, error=errors),
+            pd.DataFrame(self.cohort.targets, columns=list(self.findings)),
+        ]
+        for name in features:
+            states = [state for state in EMBEDDED if name in self.features_of(state)]
+            rows = np.flatnonzero(np.isin(status, states))
+            values = np.full((len(self), math.prod(self.columns[name].shape[1:])), np.nan, "f4")
+            values[rows] = self.read_views(name, rows, np.zeros_like(rows)).reshape(len(rows), -1)
+            columns = [f"{name}_{i}" for i in range(values.shape[1])]
+            parts.append(pd.DataFrame(values, columns=columns))
+        table: pd.DataFrame = pd.concat(parts, axis=1)
+        return table
 
     @property
     def canary(self) -> NDArray[np.float32] | None:

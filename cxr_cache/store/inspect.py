@@ -7,13 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_cache.store.feature_store import (
-    DONE,
-    FAILED,
-    PENDING,
-    WITHOUT_TOKENS,
-    FeatureStore,
-)
+from cxr_cache.store.feature_store import FAILED, FeatureStore
 
 
 def summarise_store(store: FeatureStore) -> dict[str, Any]:
@@ -21,8 +15,8 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
 
     Digests are checked, so that ``damaged`` counts rows whose bytes have changed.
     """
-    status = store.status
-    failed = np.flatnonzero(status == FAILED)
+    counts = store.count_rows()
+    failed = np.flatnonzero(store.status == FAILED)
     cohort = store.cohort
     sample = store.embeddings[store.embedded_rows[:2000]]  # (n, V, D)
     norms = np.linalg.norm(sample, axis=-1)
@@ -34,14 +28,15 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
         "encoder": store.header.encoder,
         "cohort": store.header.cohort,
         "part": store.header.part,
-        "images": len(store),
+        "images": counts.n_images,
+        "image_columns": cohort.images.columns.tolist(),
         "studies": len(np.unique(cohort.study_uids)),
         "findings": len(store.findings),
         "positives": int((cohort.targets == 1).sum()),
-        "done": int((status == DONE).sum()),
-        "failed": len(failed),
-        "pending": int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum()),
-        "without_tokens": int((status == WITHOUT_TOKENS).sum()),
+        "done": counts.n_done,
+        "failed": counts.n_failed,
+        "pending": counts.n_pending,
+        "without_tokens": counts.n_without_tokens,
         "boundary_block": store.header.boundary_block,
         "damaged": len(store.find_damaged()),
         "reasons": dict(Counter(store.read_errors(failed)).most_common(5)),
@@ -74,6 +69,7 @@ def format_store(summary: dict[str, Any]) -> str:
     digests = "all finished rows match" if not damaged else f"{damaged:,} rows are damaged"
     lines += [
         f"digests   {digests}",
+        f"table     {', '.join(summary['image_columns'])}",
         f"targets   {summary['findings']} findings, {summary['positives']:,} positives",
         "",
         f"encoder   {encoder['name']}"

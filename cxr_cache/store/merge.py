@@ -15,14 +15,11 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines
-from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.identity import compare_encoders
 from cxr_cache.errors import ConfigError, StoreMismatchError
 from cxr_cache.store.feature_store import (
-    DONE,
     EMBEDDED,
     FAILED,
-    PENDING,
-    WITHOUT_TOKENS,
     FeatureStore,
     require_absent,
 )
@@ -108,14 +105,14 @@ def merge(
             fill=lambda whole: _copy(whole, parts, damaged),
             overwrite=overwrite,
         ) as whole:
-            status = whole.status
+            counts = whole.count_rows()
     return MergeSummary(
         store_path,
         n_parts=len(parts),
-        n_done=int((status == DONE).sum()),
-        n_failed=int((status == FAILED).sum()),
-        n_pending=int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum()),
-        n_without_tokens=int((status == WITHOUT_TOKENS).sum()),
+        n_done=counts.n_done,
+        n_failed=counts.n_failed,
+        n_pending=counts.n_pending,
+        n_without_tokens=counts.n_without_tokens,
         n_damaged=sum(map(len, damaged)),
     )
 
@@ -151,9 +148,7 @@ def _in_order(parts: Sequence[FeatureStore]) -> list[FeatureStore]:
 def require_same_kind(first: FeatureStore, other: FeatureStore) -> None:
     """Raise unless rows of both may lie in one store, and come from one image table."""
     differences = dict(find_differences(_describe(first), _describe(other)))
-    differences |= EncoderIdentity.from_dict(first.header.encoder).differences(
-        EncoderIdentity.from_dict(other.header.encoder)
-    )
+    differences |= compare_encoders(first.header.encoder, other.header.encoder)
     if differences:
         raise StoreMismatchError(
             f"{other.path} does not belong to {first.path}:\n"

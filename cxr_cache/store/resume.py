@@ -17,7 +17,11 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_bytes
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines, encode_canaries
-from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.encoders.identity import (
+    EncoderIdentity,
+    require_not_imported,
+    require_same_encoder,
+)
 from cxr_cache.errors import ConfigError, ImageError, StoreMismatchError
 from cxr_cache.store.feature_store import FeatureStore, Space
 
@@ -80,7 +84,7 @@ def open_or_create(
                 raise
     store = FeatureStore.open(path, "r+")
     try:
-        require_same_encoder(store, encoder)
+        require_continuable(store, encoder)
         _require_same_shape(store, wanted, part)
         return _continue(
             store,
@@ -117,7 +121,7 @@ def _plan_features(identity: EncoderIdentity, n_views: int, n_unfrozen: int | No
     return _Features({**shapes, "tokens": (n_views, T, W)}, n_unfrozen, L - n_unfrozen)
 
 
-def require_same_encoder(store: FeatureStore, encoder: Encoder) -> None:
+def require_continuable(store: FeatureStore, encoder: Encoder) -> None:
     """Raise unless features of `encoder` may stand beside those in `store`.
 
     The canaries are encoded and compared as well, since equal weights may still compute
@@ -128,18 +132,20 @@ def require_same_encoder(store: FeatureStore, encoder: Encoder) -> None:
     StoreMismatchError
         With every differing field and both its values.
     """
-    if store.header.encoder.get("imported"):
-        raise StoreMismatchError(
-            f"{store.path} holds embeddings imported from {store.header.encoder['name']}, which no "
-            "encoder here can continue. Extract to another file."
-        )
-    identity = EncoderIdentity.from_dict(store.header.encoder)
-    if differences := identity.differences(encoder.identity):
-        raise StoreMismatchError(
-            f"{store.path} holds embeddings from another encoder:\n"
-            + describe_differences(differences, "in the store", "in this run")
-            + "\nThe two are not comparable. Write to another file, or use the store's encoder."
-        )
+    recorded = store.header.encoder
+    require_not_imported(
+        recorded,
+        f"{store.path} holds",
+        "no encoder here can continue them. Extract to another file.",
+    )
+    require_same_encoder(
+        recorded,
+        encoder.identity.to_dict(),
+        "in the store",
+        "in this run",
+        "The two are not comparable. Write to another file, or use the store's encoder.",
+        problem=f"{store.path} holds embeddings from another encoder",
+    )
     if store.canary is None:
         return
     worst = float(cosines(store.canary, encode_canaries(encoder)).min())

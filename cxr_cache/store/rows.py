@@ -19,14 +19,15 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.labels import load_labels
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
-from cxr_cache.store.feature_store import FAILED, PENDING, FeatureStore
+from cxr_cache.store.feature_store import FeatureStore
 
-COLUMNS: Final = {
+FEATURES: Final = {
     "projected": ("embeddings",),
     "pooled": ("pooled",),
     "both": ("embeddings", "pooled"),
 }
-"""Columns of a store for each of :data:`cxr_cache.config.FEATURES`."""
+"""What a head may read, and the columns of a store that hold it; the names are those of
+:data:`cxr_cache.config.FEATURES`."""
 
 
 def prepare_embeddings(embeddings: NDArray[np.float32], input_norm: str) -> NDArray[np.float32]:
@@ -100,7 +101,7 @@ def find_labelled_rows(
             "with --labels."
         )
     rows = done[labelled]
-    n_failed = int((store.status == FAILED).sum())
+    n_failed = store.count_rows().n_failed
     left_out = {
         "failed in extraction": n_failed,
         "were still pending": len(store) - len(done) - n_failed,
@@ -124,12 +125,12 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
     StoreFormatError
         A row's bytes do not match its digest.
     """
-    status, done = store.status, store.embedded_rows
-    n_pending = int((status == PENDING).sum())
+    done, counts = store.embedded_rows, store.count_rows()
+    n_pending = counts.n_pending - counts.n_without_tokens
     if not len(done):
         raise StoreIncompleteError(
             f"{store.path} has no finished row: {n_pending:,} are pending and "
-            f"{len(store) - n_pending:,} failed. Run `cxr-cache extract` first."
+            f"{counts.n_failed:,} failed. Run `cxr-cache extract` first."
         )
     if n_pending and not allow_pending:
         raise StoreIncompleteError(
@@ -155,7 +156,7 @@ def require_features(store: FeatureStore, config: TrainConfig) -> None:
     StoreFormatError
         Naming what is there and what is not.
     """
-    if lacking := [name for name in COLUMNS[config.features] if name not in store.feature_shapes]:
+    if lacking := [name for name in FEATURES[config.features] if name not in store.feature_shapes]:
         raise StoreFormatError(
             f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
             f"has {', '.join(store.feature_shapes)}. Use --features projected, or extract anew."
@@ -173,7 +174,7 @@ def read_features(
         The store lacks what `config.features` asks for.
     """
     require_features(store, config)
-    columns = COLUMNS[config.features]
+    columns = FEATURES[config.features]
     n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
     width = sum(store.feature_shapes[name][1] for name in columns)
     prepared = allocate_shared((n_views, len(rows), width))

@@ -16,8 +16,6 @@ from cxr_cache.store.feature_store import (
     DONE,
     EMBEDDED,
     FAILED,
-    PENDING,
-    WITHOUT_TOKENS,
     FeatureStore,
     are_finite,
 )
@@ -169,17 +167,8 @@ def verify(
         if repair and found.bad_rows:
             store.mark_pending(np.array(sorted({bad.row for bad in found.bad_rows})))
             found.is_repaired = True
-        _count(store, found)
+        vars(found).update(vars(store.count_rows()))
     return found
-
-
-def _count(store: FeatureStore, found: Verification) -> None:
-    status = store.status
-    found.n_images = len(store)
-    found.n_done = int((status == DONE).sum())
-    found.n_failed = int((status == FAILED).sum())
-    found.n_without_tokens = int((status == WITHOUT_TOKENS).sum())
-    found.n_pending = int(np.isin(status, (PENDING, WITHOUT_TOKENS)).sum())
 
 
 def _check_values(
@@ -245,10 +234,10 @@ def _compare(
     encoder: Encoder,
     found: Verification,
 ) -> list[BadRow]:
-    from cxr_cache.store.resume import require_same_encoder
+    from cxr_cache.store.resume import require_continuable
 
     try:
-        require_same_encoder(store, encoder)
+        require_continuable(store, encoder)
     except StoreMismatchError as error:
         found.mismatch = str(error)
         return []

@@ -29,6 +29,7 @@ from cxr_cache.datasets.decoding import dead_workers_explained
 from cxr_cache.datasets.images import find_missing
 from cxr_cache.datasets.splits import Split
 from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.identity import require_not_imported
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.encoders.weights import hash_tensors
 from cxr_cache.errors import (
@@ -41,7 +42,7 @@ from cxr_cache.errors import (
 from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.models.tuned import TailAndHead, copy_tail
 from cxr_cache.store.feature_store import DONE, FeatureStore
-from cxr_cache.store.resume import require_same_encoder
+from cxr_cache.store.resume import require_continuable
 from cxr_cache.store.rows import LabelledRows, find_labelled_rows
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
 from cxr_cache.training.fit import HeadTask, Trajectory
@@ -86,12 +87,12 @@ def choose_source(store: FeatureStore, config: FinetuneConfig, image_dir: Path |
     ConfigError
         Neither tokens nor a folder of images are there.
     """
-    if store.header.encoder.get("imported"):
-        raise StoreMismatchError(
-            f"{store.path} holds embeddings imported from {store.header.encoder['name']}; there is "
-            "no encoder whose blocks could be trained. Extract the images, or use `cxr-cache "
-            "train`."
-        )
+    require_not_imported(
+        store.header.encoder,
+        f"{store.path} holds",
+        "there is no encoder whose blocks could be trained. Extract the images, or use `cxr-cache "
+        "train`.",
+    )
     if config.source == "images" or (config.source == "auto" and "tokens" not in store.features):
         if image_dir is None:
             raise ConfigError(
@@ -244,7 +245,7 @@ def finetune_tail(
         split = start.split if start else split_cohort(found.cohort, config)
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
-        require_same_encoder(store, encoder)
+        require_continuable(store, encoder)
         tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
         settled = replace(
             config, precision=resolve_precision(config.precision, device), source=source

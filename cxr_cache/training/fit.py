@@ -19,7 +19,7 @@ from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.training.backprop import Backprop, draw_dropout
-from cxr_cache.training.losses import make_loss, stack_losses
+from cxr_cache.training.losses import FOCAL_LOSSES, LOSS_OPTIONS, make_loss, stack_losses
 from cxr_cache.training.optim import BankOptimizer
 
 _ROWS_AT_ONCE: Final = 8192
@@ -243,16 +243,16 @@ class HeadFit:
 def can_share_a_bank(configs: Sequence[TrainConfig]) -> bool:
     """Whether heads with these recipes can be trained side by side.
 
-    They may differ in learning rate, weight decay, schedule, stopping and, unless it is the
-    asymmetric one, loss; the rest decides shapes, or what all heads do in one call.
+    They may differ in learning rate, weight decay, schedule, stopping and, where it is one
+    of the focal family, loss; the rest decides shapes, or what all heads do in one call.
     """
     return len({tuple(_shared(config).items()) for config in configs}) == 1
 
 
 def _shared(config: TrainConfig) -> dict[str, Any]:
     own = {"learning_rate", "weight_decay", "schedule", "patience", "early_stopping"}
-    if config.loss != "asymmetric":
-        own |= {"loss", "alpha", "gamma"}
+    if config.loss in FOCAL_LOSSES:
+        own |= set(LOSS_OPTIONS)
     return {field.name: getattr(config, field.name) for field in fields(config)} | dict.fromkeys(
         own
     )
@@ -338,9 +338,7 @@ class _Trainer:
         )
         self.loss = stack_losses(
             [
-                make_loss(
-                    config.loss, alpha=config.alpha, gamma=config.gamma, targets=self.targets[rows]
-                )
+                make_loss(config, self.targets[rows])
                 for config, rows in zip(configs, self.rows, strict=True)
             ]
         )

@@ -11,17 +11,19 @@ from torch import Tensor
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.splits import TEST, Split
-from cxr_cache.encoders.identity import EncoderIdentity
+from cxr_cache.datasets.splits import Split
+from cxr_cache.encoders.identity import compare_encoders
 from cxr_cache.errors import RunError
+from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import LabelledRows
+from cxr_cache.training.losses import LOSS_OPTIONS
 
 _OF_THE_RUN: Final = (
     *("n_folds", "test_fraction", "split_by", "seed"),
     *("hidden", "dropout", "norm", "input_norm"),
-    *("loss", "alpha", "gamma"),
+    *LOSS_OPTIONS,
 )
 """Options that a fine-tuning takes from the frozen run that it starts from."""
 
@@ -95,14 +97,16 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
         "split_by": config.split_by,
         "test_fraction": config.test_fraction,
     }
-    differences = find_differences(before, now) | _encoder_differences(model.encoder, store)
+    differences = find_differences(before, now) | compare_encoders(
+        model.encoder, store.header.encoder
+    )
     if differences:
         raise RunError(
             f"{run.path} cannot be the start of a fine-tuning on {store.path}:\n"
             + describe_differences(differences, "in the run", "now")
             + "\nStart from a run that was trained on this store, with the same options."
         )
-    split = _read_split(run, cohort, config)
+    split = _read_split(run, cohort, store, config)
     heads = run.load_fold_heads()
     fold_heads = ({name: t[k : k + 1] for name, t in heads.items()} for k in range(config.n_folds))
     # Of an ensemble any member will do: none has seen test.
@@ -110,30 +114,19 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
     return Start(split, tuple(fold_heads), final_head)
 
 
-def _encoder_differences(recorded: dict[str, Any], store: FeatureStore) -> dict[str, Any]:
-    if recorded.get("imported"):
-        return {"encoder": (recorded["name"], store.header.encoder["name"])}
-    stored = EncoderIdentity.from_dict(store.header.encoder)
-    return dict(EncoderIdentity.from_dict(recorded).differences(stored))
-
-
-def _read_split(run: Run, cohort: Cohort, config: FinetuneConfig) -> Split:
+def _read_split(run: Run, cohort: Cohort, store: FeatureStore, config: FinetuneConfig) -> Split:
     """The run's split in the order of the cohort's rows."""
-    table = run.read_table("splits").set_index("image_id")
-    targets = run.read_table("targets").set_index("image_id")
-    same_images = set(table.index) == set(cohort.image_ids.tolist())
-    if not same_images:
+    aligned = align_run(run, cohort, store.path)
+    if len(aligned.cohort) < len(cohort):
         raise RunError(
-            f"{run.path} was trained on {len(table):,} images, {len(cohort):,} can be trained on "
-            "here, and they are not the same. Train it again on this store."
+            f"{run.path} was trained on {len(aligned.cohort):,} images of {store.path}, of which "
+            f"{len(cohort):,} can be trained on now. Train it again on this store."
         )
-    before = targets.loc[cohort.image_ids, list(cohort.findings)].to_numpy(np.float32)
+    before = aligned.cohort.targets
     if not np.array_equal(before, cohort.targets, equal_nan=True):
         n_other = int((~np.isclose(before, cohort.targets, equal_nan=True)).any(axis=1).sum())
         raise RunError(
             f"{run.path} was trained on other targets for {n_other:,} of {len(cohort):,} images. "
             "Give the same --labels, or train it again."
         )
-    table = table.loc[cohort.image_ids]
-    fold = table["fold"].fillna(TEST + 1).to_numpy(np.int64) - 1
-    return Split((table["split"] == "test").to_numpy(), fold, config.split_by)
+    return Split(aligned.is_test, aligned.fold, config.split_by)

@@ -3,86 +3,22 @@
 The paper (Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5) weighs positives by
 ``alpha`` and negatives by ``1 - alpha``. The reference system multiplies every term by ``alpha``,
 which scales the loss and its gradient and changes no balance between positives and negatives.
-Both are here, cross-entropy is the same family with ``gamma`` 0, and
-:data:`cxr_cache.config.LOSSES` names them all.
+Both are here, cross-entropy is the same family with ``gamma`` 0, and :data:`LOSSES` names them
+all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Final, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def focal_loss(
-    logits: Tensor, targets: Tensor, *, gamma: float = 2.0, alpha: float | None = None
-) -> Tensor:
-    """Focal loss over the labelled entries, one value per head.
-
-    Entries that the model already gets right are scaled down by
-    ``(1 - p_t) ** gamma``, where ``p_t`` is the probability given to the true
-    label. Unlabelled (NaN) targets contribute neither to the sum nor to the
-    count, so a finding that is labelled rarely is not diluted.
-
-    The mean runs over the last two axes only. Any leading axes are heads that
-    train side by side; since their losses stay apart, ``loss.sum().backward()``
-    gives each head the gradient that it would have alone.
-
-    Parameters
-    ----------
-    logits
-        Scores before the sigmoid, shape ``(..., B, F)``.
-    targets
-        1 present, 0 absent, NaN unlabelled; broadcastable to `logits`.
-    gamma
-        Focusing strength, at least 0. Zero gives binary cross-entropy.
-    alpha
-        Weight of positives in ``[0, 1]``; negatives get ``1 - alpha``.
-        None weighs both alike.
-
-    Returns
-    -------
-    Tensor
-        Mean loss in nats, shape ``(...)``; zero where nothing is labelled.
-
-    Examples
-    --------
-    >>> logits, targets = torch.zeros(3, 8, 14), torch.ones(8, 14)
-    >>> focal_loss(logits, targets, gamma=0.0)
-    tensor([0.6931, 0.6931, 0.6931])
-    """
-    if alpha is None:
-        return WeightedFocal(gamma)(logits, targets)
-    return WeightedFocal(gamma, alpha, 1 - alpha)(logits, targets)
-
-
-def reference_focal_loss(
-    logits: Tensor, targets: Tensor, *, gamma: float = 2.0, alpha: float = 0.25
-) -> Tensor:
-    """The reference system's variant: positives and negatives are both multiplied by `alpha`.
-
-    Parameters and result as :func:`focal_loss`.
-    """
-    return WeightedFocal(gamma, alpha, alpha)(logits, targets)
-
-
-def bce_loss(logits: Tensor, targets: Tensor, *, positive_weight: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy over the labelled entries, one value per head.
-
-    Parameters
-    ----------
-    logits, targets
-        As :func:`focal_loss`.
-    positive_weight
-        Factor on the positives of each finding, shape ``(F,)`` or ``(H, 1, F)``; see
-        :func:`balance_positives`.
-    """
-    weight = 1.0 if positive_weight is None else positive_weight
-    return WeightedFocal(0.0, weight)(logits, targets)
+from cxr_cache.config import Recipe
 
 
 def asymmetric_loss(
@@ -97,7 +33,7 @@ def asymmetric_loss(
     Parameters
     ----------
     logits, targets
-        As :func:`focal_loss`.
+        As :class:`WeightedFocal` takes them.
     gamma
         Focusing strength of the negatives, at least 0.
     margin
@@ -175,6 +111,12 @@ class Loss(Protocol):
 class WeightedFocal:
     """Focal loss with weights: ``-w (1 - p_t)^gamma log p_t`` of the labelled entries, averaged.
 
+    Entries that the model already gets right are scaled down by ``(1 - p_t) ** gamma``, where
+    ``p_t`` is the probability given to the true label. Unlabelled (NaN) targets contribute neither
+    to the sum nor to the count, so a finding that is labelled rarely is not diluted. The mean runs
+    over the last two axes only: heads that train side by side keep their losses apart, so
+    ``loss.sum().backward()`` gives each head the gradient that it would have alone.
+
     Every field may be a tensor that broadcasts to ``(..., B, F)``: heads side by side may differ.
     """
 
@@ -238,25 +180,31 @@ class ByAutograd:
         return gradient
 
 
-def make_loss(name: str, *, alpha: float, gamma: float, targets: Tensor) -> Loss:
-    """The loss of :data:`cxr_cache.config.LOSSES` called `name`.
+LOSS_OPTIONS: Final = ("loss", "alpha", "gamma")
+"""Options of a recipe that decide its loss."""
 
-    Parameters
-    ----------
-    targets
-        Of the rows to train on, ``(N, F)``: two of the losses weigh findings by how rare they are.
-    """
-    if name == "asymmetric":
-        return ByAutograd(lambda x, y: asymmetric_loss(x, y, gamma=gamma))
-    if name == "class-balanced":
-        return WeightedFocal(gamma, *class_balance(targets))
-    if name == "weighted-bce":
-        return WeightedFocal(0.0, balance_positives(targets))
-    return {
-        "focal": WeightedFocal(gamma, alpha, alpha),
-        "focal-balanced": WeightedFocal(gamma, alpha, 1 - alpha),
-        "bce": WeightedFocal(0.0),
-    }[name]
+MakeLoss: TypeAlias = Callable[[Recipe, Tensor], Loss]
+
+FOCAL_LOSSES: Final[dict[str, MakeLoss]] = {
+    "focal": lambda recipe, _: WeightedFocal(recipe.gamma, recipe.alpha, recipe.alpha),
+    "focal-balanced": lambda recipe, _: WeightedFocal(recipe.gamma, recipe.alpha, 1 - recipe.alpha),
+    "class-balanced": lambda recipe, targets: WeightedFocal(recipe.gamma, *class_balance(targets)),
+    "bce": lambda *_: WeightedFocal(0.0),
+    "weighted-bce": lambda _, targets: WeightedFocal(0.0, balance_positives(targets)),
+}
+"""Losses of one formula, in which heads that train side by side may differ."""
+
+LOSSES: Final[dict[str, MakeLoss]] = {
+    **FOCAL_LOSSES,
+    "asymmetric": lambda recipe, _: ByAutograd(partial(asymmetric_loss, gamma=recipe.gamma)),
+}
+"""Every loss by its name; it is made for a recipe, and for the targets to train on, ``(N, F)``, by
+which some losses weigh findings. The names are those of :data:`cxr_cache.config.LOSSES`."""
+
+
+def make_loss(recipe: Recipe, targets: Tensor) -> Loss:
+    """Make the loss of a recipe for the rows to train on, given their targets, ``(N, F)``."""
+    return LOSSES[recipe.loss](recipe, targets)
 
 
 def stack_losses(losses: Sequence[Loss]) -> Loss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split, make_split
 from cxr_cache.errors import TrainingError
+from cxr_cache.metrics.operating_point import find_rule
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.store.rows import TrainingData
 from cxr_cache.training.fit import (
@@ -105,10 +106,11 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
     Raises
     ------
     ConfigError
-        A fold has fewer rows to train on than a batch.
+        A fold has fewer rows to train on than a batch, or there is no such rule for thresholds.
     TrainingError
         No finding has both a positive and a negative among the rows that a fold holds out.
     """
+    find_rule(config.threshold_rule)
     tasks = fold_tasks(split, config.seed)
     count_steps(tasks, config.batch_size)
     for k, task in enumerate(tasks, start=1):
@@ -212,12 +214,21 @@ def stack_members(members: Sequence[Trajectory], epoch: int) -> dict[str, Tensor
 
 
 def replay_rates(search: EpochSearch) -> list[float]:
+    """Learning rates for a refit, by :func:`average_rates` of the folds of the chosen number."""
+    folds, chosen = search.trajectories[search.chosen], search.chosen
+    return average_rates([trajectory.history[:chosen] for trajectory in folds])
+
+
+def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
     """Learning rate of every epoch: the folds' geometric mean, for a refit has no held-out rows.
 
     Where folds stopped early, the refit stops after their mean number of epochs.
+
+    Parameters
+    ----------
+    histories
+        One row per epoch of each fold, as :attr:`cxr_cache.training.fit.Trajectory.history` has.
     """
-    folds, chosen = search.trajectories[search.chosen], search.chosen
-    histories = [trajectory.history[:chosen] for trajectory in folds]
     n_epochs = round(np.mean([len(history) for history in histories]))
     rates = [
         [history[epoch]["lr"] for history in histories if len(history) > epoch]

@@ -199,12 +199,7 @@ class _Trainer:
         schedule = "constant" if learning_rates is not None else config.schedule
         self.scheduler = make_scheduler(schedule, self.optimizer, config.patience, n_epochs)
         rows = torch.from_numpy(task.train_rows).to(device)
-        self.loss = make_loss(
-            config.loss,
-            alpha=config.alpha,
-            gamma=config.gamma,
-            targets=self.targets[rows],
-        )
+        self.loss = make_loss(config, self.targets[rows])
 
     def run_epoch(self, epoch: int) -> tuple[dict[str, float], NDArray[np.float32]]:
         """Train and score once; a row of history, and held-out probabilities."""

@@ -19,13 +19,15 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from open_clip.model import _build_vision_tower
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cxr_cache.common import devices
 from cxr_cache.common.devices import resolve_device, resolve_precision
 from cxr_cache.datasets.preprocessing import Preprocessing, normalise
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.identity import EncoderIdentity
-from cxr_cache.encoders.loading import load_encoder
+from cxr_cache.encoders.loading import FAMILIES, load_encoder
+from cxr_cache.encoders.sources import Family, Source
 from cxr_cache.errors import ConfigError, EncoderError
 from scripts.write_random_biomedclip import CONFIG, write_biomedclip_folder, write_checkpoint
 
@@ -759,3 +761,48 @@ def test_open_clips_own_vision_transformer_at_full_size(tmp_path):
 
     assert relative_error(encoder.encode(pixels)[1], expected) < 1e-5
     assert encoder.identity.n_tokens == 50
+
+
+# --- families ---------------------------------------------------------------------------------
+
+
+def test_a_family_more_is_one_entry_and_leaves_the_others_their_names(tmp_path, monkeypatch):
+    """It shares `local-dir:` with open_clip's, and takes the folders that hold its own file."""
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3 * 16, 4))
+            self.head = nn.Linear(4, 2)
+
+    def find(identifier: str) -> Source | None:
+        config, weights = (Path(identifier, name) for name in ("tiny.json", "tiny.safetensors"))
+        if not config.is_file():
+            return None
+        return Source(f"local-dir:{identifier}", str(config), {}, {}, weights)
+
+    def read_preprocessing(source, visual, resize, normalize, bits_stored) -> Preprocessing:
+        half = (0.5, 0.5, 0.5)
+        return Preprocessing(32, half, half, "bilinear", resize or "squash", bits_stored)
+
+    family = Family(
+        find={"local-dir": find},
+        build=lambda _: Tiny(),
+        fill=lambda visual, source: visual.load_state_dict(load_file(source.weights)),
+        read_preprocessing=read_preprocessing,
+        split=lambda _: None,
+    )
+    monkeypatch.setattr("cxr_cache.encoders.loading.FAMILIES", {"tiny": family, **FAMILIES})
+    original = Tiny()
+    (tmp_path / "tiny.json").write_text("{}")
+    save_file(original.state_dict(), tmp_path / "tiny.safetensors")
+    encoder = load_encoder(f"local-dir:{tmp_path}", precision="fp32")
+    black = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    pooled, embedding = encoder.encode(black)
+    torch.testing.assert_close(pooled, original.trunk(torch.full((2, 3, 32, 32), -1.0)))
+    torch.testing.assert_close(embedding, original.head(pooled))
+    assert not encoder.is_splittable
+    assert not encoder.identity.is_random
+    (tmp_path / "tiny.json").unlink()
+    with pytest.raises(EncoderError, match=r"has no open_clip_config\.json"):
+        load_encoder(f"local-dir:{tmp_path}")

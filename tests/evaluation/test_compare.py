@@ -15,11 +15,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.compare import COLUMNS, compare_runs, holm
-from cxr_cache.metrics.resampled import bootstrap_weights
 from cxr_cache.models.run import Run
 from cxr_cache.report.plots import write_comparison
 from cxr_cache.training.train import train_head
 from tests.evaluation.test_evaluate import FINDINGS, make_run
+from tests.oracles import bootstrap_weights
 from tests.synthetic import QUICK, make_cohort, make_store
 
 SCORES = {"auroc": roc_auc_score, "ap": average_precision_score}

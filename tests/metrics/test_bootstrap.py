@@ -7,8 +7,9 @@ import pytest
 from sklearn import metrics as reference
 
 from cxr_cache.metrics import resampled as bootstrap_module
-from cxr_cache.metrics.resampled import RankedScores, bootstrap, bootstrap_weights
-from cxr_cache.metrics.scores import auroc, average_precision, confusion_counts
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
+from cxr_cache.metrics.scores import auroc, confusion_counts
+from tests.oracles import average_precision, bootstrap_weights
 from tests.predictions import SEEDS, F, N, make_predictions, per_finding
 
 STUDIES = np.arange(N) // 2

@@ -16,12 +16,12 @@ from cxr_cache.metrics import scores as metrics
 from cxr_cache.metrics.operating_point import MIN_SLOPE, Calibration, fit_calibration
 from cxr_cache.metrics.scores import (
     auroc,
-    average_precision,
     expected_calibration_error,
     log_losses,
     reliability,
     squared_errors,
 )
+from tests.oracles import average_precision
 from tests.predictions import SEEDS, F, make_predictions, per_finding
 
 

@@ -20,7 +20,8 @@ from cxr_cache.metrics.intervals import (
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.resampled import RankedScores, bootstrap_weights
+from cxr_cache.metrics.resampled import RankedScores
+from tests.oracles import bootstrap_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -9,12 +9,12 @@ from sklearn import metrics as reference
 from cxr_cache.metrics import scores as metrics
 from cxr_cache.metrics.scores import (
     auroc,
-    average_precision,
     average_precision_of_chance,
     confusion_counts,
     f1_of_calling_all,
     rates,
 )
+from tests.oracles import average_precision
 from tests.predictions import SEEDS, F, N, make_predictions, per_finding
 
 # --- ranking -------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import pytest
 
 from cxr_cache.config import THRESHOLD_RULES, TrainConfig, parse_threshold_rule
 from cxr_cache.errors import ConfigError
-from cxr_cache.metrics.operating_point import choose_thresholds
+from cxr_cache.metrics.operating_point import RULES, choose_thresholds, find_rule
 from cxr_cache.metrics.scores import NEVER, confusion_counts, rates
+from cxr_cache.training.search import require_trainable_folds, split_cohort
 from tests.predictions import SEEDS, F, N, make_predictions
+from tests.synthetic import make_cohort
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -146,9 +148,27 @@ def test_scores_of_a_diverged_model_are_refused():
 @pytest.mark.parametrize("rule", ["F1", "f1=0.5", "sensitivity", "ppv=", "ppv=half", "best"])
 def test_another_rule_is_refused_with_examples(rule):
     with pytest.raises(ConfigError, match=r"is no rule; it is one such as f1, youden, sensitivity"):
-        parse_threshold_rule(rule)
+        find_rule(rule)
+    with pytest.raises(ConfigError, match="is no rule"):
+        start_training(TrainConfig(threshold_rule=rule))
+
+
+@pytest.mark.parametrize("rule", ["F1", "ppv=", "ppv=half", "", "=0.5"])
+def test_what_has_not_the_form_of_a_rule_is_refused_at_once(rule):
     with pytest.raises(ConfigError, match="is no rule"):
         TrainConfig(threshold_rule=rule)
+
+
+def start_training(config: TrainConfig) -> None:
+    """What is checked of a recipe once there are rows, before the long work."""
+    cohort = make_cohort(60)
+    require_trainable_folds(cohort.targets, split_cohort(cohort, config), config)
+
+
+def test_the_examples_of_rules_are_rules():
+    start_training(TrainConfig())
+    assert [parse_threshold_rule(rule)[0] for rule in THRESHOLD_RULES] == list(RULES)
+    assert [find_rule(rule)[0] for rule in THRESHOLD_RULES] == list(RULES.values())
 
 
 @pytest.mark.parametrize("rule", ["ppv=0", "sensitivity=90", "specificity=nan", "ppv=-0.1"])

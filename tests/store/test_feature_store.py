@@ -33,6 +33,7 @@ from cxr_cache.store.feature_store import (
     PENDING,
     WITHOUT_TOKENS,
     FeatureStore,
+    RowCounts,
 )
 from cxr_cache.store.layout import ERROR_WIDTH, FEATURES
 from tests.small_stores import (
@@ -154,6 +155,36 @@ def test_a_table_without_further_columns_is_written_as_version_0_1_0_reads_it(tm
         assert json.loads(bytes(file.attrs["format_version"])) == 1
         assert "image_columns" not in file.attrs
         assert not any(name.startswith("image_column") for name in file)
+
+
+def test_rows_are_counted_by_their_state(tmp_path):
+    with make_store(tmp_path / "s.h5", 9, done=slice(4), shapes=WITH_TOKENS) as store:
+        features, sha256 = make_batch(np.array([4, 5]))
+        two_views = {name: np.repeat(values, 2, axis=1) for name, values in features.items()}
+        store.commit([4, 5], two_views, sha256)  # without tokens
+        store.record_failures([8], ["too dark"])
+        assert store.count_rows() == RowCounts(9, 4, 1, 4, n_without_tokens=2)
+
+
+def test_a_store_is_a_table_with_its_features_where_they_are_asked_for(tmp_path):
+    with make_store(tmp_path / "s.h5", 9, done=slice(4), shapes=WITH_TOKENS) as store:
+        store.record_failures([8], ["too dark"])
+        table = store.to_frame()
+        cohort = store.cohort
+        assert table[cohort.images.columns.tolist()].equals(cohort.images)
+        assert table["status"].tolist() == ["done"] * 4 + ["pending"] * 4 + ["failed"]
+        assert table["error"].tolist() == [""] * 8 + ["too dark"]
+        np.testing.assert_array_equal(table[list(store.findings)].to_numpy(), cohort.targets)
+        assert table.shape == (9, 4 + 2 + 3)
+        more = store.to_frame(features=["embeddings", "tokens"])
+        assert more.shape == (9, 9 + 8 + 5 * 6)
+        embeddings = more.filter(like="embeddings_").to_numpy()
+        np.testing.assert_array_equal(embeddings[:4], store.embeddings[:4, 0])
+        assert np.isnan(embeddings[4:]).all()
+        tokens = store.read_column("tokens")[:4, 0].reshape(4, -1).astype(np.float32)
+        np.testing.assert_array_equal(more.filter(like="tokens_").to_numpy()[:4], tokens)
+        with pytest.raises(KeyError, match="no 'logits'; its features are embeddings, pooled, tok"):
+            store.to_frame(features=["logits"])
 
 
 @pytest.mark.parametrize("name", ["image_id", "sex"])

@@ -7,23 +7,23 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from cxr_cache.config import LOSSES
+from cxr_cache import config
+from cxr_cache.config import TrainConfig
 from cxr_cache.training.losses import (
+    LOSSES,
     WeightedFocal,
     asymmetric_loss,
     balance_positives,
-    bce_loss,
     class_balance,
-    focal_loss,
     make_loss,
-    reference_focal_loss,
     stack_losses,
 )
+from tests.oracles import bce_loss, focal_loss, reference_focal_loss
 
 EVEN = torch.tensor([[0.0], [1.0]])
 """Targets by which no finding is rare."""
 ALL_LOSSES = [
-    pytest.param(make_loss(name, alpha=0.25, gamma=gamma, targets=EVEN), id=id_)
+    pytest.param(make_loss(TrainConfig(loss=name, alpha=0.25, gamma=gamma), EVEN), id=id_)
     for name in LOSSES
     for gamma, id_ in [(2.0, name), (0.5, f"{name}, gamma 0.5")]
 ]
@@ -95,6 +95,10 @@ def test_weighted_cross_entropy_equals_torchs_positive_weight():
     )
 
 
+def test_the_names_to_choose_from_are_those_of_the_losses():
+    assert set(config.LOSSES) == set(LOSSES)
+
+
 def test_every_name_makes_the_loss_it_says():
     logits, targets = draw(0, 8, 5)
     weight = balance_positives(targets)
@@ -108,7 +112,7 @@ def test_every_name_makes_the_loss_it_says():
     }
 
     for name in LOSSES:
-        loss = make_loss(name, alpha=0.3, gamma=1.5, targets=targets)
+        loss = make_loss(TrainConfig(loss=name, alpha=0.3, gamma=1.5), targets)
         assert torch.equal(loss(logits, targets), expected[name]), name
     assert len({float(value) for value in expected.values()}) == len(LOSSES)
 
@@ -157,7 +161,10 @@ def test_the_gradient_written_out_is_autograds(loss, seed):
 
 
 def test_a_batch_without_labels_has_no_gradient():
-    for loss in (WeightedFocal(), make_loss("asymmetric", alpha=0.0, gamma=2.0, targets=EVEN)):
+    for loss in (
+        WeightedFocal(),
+        make_loss(TrainConfig(loss="asymmetric", alpha=0.0, gamma=2.0), EVEN),
+    ):
         prepared = loss.prepare(torch.full((4, 3), torch.nan))
         assert (loss.gradient(torch.randn(4, 3), *prepared) == 0).all()
 
@@ -165,12 +172,10 @@ def test_a_batch_without_labels_has_no_gradient():
 def test_stacked_losses_are_the_losses_side_by_side():
     """Heads may differ in weights and focus: each has the value and gradient of its own loss."""
     logits, targets = draw(0, 4, 8, 5, unlabelled=0.3)
-    options = {"alpha": 0.3, "targets": targets[0]}
+    recipes = {"focal": 2.0, "focal-balanced": 1.0, "weighted-bce": 0.0, "class-balanced": 0.5}
     losses = [
-        make_loss("focal", gamma=2.0, **options),
-        make_loss("focal-balanced", gamma=1.0, **options),
-        make_loss("weighted-bce", gamma=0.0, **options),
-        make_loss("class-balanced", gamma=0.5, **options),
+        make_loss(TrainConfig(loss=name, gamma=gamma, alpha=0.3), targets[0])
+        for name, gamma in recipes.items()
     ]
 
     together = stack_losses(losses)

@@ -18,7 +18,6 @@ from cxr_cache.errors import TrainingError
 from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.tokens import ResidentTokens
 from cxr_cache.training.fit import HeadTask
-from cxr_cache.training.losses import reference_focal_loss
 from cxr_cache.training.tuning import (
     Keeper,
     TuningData,
@@ -26,6 +25,7 @@ from cxr_cache.training.tuning import (
     group_parameters,
     tune,
 )
+from tests.oracles import reference_focal_loss
 
 N_IMAGES, N_FINDINGS = 44, 5
 CONFIG = FinetuneConfig(

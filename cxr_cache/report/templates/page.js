@@ -181,8 +181,8 @@
 
   const AT_THRESHOLD = [
     ["tp", "hits", count], ["fn", "misses", count], ["fp", "false alarms", count], ["tn", "rightly not called", count],
-    ["threshold", "threshold", (v) => (v > 1 ? "never" : fixed(v))], ["f1", "F1", fixed], ["balanced_accuracy", "balanced accuracy", fixed],
-    ["brier", "Brier score", fixed], ["log_loss", "log loss", fixed], ["calibration_error", "calibration error", fixed],
+    ["threshold", "threshold", (v) => (v > 1 ? "never" : fixed(v))],
+    ...data.measures.map(([key, label]) => [key, label, fixed]),
   ];
 
   function figures(points) {
