@@ -25,6 +25,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from cxr_cache.metrics.intervals import (
 )
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
-from cxr_cache.metrics.scores import confusion_counts, macro_mean, rates
+from cxr_cache.metrics.scores import FloatArray, confusion_counts, macro_mean, rates
 
 Array = NDArray[Any]
 Draw = tuple[Array, Array, dict[str, Array]]
@@ -92,16 +93,15 @@ def cover_one_finding(
         ranked = RankedScores(present.astype(float), scores)
         once = ranked.auroc_and_ap(np.ones((1, len(scores))))[0][0]
         for name, groups in groupings.items():
-            areas = bootstrap(
-                lambda weights, ranked=ranked: {"auroc": ranked.auroc_and_ap(weights)[0]},
-                groups,
-                n_resamples,
-                repeat,
-            )["auroc"]
+            areas = bootstrap(partial(_areas, ranked), groups, n_resamples, repeat)["auroc"]
             n = count_rarer_class(present.astype(float), groups)
             interval = student_interval(once, standard_errors(areas, n), n, "logit")
             n_covered[name] += bool(covers(interval, truth)[0])
     return {name: count / repeats for name, count in n_covered.items()}
+
+
+def _areas(ranked: RankedScores, weights: Array) -> dict[str, FloatArray]:
+    return {"auroc": ranked.auroc_and_ap(weights)[0]}
 
 
 def draw_scores(

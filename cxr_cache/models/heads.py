@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxr_cache.config import Recipe
+
 NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
 
@@ -75,6 +77,28 @@ class HeadBank(nn.Module):
             self._initialise(h, generator)
         if self.flat.device.type != "cpu":  # on the CPU, dropout goes on where the weights stopped
             self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    @classmethod
+    def of_recipe(
+        cls,
+        recipe: Recipe,
+        n_inputs: int,
+        n_outputs: int,
+        *,
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> HeadBank:
+        """Draw one head per seed, with the hidden layers, norm and dropout of a recipe."""
+        return cls(
+            len(seeds),
+            n_inputs,
+            n_outputs,
+            hidden=recipe.hidden,
+            dropout=recipe.dropout,
+            norm=recipe.norm,
+            seeds=seeds,
+            device=device,
+        )
 
     def _allocate(self, n_heads: int, device: torch.device) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -246,12 +270,26 @@ class HeadBank(nn.Module):
         shapes = [state[f"weight_{i}"].shape for i in range(n_layers)]
         n_heads, n_inputs, _ = shapes[0]
         *hidden, n_outputs = (int(shape[2]) for shape in shapes)
-        norm = "layer" if hidden and "mean_0" not in state else "batch"
         bank = cls(
-            n_heads, n_inputs, n_outputs, hidden=hidden, dropout=dropout, norm=norm, device=device
+            n_heads,
+            n_inputs,
+            n_outputs,
+            hidden=hidden,
+            dropout=dropout,
+            norm=find_norm(state),
+            device=device,
         )
         bank.load_state_dict(dict(state))
         return bank.eval()
+
+
+def find_norm(state: Mapping[str, Tensor]) -> str:
+    """Tell from a head's tensors what follows its hidden layers: ``"batch"`` or ``"layer"``.
+
+    Only a batch norm keeps running means. A head without hidden layers has no norm and counts as
+    ``"batch"``, which is the default of every recipe.
+    """
+    return "layer" if "norm_weight_0" in state and "mean_0" not in state else "batch"
 
 
 @torch.inference_mode()

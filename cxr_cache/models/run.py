@@ -433,6 +433,10 @@ class Run:
         description = self._read_model_description()
         with safe_open(self.path / _MODEL, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        from cxr_cache.models.heads import find_norm
+
+        # Version 0.1.0 did not write down the norm of the hidden layers.
+        description["head"] = {"norm": find_norm(tensors)} | description["head"]
         return SavedModel(tensors, **{**description, "findings": tuple(description["findings"])})
 
     @property

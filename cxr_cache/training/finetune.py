@@ -49,6 +49,7 @@ from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_head,
     describe_labels,
     note_split,
     write_outcome,
@@ -498,9 +499,8 @@ def _to_model(
         "precision": config.precision,
         "tokens": "float16" if config.source == "tokens" else "float32",
     }
-    head = {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout")}
-    tensors = _to_save(members, half=config.half)
-    return SavedModel(tensors, findings, thresholds, encoder.identity.to_dict(), head, tail)
+    tensors, identity = _to_save(members, half=config.half), encoder.identity.to_dict()
+    return SavedModel(tensors, findings, thresholds, identity, describe_head(config), tail)
 
 
 def _to_save(members: dict[str, Tensor], *, half: bool) -> dict[str, Tensor]:

@@ -311,13 +311,10 @@ class _Trainer:
         self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
         # Not the seed itself: from there come the initial weights and dropout.
         self.shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]
-        self.bank = HeadBank(
-            len(tasks),
+        self.bank = HeadBank.of_recipe(
+            config,
             self.embeddings.shape[-1],
             self.targets.shape[-1],
-            hidden=config.hidden,
-            dropout=config.dropout,
-            norm=config.norm,
             seeds=[task.seed for task in tasks],
             device=device,
         )

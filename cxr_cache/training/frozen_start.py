@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -26,6 +26,12 @@ _OF_THE_RUN: Final = (
     *LOSS_OPTIONS,
 )
 """Options that a fine-tuning takes from the frozen run that it starts from."""
+
+_DECIDED_BY_THE_RUN: Final = (
+    *("findings", "hidden", "norm", "input_norm"),
+    *("n_folds", "split_by", "test_fraction"),
+)
+"""What cannot be chosen again after the frozen run: the shape of its heads, and its split."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +87,11 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
     """
     _require_frozen(run)
     model, cohort = run.load_model(), found.cohort
-    before = {
-        "findings": list(model.findings),
-        "hidden": list(model.head["hidden"]),
-        "input_norm": model.head["input_norm"],
-        "n_folds": run.config["train"]["n_folds"],
-        "split_by": run.config["train"]["split_by"],
-        "test_fraction": run.config["train"]["test_fraction"],
-    }
-    now = {
-        "findings": list(cohort.findings),
-        "hidden": list(config.hidden),
-        "input_norm": config.input_norm,
-        "n_folds": config.n_folds,
-        "split_by": config.split_by,
-        "test_fraction": config.test_fraction,
-    }
+    recorded = run.config["train"] | model.head | {"findings": list(model.findings)}
+    given = asdict(config) | {"findings": list(cohort.findings), "hidden": list(config.hidden)}
+    before, now = (
+        {name: values[name] for name in _DECIDED_BY_THE_RUN} for values in (recorded, given)
+    )
     differences = find_differences(before, now) | compare_encoders(
         model.encoder, store.header.encoder
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,6 +88,18 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
 def describe_labels(path: Path | None) -> dict[str, str] | None:
     """What a run records of the CSV whose targets replaced the store's."""
     return None if path is None else {"path": str(path), "sha256": hash_file(path)}
+
+
+def describe_head(config: Recipe) -> dict[str, Any]:
+    """Say what a saved head looks like, and how embeddings are prepared for it.
+
+    Means and spreads of ``input_norm="standard"`` are folded into the first layer of a trained
+    head, so that the saved one reads embeddings as they are.
+    """
+    head = {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout", "norm")}
+    if config.input_norm == "standard":
+        head["input_norm"] = "none"
+    return head | {"features": getattr(config, "features", "projected")}
 
 
 def write_outcome(

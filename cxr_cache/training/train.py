@@ -16,6 +16,7 @@ from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import load_training_data
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_head,
     describe_labels,
     note_split,
     write_outcome,
@@ -101,13 +102,6 @@ def train_head(
     search = search_epochs(data, split, config, on_progress=on_progress)
     bank, final_history = train_final(data, split, search, config)
     probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
-    head = {
-        # What is standardised in training is folded into the head.
-        "input_norm": "none" if config.input_norm == "standard" else config.input_norm,
-        "features": config.features,
-        "hidden": config.hidden,
-        "dropout": config.dropout,
-    }
     run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
     write_outcome(
         run,
@@ -118,7 +112,7 @@ def train_head(
         predictions=probabilities.numpy(),
         final_history=final_history,
         make_model=lambda thresholds: SavedModel(
-            bank.snapshot(), cohort.findings, thresholds, encoder, head
+            bank.snapshot(), cohort.findings, thresholds, encoder, describe_head(config)
         ),
     )
     return TrainResult(run, search, notes)

@@ -64,12 +64,10 @@ def build_model(
     head: Mapping[str, Tensor] | None = None,
 ) -> TailAndHead:
     """The encoder with its blocks as they were loaded, and a head: given, or drawn from `seed`."""
-    bank = HeadBank(
-        1,
+    bank = HeadBank.of_recipe(
+        config,
         data.encoder.identity.embedding_width,
         data.targets.shape[1],
-        hidden=config.hidden,
-        dropout=config.dropout,
         seeds=[seed],
         device=data.encoder.device,
     )
