@@ -62,7 +62,7 @@ def train(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Search the number of epochs by cross-validation, train a head, and test it once."""
+    """Search the number of epochs by cross-validation, train, and test once."""
     from cxr_cache.training.fit_on_cores import release_cores
     from cxr_cache.training.train import train_head
 
