@@ -83,8 +83,8 @@ class Option:
     """Applied to a value of the right type, and to each number of several; never to None."""
     flag: str = ""
     """Name on the command line; empty where it is the field's, with dashes."""
-    unset: str = "none"
-    """What None means, in the words of the help text."""
+    shown: str = ""
+    """The default in words, where its value does not say what it does."""
     separator: str = ","
     """What stands between several numbers on the command line."""
 
@@ -96,11 +96,11 @@ def option(
     choices: tuple[str, ...] = (),
     check: Check = lambda _: "",
     flag: str = "",
-    unset: str = "none",
+    shown: str = "",
     separator: str = ",",
 ) -> T:
     """Declare a field of a config; the arguments are those of :class:`Option`."""
-    described = Option(help, choices, check, flag, unset, separator)
+    described = Option(help, choices, check, flag, shown, separator)
     return field(default=default, metadata={"option": described})
 
 
@@ -277,7 +277,7 @@ class Recipe(Config):
     early_stopping: int | None = option(
         None,
         "Stop a fold after this many epochs without a better validation loss.",
-        unset="train on",
+        shown="train on",
         check=at_least(1),
     )
     loss: str = option(
@@ -399,7 +399,7 @@ class Augmentation(Config):
     crop_scale: float | None = option(
         None,
         "When training from images: smallest share of the area that a random crop keeps.",
-        unset="no crop",
+        shown="no crop",
         check=_POSITIVE_SHARE,
     )
     rotation_deg: float = option(
@@ -485,6 +485,7 @@ class FinetuneConfig(Recipe):
     num_workers: int = option(
         min(8, os.cpu_count() or 1),
         "When training from images: number of decoding processes.",
+        shown="one per core, at most 8",
         check=at_least(0),
     )
     half: bool = option(
@@ -514,19 +515,19 @@ class WorkersConfig(Config):
     backend: Literal["loky", "dask", "ray"] | None = option(
         None,
         "Where to share out the work: processes of this machine (loky), a Dask or a Ray cluster.",
-        unset="this process alone",
+        shown="this process alone",
     )
     n_workers: int | None = option(
         None,
         "Number of workers to start, or to wait for.",
         flag="--workers",
-        unset="one per core; all of a cluster",
+        shown="one per core; all of a cluster",
         check=at_least(1),
     )
     scheduler: str | None = option(
         None,
         "Address of a running Dask or Ray cluster.",
-        unset="start one on this machine",
+        shown="start one on this machine",
     )
 
 
@@ -543,7 +544,7 @@ class AblateConfig(WorkersConfig):
         None,
         "Number of settings to try, chosen at random from all combinations.",
         flag="--sample",
-        unset="all",
+        shown="all",
         check=at_least(1),
     )
     backend: Literal["loky", "dask", "ray"] = option(
@@ -582,12 +583,12 @@ class EncoderOptions(Config):
     resize: Literal["squash", "crop"] | None = option(
         None,
         "How an image becomes square: squeezed into shape, or cut to its middle.",
-        unset="as the encoder's configuration says",
+        shown="as the encoder's configuration says",
     )
     normalize: Literal["encoder", "imagenet"] = option(
         "encoder", "Whose mean and standard deviation of pixels to use."
     )
-    bits_stored: int | None = option(None, "Number of bits in use in 16-bit files.", unset="all 16")
+    bits_stored: int | None = option(None, "Number of bits in use in 16-bit files.", shown="all 16")
 
 
 @dataclass(frozen=True)
@@ -597,32 +598,32 @@ class ExtractConfig(Config):
     batch_size: int | None = option(
         None,
         "Images per forward pass; they become fewer where the device's memory is short.",
-        unset="8 on a CPU, 256 on a GPU",
+        shown="8 on a CPU, 256 on a GPU",
         check=at_least(1),
     )
     num_workers: int | None = option(
         None,
         "Number of decoding processes; 0 decodes in a thread.",
-        unset="on a CPU one for every fourth core, else one per core, at most 16",
+        shown="on a CPU one for every fourth core, else one per core, at most 16",
         check=at_least(0),
     )
     flip: bool = option(False, "Also embed each image's mirror image, as a second view.")
     unfreeze_layers: int | None = option(
         None,
         "With --tokens: number of last blocks that will be fine-tuned, whose input is cached.",
-        unset=str(FinetuneConfig.unfreeze_layers),
+        shown=str(FinetuneConfig.unfreeze_layers),
         check=at_least(1),
     )
     max_failures: int | None = option(
         None,
         "Largest number of images that may fail before the extraction stops.",
-        unset="1 % of the images, at least 100",
+        shown="1 % of the images, at least 100",
         check=at_least(0),
     )
     part: tuple[int, int] | None = option(
         None,
         "Extract one of N parts, such as 2/3, for merge to join.",
-        unset="all",
+        shown="all",
         separator="/",
     )
     recheck_images: bool = option(
@@ -682,13 +683,13 @@ class EvaluateConfig(CompareConfig):
         None,
         "Choose the thresholds anew on out-of-fold predictions, by a rule such as "
         f"{', '.join(THRESHOLD_RULES)}.",
-        unset="as stored",
+        shown="as stored",
     )
     calibration: Literal["none", "temperature", "platt"] | None = option(
         None,
         "Calibrate the probabilities anew on out-of-fold predictions: one temperature for all "
         "findings, or Platt's slope and intercept for each.",
-        unset="as stored",
+        shown="as stored",
     )
 
 
@@ -719,7 +720,7 @@ class ExplainConfig(Config):
         None,
         "Number of last blocks to follow back.",
         flag="--blocks",
-        unset="the blocks that were fine-tuned; of a frozen run, the last two",
+        shown="the blocks that were fine-tuned; of a frozen run, the last two",
         check=at_least(1),
     )
 

@@ -146,8 +146,10 @@ def _option_of(
     flag = known.flag or f"--{of.name.replace('_', '-')}"
 
     def show(value: Any) -> str:
+        if value == of.default and known.shown:
+            return known.shown
         if value is None:
-            return known.unset
+            return "none"
         if isinstance(value, bool):
             return flag.lstrip("-") if value else f"no-{flag.lstrip('-')}"
         if isinstance(value, tuple):
