@@ -134,7 +134,7 @@ def evaluate_predictions(
     return _evaluate(raw, _Reading(cuts, calibration, rule, n_resamples, seed), groups)
 
 
-def evaluate_run(
+def score_run(
     run: Run,
     *,
     threshold_rule: str | None = None,

@@ -113,7 +113,7 @@ def run_ablation(
     settings
         From :func:`make_settings`; the others are compared with the first.
     labels, allow_pending
-        As in :func:`cxr_cache.training.train.train_head`.
+        As in :func:`cxr_cache.training.train.fit_run`.
     baselines
         Models to put into the table.
     backend, n_workers, scheduler

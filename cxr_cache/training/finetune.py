@@ -169,7 +169,7 @@ def _open_source(
 # -- the whole --------------------------------------------------------------------------
 
 
-def finetune_tail(
+def tune_run(
     store_path: str | Path,
     run_dir: str | Path,
     config: FinetuneConfig | None = None,

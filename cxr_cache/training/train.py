@@ -30,7 +30,7 @@ from cxr_cache.training.search import (
 )
 
 
-def train_head(
+def fit_run(
     store_path: str | Path,
     run_dir: str | Path,
     config: TrainConfig | None = None,
@@ -43,7 +43,7 @@ def train_head(
     """Split, search the number of epochs, train the final head and write the run folder.
 
     Test rows take part in nothing but the final predictions; thresholds come from out-of-fold
-    predictions. :func:`cxr_cache.evaluation.evaluate.evaluate_run` then scores the run.
+    predictions. :func:`cxr_cache.evaluation.evaluate.score_run` then scores the run.
 
     Parameters
     ----------

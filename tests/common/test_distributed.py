@@ -21,7 +21,7 @@ from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError
 from cxr_cache.models.run import Run
 from cxr_cache.store.extract import extract_embeddings
-from cxr_cache.training.finetune import finetune_tail
+from cxr_cache.training.finetune import tune_run
 
 CONFIG = FinetuneConfig(
     epochs=(1, 2),
@@ -60,7 +60,7 @@ def torchrun(store: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
 
 def test_two_processes_give_the_run_of_one(store, tmp_path):
     """Each batch is shared, dropout and batch norm see the whole of it, gradients are summed."""
-    alone = finetune_tail(store, tmp_path / "alone", CONFIG).run
+    alone = tune_run(store, tmp_path / "alone", CONFIG).run
     result = torchrun(store, tmp_path / "two")
     assert result.returncode == 0, result.stderr
     two = Run.open(tmp_path / "two")
@@ -89,7 +89,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(store, tmp_path, monkeypatch):
     monkeypatch.setattr("cxr_cache.training.finetune.world_size", lambda: 2)
     message = r"--batch-size 9 does not divide into 2 processes\. Use a multiple of 2\."
     with pytest.raises(ConfigError, match=message):
-        finetune_tail(store, tmp_path / "run", replace(CONFIG, batch_size=9))
+        tune_run(store, tmp_path / "run", replace(CONFIG, batch_size=9))
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from cxr_cache.errors import RunError
 from cxr_cache.evaluation.compare import COLUMNS, compare_runs, holm
 from cxr_cache.models.run import Run
 from cxr_cache.report.plots import write_comparison
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.evaluation.test_evaluate import FINDINGS, make_run
 from tests.oracles import bootstrap_weights
 from tests.synthetic import QUICK, make_cohort, make_store
@@ -36,7 +36,7 @@ def runs(store) -> tuple[Run, Run]:
     weak = replace(QUICK, epochs=(1,), learning_rate=1e-6)
     strong = replace(QUICK, epochs=(40,), learning_rate=1e-2)
     return tuple(
-        train_head(store, store.parent / name, config).run
+        fit_run(store, store.parent / name, config).run
         for name, config in (("weak", weak), ("strong", strong))
     )
 
@@ -240,7 +240,7 @@ def test_table_and_picture_are_written(runs, tmp_path):
 
 
 def test_another_test_split_is_refused_naming_both_runs(runs, store, tmp_path):
-    other = train_head(store, tmp_path / "other", replace(QUICK, epochs=(1,), seed=7)).run
+    other = fit_run(store, tmp_path / "other", replace(QUICK, epochs=(1,), seed=7)).run
 
     with pytest.raises(
         RunError, match=r"was tested on \d+ images and .* \d+ are the same\. Only"

@@ -46,7 +46,7 @@ from cxr_cache.evaluation.leakage import (
 from cxr_cache.models.run import Run
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests import small_stores, synthetic
 
 PLANTED = ("copy", "resaved", "brighter", "inverted", "upside_down", "noise", "flat", "coloured")
@@ -322,7 +322,7 @@ def leaking(tmp_path_factory) -> tuple[Path, Path]:
     config = replace(
         synthetic.QUICK, epochs=(25,), split_by="image", dropout=0.0, hidden=(64, 32), n_folds=2
     )
-    train_head(store, folder / "run", config)
+    fit_run(store, folder / "run", config)
     return store, folder / "run"
 
 
@@ -344,7 +344,7 @@ def test_a_patient_on_both_sides_is_found_where_studies_are_whole(tmp_path):
     """The run did not know that two studies are one patient's; the store does."""
     cohort = synthetic.make_cohort(40)
     known = cohort.assign(patient_id=np.char.add("p", (np.arange(80) // 8).astype(str)))
-    train_head(
+    fit_run(
         synthetic.make_store(tmp_path / "blind.h5", cohort),
         tmp_path / "run",
         replace(synthetic.QUICK, epochs=(1,)),
@@ -384,7 +384,7 @@ def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
     cohort = synthetic.make_cohort(80)
     cohort = cohort.assign(study_uid=np.arange(len(cohort)).astype(str))
     store = synthetic.make_store(tmp_path / "features.h5", cohort)
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
     with FeatureStore.open(store) as features:
         found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=2, n_resamples=20)
     assert all(arm.n_shared == 0 for arm in found.arms)
@@ -396,7 +396,7 @@ def test_the_leak_is_measured_over_patients_where_they_are_known(tmp_path):
     cohort = synthetic.make_cohort(80)
     known = cohort.assign(patient_id=np.char.add("p", (np.arange(160) // 4).astype(str)))
     store = synthetic.make_store(tmp_path / "features.h5", known)
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
     with FeatureStore.open(store) as features:
         found = measure_leakage(features, Run.open(tmp_path / "run"), n_repeats=1, n_resamples=20)
     assert found.to_dict()["unit"] == "patient"

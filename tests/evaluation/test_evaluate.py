@@ -13,7 +13,7 @@ import torch
 from sklearn import metrics as reference
 
 from cxr_cache.errors import ConfigError, RunError, TableError
-from cxr_cache.evaluation.evaluate import evaluate_predictions, evaluate_run, format_summary
+from cxr_cache.evaluation.evaluate import evaluate_predictions, format_summary, score_run
 from cxr_cache.evaluation.scored import parse_predictions, read_scored
 from cxr_cache.metrics.operating_point import choose_thresholds
 from cxr_cache.metrics.scores import NEVER
@@ -122,7 +122,7 @@ def read_test_split(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def test_metrics_equal_scikit_learn_on_the_files(run):
     """Computed here anew, finding by finding, from predictions.csv and targets.csv."""
-    evaluate_run(run, n_resamples=20)
+    score_run(run, n_resamples=20)
 
     probabilities, targets = read_test_split(run)
     rows = []
@@ -165,7 +165,7 @@ def test_metrics_equal_scikit_learn_on_the_files(run):
 
 
 def test_every_test_figure_has_an_interval_around_it(run):
-    metrics = evaluate_run(run, n_resamples=200)
+    metrics = score_run(run, n_resamples=200)
 
     groups = [metrics["test"], metrics["test_by_study"], *metrics["test_by_projection"].values()]
     for group in groups:
@@ -190,7 +190,7 @@ def test_every_test_figure_has_an_interval_around_it(run):
 
 
 def test_undefined_findings_are_left_out_counted_and_named(run):
-    metrics = evaluate_run(run, n_resamples=20)
+    metrics = score_run(run, n_resamples=20)
 
     assert metrics["n_findings"] == 6
     assert metrics["n_findings_scored"] == 5
@@ -204,7 +204,7 @@ def test_undefined_findings_are_left_out_counted_and_named(run):
 
 
 def test_class_counts_span_train_and_test(run):
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
 
     targets = pd.read_csv(run.path / "targets.csv")
     studies = pd.read_csv(run.path / "splits.csv")["study_uid"]
@@ -229,7 +229,7 @@ def test_studies_average_their_images():
 
 
 def test_study_and_projection_figures_equal_scikit_learn(run):
-    metrics = evaluate_run(run, n_resamples=20)
+    metrics = score_run(run, n_resamples=20)
 
     probabilities, targets = read_test_split(run)
     columns = list(FINDINGS)
@@ -275,10 +275,10 @@ def test_copies_of_an_image_do_not_narrow_the_interval():
 
 
 def test_same_seed_same_intervals(run):
-    first, second = (evaluate_run(run, n_resamples=30, seed=1) for _ in range(2))
+    first, second = (score_run(run, n_resamples=30, seed=1) for _ in range(2))
 
     assert first == second
-    assert evaluate_run(run, n_resamples=30, seed=2)["test"] != first["test"]
+    assert score_run(run, n_resamples=30, seed=2)["test"] != first["test"]
 
 
 def test_wrong_tables_are_named():
@@ -307,12 +307,12 @@ def test_wrong_tables_are_named():
 
 def test_one_resample_is_no_spread(run):
     with pytest.raises(ConfigError, match="1 resamples show no spread; 2 or more do"):
-        evaluate_run(run, n_resamples=1)
+        score_run(run, n_resamples=1)
 
 
 def test_summary_sets_accuracy_beside_predicting_nothing(run):
     """95 % accuracy says little where doing nothing earns 94.98 %; so both share a line."""
-    metrics = evaluate_run(run, n_resamples=20)
+    metrics = score_run(run, n_resamples=20)
 
     summary = format_summary(metrics)
 
@@ -381,7 +381,7 @@ def test_averages_over_findings_equal_scikit_learn():
 
 
 def test_studies_have_a_table_of_their_own(run):
-    evaluate_run(run, n_resamples=20)
+    score_run(run, n_resamples=20)
 
     probabilities, targets = read_test_split(run)
     by = probabilities["study_uid"]
@@ -447,10 +447,10 @@ def test_degenerate_tables_are_evaluated_without_a_figure_that_is_not_there(rows
 
 
 def test_another_rule_is_chosen_out_of_fold_and_stored_with_the_model(run):
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
     f1 = run.thresholds
 
-    metrics = evaluate_run(run, threshold_rule="sensitivity=0.9", n_resamples=0)
+    metrics = score_run(run, threshold_rule="sensitivity=0.9", n_resamples=0)
 
     assert metrics["threshold_rule"] == Run.open(run.path).threshold_rule == "sensitivity=0.9"
     assert run.thresholds != f1
@@ -458,17 +458,17 @@ def test_another_rule_is_chosen_out_of_fold_and_stored_with_the_model(run):
     expected = choose_thresholds(out_of_fold.targets, out_of_fold.probabilities, "sensitivity=0.9")
     assert list(run.thresholds.values()) == expected.tolist()
     assert metrics["out_of_fold"]["macro_sensitivity"]["value"] >= 0.9
-    evaluate_run(run, threshold_rule="f1", n_resamples=0)
+    score_run(run, threshold_rule="f1", n_resamples=0)
     assert run.thresholds == f1
     with pytest.raises(ConfigError, match="is no rule"):
-        evaluate_run(run, threshold_rule="best")
+        score_run(run, threshold_rule="best")
 
 
 @pytest.mark.parametrize("method", ["temperature", "platt"])
 def test_calibration_is_fitted_out_of_fold_stored_and_shown_before_and_after(run, method):
-    before = evaluate_run(run, n_resamples=0)
+    before = score_run(run, n_resamples=0)
 
-    metrics = evaluate_run(run, calibration=method, n_resamples=0)
+    metrics = score_run(run, calibration=method, n_resamples=0)
 
     shown = metrics["calibration"]
     assert shown["method"] == Run.open(run.path).calibration.method == method
@@ -501,26 +501,26 @@ def test_calibration_is_fitted_out_of_fold_stored_and_shown_before_and_after(run
 def test_predictions_stay_what_the_model_said_so_that_choosing_again_is_free(run):
     tables = [run.path / f"{name}.csv" for name in ("predictions", "out_of_fold")]
     said = [table.read_bytes() for table in tables]
-    plain = evaluate_run(run, n_resamples=10)
+    plain = score_run(run, n_resamples=10)
     thresholds = run.thresholds
 
-    evaluate_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
+    score_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
     assert [table.read_bytes() for table in tables] == said
 
-    assert evaluate_run(run, calibration="none", threshold_rule="f1", n_resamples=10) == plain
+    assert score_run(run, calibration="none", threshold_rule="f1", n_resamples=10) == plain
     assert run.thresholds == thresholds
 
 
 def test_what_test_says_changes_neither_thresholds_nor_calibration(run, tmp_path):
     """Test targets turned upside down: the stored choices stay the same."""
-    evaluate_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
+    score_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
     stored = run.thresholds, run.calibration.to_dict()
     targets, splits = run.read_table("targets"), run.read_table("splits")
     is_test = (splits["split"] == "test").to_numpy()
     targets.loc[is_test, list(FINDINGS)] = 1 - targets.loc[is_test, list(FINDINGS)]
     run.write_table("targets", targets)
 
-    evaluate_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
+    score_run(run, calibration="platt", threshold_rule="youden", n_resamples=0)
 
     assert (run.thresholds, run.calibration.to_dict()) == stored
 
@@ -539,7 +539,7 @@ def test_groups_of_a_table_are_scored_one_by_one(run, tmp_path):
     lines = [f"{uid},{s},{a}" for uid, (s, a) in enumerate(zip(sex, age, strict=True))]
     path = write_groups(tmp_path / "g.csv", "\n".join(["study_uid,sex,age", *lines]))
 
-    metrics = evaluate_run(run, groups=path, n_resamples=20)
+    metrics = score_run(run, groups=path, n_resamples=20)
 
     assert metrics["test_by_group"].keys() == {"sex", "age_band"}
     assert metrics["test_by_group"]["age_band"].keys() <= {
@@ -563,14 +563,14 @@ def test_groups_of_a_table_are_scored_one_by_one(run, tmp_path):
     in_band = (age >= 18) & (age < 40) & (np.arange(N_STUDIES) % 5 == 0)
     assert (band["n_studies_group"] == in_band.sum()).all()
     path.unlink()
-    again = evaluate_run(run, n_resamples=0)["test_by_group"]
+    again = score_run(run, n_resamples=0)["test_by_group"]
     assert again.keys() == {"sex", "age_band"}, "they are kept with the run"
     for value, entry in metrics["test_by_group"]["age_band"].items():
         assert again["age_band"][value]["macro_auroc"]["value"] == pytest.approx(
             entry["macro_auroc"]["value"], nan_ok=True
         )
     run.groups_path.unlink()
-    assert evaluate_run(run, n_resamples=0)["test_by_group"] == {}
+    assert score_run(run, n_resamples=0)["test_by_group"] == {}
 
 
 @pytest.mark.parametrize(
@@ -598,14 +598,14 @@ def test_group_tables_that_cannot_be_used_are_named(run, tmp_path, text, message
     path = write_groups(tmp_path / "g.csv", text)
 
     with pytest.raises(TableError, match=message):
-        evaluate_run(run, groups=path, n_resamples=0)
+        score_run(run, groups=path, n_resamples=0)
 
 
 # --- curves --------------------------------------------------------------------------------------
 
 
 def test_curves_are_points_of_scikit_learns(run):
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
 
     probabilities, targets = read_test_split(run)
     curves = run.read_table("curves")
@@ -651,4 +651,4 @@ def test_a_run_without_its_tables_says_so(run):
     (run.path / "out_of_fold.csv").unlink()
 
     with pytest.raises(RunError, match=r"out_of_fold.csv is missing; the run folder is not whole"):
-        evaluate_run(run, threshold_rule="youden")
+        score_run(run, threshold_rule="youden")

@@ -20,14 +20,14 @@ from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import (
     Evaluation,
     evaluate_predictions,
-    evaluate_run,
     format_summary,
+    score_run,
 )
 from cxr_cache.evaluation.figures import estimate
 from cxr_cache.evaluation.scored import ScoredImages, parse_predictions, read_scored
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_joint_report, write_report
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.evaluation.test_evaluate import FINDINGS, make_run, make_tables
 from tests.synthetic import QUICK, make_cohort, make_store
 
@@ -155,7 +155,7 @@ def test_a_blank_column_is_as_none_at_all(tmp_path, blank):
     for name in ("predictions", "out_of_fold"):
         run.write_table(name, run.read_table(name).assign(patient_id=blank))
 
-    assert evaluate_run(run, n_resamples=50) == evaluate_run(before, n_resamples=50)
+    assert score_run(run, n_resamples=50) == score_run(before, n_resamples=50)
     for path in before.path.glob("*.csv"):
         if path.stem not in ("predictions", "out_of_fold"):
             assert path.read_bytes() == (run.path / path.name).read_bytes(), path.name
@@ -172,8 +172,8 @@ def trained(tmp_path_factory) -> tuple[Run, pd.Series, Path]:
     cohort = make_cohort(90)
     patients = np.char.add("00MRN", (np.arange(len(cohort)) // 6).astype(str))
     store = make_store(folder / "s.h5", cohort.assign(patient_id=patients))
-    run = train_head(store, folder / "run", replace(QUICK, epochs=(4,))).run
-    evaluate_run(run, n_resamples=50)
+    run = fit_run(store, folder / "run", replace(QUICK, epochs=(4,))).run
+    score_run(run, n_resamples=50)
     write_report(run)
     return run, pd.Series(patients, cohort.image_ids), store
 
@@ -213,7 +213,7 @@ def test_patients_known_in_part_are_said_to_be(trained, tmp_path):
     table.loc[table["study_uid"].astype(int) % 2 == 0, "patient_id"] = ""
     copy.write_table("predictions", table)
 
-    assert "resamples of patients or studies]" in format_summary(evaluate_run(copy, n_resamples=5))
+    assert "resamples of patients or studies]" in format_summary(score_run(copy, n_resamples=5))
 
 
 def test_an_external_store_brings_its_patients(trained):
@@ -227,7 +227,7 @@ def test_an_external_store_brings_its_patients(trained):
 def test_runs_are_compared_by_patient_even_if_one_of_them_names_none(trained, tmp_path):
     """All are scored on the same resamples, whichever of them comes first."""
     run, _, store = trained
-    other = train_head(store, tmp_path / "other", replace(QUICK, epochs=(1,))).run
+    other = fit_run(store, tmp_path / "other", replace(QUICK, epochs=(1,))).run
     old = forget_patients(run, tmp_path / "old")
     oldest = forget_patients(other, tmp_path / "oldest")
 
@@ -253,7 +253,7 @@ def test_the_page_of_several_runs_says_what_its_differences_rest_on(trained, tmp
     """Also where the first run's own figures rest on studies."""
     run, _, _ = trained
     old = forget_patients(run, tmp_path / "old")
-    evaluate_run(old, n_resamples=5)
+    score_run(old, n_resamples=5)
 
     html = write_joint_report([old, run], tmp_path / "both.html", n_resamples=5).read_text()
 

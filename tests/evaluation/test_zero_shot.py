@@ -23,12 +23,12 @@ from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.encoders.text import PromptPair, load_prompts, load_text_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.zero_shot import require_text_tower_of, score_prompts, score_zero_shot
 from cxr_cache.models.run import Run
 from cxr_cache.report.views import read_view
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from scripts.write_random_biomedclip import write_biomedclip_folder
 from tests import synthetic
 from tests.encoders.test_encoder import TIMM_VIT, draw_pixels, write_folder, write_open_clip_model
@@ -161,7 +161,7 @@ def test_sentences_are_averaged_at_length_one(folder):
 
 
 def test_figures_are_scikit_learns_on_the_runs_test_images(folder, store, tmp_path):
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(4,)))
     run = Run.open(tmp_path / "run")
     ours = load_text_encoder(f"local-dir:{folder}")
     with FeatureStore.open(store) as features:
@@ -186,7 +186,7 @@ def test_figures_are_scikit_learns_on_the_runs_test_images(folder, store, tmp_pa
 def test_patients_of_the_store_are_resampled_with_and_without_a_run(folder, store, tmp_path):
     """As studies of that name would be, to the bit."""
     ours = load_text_encoder(f"local-dir:{folder}")
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
     run = Run.open(tmp_path / "run")
     with FeatureStore.open(store) as features:
         cohort, embeddings = features.cohort, np.array(features.embeddings)
@@ -231,9 +231,9 @@ def test_the_command_and_its_table(store, folder, tmp_path):
 def test_a_runs_table_is_kept_with_it_until_it_is_trained_anew(store, folder, tmp_path):
     """What `zero-shot --run-dir` writes is what the run's page reads, to the last digit."""
     recipe = replace(synthetic.QUICK, epochs=(2,))
-    train_head(store, tmp_path / "run", recipe)
+    fit_run(store, tmp_path / "run", recipe)
     run = Run.open(tmp_path / "run")
-    evaluate_run(run, n_resamples=10)
+    score_run(run, n_resamples=10)
     prompts = tmp_path / "prompts.json"
     entries = {f: {"present": [f"a {f}"], "absent": [f"no {f}"]} for f in list(PROMPTS)[:4]}
     prompts.write_text(json.dumps(entries))
@@ -252,14 +252,14 @@ def test_a_runs_table_is_kept_with_it_until_it_is_trained_anew(store, folder, tm
     assert view.zero_shot.n_findings == 4
     by_finding = view.zero_shot.by_finding.values()
     assert view.zero_shot.macro["run"] == pytest.approx(np.mean([r["run"] for r in by_finding]))
-    evaluate_run(run, calibration="platt", n_resamples=0)
+    score_run(run, calibration="platt", n_resamples=0)
     assert not read_view(run).zero_shot_is_stale, "calibration leaves the order as it is"
-    train_head(store, run.path, recipe, overwrite=True)
+    fit_run(store, run.path, recipe, overwrite=True)
     assert not kept.exists()
 
 
 def test_a_table_of_another_encoder_is_not_kept(folder, store, tmp_path):
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
     run = Run.open(tmp_path / "run")
     ours = load_text_encoder(f"local-dir:{folder}")
     with FeatureStore.open(store) as features:
@@ -271,7 +271,7 @@ def test_a_table_of_another_encoder_is_not_kept(folder, store, tmp_path):
 
 
 def test_a_fine_tuned_run_is_said_not_to_fit(folder, store, tmp_path):
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(2,)))
     run = Run.open(tmp_path / "run")
     run.config["kind"] = "finetune"
     with FeatureStore.open(store) as features:

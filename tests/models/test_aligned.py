@@ -11,7 +11,7 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import RunError
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.synthetic import QUICK, make_cohort, make_store
 
 
@@ -20,7 +20,7 @@ def trained(tmp_path_factory) -> tuple[Run, Cohort]:
     """A run on all but the last ten images, and all of them with other targets."""
     folder, cohort = tmp_path_factory.mktemp("aligned"), make_cohort(60)
     store = make_store(folder / "s.h5", cohort.take(slice(110)))
-    run = train_head(store, folder / "run", replace(QUICK, epochs=(1,))).run
+    run = fit_run(store, folder / "run", replace(QUICK, epochs=(1,))).run
     return run, replace(cohort, targets=np.zeros_like(cohort.targets)).assign(sex="F")
 
 

@@ -21,7 +21,7 @@ from cxr_cache.datasets.phantoms.dataset import draw_phantom
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, ImageError, RunError
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.explain import (
     Explanation,
     explain_images,
@@ -36,8 +36,8 @@ from cxr_cache.models.run import Run
 from cxr_cache.report.cases import Case, draw_maps
 from cxr_cache.report.plots import write_explanations
 from cxr_cache.store.extract import extract_embeddings
-from cxr_cache.training.finetune import finetune_tail
-from cxr_cache.training.train import train_head
+from cxr_cache.training.finetune import tune_run
+from cxr_cache.training.train import fit_run
 from tests import synthetic
 from tests.encoders.test_encoder import TINY_VIT, draw_pixels, write_open_clip_model
 from tests.report.test_report import Page
@@ -87,8 +87,8 @@ def runs(tmp_path_factory, tiny) -> dict[str, Path]:
     tuned = FinetuneConfig(
         epochs=(1,), n_folds=2, batch_size=8, hidden=(16,), precision="fp32", device="cpu"
     )
-    train_head(folder / "f.h5", folder / "frozen", frozen)
-    finetune_tail(folder / "f.h5", folder / "tuned", tuned)
+    fit_run(folder / "f.h5", folder / "frozen", frozen)
+    tune_run(folder / "f.h5", folder / "tuned", tuned)
     return {name: folder / name for name in ("frozen", "tuned", "images")}
 
 
@@ -250,7 +250,7 @@ def test_towers_without_a_class_tokens_attention_are_refused(name):
 
 def test_a_run_on_imported_embeddings_has_no_encoder(tmp_path):
     store = synthetic.make_store(tmp_path / "f.h5", synthetic.make_cohort(30))
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(1,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(1,)))
     arguments = ["explain", tmp_path / "run", tmp_path / "a.png", "--finding", "Mass"]
     result = CliRunner().invoke(cli, [*map(str, arguments), "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
@@ -288,7 +288,7 @@ def test_maps_of_a_page_are_those_of_explain(runs, tiny):
 
 def test_the_report_shows_maps_on_request(runs):
     run = Run.open(runs["frozen"])
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
     arguments = ["report", run.path, "--image-dir", runs["images"], "--maps"]
     result = CliRunner().invoke(cli, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
@@ -301,7 +301,7 @@ def test_the_report_shows_maps_on_request(runs):
 
 def test_a_report_without_an_encoder_says_so_before_it_draws(tmp_path):
     store = synthetic.make_store(tmp_path / "f.h5", synthetic.make_cohort(30))
-    train_head(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(1,)))
+    fit_run(store, tmp_path / "run", replace(synthetic.QUICK, epochs=(1,)))
     arguments = ["report", tmp_path / "run", "--image-dir", tmp_path, "--maps"]
     result = CliRunner().invoke(cli, list(map(str, arguments)))
     assert result.exit_code == 1
@@ -383,11 +383,11 @@ def test_fine_tuned_runs_look_where_the_finding_is(tmp_path, tiny):
     )
     trainings = []
     for seed in (1, 2, 3):
-        finetune_tail(store, tmp_path / f"tuned{seed}", replace(tuned, seed=seed))
+        tune_run(store, tmp_path / f"tuned{seed}", replace(tuned, seed=seed))
         trainings.append(locate(Run.open(tmp_path / f"tuned{seed}"), tiny, 6))
         print(trainings[-1])
     frozen = TrainConfig(epochs=(40,), n_folds=2, batch_size=32, learning_rate=1e-3, n_jobs=1)
-    train_head(store, tmp_path / "frozen", frozen)
+    fit_run(store, tmp_path / "frozen", frozen)
 
     found = {name: np.mean([one[name] for one in trainings]) for name in trainings[0]}
     assert found["map"] > 3 * found["chance"]

@@ -27,7 +27,7 @@ from cxr_cache.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models import predict as predict_module
 from cxr_cache.models.heads import HeadBank
@@ -41,7 +41,7 @@ from cxr_cache.models.predict import (
 from cxr_cache.models.run import Run
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.synthetic import FINDINGS, IMPORTED, QUICK, WIDTH, make_cohort, make_store
 
 ENCODER = "random:test_vit:5"
@@ -86,7 +86,7 @@ def store(folder, images, cohort, encoder) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder, store) -> Run:
-    return train_head(store, folder / "run", CONFIG).run
+    return fit_run(store, folder / "run", CONFIG).run
 
 
 def predictions_of(run: Run) -> pd.DataFrame:
@@ -121,7 +121,7 @@ def test_probabilities_are_calibrated_and_called_as_the_evaluation_does(
     run, images, cohort, encoder, tmp_path
 ):
     copy = Run.open(shutil.copytree(run.path, tmp_path / "copy"))
-    evaluate_run(copy, calibration="platt", threshold_rule="specificity=0.8", n_resamples=0)
+    score_run(copy, calibration="platt", threshold_rule="specificity=0.8", n_resamples=0)
     test = read_scored(copy, "test")
     paths = [images / image_id for image_id in test.image_ids]
 
@@ -273,7 +273,7 @@ def test_the_same_weights_used_otherwise_are_another_encoder(run, images, option
 @pytest.fixture(scope="module")
 def imported_run(folder) -> Run:
     store = make_store(folder / "imported.h5", make_cohort())
-    return train_head(store, folder / "imported_run", replace(QUICK, epochs=(1,), n_folds=2)).run
+    return fit_run(store, folder / "imported_run", replace(QUICK, epochs=(1,), n_folds=2)).run
 
 
 def test_a_run_on_imported_embeddings_has_no_encoder_to_predict_with(imported_run, encoder):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.run import Run
 from cxr_cache.report.model_card import render_card
 from cxr_cache.report.views import RunView, read_view
@@ -17,7 +17,7 @@ from tests.report.test_report import copy_run, keep_zero_shot
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     run = make_run(tmp_path_factory.mktemp("card") / "run")
-    evaluate_run(run, n_resamples=50)
+    score_run(run, n_resamples=50)
     return run
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cxr_cache.evaluation.compare import compare_runs
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.run import Run
 from cxr_cache.report.page import render_page
 from cxr_cache.report.report import write_joint_report
@@ -104,7 +104,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder) -> Run:
     run = make_run(folder / "run")
-    evaluate_run(run, n_resamples=50)
+    score_run(run, n_resamples=50)
     return run
 
 

@@ -19,7 +19,7 @@ from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.encoders.text import PromptPair
 from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.evaluation.compare import compare_runs
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.evaluation.zero_shot import name_prompts, tabulate_areas
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
@@ -94,7 +94,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory) -> Run:
     run = make_run(tmp_path_factory.mktemp("report") / "run")
-    evaluate_run(run, n_resamples=50)
+    score_run(run, n_resamples=50)
     return run
 
 
@@ -117,7 +117,7 @@ def make_rival(run: Run, path: Path) -> Run:
         0.5 * predictions[run.config["findings"]] + 0.5 * noise
     ).round(4)
     rival.write_table("predictions", predictions)
-    evaluate_run(rival, n_resamples=50)
+    score_run(rival, n_resamples=50)
     return rival
 
 
@@ -281,7 +281,7 @@ def test_curves_are_thinned_however_many_findings_there_are(evaluated):
 
 def test_a_run_evaluated_before_curves_were_kept_still_gets_its_page(evaluated, tmp_path):
     run = make_run(tmp_path / "run")
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
     for table in ("curves", "calibration", "subgroups"):
         (run.path / f"{table}.csv").unlink()
     metrics = run.read_metrics()
@@ -331,7 +331,7 @@ def test_limits_of_the_indiana_labels_are_told_with_those_labels_only(evaluated,
 def test_names_are_shown_as_text_whatever_they_hold(tmp_path):
     """A finding is the user's own word; markup in it must not become markup of the page."""
     run = make_run(tmp_path / "run")
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
     odd = "</script><script>alert('$x^')</script><!--"
     for table in ("per_finding", "curves", "calibration", "subgroups"):
         run.write_table(table, run.read_table(table).replace({"finding": {"Nodule": odd}}))
@@ -402,7 +402,7 @@ def test_zero_shot_of_other_test_images_is_left_out_and_said(evaluated, tmp_path
         test = run.read_table("predictions")["split"] == "test"
         changed.loc[test, "Nodule"] = changed.loc[test, "Nodule"].to_numpy()[::-1]
         run.write_table(name, changed)
-        evaluate_run(run, n_resamples=0)
+        score_run(run, n_resamples=0)
 
     page = render(run)
 
@@ -469,7 +469,7 @@ def test_a_page_does_not_replace_what_is_not_one(evaluated, rival, tmp_path):
 
 def test_runs_that_cannot_share_a_page_are_refused(evaluated, rival, tmp_path):
     other = make_run(tmp_path / "other", seed=1)
-    evaluate_run(other, n_resamples=0)
+    score_run(other, n_resamples=0)
 
     with pytest.raises(RunError, match="were tested on other targets"):
         write_joint_report([evaluated, other], tmp_path / "both.html")
@@ -542,7 +542,7 @@ def test_the_page_of_400_000_rows_is_small_and_soon_made(tmp_path):
     run.write_table("targets", images[["image_id"]].join(targets))
     model = run.load_model()
     run.save_model(replace(model, findings=FINDINGS, thresholds=dict.fromkeys(FINDINGS, 0.3)))
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
 
     started = time.process_time()
     size = len(render_page([read_view(run)]).encode())

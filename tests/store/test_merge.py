@@ -23,7 +23,7 @@ from cxr_cache.store.feature_store import (
     FeatureStore,
 )
 from cxr_cache.store.merge import merge
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.small_stores import flip_bit
 
 QUICK = ExtractConfig(batch_size=4, num_workers=0)
@@ -88,7 +88,7 @@ def test_facts_about_images_go_from_the_table_to_the_tables_of_a_run(data, tmp_p
     summary = extract_embeddings(later, root / "images", tmp_path / "s.h5", encoder, QUICK)
     assert (summary.n_computed, summary.n_taken_over) == (0, len(cohort) - 1)
     config = TrainConfig(epochs=(1,), n_folds=2, batch_size=2, hidden=(4,), n_jobs=1)
-    run = train_head(tmp_path / "s.h5", tmp_path / "run", config).run
+    run = fit_run(tmp_path / "s.h5", tmp_path / "run", config).run
     for name in ("predictions", "out_of_fold"):
         table = run.read_table(name).set_index("image_id")
         wanted = later.images.set_index("image_id").loc[table.index]

@@ -21,10 +21,10 @@ from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.extract import ExtractConfig, extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.tokens import ResidentTokens
-from cxr_cache.training.finetune import finetune_tail
+from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.fit import HeadTask
 from cxr_cache.training.frozen_start import config_from_run
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from cxr_cache.training.tuning import TuningData, tune
 from tests.synthetic import IMPORTED, make_cohort, make_embeddings
 
@@ -106,7 +106,7 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def head_run(store, tmp_path_factory) -> Run:
-    return train_head(store, tmp_path_factory.mktemp("base") / "run", HEAD).run
+    return fit_run(store, tmp_path_factory.mktemp("base") / "run", HEAD).run
 
 
 def outcome(run: Run) -> dict[str, float]:
@@ -132,7 +132,7 @@ def test_the_lists_of_this_file_are_whole():
 def test_a_head_heeds_every_option(store, head_run, tmp_path, name):
     """And its model, read back, predicts what the run says."""
     config = replace(HEAD, **{name: OF_A_HEAD[name]})
-    run = train_head(store, tmp_path / "run", config).run
+    run = fit_run(store, tmp_path / "run", config).run
 
     assert outcome(run) != outcome(head_run)
     head = run.load_model().head
@@ -148,7 +148,7 @@ def test_a_head_heeds_every_option(store, head_run, tmp_path, name):
 @pytest.mark.parametrize("name", WHERE_AND_HOW_FAST)
 def test_where_a_head_trains_changes_nothing(store, head_run, tmp_path, name):
     config = replace(HEAD, **{name: WHERE_AND_HOW_FAST[name]})
-    ours = outcome(train_head(store, tmp_path / "run", config).run)
+    ours = outcome(fit_run(store, tmp_path / "run", config).run)
     theirs = outcome(head_run)
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(
@@ -187,13 +187,13 @@ def tuning_data() -> TuningData:
 
 @pytest.fixture(scope="module")
 def tail_run(tokens, tmp_path_factory) -> Run:
-    return finetune_tail(tokens, tmp_path_factory.mktemp("base") / "tail", TAIL).run
+    return tune_run(tokens, tmp_path_factory.mktemp("base") / "tail", TAIL).run
 
 
 @pytest.mark.parametrize("name", sorted(OF_THE_PROTOCOL | {"norm", "input_norm", "hidden"}))
 def test_a_fine_tuned_run_heeds_every_option(tokens, tail_run, tmp_path, name):
     config = replace(TAIL, **{name: OF_A_TAIL[name]})
-    run = finetune_tail(tokens, tmp_path / "run", config).run
+    run = tune_run(tokens, tmp_path / "run", config).run
 
     assert outcome(run) != outcome(tail_run)
     expected = {n: getattr(config, n) for n in ("dropout", "norm", "input_norm")}
@@ -224,7 +224,7 @@ def test_every_fold_of_a_fine_tuning_heeds_every_option(tuning_data, name):
 
 def test_other_blocks_than_are_cached_are_refused(tokens, tmp_path):
     with pytest.raises(ValueError, match="unfreeze_layers: 2 in the store, 1 in this run"):
-        finetune_tail(tokens, tmp_path / "run", replace(TAIL, unfreeze_layers=1))
+        tune_run(tokens, tmp_path / "run", replace(TAIL, unfreeze_layers=1))
 
 
 # -- fine-tuning that goes on from a frozen run -------------------------------------------
@@ -240,7 +240,7 @@ TAKEN_OVER = {
 def test_a_start_from_a_frozen_run_takes_its_head_split_and_loss(tokens, tmp_path, name):
     """What it does not take belongs to the steps that are still to come."""
     recipe = replace(HEAD, **{"batch_size": 8, name: OF_ANY_RECIPE[name]})
-    frozen = train_head(tokens, tmp_path / "frozen", recipe)
+    frozen = fit_run(tokens, tmp_path / "frozen", recipe)
     config = config_from_run(frozen.run, batch_size=8, device="cpu", precision="fp32")
 
     expected = OF_ANY_RECIPE[name] if name in TAKEN_OVER else getattr(config, name)
@@ -249,21 +249,21 @@ def test_a_start_from_a_frozen_run_takes_its_head_split_and_loss(tokens, tmp_pat
     if name not in ("norm", "input_norm", "hidden", "final"):  # a second each
         return
     still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12, epochs=(1,))
-    run = finetune_tail(tokens, tmp_path / "run", still, from_run=frozen.run.path).run
+    run = tune_run(tokens, tmp_path / "run", still, from_run=frozen.run.path).run
     ours, theirs = run.load_model(), frozen.run.load_model()
     assert ours.head["norm"] == theirs.head["norm"]
     torch.testing.assert_close(ours.tensors["weight_0"], theirs.tensors["weight_0"][:1])
 
 
 def test_a_head_of_another_norm_is_no_start(tokens, tmp_path):
-    frozen = train_head(tokens, tmp_path / "frozen", replace(HEAD, norm="layer")).run
+    frozen = fit_run(tokens, tmp_path / "frozen", replace(HEAD, norm="layer")).run
     config = config_from_run(frozen, norm="batch", batch_size=8, device="cpu")
     with pytest.raises(RunError, match="norm: 'layer' in the run, 'batch' now"):
-        finetune_tail(tokens, tmp_path / "run", config, from_run=frozen.path)
+        tune_run(tokens, tmp_path / "run", config, from_run=frozen.path)
 
 
 def test_pixel_options_are_not_silent_where_tokens_train(tokens, tmp_path):
     said: list[str] = []
     config = replace(TAIL, augmentation=Augmentation(rotation_deg=5.0))
-    finetune_tail(tokens, tmp_path / "run", config, echo=said.append)
+    tune_run(tokens, tmp_path / "run", config, echo=said.append)
     assert "the changes to pixels are for --source images" in said[0]

@@ -25,7 +25,7 @@ from cxr_cache.errors import (
     TrainingError,
 )
 from cxr_cache.evaluation.compare import compare_runs
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.explain import map_findings
 from cxr_cache.models.predict import predict_images, predict_store, predict_tokens
 from cxr_cache.models.run import Run
@@ -33,9 +33,9 @@ from cxr_cache.report.report import write_report
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training import finetune as finetune_module
-from cxr_cache.training.finetune import finetune_tail
+from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.frozen_start import config_from_run
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.synthetic import make_cohort, make_store
 
 ENCODER = "random:test_vit:5"
@@ -90,14 +90,14 @@ def without_tokens(folder, images, encoder) -> Path:
 
 @pytest.fixture(scope="module")
 def frozen(folder, store) -> Run:
-    run = train_head(store, folder / "frozen", FROZEN).run
-    evaluate_run(run, n_resamples=10)
+    run = fit_run(store, folder / "frozen", FROZEN).run
+    score_run(run, n_resamples=10)
     return run
 
 
 @pytest.fixture(scope="module")
 def tuned(folder, store) -> Run:
-    return finetune_tail(store, folder / "tuned", TUNED).run
+    return tune_run(store, folder / "tuned", TUNED).run
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def assert_same_run(ours: Run, theirs: Run) -> None:
 
 def test_a_fine_tuned_run_is_a_run_like_any_other(tuned, tmp_path):
     run = Run.open(shutil.copytree(tuned.path, tmp_path / "run"))
-    metrics = evaluate_run(run, n_resamples=10)
+    metrics = score_run(run, n_resamples=10)
     assert 0 <= metrics["test"]["macro_auroc"]["value"] <= 1
     assert write_report(run).stat().st_size > 10_000
     assert {path.name for path in run.path.iterdir()} == {
@@ -135,7 +135,7 @@ def test_a_fine_tuned_run_is_a_run_like_any_other(tuned, tmp_path):
 
 def test_what_trains_is_said_once(store, tmp_path):
     said = []
-    finetune_tail(store, tmp_path / "run", replace(TUNED, epochs=(1,)), echo=said.append)
+    tune_run(store, tmp_path / "run", replace(TUNED, epochs=(1,)), echo=said.append)
     (text,) = said
     with FeatureStore.open(store) as features:
         n_images = len(features)
@@ -158,7 +158,7 @@ def test_the_model_file_holds_what_was_trained_and_nothing_else(tuned, encoder):
 
 def test_half_the_file_predicts_what_it_says(store, images, encoder, tmp_path, tuned):
     config = replace(TUNED, half=True)
-    run = finetune_tail(store, tmp_path / "run", config).run
+    run = tune_run(store, tmp_path / "run", config).run
     sizes = [(r.path / "model.safetensors").stat().st_size for r in (run, tuned)]
     assert sizes[0] < 0.6 * sizes[1]
     assert_predicts_images(run, images, encoder)
@@ -176,30 +176,30 @@ def test_a_search_holds_each_fold_out_and_the_refit_takes_all(tuned, store):
 
 def test_one_number_of_epochs_is_taken_without_a_search(store, tmp_path):
     """Thresholds still come from images that were held out: those of the first fold."""
-    result = finetune_tail(store, tmp_path / "run", replace(TUNED, epochs=(2,)))
+    result = tune_run(store, tmp_path / "run", replace(TUNED, epochs=(2,)))
     splits = result.run.read_table("splits")
     out_of_fold = result.run.read_table("out_of_fold")
     assert set(out_of_fold["image_id"]) == set(splits["image_id"][splits["fold"] == 1])
     assert set(result.run.read_table("history")["fold"]) == {"1", "final"}
     assert "No search: macro AUROC on one held-out fold" in result.to_text()
-    evaluate_run(result.run, n_resamples=10)
+    score_run(result.run, n_resamples=10)
     write_report(result.run)
 
 
 @pytest.mark.parametrize("final", ["ensemble", "best-fold"])
 def test_fold_models_can_be_the_final_one(store, images, encoder, tmp_path, final):
-    run = finetune_tail(store, tmp_path / "run", replace(TUNED, final=final)).run
+    run = tune_run(store, tmp_path / "run", replace(TUNED, final=final)).run
     n_members = {"ensemble": 2, "best-fold": 1}[final]
     assert len(weights(run)["weight_0"]) == n_members
     assert_predicts_images(run, images, encoder)
     one_number = replace(TUNED, final=final, epochs=(1,))
-    run = finetune_tail(store, tmp_path / "one", one_number).run
+    run = tune_run(store, tmp_path / "one", one_number).run
     assert len(weights(run)["weight_0"]) == n_members
     assert set(run.read_table("history")["fold"]) == {"1", "2"}
 
 
 def test_a_schedule_with_a_horizon_trains_every_candidate_by_itself(store, tmp_path):
-    result = finetune_tail(store, tmp_path / "run", replace(TUNED, schedule="cosine"))
+    result = tune_run(store, tmp_path / "run", replace(TUNED, schedule="cosine"))
     history = result.run.read_table("history")
     assert history.groupby(["fold", "horizon"]).size().to_dict() == {
         **{("1", 1): 1, ("1", 2): 2, ("2", 1): 1, ("2", 2): 2},
@@ -209,7 +209,7 @@ def test_a_schedule_with_a_horizon_trains_every_candidate_by_itself(store, tmp_p
 
 def test_stopping_epochs_are_reported(store, tmp_path):
     config = replace(TUNED, epochs=(1, 12), early_stopping=1, head_learning_rate=1.0)
-    result = finetune_tail(store, tmp_path / "run", config)
+    result = tune_run(store, tmp_path / "run", config)
     lengths = result.run.read_table("history").groupby("fold").size()
     assert min(lengths["1"], lengths["2"]) < 12
     for fold in ("1", "2"):
@@ -269,8 +269,8 @@ def test_a_store_without_the_tokens_is_refused_for_evaluation(tuned, without_tok
 def test_images_give_the_run_that_tokens_give(without_tokens, images, store, tmp_path):
     """Tokens are rounded to float16 in the store, so figures agree to about three digits."""
     config = replace(TUNED, flip=True)
-    from_images = finetune_tail(without_tokens, tmp_path / "i", config, image_dir=images)
-    from_tokens = finetune_tail(store, tmp_path / "t", TUNED)
+    from_images = tune_run(without_tokens, tmp_path / "i", config, image_dir=images)
+    from_tokens = tune_run(store, tmp_path / "t", TUNED)
     assert from_images.run.config["finetune"]["source"] == "images"
     ours, theirs = (r.run.read_table("history")["train_loss"] for r in (from_images, from_tokens))
     np.testing.assert_allclose(ours, theirs, rtol=2e-3)
@@ -281,19 +281,19 @@ def test_images_give_the_run_that_tokens_give(without_tokens, images, store, tmp
 
 @pytest.mark.parametrize("place", ["ram", "disk", "device"])
 def test_where_tokens_wait_changes_nothing(store, tmp_path, tuned, place):
-    run = finetune_tail(store, tmp_path / "run", replace(TUNED, tokens_in=place)).run
+    run = tune_run(store, tmp_path / "run", replace(TUNED, tokens_in=place)).run
     assert_same_run(run, tuned)
 
 
 def test_augmented_images_train_and_are_scored_as_they_are(without_tokens, images, tmp_path):
     changes = Augmentation(crop_scale=0.6, rotation_deg=10, brightness=0.2, contrast=0.2)
     config = replace(TUNED, epochs=(1,), augmentation=changes, flip=True)
-    run = finetune_tail(without_tokens, tmp_path / "a", config, image_dir=images).run
+    run = tune_run(without_tokens, tmp_path / "a", config, image_dir=images).run
     plain = replace(config, augmentation=Augmentation())
-    other = finetune_tail(without_tokens, tmp_path / "b", plain, image_dir=images).run
+    other = tune_run(without_tokens, tmp_path / "b", plain, image_dir=images).run
     losses = [r.read_table("history")["train_loss"] for r in (run, other)]
     assert not np.allclose(*losses, rtol=1e-3)
-    again = finetune_tail(without_tokens, tmp_path / "c", config, image_dir=images).run
+    again = tune_run(without_tokens, tmp_path / "c", config, image_dir=images).run
     assert_same_run(run, again)
 
 
@@ -302,7 +302,7 @@ def test_an_image_that_has_changed_since_is_named(without_tokens, images, tmp_pa
     first, second, *_ = sorted(copies.iterdir())
     shutil.copy(second, first)
     with pytest.raises(TrainingError, match=rf"{first.name} has changed .* in the store, .* now"):
-        finetune_tail(without_tokens, tmp_path / "run", TUNED, image_dir=copies)
+        tune_run(without_tokens, tmp_path / "run", TUNED, image_dir=copies)
 
 
 def test_missing_images_are_counted_before_an_old_run_gives_way(
@@ -314,7 +314,7 @@ def test_missing_images_are_counted_before_an_old_run_gives_way(
     first.unlink()
     second.unlink()
     with pytest.raises(TrainingError, match=rf"2 of \d+ images are not in .*'{first.name}'"):
-        finetune_tail(without_tokens, old, TUNED, image_dir=copies, overwrite=True)
+        tune_run(without_tokens, old, TUNED, image_dir=copies, overwrite=True)
     assert Run.open(old).load_model().tensors.keys() == weights(tuned).keys()
 
 
@@ -327,7 +327,7 @@ def test_a_frozen_run_gives_split_epochs_and_heads(store, frozen, tmp_path):
     assert config.hidden == (16,)
     still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12, epochs=(1,))
 
-    run = finetune_tail(store, tmp_path / "run", still, from_run=frozen.path).run
+    run = tune_run(store, tmp_path / "run", still, from_run=frozen.path).run
 
     pd.testing.assert_frame_equal(run.read_table("splits"), frozen.read_table("splits"))
     start = frozen.load_model().tensors
@@ -341,7 +341,7 @@ def test_a_frozen_run_gives_split_epochs_and_heads(store, frozen, tmp_path):
 def test_rule_and_calibration_are_those_that_the_frozen_run_has_now(frozen, tmp_path):
     """Also where they were chosen after its training; what is given explicitly wins."""
     copy = Run.open(shutil.copytree(frozen.path, tmp_path / "copy"))
-    evaluate_run(copy, threshold_rule="sensitivity=0.8", calibration="platt", n_resamples=0)
+    score_run(copy, threshold_rule="sensitivity=0.8", calibration="platt", n_resamples=0)
 
     config = config_from_run(copy, batch_size=8)
     given = config_from_run(copy, batch_size=8, threshold_rule="f1", calibration="none")
@@ -353,11 +353,11 @@ def test_rule_and_calibration_are_those_that_the_frozen_run_has_now(frozen, tmp_
 
 
 def test_the_final_model_starts_from_a_member_of_an_ensemble(store, tmp_path):
-    ensemble = train_head(store, tmp_path / "frozen", replace(FROZEN, final="ensemble")).run
+    ensemble = fit_run(store, tmp_path / "frozen", replace(FROZEN, final="ensemble")).run
     config = config_from_run(ensemble, batch_size=8, device="cpu", precision="fp32", epochs=(1,))
     still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12)
 
-    run = finetune_tail(store, tmp_path / "run", still, from_run=ensemble.path).run
+    run = tune_run(store, tmp_path / "run", still, from_run=ensemble.path).run
 
     members = ensemble.load_model().tensors["weight_0"]
     assert len(members) == FROZEN.n_folds
@@ -369,7 +369,7 @@ def test_a_fold_starts_from_the_head_that_has_not_seen_it(store, frozen, tmp_pat
     config = config_from_run(frozen, **{"batch_size": 8, "device": "cpu", "precision": "fp32"})
     still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12, epochs=(1, 2))
     still = replace(still, final="ensemble")
-    run = finetune_tail(store, tmp_path / "run", still, from_run=frozen.path).run
+    run = tune_run(store, tmp_path / "run", still, from_run=frozen.path).run
     fold_heads = frozen.load_fold_heads()
     assert not torch.equal(fold_heads["weight_0"][0], fold_heads["weight_0"][1])
     torch.testing.assert_close(weights(run)["weight_0"], fold_heads["weight_0"])
@@ -380,18 +380,18 @@ def test_a_frozen_run_that_does_not_fit_is_refused_with_both_values(
 ):
     config = config_from_run(frozen, batch_size=8)
     with pytest.raises(RunError, match=r"hidden: \[16\] in the run, \[12\] now"):
-        finetune_tail(store, tmp_path / "r", replace(config, hidden=(12,)), from_run=frozen.path)
+        tune_run(store, tmp_path / "r", replace(config, hidden=(12,)), from_run=frozen.path)
     other = load_encoder("random:test_vit:6", precision="fp32")
     elsewhere = extract(images, tmp_path / "other.h5", other, unfreeze_layers=2, flip=True)
     with pytest.raises(RunError, match=r"weights_sha256: '\w+' in the run, '\w+' now"):
-        finetune_tail(elsewhere, tmp_path / "r", config, from_run=frozen.path)
+        tune_run(elsewhere, tmp_path / "r", config, from_run=frozen.path)
     assert not (tmp_path / "r").exists()
 
 
 def test_a_run_is_not_fine_tuned_into_its_own_place(store, frozen):
     config = config_from_run(frozen, batch_size=8)
     with pytest.raises(RunError, match="is the run to start from; --run-dir needs another folder"):
-        finetune_tail(store, frozen.path, config, from_run=frozen.path, overwrite=True)
+        tune_run(store, frozen.path, config, from_run=frozen.path, overwrite=True)
     assert Run.open(frozen.path).config["status"] == "finished"
 
 
@@ -401,7 +401,7 @@ def test_a_full_gpu_is_one_message(store, tmp_path, monkeypatch):
 
     monkeypatch.setattr(finetune_module, "tune", fail)
     with pytest.raises(TrainingError, match=r"too little memory: CUDA .*--grad-checkpointing"):
-        finetune_tail(store, tmp_path / "run", TUNED)
+        tune_run(store, tmp_path / "run", TUNED)
 
 
 def test_a_fine_tuned_run_is_no_start(store, tuned, tmp_path):
@@ -428,12 +428,12 @@ class _StopAfter:
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(store, tuned, tmp_path, n_epochs):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        finetune_tail(store, path, TUNED, on_progress=_StopAfter(n_epochs))
+        tune_run(store, path, TUNED, on_progress=_StopAfter(n_epochs))
     with pytest.raises(RunError, match=r"not finished.*Run the same `cxr-cache finetune` command"):
         Run.open(path)
 
     counts = []
-    run = finetune_tail(
+    run = tune_run(
         store, path, TUNED, on_progress=lambda done, total: counts.append((done, total))
     ).run
 
@@ -445,25 +445,25 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(store, tuned, tmp_path,
 def test_an_unfinished_run_of_other_options_is_refused(store, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        finetune_tail(store, path, TUNED, on_progress=_StopAfter(1))
+        tune_run(store, path, TUNED, on_progress=_StopAfter(1))
     before = sorted((path / "unfinished").iterdir())
     message = r"finetune.learning_rate: 0.001 in the run, 0.002 now\n.*--overwrite"
     with pytest.raises(RunError, match=message):
-        finetune_tail(store, path, replace(TUNED, learning_rate=2e-3))
+        tune_run(store, path, replace(TUNED, learning_rate=2e-3))
     assert sorted((path / "unfinished").iterdir()) == before
-    finetune_tail(store, path, replace(TUNED, tokens_in="disk"))  # where, not what
+    tune_run(store, path, replace(TUNED, tokens_in="disk"))  # where, not what
 
 
 def test_an_unfinished_run_of_another_store_is_refused(store, images, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        finetune_tail(store, path, TUNED, on_progress=_StopAfter(1))
+        tune_run(store, path, TUNED, on_progress=_StopAfter(1))
     other = load_encoder("random:test_vit:6", precision="fp32")
     elsewhere = extract(images, tmp_path / "other.h5", other, unfreeze_layers=2, flip=True)
     with pytest.raises(RunError, match=r"store.path: '.*tokens.h5' in the run, '.*other.h5' now"):
-        finetune_tail(elsewhere, path, TUNED)
+        tune_run(elsewhere, path, TUNED)
     moved = shutil.copy(store, tmp_path / "moved.h5")
-    finetune_tail(moved, path, TUNED)  # the same rows under another name
+    tune_run(moved, path, TUNED)  # the same rows under another name
 
 
 def test_labels_and_start_cannot_be_dropped_on_the_way(store, frozen, tmp_path):
@@ -471,12 +471,12 @@ def test_labels_and_start_cannot_be_dropped_on_the_way(store, frozen, tmp_path):
     path, labels = tmp_path / "run", tmp_path / "labels.csv"
     frozen.read_table("targets").to_csv(labels, index=False)
     with pytest.raises(KeyboardInterrupt):
-        finetune_tail(store, path, TUNED, labels=labels, on_progress=_StopAfter(1))
+        tune_run(store, path, TUNED, labels=labels, on_progress=_StopAfter(1))
     with pytest.raises(RunError, match=r"labels\.sha256: '\w+' in the run, None now"):
-        finetune_tail(store, path, TUNED)
+        tune_run(store, path, TUNED)
     config = config_from_run(frozen, batch_size=8, device="cpu", precision="fp32")
     with pytest.raises(KeyboardInterrupt):
-        finetune_tail(
+        tune_run(
             store,
             path,
             config,
@@ -485,17 +485,17 @@ def test_labels_and_start_cannot_be_dropped_on_the_way(store, frozen, tmp_path):
             on_progress=_StopAfter(1),
         )
     with pytest.raises(RunError, match=r"from_run\.head_sha256: '\w+' in the run, None now"):
-        finetune_tail(store, path, config)
+        tune_run(store, path, config)
 
 
 def test_a_damaged_state_is_named(store, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        finetune_tail(store, path, TUNED, on_progress=_StopAfter(1))
+        tune_run(store, path, TUNED, on_progress=_StopAfter(1))
     (state,) = (path / "unfinished").iterdir()
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(RunError, match=rf"{state.name} is damaged.*Delete this file"):
-        finetune_tail(store, path, TUNED)
+        tune_run(store, path, TUNED)
 
 
 # -- bad input --------------------------------------------------------------------------
@@ -504,17 +504,17 @@ def test_a_damaged_state_is_named(store, tmp_path):
 def test_tokens_of_another_boundary_are_refused_with_both_values(store, tmp_path):
     message = r"unfreeze_layers: 2 in the store, 3 in this run\nUse --unfreeze-layers 2"
     with pytest.raises(StoreMismatchError, match=message):
-        finetune_tail(store, tmp_path / "run", replace(TUNED, unfreeze_layers=3))
+        tune_run(store, tmp_path / "run", replace(TUNED, unfreeze_layers=3))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_store_without_tokens_says_what_to_do(without_tokens, tmp_path):
     with pytest.raises(ConfigError, match=r"no tokens .* --tokens --unfreeze-layers 2, or give"):
-        finetune_tail(without_tokens, tmp_path / "run", TUNED)
+        tune_run(without_tokens, tmp_path / "run", TUNED)
     with pytest.raises(ConfigError, match="--source images needs --image-dir"):
-        finetune_tail(without_tokens, tmp_path / "run", replace(TUNED, source="images"))
+        tune_run(without_tokens, tmp_path / "run", replace(TUNED, source="images"))
     with pytest.raises(ConfigError, match=r"has no tokens\. Add them"):
-        finetune_tail(without_tokens, tmp_path / "run", replace(TUNED, source="tokens"))
+        tune_run(without_tokens, tmp_path / "run", replace(TUNED, source="tokens"))
 
 
 def test_half_a_token_set_is_refused_with_the_counts(without_tokens, images, encoder, tmp_path):
@@ -533,26 +533,26 @@ def test_half_a_token_set_is_refused_with_the_counts(without_tokens, images, enc
         extract_embeddings(cohort, images, path, encoder, config, on_progress=stop)
     message = rf"tokens for 16 of {len(cohort)} images; {len(cohort) - 16} are still to come"
     with pytest.raises(StoreIncompleteError, match=message):
-        finetune_tail(path, tmp_path / "run", TUNED)
-    train_head(path, tmp_path / "head", FROZEN)  # embeddings are all there
+        tune_run(path, tmp_path / "run", TUNED)
+    fit_run(path, tmp_path / "head", FROZEN)  # embeddings are all there
 
 
 def test_imported_embeddings_have_no_blocks_to_train(tmp_path):
     path = make_store(tmp_path / "imported.h5", make_cohort())
     with pytest.raises(StoreMismatchError, match=r"imported from imported:tiny\.npz; there is no"):
-        finetune_tail(path, tmp_path / "run", TUNED)
+        tune_run(path, tmp_path / "run", TUNED)
 
 
 def test_an_encoder_that_moved_and_changed_is_refused(store, tmp_path):
     with pytest.raises(StoreMismatchError, match=r"weights_sha256: '\w+' in the store"):
-        finetune_tail(store, tmp_path / "run", TUNED, model="random:test_vit:7")
+        tune_run(store, tmp_path / "run", TUNED, model="random:test_vit:7")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_not_replaced_unasked(store, tuned):
     before = (tuned.path / "config.json").read_text()
     with pytest.raises(RunError, match="holds a finished run"):
-        finetune_tail(store, tuned.path, TUNED)
+        tune_run(store, tuned.path, TUNED)
     assert (tuned.path / "config.json").read_text() == before
 
 
@@ -567,7 +567,7 @@ def test_the_encoder_of_a_run_can_be_loaded_again(tuned, encoder):
 
 
 def test_bf16_is_recorded_and_predicts_alike(store, images, encoder, tmp_path):
-    run = finetune_tail(store, tmp_path / "run", replace(TUNED, precision="bf16")).run
+    run = tune_run(store, tmp_path / "run", replace(TUNED, precision="bf16")).run
     assert run.load_model().tail["precision"] == "bf16"
     expected = run.read_table("predictions").set_index("image_id")[run.config["findings"]]
     paths = [images / name for name in expected.index[:9]]
@@ -577,7 +577,7 @@ def test_bf16_is_recorded_and_predicts_alike(store, images, encoder, tmp_path):
 
 def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypatch):
     """Train with test targets turned upside down: thresholds and weights stay the same."""
-    plain = finetune_tail(store, tmp_path / "a", TUNED).run
+    plain = tune_run(store, tmp_path / "a", TUNED).run
     is_test = (plain.read_table("splits")["split"] == "test").to_numpy()
     find = finetune_module.find_labelled_rows
 
@@ -592,7 +592,7 @@ def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypat
     with FeatureStore.open(store) as features:
         original = features.cohort
     monkeypatch.setattr(finetune_module, "split_cohort", lambda _, config: split(original, config))
-    other = finetune_tail(store, tmp_path / "b", TUNED).run
+    other = tune_run(store, tmp_path / "b", TUNED).run
     assert plain.thresholds == other.thresholds
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())
 

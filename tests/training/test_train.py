@@ -26,14 +26,14 @@ from cxr_cache.errors import (
     TableError,
     TrainingError,
 )
-from cxr_cache.evaluation.evaluate import evaluate_run
+from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import LabelledRows, load_training_data, prepare_embeddings
 from cxr_cache.training import search as search_module
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.synthetic import (
     FINDINGS,
     IMPORTED,
@@ -64,7 +64,7 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(store) -> Run:
-    return train_head(store, store.parent / "run", QUICK).run
+    return fit_run(store, store.parent / "run", QUICK).run
 
 
 def read(run: Run, table: str) -> pd.DataFrame:
@@ -124,8 +124,8 @@ def test_training_leaves_the_files_of_the_design_and_no_others(run, store):
 
 def test_a_whole_run_is_evaluated_and_reported(store, tmp_path):
     """Every file of the folder, and nothing temporary beside them."""
-    run = train_head(store, tmp_path / "run", QUICKER).run
-    evaluate_run(run, n_resamples=10)
+    run = fit_run(store, tmp_path / "run", QUICKER).run
+    score_run(run, n_resamples=10)
     write_report(run)
 
     names = {path.name for path in run.path.iterdir()}
@@ -155,7 +155,7 @@ def test_config_json_says_what_was_done(run, store):
 
 
 def test_the_result_says_what_was_found(store, tmp_path):
-    result = train_head(store, tmp_path / "run", QUICKER)
+    result = fit_run(store, tmp_path / "run", QUICKER)
 
     text = result.to_text()
 
@@ -178,7 +178,7 @@ def assert_whole(groups: pd.Series, splits: pd.DataFrame) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_study_is_never_on_two_sides(store, tmp_path, seed):
     """Not of the test, and not of a fold: its two images share their labels."""
-    run = train_head(store, tmp_path / "run", replace(QUICKER, seed=seed)).run
+    run = fit_run(store, tmp_path / "run", replace(QUICKER, seed=seed)).run
     splits = read(run, "splits")
 
     assert_whole(splits["study_uid"], splits)
@@ -190,7 +190,7 @@ def test_patients_stay_whole_where_they_are_known(tmp_path):
     patients = (np.arange(len(cohort)) // 6).astype(str)  # three studies each
     store = make_store(tmp_path / "s.h5", cohort.assign(patient_id=patients))
 
-    splits = read(train_head(store, tmp_path / "run", QUICKER).run, "splits")
+    splits = read(fit_run(store, tmp_path / "run", QUICKER).run, "splits")
 
     assert_whole(pd.Series(patients), splits)
 
@@ -199,7 +199,7 @@ def test_split_by_image_is_the_references_and_says_what_it_leaks(store, tmp_path
     """scikit-learn's own choice of rows, and the count of test images that are not new."""
     config = replace(QUICKER, split_by="image")
 
-    result = train_head(store, tmp_path / "run", config)
+    result = fit_run(store, tmp_path / "run", config)
 
     splits, targets = read(result.run, "splits"), read(result.run, "targets")[list(FINDINGS)]
     present = (targets == 1).to_numpy()
@@ -253,7 +253,7 @@ def test_history_has_every_epoch_of_every_fold_and_of_the_final_model(run):
 
 
 def test_history_tells_the_horizons_of_a_schedule_that_has_them_apart(store, tmp_path):
-    run = train_head(store, tmp_path / "run", replace(QUICKER, schedule="cosine")).run
+    run = fit_run(store, tmp_path / "run", replace(QUICKER, schedule="cosine")).run
 
     history = read(run, "history")
 
@@ -293,7 +293,7 @@ def test_thresholds_come_from_out_of_fold_predictions_alone(run):
 @pytest.mark.parametrize("final", ["refit", "ensemble", "best-fold"])
 def test_predictions_are_those_of_the_stored_model(store, tmp_path, final):
     """Recomputed from model.safetensors by plain nn.Sequentials, averaged over the members."""
-    run = train_head(store, tmp_path / "run", replace(QUICK, final=final)).run
+    run = fit_run(store, tmp_path / "run", replace(QUICK, final=final)).run
     model = run.load_model()
     bank = HeadBank.from_snapshot(model.tensors)
     with FeatureStore.open(store) as features:
@@ -320,7 +320,7 @@ def test_predictions_are_those_of_the_stored_model(store, tmp_path, final):
 
 def test_metrics_equal_scikit_learn_on_the_tables(run):
     """The figures of the test split, from predictions.csv, targets.csv and the thresholds."""
-    evaluate_run(run, n_resamples=10)
+    score_run(run, n_resamples=10)
     metrics = json.loads((run.path / "metrics.json").read_text())
     predictions = read(run, "predictions").set_index("image_id")
     targets = read(run, "targets").set_index("image_id")
@@ -362,7 +362,7 @@ def test_the_test_rows_influence_nothing_but_their_own_predictions(tmp_path, mon
     """
     cohort = make_cohort(unlabelled=0.1)
     embeddings = make_embeddings(cohort)
-    run = train_head(make_store(tmp_path / "a.h5", cohort), tmp_path / "a", QUICK).run
+    run = fit_run(make_store(tmp_path / "a.h5", cohort), tmp_path / "a", QUICK).run
     is_test = (read(run, "splits")["split"] == "test").to_numpy()
     split = search_module.make_split(
         cohort.targets, cohort.groups, cohort.findings, n_folds=3, seed=QUICK.seed
@@ -376,8 +376,8 @@ def test_the_test_rows_influence_nothing_but_their_own_predictions(tmp_path, mon
     other = replace(cohort, targets=targets)
     labels_only = make_store(tmp_path / "b.h5", other, embeddings=embeddings)
     images_too = make_store(tmp_path / "c.h5", other, embeddings=changed)
-    second = train_head(labels_only, tmp_path / "b", QUICK).run
-    third = train_head(images_too, tmp_path / "c", QUICK).run
+    second = fit_run(labels_only, tmp_path / "b", QUICK).run
+    third = fit_run(images_too, tmp_path / "c", QUICK).run
 
     same = trained_files("config.json", "targets.csv")
     assert read_bytes(second, *same) == read_bytes(run, *same)
@@ -393,8 +393,8 @@ def test_the_test_rows_influence_nothing_but_their_own_predictions(tmp_path, mon
 
 
 def test_the_same_seed_gives_the_same_bytes(run, store, tmp_path):
-    again = train_head(store, tmp_path / "again", QUICK).run
-    other = train_head(store, tmp_path / "other", replace(QUICK, seed=1)).run
+    again = fit_run(store, tmp_path / "again", QUICK).run
+    other = fit_run(store, tmp_path / "other", replace(QUICK, seed=1)).run
 
     files = trained_files("config.json")
     assert read_bytes(again, *files) == read_bytes(run, *files)
@@ -403,14 +403,14 @@ def test_the_same_seed_gives_the_same_bytes(run, store, tmp_path):
 
 
 def test_a_finished_run_is_not_overwritten_unasked(store, tmp_path):
-    run = train_head(store, tmp_path / "run", QUICKER).run
+    run = fit_run(store, tmp_path / "run", QUICKER).run
     before = read_bytes(run, *trained_files())
 
     with pytest.raises(RunError, match=r"holds a finished run.*--overwrite"):
-        train_head(store, run.path, replace(QUICKER, seed=1))
+        fit_run(store, run.path, replace(QUICKER, seed=1))
 
     assert read_bytes(run, *trained_files()) == before
-    replaced = train_head(store, run.path, replace(QUICKER, seed=1), overwrite=True).run
+    replaced = fit_run(store, run.path, replace(QUICKER, seed=1), overwrite=True).run
     assert read_bytes(replaced, "model.safetensors") != {
         "model.safetensors": before["model.safetensors"]
     }
@@ -418,7 +418,7 @@ def test_a_finished_run_is_not_overwritten_unasked(store, tmp_path):
 
 def test_what_can_fail_early_leaves_the_old_run_alone(store, tmp_path):
     """--overwrite replaces a run by a better one, not by an error message."""
-    run = train_head(store, tmp_path / "run", QUICKER).run
+    run = fit_run(store, tmp_path / "run", QUICKER).run
     before = read_bytes(run, *trained_files())
 
     for change, error in [
@@ -427,7 +427,7 @@ def test_what_can_fail_early_leaves_the_old_run_alone(store, tmp_path):
         ({"device": "cuda:99"}, EncoderError),
     ]:
         with pytest.raises(error):
-            train_head(store, run.path, replace(QUICKER, **change), overwrite=True)
+            fit_run(store, run.path, replace(QUICKER, **change), overwrite=True)
         assert read_bytes(run, *trained_files()) == before
 
 
@@ -436,11 +436,11 @@ def test_an_interrupted_training_is_no_run_and_can_be_repeated(store, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_head(store, tmp_path / "run", QUICKER, on_progress=interrupt)
+        fit_run(store, tmp_path / "run", QUICKER, on_progress=interrupt)
 
     with pytest.raises(RunError, match="is not finished"):
         Run.open(tmp_path / "run")
-    train_head(store, tmp_path / "run", QUICKER)
+    fit_run(store, tmp_path / "run", QUICKER)
     assert Run.open(tmp_path / "run").config["chosen_epochs"] in (1, 2)
 
 
@@ -466,10 +466,10 @@ def test_a_store_with_pending_rows_is_refused_unless_allowed(tmp_path):
     store = make_partial_store(tmp_path / "s.h5", n_pending=4, n_failed=0)
 
     with pytest.raises(StoreIncompleteError, match=r"4 of 120 rows are pending.*--allow-pending"):
-        train_head(store, tmp_path / "run", QUICKER)
+        fit_run(store, tmp_path / "run", QUICKER)
 
     assert not (tmp_path / "run").exists()
-    result = train_head(store, tmp_path / "run", QUICKER, allow_pending=True)
+    result = fit_run(store, tmp_path / "run", QUICKER, allow_pending=True)
     assert result.notes == ("4 of 120 images were still pending and are left out.",)
     assert len(read(result.run, "predictions")) == 116
 
@@ -477,7 +477,7 @@ def test_a_store_with_pending_rows_is_refused_unless_allowed(tmp_path):
 def test_failed_rows_are_left_out_and_counted(tmp_path):
     store = make_partial_store(tmp_path / "s.h5", n_pending=0, n_failed=6)
 
-    result = train_head(store, tmp_path / "run", QUICKER)
+    result = fit_run(store, tmp_path / "run", QUICKER)
 
     assert result.notes == ("6 of 120 images failed in extraction and are left out.",)
     assert "Note: 6 of 120" in result.to_text()
@@ -492,7 +492,7 @@ def test_a_store_without_a_finished_row_is_refused(tmp_path, n_pending, n_failed
         StoreIncompleteError,
         match=f"no finished row: {n_pending} are pending and {n_failed} failed",
     ):
-        train_head(store, tmp_path / "run", QUICKER, allow_pending=True)
+        fit_run(store, tmp_path / "run", QUICKER, allow_pending=True)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ def test_a_damaged_row_is_named_and_not_trained_on(tmp_path, imported, remedy):
     store.write_bytes(content)
 
     with pytest.raises(StoreFormatError, match=f"1 rows are damaged.*'00017.png'.*{remedy}"):
-        train_head(store, tmp_path / "run", QUICKER)
+        fit_run(store, tmp_path / "run", QUICKER)
 
 
 def test_unlabelled_images_are_left_out_and_unlabelled_cells_are_not_scored(tmp_path):
@@ -521,7 +521,7 @@ def test_unlabelled_images_are_left_out_and_unlabelled_cells_are_not_scored(tmp_
     n_unlabelled = int(np.isnan(targets).all(axis=1).sum())
     store = make_store(tmp_path / "s.h5", replace(cohort, targets=targets))
 
-    result = train_head(store, tmp_path / "run", QUICKER)
+    result = fit_run(store, tmp_path / "run", QUICKER)
 
     assert result.notes == (f"{n_unlabelled} of 120 images have no label and are left out.",)
     kept = read(result.run, "targets").set_index("image_id")
@@ -538,7 +538,7 @@ def test_a_store_without_labels_asks_for_them(tmp_path):
     )
 
     with pytest.raises(TrainingError, match=r"None of the 120 .* has a label\. .*--labels"):
-        train_head(store, tmp_path / "run", QUICKER)
+        fit_run(store, tmp_path / "run", QUICKER)
 
 
 def test_labels_of_the_users_own_replace_the_stores(store, tmp_path):
@@ -553,7 +553,7 @@ def test_labels_of_the_users_own_replace_the_stores(store, tmp_path):
     )
     labels.to_csv(tmp_path / "labels.csv", index=False)
 
-    result = train_head(store, tmp_path / "run", QUICKER, labels=tmp_path / "labels.csv")
+    result = fit_run(store, tmp_path / "run", QUICKER, labels=tmp_path / "labels.csv")
 
     assert result.run.config["findings"] == ["Tall", "Wide"]
     assert result.run.config["labels"] == {
@@ -573,7 +573,7 @@ def test_labels_of_other_images_are_refused(store, tmp_path):
     )
 
     with pytest.raises(TableError, match=r"labels\.csv"):
-        train_head(store, tmp_path / "run", QUICKER, labels=tmp_path / "labels.csv")
+        fit_run(store, tmp_path / "run", QUICKER, labels=tmp_path / "labels.csv")
 
 
 def test_every_view_is_trained_on_and_the_first_is_predicted(tmp_path):
@@ -587,9 +587,7 @@ def test_every_view_is_trained_on_and_the_first_is_predicted(tmp_path):
         data = load_training_data(features, QUICKER)
     lengths = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     np.testing.assert_allclose(data.embeddings, (embeddings / lengths).swapaxes(0, 1), rtol=1e-6)
-    runs = [
-        train_head(path, tmp_path / path.stem, QUICKER).run for path in (store, mirrored, single)
-    ]
+    runs = [fit_run(path, tmp_path / path.stem, QUICKER).run for path in (store, mirrored, single)]
     weights = [run.load_model().tensors["weight_0"] for run in runs]
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -605,7 +603,7 @@ def test_embeddings_are_not_normalised_where_that_is_asked_for(store, tmp_path):
     with FeatureStore.open(store) as features:
         data = load_training_data(features, config)
         np.testing.assert_array_equal(data.embeddings[0], features.embeddings[:, 0])
-    run = train_head(store, tmp_path / "run", config).run
+    run = fit_run(store, tmp_path / "run", config).run
 
     assert run.load_model().head == {
         "input_norm": "none",
