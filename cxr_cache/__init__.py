@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cxr_cache.datasets.cohort import Cohort
     from cxr_cache.datasets.readers import load_cohort
     from cxr_cache.encoders.loading import load_encoder
-    from cxr_cache.evaluation.evaluate import evaluate_run
+    from cxr_cache.jobs.runs import evaluate_run, train_head
     from cxr_cache.models.predict import predict_images
     from cxr_cache.models.run import Run
     from cxr_cache.report.report import write_report
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from cxr_cache.store.feature_store import FeatureStore
     from cxr_cache.store.importing import import_embeddings
     from cxr_cache.training.estimator import FocalHeadClassifier, GroupedMultilabelSplit
-    from cxr_cache.training.train import train_head
 
 __version__ = "0.1.0"
 
@@ -34,13 +33,13 @@ _HOMES = {
     "GroupedMultilabelSplit": "training.estimator",
     "Run": "models.run",
     "TrainConfig": "config",
-    "evaluate_run": "evaluation.evaluate",
+    "evaluate_run": "jobs.runs",
     "extract_embeddings": "store.extract",
     "import_embeddings": "store.importing",
     "load_cohort": "datasets.readers",
     "load_encoder": "encoders.loading",
     "predict_images": "models.predict",
-    "train_head": "training.train",
+    "train_head": "jobs.runs",
     "write_report": "report.report",
 }
 

@@ -93,3 +93,7 @@ class RunError(CxrCacheError, ValueError):
 
 class ExportError(CxrCacheError, RuntimeError):
     """A model that cannot be written in a format, or whose file would compute something else."""
+
+
+class JobStopped(KeyboardInterrupt):
+    """Ctrl-C in a later part of a job; the message says what is done, and what is left to do."""

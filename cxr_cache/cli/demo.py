@@ -12,20 +12,20 @@ from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.evaluation.compare import compare_runs
-from cxr_cache.evaluation.evaluate import evaluate_run, format_summary
+from cxr_cache.evaluation.evaluate import format_summary, score_run
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from cxr_cache.store.extract import extract_embeddings
-from cxr_cache.training.finetune import finetune_tail
+from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.frozen_start import config_from_run
 from cxr_cache.training.outcome import TrainResult
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 
 ENCODER = "random:test_vit"  # timm's smallest ViT: 6 blocks of width 64
 
-# The reference's rates suit thousands of images and a trained encoder; a few hundred images and
+# The recipe suits thousands of images and a trained encoder; a few hundred images and
 # random weights need larger steps to get anywhere.
-FROZEN = TrainConfig(epochs=(10, 20, 40), batch_size=32, learning_rate=1e-3)
+FROZEN = TrainConfig(epochs=(10, 20, 40), batch_size=32, learning_rate=1e-3, final="refit")
 UNFREEZE_LAYERS = 4
 TUNED: dict[str, Any] = {
     "epochs": (15,),
@@ -78,12 +78,12 @@ def run_demo(
     echo("3. Searching the number of epochs by cross-validation, training a head, testing once")
     images = phantoms.image_dir
     frozen, report = _finish(
-        train_head(store_path, folder / "frozen", FROZEN, overwrite=True), images, echo
+        fit_run(store_path, folder / "frozen", FROZEN, overwrite=True), images, echo
     )
     echo(f"   Report: {report}")
     echo("4. Fine-tuning the last blocks with that head, from the cached tokens, testing once")
     tuned, report = _finish(
-        finetune_tail(
+        tune_run(
             store_path,
             folder / "finetuned",
             config_from_run(frozen, **TUNED),
@@ -106,5 +106,5 @@ def _finish(
     """Evaluate and report a run, as the commands do, with pictures: phantoms are nobody's."""
     echo(result.to_text())
     run = Run.open(result.run.path)
-    echo(format_summary(evaluate_run(run)))
+    echo(format_summary(score_run(run)))
     return run, write_report(run, image_dir=image_dir)

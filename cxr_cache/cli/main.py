@@ -6,20 +6,24 @@ are imported by the commands that need them, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import copy
 import logging
 import shlex
 import signal
 import sys
 from types import FrameType
+from typing import Final
 
 import click
 
 from cxr_cache import __version__
 from cxr_cache.cli import score, store, train, use
-from cxr_cache.cli.options import Terminated, exit_status
-from cxr_cache.errors import ConfigError, CxrCacheError
+from cxr_cache.cli.options import Terminated, config_option, exit_status
+from cxr_cache.errors import ConfigError, CxrCacheError, JobStopped
 
 _COMMANDS_IN = (store, train, score, use)
+_THAT_CONTINUE: Final = ("extract", "finetune", "ablate")
+"""Commands that, given again after an interruption, go on where they stopped."""
 
 
 class ErrorsAsMessages(click.Group):
@@ -37,12 +41,15 @@ class ErrorsAsMessages(click.Group):
                 raise
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror}.") from error
+        except JobStopped as stop:
+            click.echo(f"\nStopped. {stop}", err=True)
+            ctx.exit(exit_status(stop))
         except KeyboardInterrupt as stop:
             given = [word for word in sys.argv[1:] if word != "--overwrite"]  # it starts anew
             command = shlex.join(["cxr-cache", *given])
             what = (
                 "What was finished is kept; the same command continues:"
-                if ctx.invoked_subcommand in ("extract", "finetune")
+                if ctx.invoked_subcommand in _THAT_CONTINUE
                 else "The same command starts again:"
             )
             click.echo(f"\nStopped. {what}\n  {command}", err=True)
@@ -63,23 +70,51 @@ class ErrorsAsMessages(click.Group):
     },
 )
 @click.version_option(__version__, prog_name="cxr-cache")
-@click.option("-v", "--verbose", is_flag=True, help="Log what is done in detail, on stderr.")
-def cli(verbose: bool) -> None:
+@click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    help="Tell on stderr what is done; -vv tells more, and what other libraries have to say.",
+)
+def cli(verbose: int) -> None:
     """Cache chest X-ray embeddings once; train, test and predict from the cache.
 
     Research software. Not for clinical use.
+
+    Every option can also be set by an environment variable, CXR_CACHE_TRAIN_LR for `train --lr`,
+    and in a file given with --config. The command line goes first, then the variable, then the
+    file.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
+    start_logging(verbose)
 
 
 def main() -> None:
     """Entry point of ``cxr-cache`` and ``python -m cxr_cache``."""
     signal.signal(signal.SIGTERM, _terminate)
     cli()
+
+
+def start_logging(verbosity: int) -> None:
+    """Write what the package logs to stderr: warnings, with 1 what is done, with 2 details too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Sentences("%(levelname)s%(message)s"))
+    logger = logging.getLogger("" if verbosity > 1 else "cxr_cache")
+    for ours in (logging.getLogger(), logging.getLogger("cxr_cache")):
+        ours.handlers = [old for old in ours.handlers if not isinstance(old.formatter, _Sentences)]
+    logger.addHandler(handler)
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)]
+    logging.getLogger("cxr_cache").setLevel(level)
+    logging.getLogger().setLevel(logging.INFO if verbosity > 1 else logging.WARNING)
+
+
+class _Sentences(logging.Formatter):
+    """Messages as they are, and the level of those that matter: "Warning: ..."."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy.copy(record)
+        important = record.levelno >= logging.WARNING
+        shown.levelname = f"{record.levelname.capitalize()}: " if important else ""
+        return super().format(shown)
 
 
 def _terminate(_signum: int, _frame: FrameType | None) -> None:
@@ -89,4 +124,5 @@ def _terminate(_signum: int, _frame: FrameType | None) -> None:
 for _module in _COMMANDS_IN:
     for _command in vars(_module).values():
         if isinstance(_command, click.Command):
+            _command.params.append(config_option(_command))
             cli.add_command(_command)

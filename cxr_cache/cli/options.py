@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 import click
 from click.core import ParameterSource
 
+from cxr_cache.cli.config_file import read_config_file
 from cxr_cache.config import (
     Augmentation,
     Config,
@@ -185,7 +186,8 @@ def _type_of(kind: Kind, separator: str) -> ParamType:
         inner = _Numbers(separator)
     if kind.choices:
         inner = click.Choice(kind.choices)
-    return _OrNone(inner) if kind.is_optional and inner is not click.STRING else inner
+    may_say_none = kind.is_optional and inner is not click.STRING and "none" not in kind.choices
+    return _OrNone(inner) if may_say_none else inner
 
 
 def options_given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +202,49 @@ def pick(config: type[Config], options: Mapping[str, Any]) -> dict[str, Any]:
     picked = {name: value for name, value in options.items() if name in names}
     pixels = pick(Augmentation, options) if "augmentation" in names else {}
     return picked | ({"augmentation": Augmentation(**pixels)} if pixels else {})
+
+
+# -- options from a file -------------------------------------------------------------------
+
+
+def config_option(command: click.Command) -> click.Option:
+    """Make the option --config of a command, which fills what was not given."""
+
+    def read(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+        if path is not None:
+            known = {
+                spelling.lstrip("-"): param.name or ""
+                for param in command.params
+                if isinstance(param, Option)
+                for spelling in (*param.opts, param.name or "")
+            }
+            group = ctx.parent.command if ctx.parent else None
+            commands = group.list_commands(ctx) if isinstance(group, click.Group) else ()
+            values = read_config_file(path, str(command.name), known, commands)
+            ctx.meta["config"] = path
+            ctx.default_map = {name: _as_text(command, name, values[name]) for name in values}
+
+    return Option(
+        ["--config"],
+        type=FILE,
+        callback=read,
+        is_eager=True,
+        expose_value=False,
+        help="TOML, YAML or JSON file with the options that are not given here, such as the "
+        "config.json of a run.",
+    )
+
+
+def _as_text(command: click.Command, name: str, value: Any) -> Any:
+    """A value of a file as it would be typed, so that it is checked alike."""
+    [param] = (param for param in command.params if param.name == name)
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    if value is None:
+        return "none" if isinstance(param.type, _OrNone) else None
+    if isinstance(param, click.Option) and param.multiple:
+        return [str(value)]
+    return value if isinstance(value, bool) and param.type == click.BOOL else str(value)
 
 
 # -- arguments and options of several commands ---------------------------------------------
@@ -236,7 +281,7 @@ class Terminated(KeyboardInterrupt):
 
 def exit_status(stop: KeyboardInterrupt) -> int:
     """128 and the number of the signal."""
-    return 143 if isinstance(stop, Terminated) else 130
+    return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
 
 
 def require_folder(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +29,7 @@ from cxr_cache.cli.progress import counting
 from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from cxr_cache.models.run import Run
+    pass
 
 
 @click.command()
@@ -61,7 +58,9 @@ def evaluate(
     --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
     stored with its model.
     """
-    from cxr_cache.evaluation.evaluate import evaluate_predictions, evaluate_run, format_summary
+    from cxr_cache.evaluation.evaluate import format_summary
+    from cxr_cache.jobs.others import evaluate_on_store
+    from cxr_cache.jobs.runs import evaluate_run
     from cxr_cache.models.run import Run
 
     if out is not None and store is None:
@@ -81,32 +80,14 @@ def evaluate(
         )
         click.echo(format_summary(metrics))
         return
-    from cxr_cache.models.predict import predict_store
-    from cxr_cache.store.feature_store import FeatureStore
-
-    with FeatureStore.open(store) as features:
-        encoder = None
-        if opened.load_model().tail is not None and not features.header.encoder.get("imported"):
-            from cxr_cache.encoders.loading import reload_encoder
-
-            encoder = reload_encoder(features.header.encoder, model=model, device=device)
-        predictions, targets = predict_store(opened, features, encoder)
-    known = predictions["image_id"].isin(opened.read_table("splits")["image_id"])
-    if known.any():
-        click.echo(
-            f"Warning: {known.sum():,} of the {len(known):,} images belong to the run's own data; "
-            "figures on images that it was trained on are too good.",
-            err=True,
-        )
-    evaluation = evaluate_predictions(
-        predictions,
-        targets,
-        opened.thresholds,
-        calibration=opened.calibration,
-        rule=opened.threshold_rule,
+    evaluation = evaluate_on_store(
+        opened,
+        store,
         groups=groups,
         n_resamples=config.n_resamples,
         seed=config.seed,
+        model=model,
+        device=device,
     )
     click.echo(format_summary(evaluation.metrics))
     if out is not None:
@@ -157,6 +138,7 @@ def zero_shot(
     """
     from cxr_cache.encoders.text import load_prompts, load_text_encoder
     from cxr_cache.evaluation.zero_shot import require_text_tower_of, score_zero_shot
+    from cxr_cache.jobs.others import keep_zero_shot
     from cxr_cache.models.run import Run
     from cxr_cache.store.feature_store import FeatureStore
 
@@ -179,19 +161,8 @@ def zero_shot(
     click.echo(found.to_text())
     if out is not None:
         found.table.to_csv(out, index=False, float_format="%.6g")
-    if run is not None and found.is_of_run:
-        _keep_zero_shot(run, found.table)
-
-
-def _keep_zero_shot(run: Run, table: pd.DataFrame) -> None:
-    """Put the table into the run's folder, which may be someone else's."""
-    try:
-        kept = run.write_table("zero_shot", table)
-    except PermissionError as error:
-        click.echo(f"Not kept with the run: {error.filename} cannot be written.", err=True)
-        return
-    command = shlex.join(["cxr-cache", "report", str(run.path)])
-    click.echo(f"Kept as {kept}; `{command}` puts it on the run's page.")
+    if run is not None and (kept := keep_zero_shot(run, found)):
+        click.echo(kept)
 
 
 @click.command()

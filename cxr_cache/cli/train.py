@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +14,6 @@ from cxr_cache.cli.options import (
     LABELS,
     MODEL_OF_STORE,
     STORE,
-    exit_status,
     option,
     options_given,
     options_of,
@@ -26,9 +22,7 @@ from cxr_cache.cli.options import (
 )
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, TrainConfig
-from cxr_cache.errors import CxrCacheError
 
-_AFTER_TRAINING: Final = ("evaluate", "report")
 _RUN_DIR: Final = option(
     "--run-dir", type=FOLDER, required=True, help="Folder that the run is written to."
 )
@@ -63,25 +57,22 @@ def train(
     **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once."""
-    from cxr_cache.training.fit_on_cores import release_cores
-    from cxr_cache.training.train import train_head
+    from cxr_cache.jobs.runs import train_head
 
     config = TrainConfig.of_recipe(recipe, **options_given(options))
-    _require_groups(groups)
     with counting("epochs") as on_progress:
         result = train_head(
             store,
             run_dir,
             config,
             labels=labels,
+            groups=groups,
             allow_pending=allow_pending,
             overwrite=overwrite,
+            tell=click.echo,
             on_progress=on_progress,
         )
-    release_cores()  # evaluating needs the memory
     warn_if_random(result.run.config["random_encoder"])
-    click.echo(result.to_text())
-    _evaluate_and_report(run_dir, groups)
 
 
 @click.command()
@@ -117,10 +108,10 @@ def ablate(
     **options: Any,
 ) -> None:
     """Compare recipes for the head on the same folds: a ranked table, and a plot."""
+    from cxr_cache.jobs.runs import refit_best
     from cxr_cache.report.plots import draw_ablation
     from cxr_cache.training.ablate import make_settings, run_ablation
     from cxr_cache.training.baselines import BASELINES
-    from cxr_cache.training.train import train_head
 
     own = AblateConfig(**pick(AblateConfig, options))
     base = TrainConfig.of_recipe(recipe, **pick(TrainConfig, options))
@@ -143,16 +134,18 @@ def ablate(
     click.echo(ablation.to_text())
     click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
     if own.refit:
-        result = train_head(
-            store,
-            out / "best",
-            replace(ablation.best.config, n_jobs=own.n_workers or -1),
-            labels=labels,
-            allow_pending=allow_pending,
-            overwrite=True,
-        )
-        click.echo(result.to_text())
-        _evaluate_and_report(out / "best")
+        with counting("epochs") as on_progress:
+            refit_best(
+                ablation,
+                store,
+                out / "best",
+                n_jobs=own.n_workers or -1,
+                labels=labels,
+                allow_pending=allow_pending,
+                overwrite=True,
+                tell=click.echo,
+                on_progress=on_progress,
+            )
 
 
 @click.command()
@@ -188,12 +181,11 @@ def finetune(
     A single number of epochs is used without a search. Under torchrun
     (`torchrun --nproc-per-node N -m cxr_cache finetune ...`) N processes share every batch.
     """
+    from cxr_cache.jobs.runs import finetune_tail, is_another_process
     from cxr_cache.models.run import Run
-    from cxr_cache.training.finetune import finetune_tail
     from cxr_cache.training.frozen_start import config_from_run
 
     given = pick(FinetuneConfig, options_given(options))
-    _require_groups(groups)
     config = (
         FinetuneConfig(**given)
         if from_run is None
@@ -207,52 +199,18 @@ def finetune(
             image_dir=image_dir,
             from_run=from_run,
             labels=labels,
+            groups=groups,
             model=model,
             allow_pending=allow_pending,
             overwrite=overwrite,
             echo=lambda line: click.echo(line, err=True),
+            tell=click.echo,
             on_progress=on_progress,
         )
-    if _is_another_process():  # of several, the first one reports
+    if is_another_process():  # of several, the first one reports
         return
     warn_if_random(result.run.config["random_encoder"])
-    click.echo(result.to_text())
-    if from_run is None:
-        _evaluate_and_report(run_dir, groups)
-        return
-    from cxr_cache.evaluation.compare import compare_runs
+    if from_run is not None:
+        from cxr_cache.evaluation.compare import compare_runs
 
-    frozen = Run.open(from_run)
-    _evaluate_and_report(run_dir, groups or frozen.groups_path)
-    click.echo(compare_runs(frozen, Run.open(run_dir)).to_text())
-
-
-def _is_another_process() -> bool:
-    """Whether torchrun started this one beside the first."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
-
-
-def _require_groups(groups: Path | None) -> None:
-    """Refuse a table that cannot be read, before anything takes long."""
-    if groups is not None:
-        from cxr_cache.evaluation.scored import read_groups
-
-        read_groups(groups)
-
-
-def _evaluate_and_report(run_dir: Path, groups: Path | None = None) -> None:
-    from cxr_cache.evaluation.evaluate import evaluate_run, format_summary
-    from cxr_cache.models.run import Run
-    from cxr_cache.report.report import write_report
-
-    run = Run.open(run_dir)
-    commands = (shlex.join(["cxr-cache", verb, str(run_dir)]) for verb in _AFTER_TRAINING)
-    left = f"{run_dir} is trained; what is left to do:\n" + "\n".join(commands)
-    try:
-        click.echo(format_summary(evaluate_run(run, groups=groups)))
-        click.echo(f"Report: {write_report(run)}")
-    except CxrCacheError as error:
-        raise click.ClickException(f"{error}\n{left}") from error
-    except KeyboardInterrupt as stop:
-        click.echo(f"\nStopped. {left}", err=True)
-        click.get_current_context().exit(exit_status(stop))
+        click.echo(compare_runs(Run.open(from_run), result.run).to_text())

@@ -56,7 +56,7 @@ _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
-_CARD: Final = "model_card.md"
+CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
@@ -158,7 +158,7 @@ class Run:
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
+        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, CARD, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -336,7 +336,7 @@ class Run:
 
     def write_model_card(self, markdown: str) -> Path:
         """Write ``model_card.md``."""
-        path = self.path / _CARD
+        path = self.path / CARD
         write_whole(path, markdown.encode())
         return path
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
+import yaml
+
 from cxr_cache.config import CardConfig
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.evaluation.figures import MEASURES
+from cxr_cache.models.run import CARD, Run
 from cxr_cache.report.page import make_environment
 from cxr_cache.report.views import RunView
 
@@ -60,6 +63,16 @@ def render_card(view: RunView, *, license_id: str = UNKNOWN, dataset_id: str = U
         level=LEVEL,
     )
     return f"---\n{_header(view, license_id, dataset_id)}\n---\n\n{body.strip()}\n"
+
+
+def read_card(run: Run) -> dict[str, Any]:
+    """What a run's card states of licence and data set, to write it again; empty without a card."""
+    path = run.path / CARD
+    if not path.is_file():
+        return {}
+    header = yaml.safe_load(path.read_text(encoding="utf-8").split("---")[1]) or {}
+    [dataset_id] = header.get("datasets") or [UNKNOWN]
+    return {"license_id": str(header.get("license", UNKNOWN)), "dataset_id": str(dataset_id)}
 
 
 def _header(view: RunView, license_id: str, dataset_id: str) -> str:

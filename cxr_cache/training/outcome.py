@@ -28,6 +28,8 @@ class TrainResult:
     run: Run
     epoch_search: EpochSearch
     notes: tuple[str, ...]
+    metrics: dict[str, Any] | None = None
+    """What ``metrics.json`` holds; None where the run was not evaluated."""
 
     @property
     def search(self) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""Whole jobs: a store to a finished run, with its figures, page and card."""
