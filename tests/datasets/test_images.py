@@ -31,7 +31,12 @@ from cxr_cache.datasets.images import (
     find_missing,
     read_image,
 )
-from cxr_cache.datasets.preprocessing import DECODE_RULE, Preprocessing, normalise
+from cxr_cache.datasets.preprocessing import (
+    DECODE_RULE,
+    Preprocessing,
+    normalise,
+    number_decode_rule,
+)
 from cxr_cache.errors import ConfigError, ImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -806,7 +811,18 @@ def test_preprocessing_survives_json(preprocessing):
     values = preprocessing.to_dict()
     assert json.loads(json.dumps(values)) == values
     assert Preprocessing.from_dict(json.loads(json.dumps(values))) == preprocessing
-    assert values["decode_rule"] == preprocessing.decode_rule == DECODE_RULE
+    assert values["decode_rule"] == DECODE_RULE == 1
+
+
+def test_a_rule_in_words_is_its_number():
+    """Version 0.1.0 compared the words, so that better ones would have spoilt every store."""
+    values = SQUASH.to_dict()
+    for words in ("rule 1. Grey: 8-bit values are used as stored.", "rule 1. In better words."):
+        assert Preprocessing.from_dict(values | {"decode_rule": words}) == SQUASH
+        old = {"name": "x", "preprocessing": values | {"decode_rule": words}}
+        assert number_decode_rule(old) == {"name": "x", "preprocessing": values}
+    assert number_decode_rule({"name": "imported:x"}) == {"name": "imported:x"}
+    assert number_decode_rule({"preprocessing": values}) == {"preprocessing": values}
 
 
 def change(**changes: object) -> Callable[[dict[str, object]], dict[str, object]]:
@@ -816,7 +832,9 @@ def change(**changes: object) -> Callable[[dict[str, object]], dict[str, object]
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (change(decode_rule="rule 0. as it comes"), "another rule.*\n.*rule 0"),
+        (change(decode_rule="rule 0. as it comes"), r"another rule \(0\) than .* follows \(1\)"),
+        (change(decode_rule=2), r"another rule \(2\) than .* follows \(1\)"),
+        (change(decode_rule="as it comes"), "another rule .'as it comes'. than"),
         (change(colour="green"), "not .*colour"),
         (lambda values: {"mean": values["mean"]}, "holds the keys"),
         (change(image_size_px=0), "image_size_px is 0; it must be at least 1"),
