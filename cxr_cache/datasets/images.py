@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
@@ -32,12 +31,11 @@ from PIL.TiffImagePlugin import (
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
 from cxr_cache.errors import ImageError
 
-if TYPE_CHECKING:
-    pass
-
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 1024**2
+MAX_TEXT_BYTES = 64 * 1024**2
+"""Of a PNG's colour profile and texts, unpacked; Pillow's own limit calls many scans damaged."""
 MIN_EDGE_PX = 16
 
 
@@ -277,9 +275,16 @@ def _strict_pillow() -> Iterator[None]:
     grey. Pillow's own pixel limit is off inside because ours is lower, and compared before any
     pixel is decoded.
     """
-    accept_truncated, pillow_limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+    settings = {
+        (ImageFile, "LOAD_TRUNCATED_IMAGES"): False,
+        (Image, "MAX_IMAGE_PIXELS"): None,
+        (PngImagePlugin, "MAX_TEXT_CHUNK"): MAX_TEXT_BYTES,
+        (PngImagePlugin, "MAX_TEXT_MEMORY"): MAX_TEXT_BYTES,
+    }
+    before = {key: getattr(*key) for key in settings}
     try:
+        for key, value in settings.items():
+            setattr(*key, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -291,9 +296,15 @@ def _strict_pillow() -> Iterator[None]:
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         if "truncated" in detail.lower():
             raise ImageError(_TRUNCATED) from error
+        if "Decompressed data too large" in detail or "Too much memory used in text" in detail:
+            raise ImageError(
+                f"its colour profile or texts take more than {MAX_TEXT_BYTES / 1024**2:.0f} MiB; "
+                "save the image without them"
+            ) from error
         raise ImageError(f"the file is damaged: {detail}") from error
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = accept_truncated, pillow_limit
+        for key, value in before.items():
+            setattr(*key, value)
 
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
