@@ -116,7 +116,9 @@ class DecodedImage:
     sha256: bytes
 
 
-def read_image(image_dir: str | Path, image_id: str, preprocessing: Preprocessing) -> DecodedImage:
+def read_image(
+    image_dir: str | Path | None, image_id: str, preprocessing: Preprocessing
+) -> DecodedImage:
     """Read one image file, upright, resized and cropped as the encoder wants it.
 
     For 8-bit grey and RGB files the pixels equal those of open_clip's own evaluation transform
@@ -125,9 +127,10 @@ def read_image(image_dir: str | Path, image_id: str, preprocessing: Preprocessin
     Parameters
     ----------
     image_dir
-        Folder that holds all images of the cohort.
+        Folder that holds all images of the cohort, which links may not lead out of. None for a
+        single file that the user has named.
     image_id
-        Posix path of the file relative to `image_dir`.
+        Posix path of the file relative to `image_dir`; without a folder, any path.
     preprocessing
         Size, interpolation, resizing and bit depth.
 
@@ -169,7 +172,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
 
 
 def read_picture(
-    image_dir: str | Path, image_id: str, bits_stored: int | None = None
+    image_dir: str | Path | None, image_id: str, bits_stored: int | None = None
 ) -> NDArray[np.uint8]:
     """Read one image file at its full size, upright: what a person would look at.
 
@@ -197,7 +200,7 @@ def read_picture(
     return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
 
 
-def read_bytes(image_dir: str | Path, image_id: str) -> bytes:
+def read_bytes(image_dir: str | Path | None, image_id: str) -> bytes:
     """Read an image file as it is, with every check that needs no decoding.
 
     Raises
@@ -221,16 +224,16 @@ def find_missing(image_dir: str | Path, image_ids: Iterable[str]) -> list[str]:
     ]
 
 
-def _locate(image_dir: str | Path, image_id: str) -> str:
+def _locate(image_dir: str | Path | None, image_id: str) -> str:
     """Absolute path of an image, which must lie in the folder once symbolic links are followed."""
-    if PurePosixPath(image_id).is_absolute():
+    if image_dir is not None and PurePosixPath(image_id).is_absolute():
         raise ImageError("the path is absolute; it must be relative to the image folder")
     try:
-        root = Path(os.path.realpath(image_dir))
+        root = Path(os.path.realpath(image_dir or "."))
         path = Path(os.path.realpath(root / image_id))
     except ValueError as error:  # a NUL byte, or characters that no file name can hold
         raise ImageError("the path holds characters that no file name can hold") from error
-    if not path.is_relative_to(root):
+    if image_dir is not None and not path.is_relative_to(root):
         by_link = ".." not in PurePosixPath(image_id).parts
         how = ", by a symbolic link" if by_link else ""
         raise ImageError(f"the path leads out of the image folder{how}")
