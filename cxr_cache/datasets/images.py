@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
@@ -32,12 +31,11 @@ from PIL.TiffImagePlugin import (
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
 from cxr_cache.errors import ImageError
 
-if TYPE_CHECKING:
-    pass
-
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 1024**2
+MAX_TEXT_BYTES = 64 * 1024**2
+"""Of a PNG's colour profile and texts, unpacked; Pillow's own limit calls many scans damaged."""
 MIN_EDGE_PX = 16
 
 
@@ -118,7 +116,9 @@ class DecodedImage:
     sha256: bytes
 
 
-def read_image(image_dir: str | Path, image_id: str, preprocessing: Preprocessing) -> DecodedImage:
+def read_image(
+    image_dir: str | Path | None, image_id: str, preprocessing: Preprocessing
+) -> DecodedImage:
     """Read one image file, upright, resized and cropped as the encoder wants it.
 
     For 8-bit grey and RGB files the pixels equal those of open_clip's own evaluation transform
@@ -127,9 +127,10 @@ def read_image(image_dir: str | Path, image_id: str, preprocessing: Preprocessin
     Parameters
     ----------
     image_dir
-        Folder that holds all images of the cohort.
+        Folder that holds all images of the cohort, which links may not lead out of. None for a
+        single file that the user has named.
     image_id
-        Posix path of the file relative to `image_dir`.
+        Posix path of the file relative to `image_dir`; without a folder, any path.
     preprocessing
         Size, interpolation, resizing and bit depth.
 
@@ -171,7 +172,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
 
 
 def read_picture(
-    image_dir: str | Path, image_id: str, bits_stored: int | None = None
+    image_dir: str | Path | None, image_id: str, bits_stored: int | None = None
 ) -> NDArray[np.uint8]:
     """Read one image file at its full size, upright: what a person would look at.
 
@@ -199,7 +200,7 @@ def read_picture(
     return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
 
 
-def read_bytes(image_dir: str | Path, image_id: str) -> bytes:
+def read_bytes(image_dir: str | Path | None, image_id: str) -> bytes:
     """Read an image file as it is, with every check that needs no decoding.
 
     Raises
@@ -223,16 +224,16 @@ def find_missing(image_dir: str | Path, image_ids: Iterable[str]) -> list[str]:
     ]
 
 
-def _locate(image_dir: str | Path, image_id: str) -> str:
+def _locate(image_dir: str | Path | None, image_id: str) -> str:
     """Absolute path of an image, which must lie in the folder once symbolic links are followed."""
-    if PurePosixPath(image_id).is_absolute():
+    if image_dir is not None and PurePosixPath(image_id).is_absolute():
         raise ImageError("the path is absolute; it must be relative to the image folder")
     try:
-        root = Path(os.path.realpath(image_dir))
+        root = Path(os.path.realpath(image_dir or "."))
         path = Path(os.path.realpath(root / image_id))
     except ValueError as error:  # a NUL byte, or characters that no file name can hold
         raise ImageError("the path holds characters that no file name can hold") from error
-    if not path.is_relative_to(root):
+    if image_dir is not None and not path.is_relative_to(root):
         by_link = ".." not in PurePosixPath(image_id).parts
         how = ", by a symbolic link" if by_link else ""
         raise ImageError(f"the path leads out of the image folder{how}")
@@ -277,9 +278,16 @@ def _strict_pillow() -> Iterator[None]:
     grey. Pillow's own pixel limit is off inside because ours is lower, and compared before any
     pixel is decoded.
     """
-    accept_truncated, pillow_limit = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+    settings = {
+        (ImageFile, "LOAD_TRUNCATED_IMAGES"): False,
+        (Image, "MAX_IMAGE_PIXELS"): None,
+        (PngImagePlugin, "MAX_TEXT_CHUNK"): MAX_TEXT_BYTES,
+        (PngImagePlugin, "MAX_TEXT_MEMORY"): MAX_TEXT_BYTES,
+    }
+    before = {key: getattr(*key) for key in settings}
     try:
+        for key, value in settings.items():
+            setattr(*key, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
@@ -291,9 +299,15 @@ def _strict_pillow() -> Iterator[None]:
         detail = " ".join(str(error).split())[:120] or type(error).__name__
         if "truncated" in detail.lower():
             raise ImageError(_TRUNCATED) from error
+        if "Decompressed data too large" in detail or "Too much memory used in text" in detail:
+            raise ImageError(
+                f"its colour profile or texts take more than {MAX_TEXT_BYTES / 1024**2:.0f} MiB; "
+                "save the image without them"
+            ) from error
         raise ImageError(f"the file is damaged: {detail}") from error
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = accept_truncated, pillow_limit
+        for key, value in before.items():
+            setattr(*key, value)
 
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:

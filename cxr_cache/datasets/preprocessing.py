@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from PIL import Image
@@ -15,16 +16,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-DECODE_RULE = (
-    "rule 1. "
-    "Grey: 8-bit values are used as stored and fill all three channels; 1-bit is 0 and 255. "
+DECODE_RULE: Final = 1
+"""Number of the rule by which files become pixels; one that changes a pixel gets the next."""
+DECODE_RULES: Final = {
+    1: "Grey: 8-bit values are used as stored and fill all three channels; 1-bit is 0 and 255. "
     "16-bit grey is scaled linearly in float32, 65535 to 255, or 2**bits_stored - 1 to 255 where "
     "the data set states its bits; larger values are an error, none is clipped; rounded to 8 bits "
     "after resizing. "
     "Colour: palette, CMYK and YCbCr become RGB by Pillow; colour profiles and gamma are not "
     "applied. Alpha and transparent colours are composited over black. "
     "EXIF orientation is applied, then the image is resized by Pillow (antialiased), then cropped."
-)
+}
+"""The rules in words, for people; only their numbers are compared."""
+
+
+def number_decode_rule(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a stored identity of an encoder the number of its decode rule.
+
+    Version 0.1.0 stored the rule in words, which begin with that number.
+    """
+    preprocessing = encoder.get("preprocessing")
+    rule = preprocessing.get("decode_rule") if isinstance(preprocessing, Mapping) else None
+    if not isinstance(rule, str) or not (found := re.match(r"rule (\d+)\.", rule)):
+        return dict(encoder)
+    return {**encoder, "preprocessing": {**preprocessing, "decode_rule": int(found[1])}}
 
 
 _RESAMPLING = {
@@ -67,18 +82,13 @@ class Preprocessing:
         if self.bits_stored is not None and not 8 <= self.bits_stored <= 16:
             raise ConfigError(f"bits_stored is {self.bits_stored}; it must lie between 8 and 16.")
 
-    @property
-    def decode_rule(self) -> str:
-        """The rules by which files become pixels, in words and with their number."""
-        return DECODE_RULE
-
     def to_dict(self) -> dict[str, Any]:
         """All fields and the decode rule, as JSON has them: lists, not tuples."""
         values = asdict(self)
         return values | {
             "mean": list(self.mean),
             "std": list(self.std),
-            "decode_rule": self.decode_rule,
+            "decode_rule": DECODE_RULE,
         }
 
     @classmethod
@@ -96,12 +106,12 @@ class Preprocessing:
             raise ConfigError(
                 f"A preprocessing holds the keys {sorted(expected)}, not {sorted(values)}."
             )
-        if values["decode_rule"] != DECODE_RULE:
+        rule = number_decode_rule({"preprocessing": values})["preprocessing"]["decode_rule"]
+        if rule != DECODE_RULE:
             raise ConfigError(
-                "The images were decoded by another rule than this version of cxr-cache follows:\n"
-                f"  theirs: {values['decode_rule']}\n"
-                f"  ours: {DECODE_RULE}\n"
-                "Use the version that wrote them, or extract again."
+                f"The images were decoded by another rule ({rule!r}) than this version of "
+                f"cxr-cache follows ({DECODE_RULE}). Use the version that wrote them, or extract "
+                "again."
             )
         arguments = {key: value for key, value in values.items() if key != "decode_rule"}
         return cls(**(arguments | {"mean": tuple(values["mean"]), "std": tuple(values["std"])}))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import CxrCacheError, EncoderError, StoreMismatchError
 
 
@@ -52,7 +53,7 @@ class EncoderIdentity:
             raise EncoderError(
                 f"An encoder's identity holds the fields {sorted(expected)}, not {sorted(values)}."
             )
-        return cls(**values)
+        return cls(**number_decode_rule(values))
 
     def differences(self, other: EncoderIdentity) -> dict[str, tuple[Any, Any]]:
         """What makes features of the two incomparable: field -> (mine, theirs).

@@ -94,8 +94,8 @@ def explain_images(
     prep = encoder.preprocessing
     for path in paths:
         try:
-            decoded = read_image(path.parent, path.name, prep)
-            picture = read_picture(path.parent, path.name, prep.bits_stored)
+            decoded = read_image(None, str(path), prep)
+            picture = read_picture(None, str(path), prep.bits_stored)
         except ImageError as error:
             yield ImageError(f"{path}: {error}")
             continue

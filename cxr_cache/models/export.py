@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from cxr_cache.common.devices import require_choice
 from cxr_cache.common.files import WriterLock, opened, sync, sync_folder
+from cxr_cache.datasets.preprocessing import DECODE_RULES
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
@@ -113,6 +114,7 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
     notice = "Research software. Not for clinical use."
     if model.encoder["is_random"]:
         notice += " The encoder has RANDOM WEIGHTS: results have no medical meaning."
+    preprocessing = model.encoder["preprocessing"]
     blocks = [match[0] for name in model.tail_tensors if (match := re.match(r".*?\.\d+", name))]
     return {
         "notice": notice,
@@ -120,7 +122,8 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "thresholds": model.thresholds,
         "threshold_rule": model.threshold_rule,
         "calibration": model.calibration,
-        "preprocessing": model.encoder["preprocessing"],
+        "preprocessing": preprocessing
+        | {"decode_rule_in_words": DECODE_RULES[preprocessing["decode_rule"]]},
         "features": model.head.get("features", "projected"),
         "input_norm": model.head["input_norm"],
         "hidden": list(model.head["hidden"]),

@@ -161,7 +161,8 @@ def _how_to_use(model: SavedModel, heads: nn.ModuleList) -> list[str]:
         "findings.",
         *([_CALIBRATE] if calibrates else []),
         "A finding counts as present from its threshold on (above 1: never).",
-        "Files of more than 8 bits must be scaled to 8 bits as preprocessing.decode_rule says.",
+        "Files of more than 8 bits must be scaled to 8 bits as preprocessing.decode_rule_in_words "
+        "says.",
     ]
 
 

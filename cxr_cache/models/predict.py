@@ -111,7 +111,7 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
         decoded = {}
         for i, path in enumerate(map(Path, paths[start : start + _IMAGES_AT_ONCE]), start):
             try:
-                decoded[i] = read_image(path.parent, path.name, encoder.preprocessing).pixels
+                decoded[i] = read_image(None, str(path), encoder.preprocessing).pixels
             except ImageError as error:
                 errors[i] = str(error)
         if decoded:

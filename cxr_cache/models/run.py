@@ -24,6 +24,7 @@ from cxr_cache.common.files import (
 )
 from cxr_cache.common.tables import format_csv
 from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
 
@@ -467,6 +468,7 @@ class Run:
             with safe_open(path, framework="np") as file:
                 description = json.loads((file.metadata() or {})[_MODEL_ENTRY])
             description = _LATER_FIELDS | description
+            description["encoder"] = number_decode_rule(description["encoder"])
             return {field: description[field] for field in _MODEL_FIELDS}
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
@@ -504,6 +506,9 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         raise _damaged(path, f"is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise _damaged(path, "is not a run's configuration")
+    store = config.get("store")
+    if isinstance(store, dict) and isinstance(store.get("encoder"), dict):
+        config["store"] = {**store, "encoder": number_decode_rule(store["encoder"])}
     return config
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.files import read_at, write_at
 from cxr_cache.datasets.cohort import IMAGE_COLUMNS
+from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import StoreFormatError
 
 FORMAT_VERSIONS: Final = (1, 2)
@@ -348,7 +349,7 @@ def _read_header(file: h5py.File, path: Path) -> Header:
     if not sound:
         raise StoreFormatError(f"{path}: its description is not that of a feature store; refused.")
     lists = {name: tuple(values[name]) for name in ("findings", "image_columns")}
-    return Header(**{**values, **lists})
+    return Header(**{**values, **lists, "encoder": number_decode_rule(values["encoder"])})
 
 
 def _read_attribute(file: h5py.File, key: str, path: Path) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from cxr_cache.datasets import images
 from cxr_cache.datasets.images import (
@@ -31,7 +31,12 @@ from cxr_cache.datasets.images import (
     find_missing,
     read_image,
 )
-from cxr_cache.datasets.preprocessing import DECODE_RULE, Preprocessing, normalise
+from cxr_cache.datasets.preprocessing import (
+    DECODE_RULE,
+    Preprocessing,
+    normalise,
+    number_decode_rule,
+)
 from cxr_cache.errors import ConfigError, ImageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -798,6 +803,50 @@ def test_pillow_stays_quiet(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_png_with_a_large_colour_profile_or_text_is_sound(tmp_path):
+    """Scanners write profiles of several MiB; Pillow unpacks one, and calls the rest damage."""
+    image = noise(48, 48)
+    image.save(tmp_path / "plain.png")
+    expected = read(tmp_path / "plain.png")
+    image.save(tmp_path / "profile.png", icc_profile=bytes(5_000_000))
+    for packed in (True, False):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("note", "x" * 5_000_000, zip=packed)
+        text.add_itxt("note", "x" * 5_000_000, zip=packed)
+        image.save(tmp_path / f"text-{packed}.png", pnginfo=text)
+    for name in ("profile", "text-True", "text-False"):
+        np.testing.assert_array_equal(read(tmp_path / f"{name}.png"), expected)
+    assert PngImagePlugin.MAX_TEXT_CHUNK < 5_000_000  # others in the process keep their limit
+
+
+def test_a_png_whose_text_would_fill_the_memory_is_refused_for_that(tmp_path, monkeypatch):
+    monkeypatch.setattr("cxr_cache.datasets.images.MAX_TEXT_BYTES", 2**20)
+    noise(48, 48).save(tmp_path / "profile.png", icc_profile=bytes(2_000_000))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * 2_000_000, zip=True)
+    noise(48, 48).save(tmp_path / "text.png", pnginfo=text)
+    for name in ("profile.png", "text.png"):
+        with pytest.raises(ImageError, match="profile or texts take more than 1 MiB; save the"):
+            read(tmp_path / name)
+
+
+def test_a_single_file_may_be_a_link(tmp_path):
+    """As in the caches of Hugging Face, DVC and git-annex; a table may not lead out by one."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "images").mkdir()
+    noise(48, 48).save(tmp_path / "blobs" / "9f3a", "png")
+    (tmp_path / "images" / "chest.png").symlink_to("../blobs/9f3a")
+
+    named = read_image(None, str(tmp_path / "images" / "chest.png"), SMALL)
+    np.testing.assert_array_equal(named.pixels, read(tmp_path / "blobs" / "9f3a"))
+    with pytest.raises(ImageError, match="out of the image folder, by a symbolic link"):
+        read_image(tmp_path / "images", "chest.png", SMALL)
+    with pytest.raises(ImageError, match="does not exist"):
+        read_image(None, str(tmp_path / "none.png"), SMALL)
+    with pytest.raises(ImageError, match="no file name can hold"):
+        read_image(None, "a\0b.png", SMALL)
+
+
 # --- preprocessing, missing files, imports ----------------------------------------------------
 
 
@@ -806,7 +855,18 @@ def test_preprocessing_survives_json(preprocessing):
     values = preprocessing.to_dict()
     assert json.loads(json.dumps(values)) == values
     assert Preprocessing.from_dict(json.loads(json.dumps(values))) == preprocessing
-    assert values["decode_rule"] == preprocessing.decode_rule == DECODE_RULE
+    assert values["decode_rule"] == DECODE_RULE == 1
+
+
+def test_a_rule_in_words_is_its_number():
+    """Version 0.1.0 compared the words, so that better ones would have spoilt every store."""
+    values = SQUASH.to_dict()
+    for words in ("rule 1. Grey: 8-bit values are used as stored.", "rule 1. In better words."):
+        assert Preprocessing.from_dict(values | {"decode_rule": words}) == SQUASH
+        old = {"name": "x", "preprocessing": values | {"decode_rule": words}}
+        assert number_decode_rule(old) == {"name": "x", "preprocessing": values}
+    assert number_decode_rule({"name": "imported:x"}) == {"name": "imported:x"}
+    assert number_decode_rule({"preprocessing": values}) == {"preprocessing": values}
 
 
 def change(**changes: object) -> Callable[[dict[str, object]], dict[str, object]]:
@@ -816,7 +876,9 @@ def change(**changes: object) -> Callable[[dict[str, object]], dict[str, object]
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (change(decode_rule="rule 0. as it comes"), "another rule.*\n.*rule 0"),
+        (change(decode_rule="rule 0. as it comes"), r"another rule \(0\) than .* follows \(1\)"),
+        (change(decode_rule=2), r"another rule \(2\) than .* follows \(1\)"),
+        (change(decode_rule="as it comes"), "another rule .'as it comes'. than"),
         (change(colour="green"), "not .*colour"),
         (lambda values: {"mean": values["mean"]}, "holds the keys"),
         (change(image_size_px=0), "image_size_px is 0; it must be at least 1"),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,20 @@ def test_a_run_of_another_format_version_is_refused(tmp_path):
 
     with pytest.raises(RunError, match="has format version 7, this cxr-cache reads 1"):
         Run.open(run.path)
+
+
+def test_runs_of_version_0_1_0_have_the_decode_rule_in_words(tmp_path):
+    words, number = {"decode_rule": "rule 1. Grey: as it was said."}, {"decode_rule": 1}
+    old = replace(MODEL, encoder={"name": "x", "preprocessing": words})
+    run = Run.create(tmp_path, {"kind": "train", "store": {"encoder": old.encoder}})
+    run.save_model(old)
+    run.save_state("fold-1", {})
+    now = {"store": {"encoder": {"name": "x", "preprocessing": number}}}
+    assert Run.resume(tmp_path, now) is not None
+    run.finish()
+    run = Run.open(tmp_path)
+    assert run.load_model().encoder == now["store"]["encoder"]
+    assert run.config["store"] == now["store"]
 
 
 # --- Whole or not at all --------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
+from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, EncoderError, StoreMismatchError, TooManyFailuresError
 from cxr_cache.store.extract import extract_embeddings, resolve_for
@@ -472,6 +473,28 @@ def test_another_encoder_is_refused(
     with pytest.raises(StoreMismatchError, match=message):
         extract_embeddings(cohort, phantoms / "images", path, other, QUICK)
     assert path.read_bytes() == before
+
+
+def test_a_store_of_version_0_1_0_that_has_the_decode_rule_in_words_is_continued(
+    phantoms, cohort, encoder, tmp_path, encoded, monkeypatch
+):
+    old = encoder.identity.to_dict()
+    old["preprocessing"] = {**old["preprocessing"], "decode_rule": "rule 1. Grey: as it was said."}
+    monkeypatch.setattr(EncoderIdentity, "to_dict", lambda _: old)
+    with monkeypatch.context() as patch:
+        patch.setattr("cxr_cache.store.layout.number_decode_rule", dict)
+        extract_embeddings(
+            cohort.take(slice(4)), phantoms / "images", tmp_path / "s.h5", encoder, QUICK
+        )
+        with FeatureStore.open(tmp_path / "s.h5") as store:
+            assert "as it was said" in str(store.header.encoder)
+    monkeypatch.undo()
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        assert store.header.encoder == encoder.identity.to_dict()
+    summary = extract_embeddings(
+        cohort.take(slice(6)), phantoms / "images", tmp_path / "s.h5", encoder, QUICK
+    )
+    assert (summary.n_taken_over, summary.n_computed, summary.n_failed) == (4, 2, 0)
 
 
 @pytest.mark.parametrize(
