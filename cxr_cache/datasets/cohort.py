@@ -18,8 +18,10 @@ from cxr_cache.metrics.scores import Array
 
 IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
 """Columns that every image table has, in this order; further ones follow them."""
+FACTS: Final = ("sex", "age", "view_position")
+"""Names of further columns, as readers give them where a data set has such facts about images."""
 _OPTIONAL_COLUMNS: Final = ("patient_id", "projection")
-_TAKEN_NAMES: Final = frozenset({"split", "fold", "status", "error"})
+RESERVED_COLUMNS: Final = frozenset({"split", "fold", "status", "error"})
 """Columns that tables of runs and stores have beside those of the image table."""
 
 
@@ -73,9 +75,9 @@ class Cohort:
         if not (np.isnan(self.targets) | (self.targets == 0) | (self.targets == 1)).all():
             raise TableError("targets hold other values than 1, 0 and NaN")
         for name in self.images.columns:
-            if name in _TAKEN_NAMES or name in self.findings:
+            if name in RESERVED_COLUMNS or name in self.findings:
                 taken = "a column of the tables of runs and stores"
-                other = taken if name in _TAKEN_NAMES else "a finding"
+                other = taken if name in RESERVED_COLUMNS else "a finding"
                 raise TableError(
                     f"{name!r} is a column of the image table and the name of {other}; rename one."
                 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from cxr_cache.common.tables import (
     require_filled,
     require_unique,
 )
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import FACTS, Cohort
 from cxr_cache.datasets.labels import (
     FINDINGS,
     assign_targets,
@@ -30,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 PROJECTIONS = {"frontal": "Frontal", "lateral": "Lateral", "": ""}
 """How a projection may be written (in any case), and how the cohort writes it."""
-
-FACTS: Final = ("sex", "age", "view_position")
-"""Columns that the image table gets as well where either file has them."""
 
 
 def read_indiana(csv_dir: Path) -> Cohort:

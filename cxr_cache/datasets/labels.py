@@ -21,6 +21,7 @@ from cxr_cache.common.tables import (
     require_unique,
 )
 from cxr_cache.common.wording import list_names, nearest_names, normalise
+from cxr_cache.datasets.cohort import FACTS, IMAGE_COLUMNS, RESERVED_COLUMNS
 from cxr_cache.errors import TableError
 
 _DATA = files("cxr_cache.datasets") / "findings35.json"
@@ -49,9 +50,7 @@ TABLE_VALUES: dict[str, float] = {
 }
 """What a cell of a target table may hold, and the target that it stands for."""
 
-DESCRIPTIVE_COLUMNS = frozenset(
-    {"image_id", "filename", "uid", "study_uid", "patient_id", "projection", "split", "fold"}
-)
+DESCRIPTIVE_COLUMNS = frozenset({*IMAGE_COLUMNS, *FACTS, *RESERVED_COLUMNS, "filename", "uid"})
 """Columns of a target table that are never findings."""
 
 

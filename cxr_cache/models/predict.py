@@ -136,10 +136,10 @@ def require_encoder_of_run(
     require_not_imported(
         trained_with,
         f"{run.path} was trained on",
-        "there is no encoder to run images through. To score other images, import their embeddings "
-        f"into a store, too, and use `cxr-cache evaluate {run.path} --store F.h5`. To predict "
-        "from images, to explain them or to export the whole model, use `cxr-cache extract` on "
-        "the images and train on that store.",
+        "there is no encoder to run new images through. To score other images, import their "
+        f"embeddings into a store, too, and use `cxr-cache evaluate {run.path} --store F.h5`. To "
+        "predict from images, to explain them or to export the whole model, use `cxr-cache "
+        "extract` on the images and train on that store.",
         RunError,
     )
     if encoder is None:

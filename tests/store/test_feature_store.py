@@ -20,6 +20,7 @@ import xxhash
 
 from cxr_cache.common import files as durable
 from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.labels import load_labels
 from cxr_cache.errors import (
     DiskFullError,
     StoreBusyError,
@@ -176,6 +177,10 @@ def test_a_store_is_a_table_with_its_features_where_they_are_asked_for(tmp_path)
         assert table["error"].tolist() == [""] * 8 + ["too dark"]
         np.testing.assert_array_equal(table[list(store.findings)].to_numpy(), cohort.targets)
         assert table.shape == (9, 4 + 2 + 3)
+        table.assign(sex="F").to_csv(tmp_path / "labels.csv", index=False)
+        findings, targets = load_labels(tmp_path / "labels.csv", store.image_ids)
+        assert findings == store.findings  # the table can be given back as --labels
+        np.testing.assert_array_equal(targets, cohort.targets)
         more = store.to_frame(features=["embeddings", "tokens"])
         assert more.shape == (9, 9 + 8 + 5 * 6)
         embeddings = more.filter(like="embeddings_").to_numpy()
