@@ -1,6 +1,7 @@
-"""Where pieces of work run: processes of this machine, a Dask cluster, or a Ray cluster.
+"""Pools of workers on this machine, a Dask cluster or a Ray cluster.
 
-joblib is the engine; this module opens its backends, and says in one message what is missing.
+joblib runs the work. This module opens joblib's backends, and reports in one message what is
+missing.
 """
 
 from __future__ import annotations
@@ -21,33 +22,36 @@ from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
 _PACKAGES: Final = {"dask": "distributed", "ray": "ray"}
 _LEAVE_INTERRUPTS_TO_DRIVER: Final = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
-"""What workers of a local Dask cluster run first: a terminal interrupts the whole group."""
+"""Code that workers of a local Dask cluster run first.
+
+A terminal sends Ctrl-C to the whole group of processes; only the driver shall react to it.
+"""
 WAIT_S: Final = 30
-"""How long a scheduler may take to answer, and its workers to join."""
+"""Seconds that a scheduler may take to answer, and its workers to join."""
 
 
 @contextmanager
 def open_backend(
     name: str, *, n_workers: int, scheduler: str | None = None, **options: Any
 ) -> Iterator[Parallel]:
-    """Open a pool of workers; calling it with ``joblib.delayed`` work runs that there.
+    """Open a pool of workers, which is called with pieces of work made by ``joblib.delayed``.
 
-    A worker that is lost loses no work under Dask, which runs it again elsewhere. The others
-    give up the call; so does Dask when several workers in a row are lost to one piece of work.
+    When a worker is lost, Dask runs its piece of work again elsewhere. It gives up only when
+    several workers in a row are lost with the same piece. The other backends give up at once.
 
     Parameters
     ----------
     name
-        ``"loky"``: processes of this machine. ``"dask"``, ``"ray"``: a cluster of that kind.
+        ``"loky"`` for processes of this machine, ``"dask"`` or ``"ray"`` for such a cluster.
     n_workers
-        Processes to start, at least 1. Of a running Dask cluster all workers are used, as soon as
-        so many have joined.
+        Processes to start, at least 1. On a running Dask cluster, work begins when so many workers
+        have joined, and uses all that there are.
     scheduler
         Address of a running cluster (Dask ``tcp://HOST:8786``, Ray ``HOST:6379``). None starts
-        one on this machine, and ends it afterwards.
+        a cluster on this machine and ends it afterwards.
     options
-        Further arguments of :class:`joblib.Parallel`, such as ``mmap_mode``. Ray has no
-        ``return_as="generator"``: see :func:`streams_results`.
+        Further arguments of :class:`joblib.Parallel`, such as ``mmap_mode``. Ray does not take
+        ``return_as="generator"``, see :func:`streams_results`.
 
     Raises
     ------
@@ -56,11 +60,11 @@ def open_backend(
     BackendError
         A package is not installed, or the scheduler or its workers cannot be reached.
     WorkerLostError
-        Raised out of the ``with`` block where a worker was lost and its work with it.
+        A worker was lost with its piece of work; raised out of the ``with`` block.
     """
     _require_sensible(name, n_workers, scheduler)
     with _OPENERS[name](n_workers, scheduler) as backend_options:
-        # One piece of work at a time: each takes long, and a lost worker loses one only.
+        # Workers get one piece of work at a time, so that a lost worker loses no more than one.
         with parallel_config(backend=name, **backend_options):
             parallel = Parallel(n_jobs=n_workers, batch_size=1, **options)
         try:
@@ -74,9 +78,9 @@ def open_backend(
 
 
 def check_backend(name: str, *, n_workers: int, scheduler: str | None = None) -> None:
-    """Raise what :func:`open_backend` would raise, but start nothing on this machine.
+    """Raise what :func:`open_backend` would raise, without starting anything on this machine.
 
-    For callers who do something that takes long, or leaves traces, before they open one.
+    Callers use it before work that takes long or leaves files, and that comes before the pool.
     """
     _require_sensible(name, n_workers, scheduler)
     if scheduler is not None:
@@ -87,7 +91,7 @@ def check_backend(name: str, *, n_workers: int, scheduler: str | None = None) ->
 
 
 def streams_results(name: str) -> bool:
-    """Whether the pool takes ``return_as="generator"`` and ``"generator_unordered"``."""
+    """Tell whether the pool takes ``return_as="generator"`` and ``"generator_unordered"``."""
     return name != "ray"
 
 
@@ -112,7 +116,7 @@ def _open_dask(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]
     distributed = _import(_PACKAGES["dask"], "dask")
     with ExitStack() as stack:
         if scheduler is None:
-            stack.enter_context(_silenced("distributed"))  # whatever matters is raised as well
+            stack.enter_context(_silenced("distributed"))  # what matters is raised as well
             cluster = distributed.LocalCluster(
                 n_workers=n_workers,
                 threads_per_worker=1,
@@ -144,7 +148,7 @@ def _open_dask(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]
 
 @contextmanager
 def _open_ray(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray shall not report to its makers
     ray = _import(_PACKAGES["ray"], "ray")
     local = {"num_cpus": n_workers, "include_dashboard": False} if scheduler is None else {}
     try:
@@ -190,7 +194,7 @@ def _import(module: str, extra: str) -> Any:
 
 
 def _losses(name: str) -> tuple[type[Exception], ...]:
-    """What a backend raises where a worker took its work with it."""
+    """Return the errors that a backend raises when a worker and its piece of work are lost."""
     if name == "dask":
         return (importlib.import_module("distributed").KilledWorker,)
     if name == "ray":

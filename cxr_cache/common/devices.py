@@ -1,4 +1,4 @@
-"""Which device, and which precision, a name means on this machine."""
+"""Devices, precisions and free memory of this machine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that a name means here; ``"auto"`` prefers cuda to mps to cpu.
+    """Return the device that a name means here; ``"auto"`` prefers cuda to mps to cpu.
 
     Raises
     ------
     EncoderError
-        The name is no device, or this machine does not have it.
+        The name means no device, or this machine does not have the device.
     """
     n_devices = {
         "cuda": torch.cuda.device_count(),
@@ -36,7 +36,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        chosen = torch.device("meta")  # named, but not one to compute on
+        chosen = torch.device("meta")  # a name that no machine has for a device to compute on
     if (chosen.index or 0) >= n_devices.get(chosen.type, 0):
         raise EncoderError(
             f"There is no device '{device}' here; torch {torch.__version__} sees "
@@ -46,12 +46,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """What matrix products are computed in; ``"auto"`` is bf16 where it is native, else fp32.
+    """Return the precision of matrix products; ``"auto"`` is bf16 where it is native, else fp32.
 
     Raises
     ------
     ConfigError
-        The name is none of these.
+        There is no such precision.
     """
     require_choice("precision", precision, ("auto", *PRECISIONS))
     if precision == "auto":
@@ -66,12 +66,12 @@ def require_choice(option: str, value: str | None, choices: Sequence[str | None]
 
 
 def _has_native_bf16(device: torch.device) -> bool:
-    """Whether bf16 is a speed-up: emulated, it is slower than fp32."""
+    """Tell whether the device computes in bf16 itself; emulated, bf16 is slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    # torch has no public question for this; the private ones come and go between versions
+    # torch has no public function for this, and the private ones come and go between versions.
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, question, bool)() for question in questions)
 

@@ -1,4 +1,7 @@
-"""Several processes that train one model, as torchrun starts them; alone, everything is a no-op."""
+"""Several processes that train one model together, as torchrun starts them.
+
+In a process that trains alone, every function here does nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,23 @@ from cxr_cache.errors import ConfigError
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes, if torchrun started any, for as long as the block runs.
+    """Join the other processes that torchrun started, if any, while the block runs.
 
     Parameters
     ----------
     device
-        What the user asked for.
+        Device that the user asked for.
 
     Yields
     ------
     torch.device
-        What this process computes on: of several GPUs the one with its local rank.
+        Device on which this process computes. Of several GPUs it is the one with its local rank.
 
     Raises
     ------
     ConfigError
-        More processes than GPUs, another kind of device than CPU and CUDA, or half of torchrun's
-        environment.
+        There are more processes than GPUs, the device is neither CPU nor CUDA, or torchrun's
+        environment is incomplete.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device
@@ -62,17 +65,17 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files."""
+    """Tell whether this process is the one that writes files."""
     return rank() == 0
 
 
@@ -82,14 +85,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def own_part(n: int) -> slice:
-    """The share of `n` things of this process, in one piece; sizes differ by one at most."""
+def slice_of_process(n: int) -> slice:
+    """Return the slice of `n` items that is this process's share; sizes differ by at most 1."""
     first, end = (n * k // world_size() for k in (rank(), rank() + 1))
     return slice(first, end)
 
 
 def gather_parts(part: Tensor, n: int) -> Tensor:
-    """Join what each process has for its :func:`own_part` of `n` things; axis 0."""
+    """Join along axis 0 what each process has for its :func:`slice_of_process` of `n` items."""
     if world_size() == 1:
         return part
     largest = -(-n // world_size())
@@ -103,10 +106,10 @@ def gather_parts(part: Tensor, n: int) -> Tensor:
 
 
 def gather_batch(rows: Tensor) -> Tensor:
-    """The whole batch, of which each process holds an equal part, ``(b, D) -> (B, D)``.
+    """Gather the whole batch, of which each process holds an equal part, ``(b, D) -> (B, D)``.
 
-    Gradients flow back to the own part, so that what follows, batch norm included, is computed on
-    the whole batch by every process alike.
+    Every process then computes the head, batch norm included, on the whole batch. Gradients flow
+    back to each process's own part only.
     """
     if world_size() == 1:
         return rows
@@ -115,10 +118,11 @@ def gather_batch(rows: Tensor) -> Tensor:
 
 
 class _GatherBatch(torch.autograd.Function):
-    """All processes compute the same loss from the same rows, so each knows its own gradient.
+    """Gathering of a batch, through which each process gets the gradient of its own rows.
 
-    Its part times the number of processes, since DistributedDataParallel averages over them: a
-    process contributes to the encoder's gradient by its own rows only.
+    All processes compute the same loss from the same rows, so none has to ask the others for a
+    gradient. It is multiplied by the number of processes, because DistributedDataParallel averages
+    over processes, although each contributes by its own rows only.
     """
 
     @staticmethod

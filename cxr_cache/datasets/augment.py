@@ -1,4 +1,4 @@
-"""Random changes to the pixels of a training image."""
+"""Random changes to the pixels of training images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from cxr_cache.config import Augmentation
 from cxr_cache.datasets.preprocessing import Preprocessing
 
 
-def roomy(preprocessing: Preprocessing, augmentation: Augmentation) -> Preprocessing:
-    """How to decode an image that will be cropped: so large that no crop has to be enlarged."""
+def enlarge_for_crops(preprocessing: Preprocessing, augmentation: Augmentation) -> Preprocessing:
+    """Return the preprocessing for images that will be cropped.
+
+    It decodes them so large that no random crop has to be enlarged.
+    """
     if augmentation.crop_scale is None:
         return preprocessing
     size_px = math.ceil(preprocessing.image_size_px / math.sqrt(augmentation.crop_scale))
@@ -22,18 +25,18 @@ def roomy(preprocessing: Preprocessing, augmentation: Augmentation) -> Preproces
 
 
 def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seeds: Tensor) -> Tensor:
-    """Change every image of a batch in its own way: turn, crop, brightness, contrast.
+    """Change every image of a batch at random by turning, cropping, brightness and contrast.
 
     Parameters
     ----------
     pixels
-        uint8, ``(B, 3, S', S')``, decoded as :func:`roomy` says.
+        uint8, ``(B, 3, S', S')``, decoded as :func:`enlarge_for_crops` says.
     augmentation
-        What may change, and how much.
+        Which changes to make, and how large.
     size_px
-        S, what the encoder takes.
+        Side S of the images that the encoder takes.
     seeds
-        One per image, ``(B,)``; the same seed gives the same changes, whatever else is in the
+        One seed per image, ``(B,)``. Equal seeds give equal changes, whatever else is in the
         batch. The global random state stays as it was.
 
     Returns

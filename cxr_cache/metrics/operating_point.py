@@ -1,7 +1,7 @@
 """How a model's probabilities are read: calibrated first, then cut at a threshold per finding.
 
-Calibration maps act on the logit, rise strictly, and are fitted to out-of-fold predictions: the
-order of images, and with it AUROC and AP, stays what it was.
+Both are chosen on out-of-fold predictions. A calibration acts on the logit and rises strictly, so
+that the order of images, and with it AUROC and AP, stays as it was.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from cxr_cache.metrics.scores import (
 )
 
 MIN_SLOPE: Final = 0.01
-"""A finding that out-of-fold predictions rank no better than chance keeps its order, barely."""
+"""Smallest slope. It keeps the order of a finding that is ranked no better than by chance."""
 
-_CLOSEST: Final = float(np.finfo(np.float32).eps)  # probabilities are stored as float32
+_CLOSEST: Final = float(np.finfo(np.float32).eps)  # to 0 and 1: probabilities are stored as float32
 
 
-# -- calibration: maps of probabilities ----------------------------------------------------
+# --- calibration ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A map of probabilities per finding: logit -> slope * logit + intercept.
+    """A map of the probabilities of each finding: logit -> slope * logit + intercept.
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class Calibration:
     intercept: FloatArray
 
     def apply(self, probabilities: Array) -> FloatArray:
-        """Calibrated probabilities, ``(..., F)`` -> ``(..., F)`` in float64; NaN stays NaN."""
+        """Calibrate probabilities, ``(..., F)`` -> ``(..., F)`` in float64; NaN stays NaN."""
         given = np.asarray(probabilities, np.float64)
         if self.method == "none":
             return given
@@ -62,11 +62,11 @@ class Calibration:
 
     @property
     def temperature(self) -> float | None:
-        """What logits are divided by, if it is one number for all findings."""
+        """Return the number that divides the logits of all findings, if there is one."""
         return float(1 / self.slope[0]) if self.method == "temperature" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return what JSON can hold."""
         return {
             "method": self.method,
             "slope": self.slope.tolist(),
@@ -75,13 +75,13 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
-        """What :meth:`to_dict` gave."""
+        """Return the calibration of which :meth:`to_dict` gave these values."""
         slope, intercept = (np.array(values[k], np.float64) for k in ("slope", "intercept"))
         return cls(values["method"], slope, intercept)
 
     @classmethod
     def none(cls, n_findings: int) -> Calibration:
-        """The map that changes nothing."""
+        """Return the calibration that changes nothing."""
         return cls("none", np.ones(n_findings), np.zeros(n_findings))
 
 
@@ -95,11 +95,11 @@ def fit_calibration(targets: Array, probabilities: Array, method: str) -> Calibr
     probabilities
         In [0, 1], shape ``(N, F)``.
     method
-        ``"none"``; ``"temperature"``: one number for all findings, that logits are divided by, with
-        the least log loss over all labelled cells (Guo et al., 2017); ``"platt"``: slope and
-        intercept per finding (Platt, "Probabilistic outputs for support vector machines", 1999,
-        with his smoothed targets), the slope at least :data:`MIN_SLOPE`. A finding without a
-        positive or without a negative is left as it is.
+        ``"none"`` changes nothing. ``"temperature"`` divides the logits of all findings by the one
+        number that gives the least log loss over all labelled cells (Guo et al., 2017).
+        ``"platt"`` fits slope and intercept per finding (Platt, "Probabilistic outputs for support
+        vector machines", 1999, with his smoothed targets), with a slope of at least
+        :data:`MIN_SLOPE`. It leaves a finding without a positive or without a negative as it is.
 
     Raises
     ------
@@ -122,8 +122,8 @@ def fit_calibration(targets: Array, probabilities: Array, method: str) -> Calibr
 
 
 def _fit_temperature(targets: Array, logits: FloatArray) -> float:
-    """1 / T; log loss is convex in it, hence has one minimum in its logarithm too."""
-    from scipy.optimize import minimize_scalar  # half a second, which most runs need not wait for
+    """Return 1 / T. Log loss is convex in 1 / T, so it has one minimum in its logarithm too."""
+    from scipy.optimize import minimize_scalar  # takes half a second, which most runs can save
 
     labelled = ~np.isnan(targets)
     if not (labelled & (targets == 1)).any() or not (targets == 0).any():
@@ -138,7 +138,7 @@ def _fit_temperature(targets: Array, logits: FloatArray) -> float:
 
 
 def _fit_platt(present: NDArray[np.bool_], logits: FloatArray) -> tuple[float, float]:
-    """Slope and intercept with the least log loss against targets that are not quite 0 and 1."""
+    """Return slope and intercept with the least log loss against targets not quite 0 and 1."""
     from scipy.optimize import minimize  # as above
 
     n_present = int(present.sum())
@@ -163,20 +163,21 @@ def _fit_platt(present: NDArray[np.bool_], logits: FloatArray) -> tuple[float, f
     return float(found.x[0]), float(found.x[1])
 
 
-# -- thresholds ---------------------------------------------------------------------------
+# --- thresholds ----------------------------------------------------------------------------------
 
 
 Counts: TypeAlias = NDArray[np.intp]
 
 
 class ThresholdRule(NamedTuple):
-    """How the threshold of a finding is chosen among all that make a difference."""
+    """How the threshold of a finding is chosen among the C that give different decisions."""
 
     choose: Callable[[Counts, Counts, float], int | None]
-    """Which of the C candidates, from the highest down, or None if none will do; given true and
-    false positives at each, ``(C,)``, of which the last call everything present, and the target."""
+    """Function of true and false positives at each candidate, ``(C,)``, and of the target. It gives
+    the number of the chosen candidate, or None if none reaches the target. Candidates run from the
+    highest threshold to the lowest, at which everything is called present."""
     example: float | None = None
-    """A target, for messages; None for a rule that takes none."""
+    """Example of a target, for messages; None for a rule without a target."""
     needs_negatives: bool = False
     """Whether a finding without a labelled negative gets no threshold."""
 
@@ -186,12 +187,12 @@ def _maximise_f1(tp: Counts, fp: Counts, _: float) -> int:
 
 
 def _maximise_youden(tp: Counts, fp: Counts, _: float) -> int:
-    # Sensitivity - (1 - specificity) over one denominator: whole numbers have exact ties.
+    # Sensitivity - (1 - specificity) with one denominator, since whole numbers have exact ties.
     return int(np.argmax(tp * fp[-1] - fp * tp[-1]))
 
 
 def _keep_sensitivity(tp: Counts, _: Counts, target: float) -> int:
-    return int(np.argmax(tp / tp[-1] >= target))  # the last one has 1
+    return int(np.argmax(tp / tp[-1] >= target))  # the last candidate always reaches it
 
 
 def _keep_specificity(_: Counts, fp: Counts, target: float) -> int | None:
@@ -215,8 +216,8 @@ RULES: Final[dict[str, ThresholdRule]] = {
 }
 """``"f1"`` and ``"youden"`` maximise F1 and sensitivity + specificity - 1 (Youden, 1950); of equal
 maxima the highest threshold wins. ``"sensitivity"`` takes the highest threshold that reaches its
-target, ``"specificity"`` and ``"ppv"`` the lowest: each keeps the target and gives up as little as
-possible of what it costs."""
+target, ``"specificity"`` and ``"ppv"`` the lowest, so that each reaches its target and loses as
+little as possible of the opposite measure."""
 
 
 def find_rule(rule: str) -> tuple[ThresholdRule, float]:
@@ -240,11 +241,11 @@ def find_rule(rule: str) -> tuple[ThresholdRule, float]:
 
 
 def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") -> FloatArray:
-    """Threshold of every finding that a rule asks for on these rows.
+    """Choose the threshold of every finding by a rule.
 
     A finding is called present where its probability is **at least** the threshold. Every distinct
     probability is tried, so the answer is exact. The threshold lies half-way between the lowest
-    probability called present and the next one below (or zero), so that rounding in a table moves
+    probability called present and the next lower one (or zero), so that rounding in a table moves
     no row across it.
 
     Choose on out-of-fold predictions, never on the rows that will be reported.
@@ -261,9 +262,9 @@ def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") ->
     Returns
     -------
     FloatArray
-        Shape ``(F,)``; :data:`cxr_cache.metrics.scores.NEVER` for a finding without a
-        labelled positive, since nothing supports ever calling it, for one without a labelled
-        negative if the rule looks at specificity, and where no threshold reaches the target.
+        Shape ``(F,)``. It is :data:`cxr_cache.metrics.scores.NEVER` where no threshold reaches the
+        target, for a finding without a labelled positive, and, if the rule looks at specificity,
+        for a finding without a labelled negative.
 
     Raises
     ------
@@ -282,13 +283,14 @@ def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") ->
 def _choose_threshold(
     targets: Array, probabilities: FloatArray, rule: ThresholdRule, target: float
 ) -> float:
+    """Choose the threshold of one finding."""
     labelled = ~np.isnan(targets)
     order = np.argsort(-probabilities[labelled], kind="stable")
     present = targets[labelled][order] == 1
     if not present.any() or (present.all() and rule.needs_negatives):
         return NEVER
     descending = probabilities[labelled][order]
-    last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # of each tie
+    last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # row of each tie
     candidates = descending[last]
     tp = present.cumsum()[last]
     best = rule.choose(tp, last + 1 - tp, target)
@@ -299,22 +301,22 @@ def _choose_threshold(
     return half_way if half_way > below else float(candidates[best])
 
 
-# -- both ---------------------------------------------------------------------------------
+# --- both ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """How a model's probabilities are read."""
+    """Calibration and thresholds by which a model's probabilities become decisions."""
 
     calibration: Calibration
-    """Applied first."""
+    """The calibration, which is applied first."""
     thresholds: FloatArray
-    """Calibrated probability from which on each finding counts as present, ``(F,)``."""
+    """Smallest calibrated probability at which each finding is called present, ``(F,)``."""
     rule: str
-    """How the thresholds were chosen."""
+    """The rule by which the thresholds were chosen."""
 
     def by_finding(self, findings: Sequence[str]) -> dict[str, float]:
-        """The thresholds by name, as a model stores them."""
+        """Return the thresholds by finding, as a model stores them."""
         return dict(zip(findings, self.thresholds.tolist(), strict=True))
 
 
@@ -328,11 +330,11 @@ def choose_operating_point(
     targets
         1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
     probabilities
-        Of models that have not seen the rows (out of fold), in [0, 1], shape ``(N, F)``.
+        Predictions of models that have not seen the rows (out of fold), in [0, 1], ``(N, F)``.
     rule
-        As :func:`cxr_cache.metrics.operating_point.choose_thresholds` takes it.
+        Threshold rule, as :func:`choose_thresholds` takes it.
     calibration
-        Method, as :func:`cxr_cache.metrics.operating_point.fit_calibration` takes it.
+        Method of calibration, as :func:`fit_calibration` takes it.
     """
     fitted = fit_calibration(targets, probabilities, calibration)
     calibrated = fitted.apply(np.asarray(probabilities, np.float64))

@@ -1,4 +1,4 @@
-"""AUROC of several models on the same resamples: intervals, and of differences."""
+"""AUROCs of several models on the same resamples, with intervals of each and of differences."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cxr_cache.metrics.scores import Array, FloatArray, macro_mean
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """What one model says about some of N rows.
+    """Scores that one model gives to n of the N rows.
 
     Attributes
     ----------
     rows
-        Their numbers, ``(n,)``.
+        Numbers of these rows, ``(n,)``.
     targets
         1 present, 0 absent, NaN unlabelled, ``(n, F)``.
     scores
@@ -41,14 +41,14 @@ class ScoredRows:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with its 95 % interval over clusters; NaN where it is undefined."""
+    """A figure with its 95 % interval over clusters; NaN where undefined."""
 
     value: float
     low: float
     high: float
 
     def to_text(self, sign: str = "") -> str:
-        """Three digits, with `sign` ``"+"`` for differences."""
+        """Write the figure with three digits; `sign` is ``"+"`` for differences."""
         if math.isnan(self.value):
             return "undefined"
         if math.isnan(self.low):  # a single cluster shows no variance
@@ -59,26 +59,27 @@ class Figure:
 
 @dataclass(frozen=True, eq=False)
 class JointAuroc:
-    """AUROCs of one model, or differences of two: on their rows, ``(F,)``, and resampled."""
+    """AUROCs of one model, or differences of two models, finding by finding."""
 
     once: FloatArray
+    """On the rows themselves, ``(F,)``."""
     resampled: FloatArray
-    """``(R, F)``."""
+    """On the resamples, ``(R, F)``."""
     n_clusters: FloatArray
-    """Clusters with a positive, or with a negative where those are fewer, ``(F,)``."""
+    """Number of clusters with a positive, or with a negative where those are fewer, ``(F,)``."""
     scale: Scale = "logit"
 
     def macro(self) -> Figure:
-        """Mean over the defined findings."""
+        """Average over the defined findings."""
         return self._figure(macro_mean(self.once), *macro_error(self.resampled, self.n_clusters))
 
     def of_finding(self, f: int) -> Figure:
-        """One finding's."""
+        """Give the figure of finding number `f`."""
         errors = standard_errors(self.resampled, self.n_clusters)
         return self._figure(self.once[f], errors[f], self.n_clusters[f])
 
     def minus(self, other: JointAuroc) -> JointAuroc:
-        """Differences, finding by finding, resample by resample; NaN where either is undefined."""
+        """Subtract, finding by finding and resample by resample; NaN where either is undefined."""
         return JointAuroc(
             self.once - other.once,
             self.resampled - other.resampled,
@@ -88,7 +89,7 @@ class JointAuroc:
 
     @classmethod
     def average(cls, trainings: Sequence[JointAuroc]) -> JointAuroc:
-        """Of several trainings tested on the same rows: their mean AUROC, resample by resample."""
+        """Average several trainings that were tested on the same rows, resample by resample."""
         return cls(
             np.mean([one.once for one in trainings], axis=0),
             np.mean([one.resampled for one in trainings], axis=0),
@@ -104,17 +105,17 @@ class JointAuroc:
 def score_jointly(
     models: Mapping[str, ScoredRows], clusters: Array, *, n_resamples: int = 1000, seed: int = 0
 ) -> dict[str, JointAuroc]:
-    """Score models on resamples of all clusters, so that their differences can be resampled too.
+    """Score models on joint resamples of all clusters, so that differences have intervals too.
 
-    The models need not have been scored on the same rows. A cluster that two of them share counts
-    as often for the one as for the other.
+    The models need not have been scored on the same rows. A cluster that two models share has the
+    same weight for both.
 
     Parameters
     ----------
     models
-        By name.
+        The scored rows of each model, by its name.
     clusters
-        Of each of the N rows, as :func:`cxr_cache.datasets.cohort.assign_clusters` names them.
+        Patient (or study) of each of the N rows.
     n_resamples, seed
         As in :func:`cxr_cache.metrics.resampled.bootstrap`.
     """

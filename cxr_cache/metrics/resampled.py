@@ -1,4 +1,4 @@
-"""Scores sorted once, for AUROC and AP under any number of weightings of the rows."""
+"""The bootstrap over patients or studies, and AUROC and AP under any number of its weightings."""
 
 from __future__ import annotations
 
@@ -10,57 +10,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cxr_cache.errors import ConfigError
-from cxr_cache.metrics.scores import (
-    Array,
-    FloatArray,
-    divide,
-    require_finite,
-)
+from cxr_cache.metrics.scores import Array, FloatArray, divide, require_finite
 
-# Weights of one chunk of resamples. Small enough for the caches; what is made of a chunk takes
-# several times as much.
+# Size of the weights of one chunk of resamples. A chunk fits into the caches, since what is
+# computed from it takes several times as much.
 _CHUNK_BYTES = 2**22
-
-
-_MIN_PER_CHUNK = 16  # below, going through the rows costs more than summing them
-
-
-def draw_weights(
-    codes: NDArray[np.intp], n_groups: int, resamples: range, seed: int
-) -> NDArray[np.float32]:
-    """Draw random weights of whole groups, mean 1 and variance 1: the Bayesian bootstrap.
-
-    Each group gets one exponential weight (Rubin, "The Bayesian bootstrap", 1981), which all its
-    rows share: two images of one study then count more or less together, as they would in another
-    hospital's sample, while weights for single rows make intervals too narrow (Field and Welsh,
-    "Bootstrapping clustered data", 2007). Drawing groups with replacement gives whole-numbered
-    weights of the same mean and, with many groups, the same variance, but leaves a third of the
-    groups out of each resample, and with them every positive of some rare finding. Here no group
-    has weight zero, so what is defined on the rows is defined in every resample, for all findings
-    at once.
-
-    Parameters
-    ----------
-    codes
-        Number of the study (or patient) of every row, shape ``(N,)``.
-    n_groups
-        How many there are.
-    resamples, seed
-        Resample ``r`` depends on `seed` and its number only, so resamples can be made in parts.
-
-    Returns
-    -------
-    NDArray[np.float32]
-        Positive, shape ``(R, N)``, rows of one group equal, in memory with the resamples of a
-        row side by side.
-    """
-    drawn = np.empty((n_groups, len(resamples)), dtype=np.float32)
-    for column, resample in enumerate(resamples):
-        rng = np.random.default_rng([seed, resample])
-        drawn[:, column] = rng.standard_exponential(n_groups, dtype=np.float32)
-    np.maximum(drawn, np.finfo(np.float32).tiny, out=drawn)  # a zero in 2**24 draws
-    weights: NDArray[np.float32] = drawn[codes].T
-    return weights
+_MIN_PER_CHUNK = 16  # with fewer resamples, going through the rows costs more than summing them
 
 
 def bootstrap(
@@ -69,17 +24,28 @@ def bootstrap(
     n_resamples: int,
     seed: int,
 ) -> dict[str, FloatArray]:
-    """Evaluate statistics on every resample of the groups, a chunk of resamples at a time.
+    """Evaluate statistics on every resample of the groups, by the Bayesian bootstrap.
+
+    In each resample every group gets one random exponential weight, of mean 1 and variance 1
+    (Rubin, "The Bayesian bootstrap", 1981), which all its rows share. Two images of one study then
+    count more or less together, as they would in another hospital's sample. Weights for single rows
+    would make intervals too narrow (Field and Welsh, "Bootstrapping clustered data", 2007).
+
+    Drawing groups with replacement would give whole-numbered weights of the same mean and, with
+    many groups, the same variance. But it leaves a third of the groups out of each resample, and
+    with them every positive of some rare finding. Here no group has weight zero, so what is defined
+    on the rows is defined in every resample, for all findings at once.
 
     Parameters
     ----------
     statistics
-        Takes weights ``(R, N)`` and returns named arrays ``(R, ...)``. Two models whose statistics
-        are computed by one such function are compared on the same resamples, pair by pair.
+        Takes weights ``(R, N)``, float32 and positive, and returns named arrays ``(R, ...)``. In
+        memory the weights of a row lie side by side. To compare two models on the same resamples,
+        pair by pair, compute the statistics of both by one such function.
     groups
         Study (or patient) of every row, shape ``(N,)``.
     n_resamples, seed
-        As in :func:`draw_weights`; the chunks change nothing.
+        Resample ``r`` depends on `seed` and its number only, and not on how resamples are chunked.
 
     Returns
     -------
@@ -93,7 +59,7 @@ def bootstrap(
 
     Notes
     -----
-    A chunk's weights take 4 MiB, or as much as 16 resamples need.
+    The weights of a chunk take 4 MiB, or as much as 16 resamples need.
     """
     if n_resamples < 2:
         raise ConfigError(f"{n_resamples} resamples show no spread; 2 or more do.")
@@ -106,12 +72,38 @@ def bootstrap(
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-class RankedScores:
-    """Scores of every finding sorted once, for AUROC and AP under any number of weightings.
+def draw_weights(
+    codes: NDArray[np.intp], n_groups: int, resamples: range, seed: int
+) -> NDArray[np.float32]:
+    """Draw the weights of :func:`bootstrap` for rows whose groups are numbered.
 
-    A weighting only changes how much each row counts, never the order. So the rows between two
-    scores of positives can be summed as one: a product of a sparse matrix, which is built here,
-    with the weights.
+    Parameters
+    ----------
+    codes
+        Number of the group of every row, below `n_groups`, shape ``(N,)``.
+    resamples, seed
+        Numbers of the resamples, and the seed.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        Positive, shape ``(R, N)``, equal for all rows of a group.
+    """
+    drawn = np.empty((n_groups, len(resamples)), dtype=np.float32)
+    for column, resample in enumerate(resamples):
+        rng = np.random.default_rng([seed, resample])
+        drawn[:, column] = rng.standard_exponential(n_groups, dtype=np.float32)
+    np.maximum(drawn, np.finfo(np.float32).tiny, out=drawn)  # one draw in 2**24 is zero
+    weights: NDArray[np.float32] = drawn[codes].T
+    return weights
+
+
+class RankedScores:
+    """Scores of every finding, sorted once for AUROC and AP under any number of weightings.
+
+    A weighting changes how much each row counts, but never the order. So the rows between two
+    scores of positives can be summed as one. That is the product of a sparse matrix, which is built
+    here, with the weights.
 
     Parameters
     ----------
@@ -120,7 +112,7 @@ class RankedScores:
     scores
         Logits or probabilities, finite, shape ``(N, F)``.
     pooled
-        Take all cells for one finding (micro averages); F is 1 in what follows.
+        Treat all cells as one finding, for micro averages; F is then 1.
 
     Raises
     ------
@@ -140,19 +132,20 @@ class RankedScores:
         self._rankings = [_rank(*column, n_rows=N) for column in columns]
 
     def auroc_and_ap(self, weights: Array) -> tuple[FloatArray, FloatArray]:
-        """AUROC and AP as if every row stood there as often as its weight says.
+        """Compute AUROC and AP as if every row occurred as often as its weight says.
+
+        AP is the mean, over positives, of the precision among the rows that score at least as high.
 
         Parameters
         ----------
         weights
-            Not negative, shape ``(R, N)``; as :func:`draw_weights` lays them out in
-            memory for speed.
+            Not negative, shape ``(R, N)``. Quickest in the memory layout of :func:`bootstrap`.
 
         Returns
         -------
         tuple[FloatArray, FloatArray]
             Both of shape ``(R, F)``, NaN where :func:`cxr_cache.metrics.scores.auroc` would be.
-            Ties are exact.
+            Tied scores are handled exactly, as in scikit-learn.
         """
         by_row = np.ascontiguousarray(weights.T, dtype=np.float64)
         pairs = [_auroc_and_ap(ranking, by_row) for ranking in self._rankings]
@@ -161,17 +154,19 @@ class RankedScores:
 
 @dataclass(frozen=True, eq=False)
 class _Ranking:
-    """Sums over the labelled rows of one finding, as matrices of ones.
+    """Labelled rows of one finding in order of their scores, as matrices of ones that sum weights.
 
-    A step is a score that a positive has; S steps, from the highest score down.
+    A step is a score that at least one positive has. There are S steps, from the highest score
+    down.
     """
 
     positives: sparse.csr_array  # (S, N): positives of each step
     between: sparse.csr_array  # (S + 1, N): negatives above each step and below the one before
-    tied: sparse.csr_array | None  # (S, N): negatives of the same score; None if there are none
+    tied: sparse.csr_array | None  # (S, N): negatives with a step's score; None if there are none
 
 
 def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: int) -> _Ranking:
+    """Sort the cells of one finding; `row_of` names the row that each cell belongs to."""
     labelled = np.flatnonzero(~np.isnan(targets))
     order = labelled[np.argsort(-scores[labelled], kind="stable")]
     descending = scores[order]
@@ -196,7 +191,7 @@ def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: i
 
 
 def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """AUROC and AP of one finding for weights ``(N, R)``, both ``(R,)``."""
+    """Compute AUROC and AP of one finding for weights ``(N, R)``, both ``(R,)``."""
     step = ranking.positives @ by_row  # (S, R)
     if not len(step):
         undefined = np.full(by_row.shape[1], np.nan)
@@ -209,7 +204,7 @@ def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, Fl
         half_tied = (ranking.tied @ by_row) / 2
         tied_so_far = 2 * np.cumsum(half_tied, axis=0)
         n_absent = n_absent + tied_so_far[-1]
-        above += tied_so_far - half_tied  # negatives above a step count as lost, tied ones half
+        above += tied_so_far - half_tied  # a negative above a step is lost, a tied one half
     n_won = np.einsum("sr,sr->r", step, n_absent - above)
     called = tp + above + half_tied
     precision = np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)

@@ -1,12 +1,12 @@
-"""AUROC, AP, confusion counts and what follows from them, on plain arrays.
+"""Scores of predictions: ranking, decisions and calibration, on plain arrays.
 
 N is rows (images, or studies), F findings, R bootstrap resamples. Targets are 1 present, 0 absent,
-NaN unlabelled; an unlabelled cell counts for nothing, finding by finding.
+NaN unlabelled. Unlabelled cells are left out, finding by finding.
 
-One rule for what is undefined, everywhere: without a labelled positive or without a labelled
-negative, AUROC and AP are NaN; without a positive, F1 is NaN; a rate whose denominator is zero is
-NaN. Means over findings leave NaN out. (scikit-learn gives AP and F1 of 0.0 there, which pulls
-every macro mean down by findings that nobody could have scored on.)
+One rule says everywhere what is undefined: AUROC and AP are NaN without a labelled positive or
+without a labelled negative, F1 is NaN without a positive, and a rate is NaN where its denominator
+is zero. Means over findings leave NaN out. (scikit-learn gives AP and F1 of 0.0 instead, which
+lowers every macro mean for findings that nobody could have scored on.)
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[Any]
 FloatArray: TypeAlias = NDArray[np.float64]
 
-NEVER = 2.0
-"""Threshold of a finding that is never called present: no probability reaches it."""
-
-CONFUSION_COLUMNS = ("tp", "fp", "fn", "tn")
-
+NEVER: Final = 2.0
+"""Threshold of a finding that is never called present, since no probability reaches it."""
+CONFUSION_COLUMNS: Final = ("tp", "fp", "fn", "tn")
+N_BINS: Final = 10
+"""Bins of equal width over [0, 1] for calibration."""
 _RANKED_AT_ONCE = 2**17  # scores
 
 
-# --- ranking -------------------------------------------------------------------------------------
+# --- ranking --------------------------------------------------------------------------------------
 
 
 def auroc(targets: Array, scores: Array) -> FloatArray:
-    """Area under the ROC curve of every finding, ties counted half.
+    """Compute the area under the ROC curve of every finding; ties count half.
 
-    Equal to ``sklearn.metrics.roc_auc_score`` on the labelled rows of each finding, through the
-    Mann-Whitney statistic: the ranks of the positives say how many negatives lie below them.
+    It equals ``sklearn.metrics.roc_auc_score`` on the labelled rows of each finding. It is computed
+    as the Mann-Whitney statistic: the ranks of the positives say how many negatives lie below them.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def auroc(targets: Array, scores: Array) -> FloatArray:
     by_finding = np.ascontiguousarray(present.T)
 
     def rank_sum(matrix: Array) -> FloatArray:
-        # Unlabelled rows rank above everything, where they leave the ranks below them alone.
+        # Unlabelled rows get the highest ranks, so that they change no other rank.
         filled = np.where(unlabelled, np.inf, matrix.T).astype(matrix.dtype)
         return _rank_sums(np.ascontiguousarray(filled), by_finding)
 
@@ -76,11 +76,11 @@ def auroc(targets: Array, scores: Array) -> FloatArray:
 
 
 def _rank_sums(scores: Array, chosen: NDArray[np.bool_]) -> FloatArray:
-    """Sum of the chosen scores' ranks in each row, ``(F, N)`` -> ``(F,)``; ties share their mean.
+    """Sum the ranks of the chosen scores in each row, ``(F, N)`` -> ``(F,)``; ties share a mean.
 
-    ``scipy.stats.rankdata`` in a third of the time: an epoch search does little else that is not
-    training. Of large matrices a few rows at a time, for what is made of them is seven times as
-    large.
+    Takes a third of the time of ``scipy.stats.rankdata``, which counts because an epoch search does
+    little else besides training. Large matrices are ranked a few rows at a time, because the
+    temporary arrays are seven times as large as their rows.
     """
     n_rows = max(1, _RANKED_AT_ONCE // max(1, scores.shape[1]))
     if len(scores) > n_rows:
@@ -98,9 +98,9 @@ def _rank_sums(scores: Array, chosen: NDArray[np.bool_]) -> FloatArray:
 
 
 def mean_ranks(scores: Array) -> FloatArray:
-    """Ranks from 1, equal scores sharing their mean, ``(N,)`` both ways.
+    """Rank scores from 1, ``(N,)`` -> ``(N,)``; equal scores share the mean of their ranks.
 
-    ``scipy.stats.rankdata``, without the second that importing scipy.stats takes.
+    Does what ``scipy.stats.rankdata`` does, without the second that importing scipy.stats takes.
     """
     order = np.argsort(scores)
     ranks = np.empty(len(scores))
@@ -109,7 +109,7 @@ def mean_ranks(scores: Array) -> FloatArray:
 
 
 def _mean_ranks(ordered: Array) -> FloatArray:
-    """Ranks of ascending rows, ``(F, N)`` both ways."""
+    """Rank the scores of rows in ascending order, ``(F, N)`` -> ``(F, N)``."""
     differs = ordered[:, 1:] != ordered[:, :-1]
     edge = np.ones((len(ordered), 1), dtype=bool)
     places = np.arange(ordered.shape[1])
@@ -120,12 +120,37 @@ def _mean_ranks(ordered: Array) -> FloatArray:
     return ranks
 
 
-def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatArray:
-    """Expected average precision of labelled rows in random order, per finding.
+def _per_matrix(statistic: Callable[[Array], FloatArray], scores: Array) -> FloatArray:
+    """Apply ``(N, F) -> (F,)`` to each matrix by itself, which is quicker and takes less memory.
 
-    The precision at the place of a positive is that of the k rows so far: itself, and of the k - 1
-    others the share that is positive; k is any place alike. This lies above the prevalence, by much
-    where positives are few: one among N rows has H(N) / N, the harmonic number over N, not 1 / N.
+    Raises
+    ------
+    ValueError
+        A score is NaN or infinite.
+    """
+    require_finite(scores)
+    *leading, N, F = scores.shape
+    matrices = scores.reshape(math.prod(leading), N, F)
+    return np.array([statistic(matrix) for matrix in matrices]).reshape(*leading, F)
+
+
+def _count(targets: Array) -> tuple[NDArray[np.bool_], FloatArray, FloatArray]:
+    """Return where a finding is present and how many positives and negatives it has.
+
+    The shapes are ``(N, F)``, ``(F,)`` and ``(F,)``.
+    """
+    present = targets == 1
+    n_present = present.sum(axis=0, dtype=np.float64)
+    return present, n_present, (targets == 0).sum(axis=0, dtype=np.float64)
+
+
+def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatArray:
+    """Compute the average precision that labelled rows in random order are expected to have.
+
+    At place k the precision of a positive counts the positive itself and the share of positives
+    among the k - 1 rows before it; every place k is equally likely. The result lies above the
+    prevalence, and far above it where positives are few: one positive among N rows has H(N) / N,
+    the harmonic number over N, not 1 / N.
 
     Parameters
     ----------
@@ -138,70 +163,33 @@ def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatAr
         Shape ``(...)``; NaN without a positive.
     """
     positive, n = np.asarray(n_positive, np.float64), np.asarray(n_labelled)
-    # From SciPy it would cost every process that trains its import.
+    # SciPy has harmonic numbers too, but every process that trains would have to import it.
     harmonic = np.append(0, np.cumsum(1 / np.arange(1, n.max(initial=0) + 1)))[n]
     share_of_others = divide(positive - 1, n - 1)
     others = np.where(n > 1, share_of_others * (n - harmonic), 0)
     return np.where(positive > 0, divide(harmonic + others, n), np.nan)
 
 
-def f1_of_calling_all(n_positive: Array, n_labelled: Array) -> FloatArray:
-    """F1 of calling a finding present in every labelled row, ``2 p / (1 + p)`` at prevalence p."""
-    return divide(2 * np.asarray(n_positive, np.float64), n_positive + n_labelled)
+# --- means over findings --------------------------------------------------------------------------
 
 
 def macro_mean(values: Array) -> FloatArray:
-    """Mean over the findings that are defined, shape ``(..., F)`` -> ``(...)``; NaN if none is."""
+    """Average over the findings that are defined, ``(..., F)`` -> ``(...)``; NaN if none is."""
     defined = ~np.isnan(values)
     return divide(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1))
 
 
 def support_mean(values: Array, n_positive: Array) -> FloatArray:
-    """Mean over the defined findings weighted by their positives; ``average="weighted"`` elsewhere.
+    """Average over the defined findings, weighted by their numbers of positives.
 
-    Shapes ``(..., F)`` -> ``(...)``; NaN if no finding is defined and occurs.
+    scikit-learn calls this ``average="weighted"``. Shapes ``(..., F)`` -> ``(...)``; NaN if no
+    defined finding has a positive.
     """
     support = np.where(np.isnan(values), 0.0, n_positive)
     return divide((np.nan_to_num(values) * support).sum(axis=-1), support.sum(axis=-1))
 
 
-def _count(targets: Array) -> tuple[NDArray[np.bool_], FloatArray, FloatArray]:
-    """Where a finding is present, and its labelled positives and negatives, (N, F), (F,), (F,)."""
-    present = targets == 1
-    n_present = present.sum(axis=0, dtype=np.float64)
-    return present, n_present, (targets == 0).sum(axis=0, dtype=np.float64)
-
-
-def _per_matrix(statistic: Callable[[Array], FloatArray], scores: Array) -> FloatArray:
-    """Apply ``(N, F) -> (F,)`` along leading axes, one matrix at a time: quicker, and small."""
-    require_finite(scores)
-    *leading, N, F = scores.shape
-    matrices = scores.reshape(math.prod(leading), N, F)
-    return np.array([statistic(matrix) for matrix in matrices]).reshape(*leading, F)
-
-
-def require_finite(scores: Array) -> Array:
-    """Return the scores, or raise ValueError: a diverged model is no undefined finding."""
-    if not np.isfinite(scores).all():
-        n_bad = int((~np.isfinite(scores)).sum())
-        raise ValueError(f"{n_bad} of {scores.size} scores are NaN or infinite; did it diverge?")
-    return scores
-
-
-def divide(numerator: Array, denominator: Array | float) -> FloatArray:
-    """Quotient in float64, NaN wherever the denominator is zero."""
-    numerator, denominator = np.broadcast_arrays(numerator, denominator)
-    quotient = np.full(numerator.shape, np.nan)
-    np.divide(numerator, denominator, out=quotient, where=denominator != 0)
-    return quotient
-
-
-# --- decisions -----------------------------------------------------------------------------------
-
-
-def f1_score(tp: Array, fp: Array, fn: Array) -> FloatArray:
-    """F1 from counts; NaN without a positive."""
-    return divide(2 * tp, np.where(tp + fn > 0, 2 * tp + fp + fn, 0))
+# --- decisions ------------------------------------------------------------------------------------
 
 
 def confusion_counts(
@@ -229,14 +217,14 @@ def confusion_counts(
     cells = (present & decisions, absent & decisions, present & ~decisions, absent & ~decisions)
     if weights is None:
         return np.stack([cell.sum(axis=0, dtype=np.float64) for cell in cells], axis=-1)
-    # In the weights' own type BLAS does it; float32 counts are exact below 2**24 rows.
+    # BLAS multiplies if both have the weights' type; float32 counts are exact below 2**24 rows.
     return np.stack([weights @ cell.astype(weights.dtype) for cell in cells], axis=-1).astype(
         np.float64
     )
 
 
 class Rates(NamedTuple):
-    """What four counts say, each of shape ``(...)``, NaN where undefined."""
+    """Rates that follow from the four counts, each of shape ``(...)`` and NaN where undefined."""
 
     f1: FloatArray
     sensitivity: FloatArray
@@ -252,7 +240,7 @@ def rates(confusion: FloatArray) -> Rates:
     Parameters
     ----------
     confusion
-        Counts as :func:`confusion_counts` gives them, shape ``(..., 4)``: one finding each, or
+        Counts as :func:`confusion_counts` gives them, shape ``(..., 4)``: of single findings, or
         summed over findings for micro averages.
     """
     tp, fp, fn, tn = np.moveaxis(confusion, -1, 0)
@@ -267,30 +255,129 @@ def rates(confusion: FloatArray) -> Rates:
     )
 
 
+def f1_score(tp: Array, fp: Array, fn: Array) -> FloatArray:
+    """Compute F1 from counts; NaN without a positive."""
+    return divide(2 * tp, np.where(tp + fn > 0, 2 * tp + fp + fn, 0))
+
+
+def f1_of_calling_all(n_positive: Array, n_labelled: Array) -> FloatArray:
+    """Compute the F1 of calling a finding present in every row: ``2 p / (1 + p)`` at prevalence p.
+
+    Both counts are of labelled rows; shapes ``(...)``.
+    """
+    return divide(2 * np.asarray(n_positive, np.float64), n_positive + n_labelled)
+
+
 def label_accuracy(confusion: FloatArray) -> FloatArray:
-    """Share of labelled cells decided rightly, ``(..., F, 4)`` -> ``(...)``."""
+    """Compute the share of labelled cells decided rightly, ``(..., F, 4)`` -> ``(...)``."""
     tp, _, _, tn = np.moveaxis(confusion.sum(axis=-2), -1, 0)
     return divide(tp + tn, confusion.sum(axis=(-2, -1)))
 
 
 def label_accuracy_all_negative(confusion: FloatArray) -> FloatArray:
-    """Label accuracy of calling nothing present: the share of labelled cells that are absent."""
+    """Compute the label accuracy of calling nothing present, ``(..., F, 4)`` -> ``(...)``.
+
+    It is the share of labelled cells that are absent.
+    """
     _, fp, _, tn = np.moveaxis(confusion.sum(axis=-2), -1, 0)
     return divide(fp + tn, confusion.sum(axis=(-2, -1)))
 
 
 def exact_matches(targets: Array, decisions: NDArray[np.bool_]) -> FloatArray:
-    """1 where all labelled findings of a row are decided rightly, else 0; NaN if none is labelled.
+    """Mark the rows of which all labelled findings are decided rightly, ``(N, F)`` -> ``(N,)``.
 
-    Shape ``(N, F)`` -> ``(N,)``; the exact match ratio is its :func:`weighted_mean`.
+    1 where they are, 0 where not, NaN where no finding is labelled. The :func:`weighted_mean` of
+    these marks is the exact match ratio.
     """
     labelled = ~np.isnan(targets)
     is_right = (~labelled | (decisions == (targets == 1))).all(axis=1)
     return np.where(labelled.any(axis=1), is_right, np.nan)
 
 
+# --- probabilities --------------------------------------------------------------------------------
+
+
+def squared_errors(targets: Array, probabilities: Array) -> FloatArray:
+    """Compute the squared error of every cell, ``(N, F)``, NaN where unlabelled.
+
+    Their mean is the Brier score.
+    """
+    return np.square(np.asarray(probabilities, dtype=np.float64) - targets)
+
+
+def log_losses(targets: Array, probabilities: Array) -> FloatArray:
+    """Compute the cross-entropy of every cell in nats, ``(N, F)``, NaN where unlabelled.
+
+    As in scikit-learn, probabilities are kept a rounding step of float64 away from 0 and 1, so that
+    one confident mistake costs 36 nats and not infinitely many.
+    """
+    step = np.finfo(np.float64).eps
+    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), step, 1 - step)
+    losses = -np.log(np.where(targets == 1, clipped, 1 - clipped))
+    return np.where(np.isnan(targets), np.nan, losses)
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Contents of each of the B bins of a calibration curve, per finding."""
+
+    n: FloatArray
+    """Number of labelled cells, shape ``(F, B)``."""
+    mean_probability: FloatArray
+    """Mean predicted probability, shape ``(F, B)``; NaN in an empty bin."""
+    observed: FloatArray
+    """Share of positives, shape ``(F, B)``; NaN in an empty bin."""
+
+
+def reliability(targets: Array, probabilities: Array, n_bins: int = N_BINS) -> Reliability:
+    """Sort cells into bins of equal width over [0, 1]; an edge belongs to the bin below it.
+
+    Parameters
+    ----------
+    targets
+        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
+    probabilities
+        In [0, 1], shape ``(N, F)``.
+    n_bins
+        Number of bins, B.
+    """
+    edges = np.linspace(0, 1, n_bins + 1)[1:-1]
+    sums = np.zeros((3, targets.shape[1], n_bins))
+    for f, (t, p) in enumerate(
+        zip(targets.T, np.asarray(probabilities, np.float64).T, strict=True)
+    ):
+        labelled = ~np.isnan(t)
+        bins = np.searchsorted(edges, p[labelled], side="left")
+        for values, summed in zip((None, p[labelled], t[labelled]), sums[:, f], strict=True):
+            summed[:] = np.bincount(bins, weights=values, minlength=n_bins)
+    n, probability, n_positive = sums
+    return Reliability(n, divide(probability, n), divide(n_positive, n))
+
+
+def expected_calibration_error(
+    targets: Array, probabilities: Array, n_bins: int = N_BINS
+) -> FloatArray:
+    """Compute the mean gap between predicted probability and observed frequency, per finding.
+
+    The gaps of the bins of :func:`reliability` are averaged, weighted by their numbers of rows (Guo
+    et al., "On Calibration of Modern Neural Networks", 2017). The result is biased upwards where
+    bins hold few rows.
+
+    Returns
+    -------
+    FloatArray
+        In [0, 1], shape ``(F,)``; NaN for a finding without labels.
+    """
+    bins = reliability(targets, probabilities, n_bins)
+    gaps = np.nan_to_num(np.abs(bins.mean_probability - bins.observed))
+    return divide((bins.n * gaps).sum(axis=1), bins.n.sum(axis=1))
+
+
+# --- arithmetic and checks ------------------------------------------------------------------------
+
+
 def weighted_mean(values: Array, weights: Array | None = None) -> FloatArray:
-    """Mean over rows, leaving NaN out.
+    """Average over rows, leaving NaN out.
 
     Parameters
     ----------
@@ -312,83 +399,26 @@ def weighted_mean(values: Array, weights: Array | None = None) -> FloatArray:
     )
 
 
-N_BINS: Final = 10
-"""Of equal width over [0, 1]."""
-
-
-def squared_errors(targets: Array, probabilities: Array) -> FloatArray:
-    """Squared error per cell, NaN where unlabelled, ``(N, F)``; the mean is the Brier score."""
-    return np.square(np.asarray(probabilities, dtype=np.float64) - targets)
-
-
-def log_losses(targets: Array, probabilities: Array) -> FloatArray:
-    """Cross-entropy of every cell in nats, NaN where unlabelled, ``(N, F)``.
-
-    Probabilities are kept a rounding step of float64 away from 0 and 1, as scikit-learn does, so
-    that one confident mistake costs 36 nats and not infinity.
-    """
-    step = np.finfo(np.float64).eps
-    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), step, 1 - step)
-    losses = -np.log(np.where(targets == 1, clipped, 1 - clipped))
-    return np.where(np.isnan(targets), np.nan, losses)
-
-
-@dataclass(frozen=True, eq=False)
-class Reliability:
-    """What falls into each of the B bins, per finding."""
-
-    n: FloatArray
-    """Labelled cells, shape ``(F, B)``."""
-    mean_probability: FloatArray
-    """What was stated; NaN in an empty bin, shape ``(F, B)``."""
-    observed: FloatArray
-    """Share of positives; NaN in an empty bin, shape ``(F, B)``."""
-
-
-def reliability(targets: Array, probabilities: Array, n_bins: int = N_BINS) -> Reliability:
-    """Sort cells into bins of equal width over [0, 1], an upper edge belonging to the bin below.
-
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
-    probabilities
-        In [0, 1], shape ``(N, F)``.
-    n_bins
-        B.
-    """
-    edges = np.linspace(0, 1, n_bins + 1)[1:-1]
-    sums = np.zeros((3, targets.shape[1], n_bins))
-    for f, (t, p) in enumerate(
-        zip(targets.T, np.asarray(probabilities, np.float64).T, strict=True)
-    ):
-        labelled = ~np.isnan(t)
-        bins = np.searchsorted(edges, p[labelled], side="left")
-        for values, summed in zip((None, p[labelled], t[labelled]), sums[:, f], strict=True):
-            summed[:] = np.bincount(bins, weights=values, minlength=n_bins)
-    n, stated, seen = sums
-    return Reliability(n, divide(stated, n), divide(seen, n))
-
-
-def expected_calibration_error(
-    targets: Array, probabilities: Array, n_bins: int = N_BINS
-) -> FloatArray:
-    """Mean gap between stated probability and observed frequency, per finding.
-
-    Gaps of the bins of :func:`reliability` are averaged by their number of rows (Guo et al., "On
-    Calibration of Modern Neural Networks", 2017). It is biased upwards where bins hold few rows.
-
-    Returns
-    -------
-    FloatArray
-        In [0, 1], shape ``(F,)``; NaN for a finding without labels.
-    """
-    bins = reliability(targets, probabilities, n_bins)
-    gaps = np.nan_to_num(np.abs(bins.mean_probability - bins.observed))
-    return divide((bins.n * gaps).sum(axis=1), bins.n.sum(axis=1))
+def divide(numerator: Array, denominator: Array | float) -> FloatArray:
+    """Divide in float64; the quotient is NaN wherever the denominator is zero."""
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    quotient = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator != 0)
+    return quotient
 
 
 def has_both_classes(targets: Array) -> NDArray[np.bool_]:
-    """Whether a finding has a labelled positive and a labelled negative, shape ``(F,)``."""
+    """Tell which findings have a labelled positive and a labelled negative, shape ``(F,)``."""
     both: NDArray[np.bool_] = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
     return both
+
+
+def require_finite(scores: Array) -> Array:
+    """Return the scores, or raise ValueError if some are NaN or infinite.
+
+    Otherwise the scores of a diverged model would look like those of an undefined finding.
+    """
+    if not np.isfinite(scores).all():
+        n_bad = int((~np.isfinite(scores)).sum())
+        raise ValueError(f"{n_bad} of {scores.size} scores are NaN or infinite; did it diverge?")
+    return scores

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cxr_cache.common.devices import Precision
-from cxr_cache.common.distributed import gather_batch, gather_parts, own_part
+from cxr_cache.common.distributed import gather_batch, gather_parts, slice_of_process
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.run import SavedModel
@@ -108,7 +108,7 @@ class TailAndHead(nn.Module):
     def logits(self, source: TokenSource, rows: NDArray[np.int64]) -> Tensor:
         """The same before the sigmoid, on the encoder's device."""
         self.eval()
-        own = torch.from_numpy(rows[own_part(len(rows))])
+        own = torch.from_numpy(rows[slice_of_process(len(rows))])
         batches = source.batches(own, torch.zeros_like(own), _SCORED_AT_ONCE)
         n_findings = self.bank.widths[-1]
         parts = [torch.empty(0, n_findings, device=self.encoder.device), *map(self, batches)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from cxr_cache.common.devices import free_ram_bytes
 from cxr_cache.common.distributed import world_size
 from cxr_cache.config import Augmentation
-from cxr_cache.datasets.augment import augment, roomy
+from cxr_cache.datasets.augment import augment, enlarge_for_crops
 from cxr_cache.datasets.decoding import Batch, decode_batches, read_ahead
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import TrainingError
@@ -235,7 +235,7 @@ class ImageTokens:
             self._image_ids,
             self._store_rows[rows.numpy()],
             self._image_dir,
-            roomy(preprocessing, augmentation),
+            enlarge_for_crops(preprocessing, augmentation),
             batch_size=batch_size,
             num_workers=self._num_workers,
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cxr_cache.common.devices import resolve_precision
-from cxr_cache.common.distributed import own_part, world_size
+from cxr_cache.common.distributed import slice_of_process, world_size
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import TrainingError
@@ -256,7 +256,7 @@ class _Trainer:
 
     def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor]:
         """What this process does of every batch."""
-        part = own_part(self.config.batch_size)
+        part = slice_of_process(self.config.batch_size)
         rows, views, seeds = (x.view(self.n_batches, -1)[:, part].flatten() for x in drawn)
         return self.source.batches(rows, views, part.stop - part.start, seeds=seeds)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cxr_cache.config import Augmentation
-from cxr_cache.datasets.augment import augment, roomy
+from cxr_cache.datasets.augment import augment, enlarge_for_crops
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.errors import ConfigError
 
@@ -24,7 +24,7 @@ def pixels() -> torch.Tensor:
 
 def test_nothing_is_changed_unasked(pixels):
     assert augment(pixels, Augmentation(), 48, SEEDS) is pixels
-    assert roomy(PREPROCESSING, Augmentation()) is PREPROCESSING
+    assert enlarge_for_crops(PREPROCESSING, Augmentation()) is PREPROCESSING
 
 
 CHANGES = [
@@ -50,7 +50,7 @@ def test_a_seed_decides_and_global_randomness_is_left_alone(pixels, changes):
 def test_a_crop_is_cut_from_an_image_that_is_large_enough(pixels):
     """The smallest crop still has as many pixels as the encoder takes: none is enlarged."""
     changes = Augmentation(crop_scale=0.25)
-    assert roomy(PREPROCESSING, changes).image_size_px == 96
+    assert enlarge_for_crops(PREPROCESSING, changes).image_size_px == 96
     large = torch.nn.functional.interpolate(pixels.float(), 96).to(torch.uint8)
     assert augment(large, changes, 48, SEEDS).shape == (4, 3, 48, 48)
 
