@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cxr_cache.config import Augmentation, FinetuneConfig, TrainConfig
-from cxr_cache.datasets.indiana import load_cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
+from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import RunError
 from cxr_cache.models.predict import predict_store
