@@ -1,43 +1,44 @@
-"""The three-layer focal-loss head as a scikit-learn classifier."""
+"""The three-layer focal-loss head as a scikit-learn classifier, and its folds as a splitter."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
+from scipy.special import expit, log_expit
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import BaseCrossValidator
 from sklearn.utils import Tags, assert_all_finite, check_consistent_length, check_random_state
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import nn
 
-from cxr_cache.config import Recipe, TrainConfig
-from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.splits import assign_folds
+from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.splits import TEST, Split, assign_folds
 from cxr_cache.errors import ConfigError, TableError
 from cxr_cache.metrics.scores import auroc, macro_mean
-from cxr_cache.models.heads import HeadBank
-from cxr_cache.store.rows import TrainingData, prepare_embeddings
-from cxr_cache.training.fit import HeadTask, count_steps, fit_heads
+from cxr_cache.store.rows import prepare_embeddings
+from cxr_cache.training.fit import PlainRows
+from cxr_cache.training.search import final_members, refit, search_epochs, train_final
 
 _SCORED_AT_ONCE: Final = 8192
 _CHECKS_OF_X: Final = {"dtype": np.float32, "order": "C"}
+_DEFAULTS: Final = TrainConfig()
 
 
 class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # have no types
     """Linear, norm, ReLU and dropout, twice, and a last linear layer, on embeddings.
 
-    :meth:`fit` is the package's own training (:func:`cxr_cache.training.fit.fit_heads`) on all
-    rows, for a fixed number of epochs. Defaults are those of the recipe ``tuned``
-    (:data:`cxr_cache.config.RECIPES`) and the number of epochs that was best on real radiographs,
-    except that the learning rate stays constant, for nothing is held out here that could say when
-    to lower it.
+    :meth:`fit` does with its rows what ``cxr-cache train`` does with its training rows, and every
+    default is that of :class:`cxr_cache.config.TrainConfig`: folds of whole groups, a search for
+    the number of epochs on what each fold holds out, and the final model that follows from it.
+    With the same seed, rows and groups, both predict the same.
 
     A `y` of shape ``(N, F)`` has one column per finding: 1 present, 0 absent, NaN unlabelled. A
     `y` of shape ``(N,)`` holds two classes of any kind; more are refused, since the head knows no
@@ -45,17 +46,28 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     Parameters
     ----------
-    n_epochs
-        Passes over the rows. Each has as many full batches as there are; the few rows left over
-        wait for the next shuffle.
+    epochs
+        Passes over the rows: candidates, of which the best on held-out rows is taken, or one
+        number. Each pass has as many full batches as there are; the few rows left over wait for
+        the next shuffle.
+    n_folds
+        Folds of the search.
+    final
+        ``refit`` trains the final model on all rows, ``ensemble`` averages the folds' models, and
+        ``best-fold`` takes the best of them.
     batch_size
-        Rows per step, at least 2, at most N: fewer than 64 rows need a smaller one.
+        Rows per step, from 2 up to the rows that a fold trains on.
     learning_rate, weight_decay
-        Of AdamW (Loshchilov & Hutter 2019).
+        Learning rate and weight decay of AdamW (Loshchilov & Hutter 2019).
     max_grad_norm
-        Gradients are scaled down to this Euclidean norm; None for no limit.
+        Gradients are scaled down to this Euclidean norm; None sets no limit.
     schedule
-        ``constant``, ``cosine`` or ``one-cycle``; the last two end after `n_epochs`.
+        ``plateau`` halves the learning rate after more than `patience` epochs without a better
+        held-out loss; ``constant`` keeps it; ``cosine`` and ``one-cycle`` end with the last epoch.
+    patience
+        Epochs that ``plateau`` waits.
+    early_stopping
+        Epochs without a better held-out loss after which a fold stops; None trains on.
     loss, alpha, gamma
         As :func:`cxr_cache.training.losses.make_loss` describes them.
     hidden
@@ -66,31 +78,48 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ``batch`` or ``layer``: what follows each hidden layer.
     input_norm
         ``l2`` divides every row by its length, as embeddings of CLIP models are compared;
-        ``standard`` gives each column mean 0 and spread 1 over the rows of :meth:`fit`; ``none``
-        takes rows as they are, which suits a pipeline that scales them.
+        ``standard`` gives each column mean 0 and spread 1 over the rows that are trained on;
+        ``none`` takes rows as they are, which suits a pipeline that scales them.
     device
         ``cpu``, ``cuda``, or ``auto``.
+    n_jobs
+        Processes that share the folds on the CPU; -1 is one per core. Little work starts none.
     random_state
-        Seed of the initial weights, the order of the rows and dropout.
+        Seed of folds, initial weights, the order of the rows and dropout.
 
     Attributes
     ----------
     classes_
-        The two classes of a 1-d `y`; else a list of F arrays ``[0, 1]``, as scikit-learn's
-        forests have it.
+        The two classes of a 1-d `y`, ``(2,)``; else a row ``[0, 1]`` per finding, ``(F, 2)``.
+    epoch_search_ : pandas.DataFrame or None
+        One row per candidate: epochs, mean_auroc, std_auroc, fold_1 ... fold_K; None where no
+        folds were needed.
+    epochs_
+        The number of epochs that was chosen.
+    heads_ : list of torch.nn.Sequential
+        The trained heads, whose probabilities are averaged: embeddings ``(B, D)`` to logits
+        ``(B, F)``, in evaluation mode, on the CPU.
     head_ : torch.nn.Sequential
-        The trained head, embeddings ``(B, D)`` to logits ``(B, F)``, in evaluation mode, on the
-        CPU.
+        The only one of them, where there is one.
     loss_curve_
-        Mean training loss of every epoch, ``(n_epochs,)``.
+        Mean training loss of every epoch of the final model, ``(epochs_,)``; of an ensemble the
+        mean over its members.
     n_features_in_
         D.
 
     Notes
     -----
+    Folds change nothing where `epochs` is one number, `final` is ``refit``, and neither the
+    schedule nor early stopping asks for held-out rows. :meth:`fit` then trains one head on all
+    rows and nothing else, which is what a search by scikit-learn wants: it brings folds of its own.
+
     Probabilities of a network trained with a focal loss are not calibrated, and those of a rare
     finding seldom reach one half, where :meth:`predict` draws the line. Rank with
     :meth:`predict_proba`, or choose thresholds on rows that the head has not seen.
+
+    scikit-learn's ``cross_val_predict`` numbers the values of `y` anew for every method but
+    ``predict``, so that it cannot be used where findings are unlabelled: NaN would become a class.
+    ``cross_validate`` with ``return_estimator`` and ``return_indices`` leaves `y` as it is.
 
     Examples
     --------
@@ -98,36 +127,59 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     >>> y = rng.integers(0, 2, (200, 3)).astype(float)  # three findings
     >>> X = y @ rng.normal(size=(3, 16)) + rng.normal(size=(200, 16))
     >>> y[0, 2] = np.nan  # unlabelled
-    >>> head = FocalHeadClassifier(n_epochs=10, learning_rate=1e-2, hidden=(32,), random_state=0)
-    >>> head.fit(X, y).predict_proba(X).shape
+    >>> patients = np.arange(200) // 2
+    >>> head = FocalHeadClassifier(epochs=(2, 4), hidden=(32,), batch_size=32, random_state=0)
+    >>> head.fit(X, y, groups=patients).predict_proba(X).shape
     (200, 3)
+    >>> head.epochs_ in head.epoch_search_["epochs"].tolist()
+    True
+
+    Without folds, in a search by scikit-learn over whole patients:
+
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> plain = FocalHeadClassifier(
+    ...     epochs=4, schedule="constant", final="refit", hidden=(32,), batch_size=32
+    ... )
+    >>> folds = GroupedMultilabelSplit(n_splits=3, random_state=0)
+    >>> search = GridSearchCV(plain, {"learning_rate": [1e-5, 1e-2]}, cv=folds)
+    >>> search.fit(X, y, groups=patients).best_params_
+    {'learning_rate': 0.01}
     """
 
     def __init__(
         self,
         *,
-        n_epochs: int = 20,
-        batch_size: int = 64,
-        learning_rate: float = 1e-3,
-        weight_decay: float = Recipe.weight_decay,
-        max_grad_norm: float | None = Recipe.max_grad_norm,
-        schedule: str = "constant",
-        loss: str = Recipe.loss,
-        alpha: float = Recipe.alpha,
-        gamma: float = Recipe.gamma,
-        hidden: tuple[int, ...] = Recipe.hidden,
-        dropout: float = Recipe.dropout,
-        norm: Literal["batch", "layer"] = Recipe.norm,
-        input_norm: Literal["l2", "standard", "none"] = Recipe.input_norm,
-        device: str = Recipe.device,
+        epochs: int | Sequence[int] = _DEFAULTS.epochs,
+        n_folds: int = _DEFAULTS.n_folds,
+        final: Literal["refit", "ensemble", "best-fold"] = _DEFAULTS.final,
+        batch_size: int = _DEFAULTS.batch_size,
+        learning_rate: float = _DEFAULTS.learning_rate,
+        weight_decay: float = _DEFAULTS.weight_decay,
+        max_grad_norm: float | None = _DEFAULTS.max_grad_norm,
+        schedule: str = _DEFAULTS.schedule,
+        patience: int = _DEFAULTS.patience,
+        early_stopping: int | None = _DEFAULTS.early_stopping,
+        loss: str = _DEFAULTS.loss,
+        alpha: float = _DEFAULTS.alpha,
+        gamma: float = _DEFAULTS.gamma,
+        hidden: Sequence[int] = _DEFAULTS.hidden,
+        dropout: float = _DEFAULTS.dropout,
+        norm: Literal["batch", "layer"] = _DEFAULTS.norm,
+        input_norm: Literal["l2", "standard", "none"] = _DEFAULTS.input_norm,
+        device: str = _DEFAULTS.device,
+        n_jobs: int = _DEFAULTS.n_jobs,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
-        self.n_epochs = n_epochs
+        self.epochs = epochs
+        self.n_folds = n_folds
+        self.final = final
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
         self.schedule = schedule
+        self.patience = patience
+        self.early_stopping = early_stopping
         self.loss = loss
         self.alpha = alpha
         self.gamma = gamma
@@ -136,6 +188,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.norm = norm
         self.input_norm = input_norm
         self.device = device
+        self.n_jobs = n_jobs
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Tags:
@@ -145,8 +198,10 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> FocalHeadClassifier:
-        """Train a head from scratch.
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
+    ) -> FocalHeadClassifier:
+        """Choose the number of epochs in folds, and train the final model.
 
         Parameters
         ----------
@@ -155,59 +210,88 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         y
             ``(N, F)`` of 1, 0 and NaN, or ``(N,)`` of two classes. Rows without any label take no
             part.
+        groups
+            Patient or study of each row, ``(N,)``: no group is on both sides of a fold. Without
+            it, every row stands for itself.
 
         Raises
         ------
         ConfigError
-            A parameter is out of its range, or there are fewer rows than `batch_size`.
+            A parameter is out of its range, a group is missing, or there are fewer rows than
+            `batch_size` or fewer groups than folds.
         TableError
             `y` holds anything but 1, 0 and NaN, or a single class.
         TrainingError
-            The loss is no longer finite.
+            The loss is no longer finite, or no AUROC is defined in some fold.
         """
         config = self._config()
         embeddings, y = self._validate(X, y)
-        targets = self._encode(y)
-        rows = np.flatnonzero(~np.isnan(targets).all(axis=1))
-        if len(rows) < self.batch_size:
+        rows = PlainRows(self._prepare(embeddings)[None], self._encode(y))
+        labelled = ~np.isnan(rows.targets).all(axis=1)
+        if labelled.sum() < self.batch_size:
             raise ConfigError(
                 f"FocalHeadClassifier with batch_size={self.batch_size} needs as many labelled "
-                f"rows, but got n_samples = {len(rows)}. Use a smaller batch_size, or more rows."
+                f"rows, but got n_samples = {labelled.sum()}. Use a smaller batch_size, or more "
+                "rows."
             )
-        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        task = HeadTask(rows, np.empty(0, np.int64), seed)
-        prepared = self._prepare(embeddings)
-        trajectory = fit_heads(
-            TrainingData(prepared[None], _as_cohort(targets)),
-            [task],
-            config,
-            n_epochs=self.n_epochs,
-            n_steps=count_steps([task], self.batch_size),
-            keep=[self.n_epochs],
-        )[0]
-        bank = HeadBank.from_snapshot(trajectory.weights[self.n_epochs], dropout=self.dropout)
-        self.head_ = bank.as_sequential(0)
-        self.loss_curve_ = np.array([epoch["train_loss"] for epoch in trajectory.history])
+        fold = np.where(labelled, 0, TEST).astype(np.int64)
+        if self._needs_folds(config):
+            whole = _read_groups(groups, len(fold))
+            fold[labelled] = assign_folds(
+                rows.targets[labelled], whole[labelled], config.n_folds, config.seed
+            )
+            split = Split(~labelled, fold)
+            search = search_epochs(rows, split, config)
+            bank, history = train_final(rows, split, search, config)
+            members = [m.history[: search.chosen] for m in final_members(search, config)]
+            self.epoch_search_, self.epochs_ = search.table, search.chosen
+        else:
+            self.epoch_search_, self.epochs_ = None, config.epochs[0]
+            bank, history = refit(rows, Split(~labelled, fold), config, n_epochs=self.epochs_)
+            members = []
+        self.heads_ = [bank.as_sequential(h) for h in range(bank.n_heads)]
+        self.loss_curve_ = _mean_losses([history] if history else members)
         return self
 
+    @property
+    def head_(self) -> nn.Sequential:
+        """The trained head, where there is one; an ensemble has several :attr:`heads_`."""
+        if len(getattr(self, "heads_", ())) != 1:
+            raise AttributeError("head_ is there after a fit that ends with one head; see heads_.")
+        return self.heads_[0]
+
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Logits: ``(N, F)``, or ``(N,)``, of ``classes_[1]``, where `y` had one dimension."""
+        """Logits: ``(N, F)``, or ``(N,)``, of ``classes_[1]``, where `y` had one dimension.
+
+        Of an ensemble they are the log-odds of the mean probability.
+        """
         check_is_fitted(self)
         embeddings = validate_data(self, X, reset=False, **_CHECKS_OF_X)
         prepared = torch.from_numpy(self._prepare(embeddings))
         # In float64 a row's logits do not depend on which rows stand beside it.
-        head = copy.deepcopy(self.head_).double()
+        heads = [copy.deepcopy(head).double() for head in self.heads_]
         with torch.inference_mode():
-            parts = [head(part.double()) for part in torch.split(prepared, _SCORED_AT_ONCE)]
+            parts = [
+                _average_logits(torch.stack([head(part.double()) for head in heads]))
+                for part in torch.split(prepared, _SCORED_AT_ONCE)
+            ]
         logits: NDArray[np.float64] = torch.cat(parts).numpy()
         return logits if self._is_multilabel() else logits[:, 0]
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probability of each finding, ``(N, F)``; or of both classes, ``(N, 2)``."""
-        probabilities: NDArray[np.float64] = expit(self.decision_function(X))
-        if self._is_multilabel():
-            return probabilities
-        return np.stack([1 - probabilities, probabilities], axis=1)
+        return self._of_classes(X, expit)
+
+    def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Logarithm of :meth:`predict_proba`."""
+        return self._of_classes(X, log_expit)
+
+    def _of_classes(self, X: ArrayLike, function: Any) -> NDArray[np.float64]:
+        logits = self.decision_function(X)
+        if not self._is_multilabel():
+            logits = np.stack([-logits, logits], axis=1)
+        values: NDArray[np.float64] = function(logits)
+        return values
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """What is more likely than not: 1 or 0, ``(N, F)``; or one of the classes, ``(N,)``."""
@@ -220,8 +304,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Accuracy, which other classifiers return here, is high for whoever never calls a rare
         finding. Where no AUROC is defined, the score is NaN.
         """
-        probabilities = self.predict_proba(X)
-        values = np.asarray(y)
+        probabilities, values = self.predict_proba(X), _to_array(y)
         if self._is_multilabel():
             return float(macro_mean(auroc(values.astype(np.float32), probabilities)))
         targets = (values == self.classes_[1]).astype(np.float32)
@@ -229,20 +312,23 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self) -> TrainConfig:
         """The parameters as the training takes them, each checked."""
-        if self.schedule == "plateau":
-            raise ConfigError(
-                "schedule='plateau' lowers the learning rate when a held-out loss stops falling, "
-                "and fit holds nothing out. Use 'constant', 'cosine' or 'one-cycle'."
-            )
         recipe = self.get_params(deep=False)
-        del recipe["random_state"]
-        return TrainConfig(epochs=(recipe.pop("n_epochs"),), **recipe)
+        return TrainConfig(seed=_draw_seed(recipe.pop("random_state")), **recipe)
+
+    @staticmethod
+    def _needs_folds(config: TrainConfig) -> bool:
+        """Whether anything about the final model follows from rows that are held out."""
+        asks = config.schedule == "plateau" or config.early_stopping is not None
+        return asks or config.final != "refit" or len(config.epochs) > 1
 
     def _validate(self, X: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Finite float32 embeddings, and `y` with one or two dimensions, possibly NaN."""
         checks_of_y = {"ensure_2d": False, "dtype": None, "ensure_all_finite": "allow-nan"}
         embeddings, values = validate_data(
-            self, X, y, validate_separately=(_CHECKS_OF_X, checks_of_y)
+            self,
+            X,
+            _to_array(y) if isinstance(y, pd.DataFrame) else y,
+            validate_separately=(_CHECKS_OF_X, checks_of_y),
         )
         check_consistent_length(embeddings, values)
         return embeddings, values
@@ -258,9 +344,11 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 row, column = np.argwhere(wrong)[0]
                 raise TableError(
                     f"y holds {y[row, column]!r} in row {row}, column {column}; findings are 1 "
-                    "present, 0 absent and NaN unlabelled."
+                    "present, 0 absent and NaN unlabelled. (cross_val_predict makes classes of "
+                    "missing values: see the notes of FocalHeadClassifier.)"
                 )
-            self.classes_: Any = [np.array([0, 1])] * y.shape[1]
+            # Of shape (F, 2): from (2,), scorers would take two findings for two classes of one.
+            self.classes_ = np.tile([0, 1], (y.shape[1], 1))
             return np.array(y, np.float32)
         assert_all_finite(y, input_name="y")  # only a finding can be unlabelled
         kind = type_of_target(y, input_name="y", raise_unknown=True)
@@ -277,14 +365,52 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return np.asarray(y == self.classes_[1], np.float32)[:, None]
 
     def _is_multilabel(self) -> bool:
-        return isinstance(self.classes_, list)
+        return self.classes_.ndim == 2
 
 
-def _as_cohort(targets: NDArray[np.float32]) -> Cohort:
-    """Rows that are known by their number only."""
-    numbers = np.arange(len(targets))
-    images = pd.DataFrame({"image_id": numbers, "study_uid": numbers})
-    return Cohort(images, targets, tuple(map(str, range(targets.shape[1]))))
+def _average_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Log-odds of the mean probability of several heads, ``(H, N, F)`` -> ``(N, F)``."""
+    present, absent = (torch.logsumexp(F.logsigmoid(z), dim=0) for z in (logits, -logits))
+    return present - absent
+
+
+def _mean_losses(histories: Sequence[Sequence[dict[str, float]]]) -> NDArray[np.float64]:
+    """Training loss of every epoch, averaged over the heads that came so far."""
+    longest = max(map(len, histories))
+    curves = [
+        [epoch["train_loss"] for epoch in history] + [np.nan] * (longest - len(history))
+        for history in histories
+    ]
+    return np.asarray(np.nanmean(curves, axis=0))
+
+
+def _read_groups(groups: ArrayLike | None, n_rows: int) -> NDArray[Any]:
+    """The group of each row; each row by itself where none are given."""
+    if groups is None:
+        return np.arange(n_rows)
+    values = np.asarray(groups)
+    if values.shape != (n_rows,):
+        raise ConfigError(f"groups has shape {values.shape}; X has {n_rows} rows. Give one each.")
+    if (missing := np.flatnonzero(pd.isna(values))).size:
+        raise ConfigError(
+            f"groups has no value in row {missing[0]}, and {len(missing):,} such rows in all. Give "
+            "every row its patient or study; a row that stands for itself needs a name of its own."
+        )
+    return values
+
+
+def _draw_seed(random_state: int | np.random.RandomState | None) -> int:
+    """A number as it is, else one that is drawn."""
+    if isinstance(random_state, int | np.integer):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+
+
+def _to_array(y: ArrayLike) -> NDArray[Any]:
+    """Targets or labels; missing values of a frame, of whatever kind, are NaN."""
+    if isinstance(y, pd.DataFrame):
+        return np.asarray(y.astype(object).mask(y.isna(), np.nan))
+    return np.asarray(y)
 
 
 class GroupedMultilabelSplit(BaseCrossValidator):  # type: ignore[misc]  # has no types
@@ -362,23 +488,17 @@ class GroupedMultilabelSplit(BaseCrossValidator):  # type: ignore[misc]  # has n
                 "split(X, y, groups) or cross_val_score(..., groups=...). Where every row stands "
                 "for itself, pass np.arange(len(X))."
             )
-        fold = assign_folds(_as_targets(y), np.asarray(groups), self.n_splits, self._seed())
+        seed = _draw_seed(self.random_state)
+        fold = assign_folds(_as_targets(y), np.asarray(groups), self.n_splits, seed)
         for k in range(self.n_splits):
             yield fold == k
-
-    def _seed(self) -> int:
-        if isinstance(self.random_state, int | np.integer):
-            return int(self.random_state)
-        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
 
 def _as_targets(y: ArrayLike | None) -> NDArray[Any]:
     """Targets ``(N, F)`` as they are; of class labels, one column per class."""
     if y is None:
         raise ConfigError("GroupedMultilabelSplit needs y: what it spreads evenly over the folds.")
-    if isinstance(y, pd.DataFrame):  # its columns may have a missing value that is not NaN
-        return y.to_numpy(np.float64, na_value=np.nan)
-    values = np.asarray(y)
+    values = _to_array(y)
     if values.ndim == 2:
         return values
     if (kind := type_of_target(values)) not in ("binary", "multiclass"):

@@ -18,9 +18,9 @@ from cxr_cache.datasets.splits import Split, make_split
 from cxr_cache.errors import TrainingError
 from cxr_cache.metrics.operating_point import find_rule
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.store.rows import TrainingData
 from cxr_cache.training.fit import (
     HeadTask,
+    Rows,
     Trajectory,
     count_steps,
     fit_heads,
@@ -41,7 +41,7 @@ class EpochSearch:
 
 
 def search_epochs(
-    data: TrainingData,
+    data: Rows,
     split: Split,
     config: TrainConfig,
     *,
@@ -63,7 +63,7 @@ def search_epochs(
     ConfigError, TrainingError
         As :func:`require_trainable_folds`; and TrainingError where a loss diverges.
     """
-    require_trainable_folds(data.cohort.targets, split, config)
+    require_trainable_folds(data.targets, split, config)
     tasks = fold_tasks(split, config.seed)
     n_done, n_total = (
         0,
@@ -178,25 +178,49 @@ def _choose(table: pd.DataFrame) -> int:
 
 
 def train_final(
-    data: TrainingData, split: Split, search: EpochSearch, config: TrainConfig
+    data: Rows, split: Split, search: EpochSearch, config: TrainConfig
 ) -> tuple[HeadBank, list[dict[str, float]]]:
-    """The model that test will see, and its history (empty unless it was trained anew)."""
+    """Make the model that test will see.
+
+    Returns
+    -------
+    bank
+        One head, or the folds' heads where they are averaged.
+    history
+        Its epochs; empty where heads of the folds are the final ones.
+    """
     if config.final != "refit":
         stacked = stack_members(final_members(search, config), search.chosen)
         return HeadBank.from_snapshot(stacked, dropout=config.dropout), []
     rates = replay_rates(search)
+    return refit(data, split, config, n_epochs=len(rates), learning_rates=rates)
+
+
+def refit(
+    data: Rows,
+    split: Split,
+    config: TrainConfig,
+    *,
+    n_epochs: int,
+    learning_rates: Sequence[float] | None = None,
+) -> tuple[HeadBank, list[dict[str, float]]]:
+    """Train one head on all rows but test; give it with its history.
+
+    `learning_rates` holds the rate of every epoch; None follows the schedule, which must not ask
+    for held-out rows.
+    """
     task = final_task(split, config.seed)
-    trajectory = fit_heads(
+    (trajectory,) = fit_heads(
         data,
         [task],
         replace(config, early_stopping=None),
-        n_epochs=len(rates),
+        n_epochs=n_epochs,
         n_steps=count_steps([task], config.batch_size),
-        keep=[len(rates)],
-        learning_rates=rates,
-    )[0]
-    weights = trajectory.weights[len(rates)]
-    return HeadBank.from_snapshot(weights, dropout=config.dropout), trajectory.history
+        keep=[n_epochs],
+        learning_rates=learning_rates,
+    )
+    bank = HeadBank.from_snapshot(trajectory.weights[n_epochs], dropout=config.dropout)
+    return bank, trajectory.history
 
 
 def final_members(search: EpochSearch, config: Recipe) -> list[Trajectory]:

@@ -18,6 +18,7 @@ from cxr_cache.errors import TrainingError
 from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.tokens import ResidentTokens
 from cxr_cache.training.fit import HeadTask
+from cxr_cache.training.losses import make_loss
 from cxr_cache.training.tuning import (
     Keeper,
     TuningData,
@@ -283,13 +284,39 @@ def test_activations_computed_again_change_nothing(data):
         torch.testing.assert_close(tensor, computed_again.weights[3][name], msg=name)
 
 
+def test_bf16_computes_the_loss_and_its_slope_to_its_precision(data, tokens, targets):
+    """bf16 keeps 8 bits. Batch norm enlarges what it rounds off, in the gradient above all."""
+    losses, gradients = [], []
+    for precision in ("fp32", "bf16"):
+        config = replace(CONFIG, precision=precision, dropout=0.0)
+        model = build_model(data, config, seed=TASK.seed).train()
+        labels = torch.from_numpy(targets)
+        loss = make_loss(config, labels)(model(tokens[:, 0]), labels)
+        moving = [p for p in model.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(loss, moving)
+        losses.append(float(loss.detach()))
+        gradients.append(torch.cat([part.flatten() for part in gradient]))
+    assert losses[1] == pytest.approx(losses[0], rel=2**-6)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.9
+
+
 def test_bf16_learns_as_well(data):
-    trajectory = run(data, replace(CONFIG, precision="bf16"))
-    exact = run(data)
-    assert trajectory.history[-1]["train_loss"] == pytest.approx(
-        exact.history[-1]["train_loss"], rel=0.05
-    )
-    assert all(t.dtype == torch.float32 for t in trajectory.weights[3].values())
+    """As a mean over seeds, within the spread that seeds have in fp32.
+
+    A single training says little: fifteen steps carry each rounding on, and in bf16 processors
+    round in different places. One with matrix units ended 12 % from fp32; rounding at random, to
+    either neighbour, ends up to 10 % apart.
+    """
+    losses: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for seed in range(4):
+        task = replace(TASK, seed=seed)
+        for precision in losses:
+            config = replace(CONFIG, precision=precision)
+            trajectory = tune(data, task, config, n_epochs=3, keep=[3], keep_weights=True)
+            losses[precision].append(trajectory.history[-1]["train_loss"])
+            assert all(t.dtype == torch.float32 for t in trajectory.weights[3].values())
+    spread = np.std(losses["fp32"], ddof=1)
+    assert abs(np.mean(losses["bf16"]) - np.mean(losses["fp32"])) <= spread
 
 
 def test_early_stopping_keeps_what_the_fold_was_when_it_stopped(data):
