@@ -232,10 +232,8 @@ def extract(
             )
         )
     click.echo(summary.to_text())
-    if summary.n_failed > config.tolerated_failures(summary.n_images):
-        raise click.ClickException(
-            f"{summary.n_failed:,} images failed, more than --max-failures tolerates."
-        )
+    if failure := summary.failure(config):
+        raise click.ClickException(failure)
 
 
 @click.command("import")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cxr_cache.common.wording import count
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.labels import FINDINGS, PUBLISHED_COUNTS, PUBLISHED_IMAGES
 
@@ -97,13 +98,15 @@ class CohortDescription:
         per_study = (f"{n}: {count:,}" for n, count in self.images_per_study.items())
         views = (f"{name or 'unknown'} {count:,}" for name, count in self.projections.items())
         lines = [
-            f"{self.n_images:,} images of {self.n_studies:,} studies{patients}",
+            f"{count(self.n_images, 'image')} of {count(self.n_studies, 'study')}{patients}",
             f"projections:       {', '.join(views)}",
             f"images per study:  {', '.join(per_study)}",
             f"unlabelled images: {self.n_unlabelled:,}",
         ]
         if self.missing is not None:
-            lines.append(f"missing files:     {_list_first(self.missing)}")
+            all_missing = len(self.missing) == self.n_images
+            hint = "; none is there, so this may be the wrong folder" if all_missing else ""
+            lines.append(f"missing files:     {_list_first(self.missing)}{hint}")
         if self.imbalance_ratio is not None:
             lines.append(f"imbalance ratio:   {self.imbalance_ratio:,.0f}:1")
         if self.n_as_published is not None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -28,8 +28,9 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
-from cxr_cache.errors import ImageError
+from cxr_cache.errors import ConfigError, ImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 MAX_PIXELS = 64_000_000
@@ -222,6 +223,31 @@ def find_missing(image_dir: str | Path, image_ids: Iterable[str]) -> list[str]:
         for image_id in image_ids
         if not os.path.exists(os.path.join(image_dir, image_id))  # noqa: PTH110, PTH118
     ]
+
+
+def require_any_image(image_dir: str | Path, image_ids: Sequence[str] | NDArray[np.str_]) -> None:
+    """Raise ConfigError if the folder holds none of the images, as the wrong folder does.
+
+    The message names an image that was looked for, what the folder holds, and where the image is
+    if that is one folder up or down.
+    """
+    folder, ids = Path(image_dir), [str(image_id) for image_id in image_ids]
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the one with the images.")
+    if not ids or any((folder / image_id).exists() for image_id in ids):
+        return
+    there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    near = [folder.parent, *(folder / name for name in there if name.endswith("/"))][:100]
+    found = next((place for place in near if (place / ids[0]).exists()), None)
+    raise ConfigError(
+        f"None of the {count(len(ids), 'image')} of the table is in {folder}. The first is "
+        f"{ids[0]!r}; the folder holds {list_names(there, 3) or 'nothing'}. "
+        + (
+            f"That image is in {found}: give this folder."
+            if found
+            else "Give the folder that the names in the table start from."
+        )
+    )
 
 
 def _locate(image_dir: str | Path | None, image_id: str) -> str:

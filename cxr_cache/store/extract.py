@@ -16,9 +16,11 @@ import torch
 from joblib import cpu_count
 from numpy.typing import NDArray
 
+from cxr_cache.common.wording import count
 from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import Batch, dead_workers_explained, decode_batches
+from cxr_cache.datasets.images import require_any_image
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.encoding import (
     MIN_COSINE,
@@ -62,8 +64,10 @@ class ExtractSummary:
     """Rows still to do, those without tokens among them."""
     n_without_tokens: int = 0
     """Pending rows that hold an embedding and lack only their tokens."""
+    n_tried: int = 0
+    """Rows whose image was read by this call; the others were there already."""
     n_computed: int = 0
-    """Rows encoded by this call; the others were there already."""
+    """Rows encoded by this call."""
     n_taken_over: int = 0
     n_damaged: int = 0
     """Rows that were done but whose bytes had changed on the disk; computed again."""
@@ -83,10 +87,18 @@ class ExtractSummary:
     """Time that passed waiting for files to be read, and for features to be written."""
     elapsed_s: float = 0.0
 
+    def failure(self, config: ExtractConfig) -> str | None:
+        """Say in one sentence why this extraction has not succeeded; None where it has."""
+        if self.n_failed == self.n_images:
+            return f"No image could be used, so {self.store_path} holds no embedding."
+        if self.n_failed > config.tolerated_failures(self.n_images):
+            return f"{count(self.n_failed, 'image')} failed, more than --max-failures tolerates."
+        return None
+
     def to_text(self) -> str:
         """Closing lines for a terminal: the count, the failures by reason, speed and its limit."""
         lines = [
-            f"{self.store_path}: {self.n_images:,} images = {self.n_done:,} done + "
+            f"{self.store_path}: {count(self.n_images, 'image')} = {self.n_done:,} done + "
             f"{self.n_failed:,} failed + {self.n_pending:,} pending"
         ]
         if self.n_without_tokens:
@@ -103,7 +115,8 @@ class ExtractSummary:
         lines += _by_reason("failed", self.failures)
         lines += _by_reason("got no tokens and keep their embedding", self.tokenless)
         if not self.n_computed:
-            return "\n".join([*lines, "  nothing was left to compute"])
+            tried = f"  none of {count(self.n_tried, 'image')} could be used; see the reasons above"
+            return "\n".join([*lines, tried if self.n_tried else "  nothing was left to compute"])
         if self.largest_batch:
             lines.append(
                 f"  the device's memory took {self.largest_batch:,} images at a time, not a batch"
@@ -123,8 +136,7 @@ def _by_reason(what: str, images: list[tuple[str, str]]) -> list[str]:
     counts = Counter(reason for _, reason in images)
     first = {reason: image_id for image_id, reason in reversed(images)}
     return [
-        f"  {count:,} {what}: {reason} (first: {first[reason]})"
-        for reason, count in counts.most_common(8)
+        f"  {n:,} {what}: {reason} (first: {first[reason]})" for reason, n in counts.most_common(8)
     ]
 
 
@@ -206,13 +218,12 @@ def run_extraction(
     for writing, and the summary to add its work to.
     """
     image_dir, store_path = Path(image_dir), Path(store_path)
-    if not image_dir.is_dir():
-        raise ConfigError(f"{image_dir} is not a folder; give the one with the images.")
     if not len(cohort):
         raise ConfigError("The image table has no rows, so there is nothing to extract.")
     if config.unfreeze_layers is not None:
         trainable_parameter_names(encoder, config.unfreeze_layers)  # raises where there are none
     cohort, part = _take_part(cohort, config.part)
+    require_any_image(image_dir, [] if store_path.exists() else cohort.image_ids)
     summary = ExtractSummary(store_path)
     started = time.perf_counter()
     resumed = open_or_create(
@@ -229,6 +240,8 @@ def run_extraction(
     summary.n_taken_over, summary.n_damaged = resumed.n_taken_over, resumed.n_damaged
     summary.changed = resumed.changed
     with resumed.store as store:
+        if (store.status != DONE).any():  # images of a whole store may be gone
+            require_any_image(image_dir, cohort.image_ids)
         try:
             fill(store, summary)
         finally:
@@ -285,6 +298,7 @@ def _fill(
                     writing = writer.submit(_write, store, batch, features, summary)
                 failures += [(str(store.image_ids[row]), why) for row, why in batch.failures]
                 summary.n_computed += len(batch.rows)
+                summary.n_tried += len(batch.rows) + len(batch.failures)
                 if on_progress is not None:
                     on_progress(len(batch.rows), len(batch.failures), len(rows))
                 if len(failures) > tolerated:
@@ -350,10 +364,11 @@ def give_up(store: FeatureStore, failures: list[tuple[str, str]], tolerated: int
     """Raise TooManyFailuresError with the first images that failed, and why."""
     first = [f"  {image_id}: {reason}" for image_id, reason in failures[:5]]
     raise TooManyFailuresError(
-        f"{len(failures):,} images failed, more than the {tolerated:,} tolerated "
+        f"{count(len(failures), 'image')} failed, more than the {tolerated:,} tolerated "
         "(--max-failures). The first:\n"
         + "\n".join(first)
-        + f"\nWhat is done is kept in {store.path}; the same command continues there."
+        + f"\n{count(len(store.embedded_rows), 'finished image')} in {store.path}; once the cause "
+        "is mended, the same command continues there."
     )
 
 

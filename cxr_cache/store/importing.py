@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
+from cxr_cache.common.wording import count
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import TableError
 from cxr_cache.store.feature_store import FeatureStore, are_finite, require_absent
@@ -47,14 +48,14 @@ class ImportSummary:
     def to_text(self) -> str:
         """Closing lines for a terminal."""
         lines = [
-            f"{self.store_path}: {self.n_images:,} images = {self.n_done:,} done + "
+            f"{self.store_path}: {count(self.n_images, 'image')} = {self.n_done:,} done + "
             f"{self.n_without_embedding:,} failed + 0 pending; "
             f"embeddings are {self.embedding_width} wide"
         ]
         if self.n_without_embedding:
-            lines.append(f"  {self.n_without_embedding:,} images of the table have no embedding")
+            lines.append(f"  table images without an embedding: {self.n_without_embedding:,}")
         if self.n_not_in_cohort:
-            lines.append(f"  {self.n_not_in_cohort:,} embeddings belong to no image of the table")
+            lines.append(f"  embeddings of no table image: {self.n_not_in_cohort:,}")
         return "\n".join(lines)
 
 

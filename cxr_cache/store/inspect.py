@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cxr_cache.common.wording import count
 from cxr_cache.store.feature_store import FAILED, FeatureStore
 
 
@@ -57,20 +58,21 @@ def format_store(summary: dict[str, Any]) -> str:
         f"{summary['path']}  ({summary['bytes'] / 1e6:,.1f} MB, "
         f"format version {summary['format_version']})",
         "",
-        f"images    {summary['images']:,} of {summary['studies']:,} studies = "
+        f"images    {summary['images']:,} of {count(summary['studies'], 'study')} = "
         f"{summary['done']:,} done + {summary['failed']:,} failed + {summary['pending']:,} pending",
     ]
     if n_rows := summary["without_tokens"]:
         lines.append(f"          {n_rows:,} pending rows lack nothing but their tokens")
     if part := summary["part"]:
         lines.append(f"          part {part['number']} of {part['of']}, to be merged")
-    lines += [f"          {count:,} failed: {why}" for why, count in summary["reasons"].items()]
+    lines += [f"          {n:,} failed: {why}" for why, n in summary["reasons"].items()]
     damaged = summary["damaged"]
-    digests = "all finished rows match" if not damaged else f"{damaged:,} rows are damaged"
+    digests = "all finished rows match" if not damaged else f"{count(damaged, 'damaged row')}"
     lines += [
         f"digests   {digests}",
         f"table     {', '.join(summary['image_columns'])}",
-        f"targets   {summary['findings']} findings, {summary['positives']:,} positives",
+        f"targets   {count(summary['findings'], 'finding')}, "
+        f"{count(summary['positives'], 'positive')}",
         "",
         f"encoder   {encoder['name']}"
         + ("  (RANDOM WEIGHTS: no medical meaning)" if encoder.get("is_random") else ""),

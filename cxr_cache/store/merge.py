@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines
 from cxr_cache.encoders.identity import compare_encoders
-from cxr_cache.errors import ConfigError, StoreMismatchError
+from cxr_cache.errors import ConfigError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.store.feature_store import (
     EMBEDDED,
     FAILED,
@@ -44,7 +44,8 @@ class MergeSummary:
         """Closing lines for a terminal."""
         n_images = self.n_done + self.n_failed + self.n_pending
         lines = [
-            f"{self.store_path}: {n_images:,} images of {self.n_parts} parts = {self.n_done:,} "
+            f"{self.store_path}: {count(n_images, 'image')} of {count(self.n_parts, 'part')} = "
+            f"{self.n_done:,} "
             f"done + {self.n_failed:,} failed + {self.n_pending:,} pending"
         ]
         if self.n_without_tokens:
@@ -78,6 +79,8 @@ def merge(
         image table; the message names the difference and both values.
     ConfigError
         There is a file at `store_path` and `overwrite` is off.
+    StoreIncompleteError
+        No row of any part holds an embedding.
     StoreBusyError
         A part is still being written.
     """
@@ -93,6 +96,12 @@ def merge(
         parts = _in_order(opened)
         for part in parts[1:]:
             require_same_kind(parts[0], part)
+        if not any(len(part.embedded_rows) for part in parts):
+            raise StoreIncompleteError(
+                f"No row of the {len(parts)} parts holds an embedding, so there is nothing to "
+                f"merge. `cxr-cache inspect {paths[0]}` says why; finish the parts with the "
+                "`cxr-cache extract --part` commands that began them."
+            )
         damaged = [part.find_damaged() for part in parts]
         first = parts[0]
         with FeatureStore.create(

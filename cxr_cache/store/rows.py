@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import require_space, reserve
+from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.labels import load_labels
@@ -108,9 +109,9 @@ def find_labelled_rows(
         "have no label": int((~labelled).sum()),
     }
     notes = tuple(
-        f"{count:,} of {len(store):,} images {why} and are left out."
-        for why, count in left_out.items()
-        if count
+        f"{n:,} of {len(store):,} images {why} and are left out."
+        for why, n in left_out.items()
+        if n
     )
     return LabelledRows(rows, cohort.take(rows), notes)
 
@@ -141,7 +142,7 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
     if len(damaged := store.find_damaged(done)):
         command = "import --overwrite" if store.header.encoder.get("imported") else "extract"
         raise StoreFormatError(
-            f"{store.path}: {len(damaged):,} rows are damaged (their bytes do not match their "
+            f"{store.path} has {count(len(damaged), 'damaged row')} (bytes that do not match their "
             f"digests); the first is that of {str(store.image_ids[damaged[0]])!r}. "
             f"Run `cxr-cache {command}` again: it writes them anew."
         )

@@ -11,6 +11,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from cxr_cache.common.wording import count
+from cxr_cache.datasets.images import require_any_image
 from cxr_cache.errors import ImageError, StoreMismatchError
 from cxr_cache.store.feature_store import (
     DONE,
@@ -59,22 +61,29 @@ class Verification:
     """Why the given encoder is not the store's; empty where it is, or where none was given."""
     is_repaired: bool = False
     """Bad rows have been marked pending."""
+    redo: str = "cxr-cache extract"
+    """Command that computes rows of this store."""
 
     @property
     def exit_status(self) -> int:
-        """0 whole, 1 incomplete, 3 corrupt, 4 the encoder is not the store's."""
+        """0 whole, 1 incomplete, 3 corrupt, 4 the encoder is not the store's.
+
+        Rows that failed do not make a store incomplete, unless there are no others: `extract`
+        succeeds with them, and training leaves them out.
+        """
         if self.bad_rows and not self.is_repaired:
             return CORRUPT
         if self.mismatch:
             return MISMATCH
-        return INCOMPLETE if self.n_pending else WHOLE
+        return INCOMPLETE if self.n_pending or self.n_failed == self.n_images else WHOLE
 
     def to_dict(self) -> dict[str, Any]:
         """The same as :meth:`to_text`, JSON-able."""
         words = {WHOLE: "whole", INCOMPLETE: "incomplete", CORRUPT: "corrupt", MISMATCH: "mismatch"}
+        but_for_failed = self.exit_status == WHOLE and self.n_failed > 0
         return {
             "path": str(self.path),
-            "result": words[self.exit_status],
+            "result": "whole but for failed rows" if but_for_failed else words[self.exit_status],
             "images": self.n_images,
             "done": self.n_done,
             "failed": self.n_failed,
@@ -90,7 +99,7 @@ class Verification:
     def to_text(self) -> str:
         """Counts, every bad row, and what to do, for a terminal."""
         lines = [
-            f"{self.path}: {self.n_images:,} images = {self.n_done:,} done + "
+            f"{self.path}: {count(self.n_images, 'image')} = {self.n_done:,} done + "
             f"{self.n_failed:,} failed + {self.n_pending:,} pending"
         ]
         if self.n_without_tokens:
@@ -99,24 +108,35 @@ class Verification:
         for first, second in self.duplicates[:10]:
             lines.append(f"  note: {first} and {second} are different files of equal embeddings")
         if len(self.duplicates) > 10:
-            lines.append(f"  note: {len(self.duplicates) - 10:,} more such pairs")
+            lines.append(f"  note: {count(len(self.duplicates) - 10, 'more such pair')}")
         if self.n_compared:
-            lines.append(f"  {self.n_compared:,} images encoded again for comparison")
+            lines.append(f"  {count(self.n_compared, 'image')} encoded again for comparison")
         return "\n".join([*lines, self._conclude()])
 
     def _conclude(self) -> str:
-        n_bad = len(self.bad_rows)
+        n_bad, redo = len(self.bad_rows), self.redo
         if self.bad_rows and not self.is_repaired:
             return (
-                f"CORRUPT: {n_bad:,} bad rows. `cxr-cache verify --repair` marks them pending, and "
-                "`cxr-cache extract` then computes them again."
+                f"CORRUPT: {count(n_bad, 'bad row')}. `cxr-cache verify --repair` marks such rows "
+                f"pending, and `{redo}` then writes them anew."
             )
         if self.mismatch:
             return f"MISMATCH: {self.mismatch}"
         if self.is_repaired:
-            return f"REPAIRED: {n_bad:,} bad rows are pending now; run `cxr-cache extract` again."
+            return f"REPAIRED: {count(n_bad, 'bad row')} marked pending; run `{redo}` again."
+        failed = count(self.n_failed, "failed row")
+        if self.n_failed:
+            failed += f" ({self.n_failed / self.n_images:.0%} of all)"
+        if self.n_failed == self.n_images:
+            return f"INCOMPLETE: no row holds an embedding; {failed}. `cxr-cache inspect` says why."
         if self.n_pending:
-            return "INCOMPLETE: every finished row is sound; `cxr-cache extract` does the others."
+            others = f"; {failed}" if self.n_failed else ""
+            return f"INCOMPLETE: every finished row is sound; `{redo}` does the others{others}."
+        if self.n_failed:
+            return (
+                f"WHOLE BUT FOR {failed}: every other row is sound, and training leaves the failed "
+                f"ones out. `cxr-cache inspect` says why they failed, and `{redo}` tries again."
+            )
         return "WHOLE: every row is sound."
 
 
@@ -154,9 +174,15 @@ def verify(
         There is no file, or its structure, description or image table is damaged.
     StoreBusyError
         `repair` while another process writes.
+    ConfigError
+        `image_dir` holds none of the images.
     """
     with FeatureStore.open(store_path, "r+" if repair else "r") as store:
         found = Verification(store.path)
+        if store.header.encoder.get("imported"):
+            found.redo = "cxr-cache import --overwrite"
+        if image_dir is not None:  # else sound rows would be called bad, and forgotten by repair
+            require_any_image(image_dir, store.image_ids[store.embedded_rows])
         found.bad_rows = _check_values(store, found, on_progress)
         if image_dir is not None and encoder is not None:
             bad = {row.row for row in found.bad_rows}

@@ -300,6 +300,7 @@ def _collect_left(store_path: Path, folder: Path) -> None:
 def _add_work(summary: ExtractSummary, part: ExtractSummary) -> None:
     """Count what a worker did; its times are sums over workers, until :func:`_share_time`."""
     summary.n_computed += part.n_computed
+    summary.n_tried += part.n_tried
     summary.tokenless += part.tokenless
     for name in ("decode_s", "encode_s", "disk_s"):
         setattr(summary, name, getattr(summary, name) + getattr(part, name))

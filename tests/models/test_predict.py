@@ -401,4 +401,4 @@ def test_damaged_rows_are_not_passed_over_in_silence(imported_run, tmp_path):
     content[place] ^= 1
     path.write_bytes(content)
 
-    refuse_store(imported_run, path, StoreFormatError, r"1 rows are damaged.*00000\.png")
+    refuse_store(imported_run, path, StoreFormatError, r"1 damaged row .*00000\.png")

@@ -245,6 +245,54 @@ def reference_image(cohort: Cohort, images: Path) -> Path:
     return images / str(cohort.image_ids[0])
 
 
+def test_the_wrong_folder_is_refused_before_anything_is_written(
+    phantoms, cohort, encoder, tmp_path, encoded
+):
+    """It used to end with "nothing was left to compute" and status 0."""
+    (tmp_path / "empty").mkdir()
+    first = str(cohort.image_ids[0])
+    for folder, hint in {
+        tmp_path / "empty": "holds nothing. Give the folder that the names in the table start",
+        phantoms: rf"That image is in {phantoms / 'images'}: give this folder",
+    }.items():
+        said = rf"None of the {len(cohort)} images of the table is in {folder}.*{first}.*{hint}"
+        with pytest.raises(ConfigError, match=said):
+            extract_embeddings(cohort, folder, tmp_path / "s.h5", encoder, QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert encoded == []
+
+
+def test_the_wrong_folder_is_refused_when_continuing_unless_nothing_is_left(
+    phantoms, cohort, encoder, tmp_path
+):
+    """Images of a whole store may be gone: labels can be given anew without them."""
+    (tmp_path / "empty").mkdir()
+    some, path = cohort.take(slice(4)), tmp_path / "s.h5"
+    extract_embeddings(some, phantoms / "images", path, encoder, QUICK)
+    summary = extract_embeddings(some, tmp_path / "empty", path, encoder, QUICK)
+    assert "nothing was left to compute" in summary.to_text()
+    with FeatureStore.open(path, "r+") as store:
+        store.mark_pending(np.array([1]))
+    with pytest.raises(ConfigError, match="None of the 4 images of the table is in"):
+        extract_embeddings(some, tmp_path / "empty", path, encoder, QUICK)
+    with FeatureStore.open(path) as store:
+        assert store.count_rows().n_failed == 0
+
+
+def test_an_extraction_in_which_every_image_failed_is_no_success(cohort, encoder, tmp_path):
+    (tmp_path / "images").mkdir()
+    few, path = cohort.take(slice(3)), tmp_path / "s.h5"
+    for image_id in few.image_ids:
+        (tmp_path / "images" / image_id).write_bytes(b"<html>not logged in</html>")
+    for _ in range(2):  # also when it is repeated
+        summary = extract_embeddings(few, tmp_path / "images", path, encoder, QUICK)
+        text = summary.to_text()
+        assert "3 images = 0 done + 3 failed + 0 pending" in text
+        assert "none of 3 images could be used" in text
+        assert "nothing was left to compute" not in text
+        assert summary.failure(QUICK) == f"No image could be used, so {path} holds no embedding."
+
+
 def test_more_failures_than_tolerated_stop_it(cohort, images, encoder, tmp_path):
     for image_id in cohort.image_ids[:3]:
         (images / image_id).unlink()

@@ -14,7 +14,7 @@ from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.errors import ConfigError, StoreBusyError, StoreMismatchError
+from cxr_cache.errors import ConfigError, StoreBusyError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import (
     DONE,
@@ -213,3 +213,12 @@ def test_a_part_goes_on_as_itself_only(data, parts):
         )
     again = dataclasses.replace(QUICK, part=(1, 3))
     assert extract_embeddings(cohort, root / "images", parts[0], encoder, again).n_computed == 0
+
+
+def test_parts_without_any_embedding_are_no_success(parts, tmp_path):
+    for path in parts:
+        with FeatureStore.open(path, "r+") as part:
+            part.mark_pending(part.embedded_rows)
+    with pytest.raises(StoreIncompleteError, match="No row of the 3 parts holds an embedding"):
+        merge(parts, tmp_path / "s.h5")
+    assert not (tmp_path / "s.h5").exists()

@@ -16,7 +16,7 @@ from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.errors import StoreBusyError
+from cxr_cache.errors import ConfigError, StoreBusyError
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import PENDING, FeatureStore
 from cxr_cache.store.verify import (
@@ -26,7 +26,7 @@ from cxr_cache.store.verify import (
     WHOLE,
     verify,
 )
-from tests.small_stores import WITH_TOKENS, flip_bit, make_batch, make_store
+from tests.small_stores import WITH_TOKENS, flip_bit, make_batch, make_cohort, make_store
 
 
 def spoil(path: Path, name: str, row: int) -> None:
@@ -56,6 +56,48 @@ def test_pending_rows_make_it_incomplete(tmp_path):
     assert verify(tmp_path / "s.h5").exit_status == INCOMPLETE
     result = run(tmp_path / "s.h5")
     assert (result.exit_code, "INCOMPLETE" in result.output) == (1, True)
+
+
+def test_failed_rows_are_said(tmp_path):
+    """A store of which 12 of 19 rows had failed was called whole."""
+    with make_store(tmp_path / "s.h5", 19, done=slice(7)) as store:
+        store.record_failures(np.arange(7, 19), ["the file does not exist"] * 12)
+    found = verify(tmp_path / "s.h5")
+    assert found.exit_status == WHOLE
+    said = "WHOLE BUT FOR 12 failed rows (63% of all): every other row is sound, and training"
+    assert said in found.to_text()
+    assert found.to_dict()["result"] == "whole but for failed rows"
+    with FeatureStore.open(tmp_path / "s.h5", "r+") as store:
+        store.mark_pending(np.array([3]))
+    found = verify(tmp_path / "s.h5")
+    assert found.exit_status == INCOMPLETE
+    assert "12 failed rows (63% of all)" in found.to_text()
+
+
+def test_a_store_in_which_every_row_failed_is_incomplete(tmp_path):
+    with make_store(tmp_path / "s.h5", 1, done=slice(0)) as store:
+        store.record_failures([0], ["the file does not exist"])
+    found = verify(tmp_path / "s.h5")
+    assert (found.exit_status, found.to_dict()["result"]) == (INCOMPLETE, "incomplete")
+    assert "1 image = 0 done + 1 failed" in found.to_text()
+    assert "no row holds an embedding; 1 failed row (100% of all)" in found.to_text()
+
+
+def test_the_wrong_folder_does_not_make_sound_rows_bad(tmp_path):
+    """With --repair they would be forgotten."""
+    make_store(tmp_path / "s.h5", 5).close()
+    with pytest.raises(ConfigError, match=r"None of the 5 images of the table is in .*s\.h5"):
+        verify(tmp_path / "s.h5", image_dir=tmp_path, n_sampled=3, repair=True)
+    assert verify(tmp_path / "s.h5").exit_status == WHOLE
+
+
+def test_advice_for_imported_rows_is_to_import_them_again(tmp_path):
+    encoder = {"name": "imported:x.npz", "imported": True, "weights_sha256": "0"}
+    shapes, cohort = {"embeddings": (1, 4)}, make_cohort(3)
+    with FeatureStore.create(tmp_path / "s.h5", cohort, encoder=encoder, features=shapes) as store:
+        store.commit([0], *make_batch(np.array([0]), shapes))
+        store.record_failures([1, 2], ["no embedding"] * 2)
+    assert "`cxr-cache import --overwrite` tries again" in verify(tmp_path / "s.h5").to_text()
 
 
 def test_corrupt_rows_are_listed_and_repaired(tmp_path):

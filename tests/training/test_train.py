@@ -509,7 +509,7 @@ def test_a_damaged_row_is_named_and_not_trained_on(tmp_path, imported, remedy):
     content[place] ^= 1
     store.write_bytes(content)
 
-    with pytest.raises(StoreFormatError, match=f"1 rows are damaged.*'00017.png'.*{remedy}"):
+    with pytest.raises(StoreFormatError, match=f"1 damaged row .*'00017.png'.*{remedy}"):
         fit_run(store, tmp_path / "run", QUICKER)
 
 
