@@ -239,15 +239,15 @@ def stack_members(members: Sequence[Trajectory], epoch: int) -> dict[str, Tensor
 
 
 def replay_rates(search: EpochSearch) -> list[float]:
-    """Learning rates for a refit, by :func:`average_rates` of the folds of the chosen number."""
+    """Compute the learning rates of a refit by :func:`average_rates` of the chosen candidate."""
     folds, chosen = search.trajectories[search.chosen], search.chosen
     return average_rates([trajectory.history[:chosen] for trajectory in folds])
 
 
 def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
-    """Learning rate of every epoch: the folds' geometric mean, for a refit has no held-out rows.
+    """Take the geometric mean over folds of each epoch's learning rate.
 
-    Where folds stopped early, the refit stops after their mean number of epochs.
+    A refit uses these rates, since it has no held-out rows to watch. Where folds stopped early, the refit stops after their mean number of epochs.
 
     Parameters
     ----------
