@@ -247,7 +247,8 @@ def replay_rates(search: EpochSearch) -> list[float]:
 def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
     """Take the geometric mean over folds of each epoch's learning rate.
 
-    A refit uses these rates, since it has no held-out rows to watch. Where folds stopped early, the refit stops after their mean number of epochs.
+    A refit uses these rates, since it has no held-out rows to watch. Where folds stopped early, it
+    stops after their mean number of epochs.
 
     Parameters
     ----------
