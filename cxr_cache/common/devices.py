@@ -77,7 +77,7 @@ def _has_native_bf16(device: torch.device) -> bool:
 
 
 def free_ram_bytes() -> int:
-    """Memory that can be had without swapping, within the container's limit if there is one."""
+    """Return how much memory is free without swapping, within the container's limit if any."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nobody knows
     with contextlib.suppress(OSError, KeyError):
         free = _read_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
@@ -89,6 +89,6 @@ def free_ram_bytes() -> int:
 
 
 def _read_numbers(path: Path) -> dict[str, int]:
-    """A file of lines such as ``MemAvailable: 12345 kB``."""
+    """Read a file of lines such as ``MemAvailable: 12345 kB``."""
     lines = (line.split() for line in path.read_text().splitlines())
     return {words[0]: int(words[1]) for words in lines}

@@ -1,4 +1,4 @@
-"""Image files to batches of pixels, ahead of whoever uses them: in processes, or in a thread."""
+"""Image files decoded into batches of pixels ahead of their use, by processes or a thread."""
 
 from __future__ import annotations
 
@@ -26,42 +26,20 @@ from cxr_cache.errors import CxrCacheError, ImageError
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterator[T], n_ahead: int) -> Iterator[T]:
-    """The same items, up to `n_ahead` of them made while one is used.
-
-    Whoever leaves before the end waits for nothing: the thread ends by itself after the item that
-    it is at. It must not be waited for, because an iterator that an error left half read is
-    closed by the garbage collector, at any line of any thread: also at one that holds a lock
-    which the thread needs in order to end.
-    """
-    end = object()
-    thread = ThreadPoolExecutor(1, "read-ahead")
-    coming: deque[Future[T | object]] = deque()
-    try:
-        while True:
-            while len(coming) <= n_ahead:
-                coming.append(thread.submit(next, items, end))
-            item = coming.popleft().result()
-            if item is end:
-                return
-            yield item  # type: ignore[misc]  # not `end`, which alone is no T
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)
-
-
 @dataclass
 class Batch:
     """Decoded images of B rows, and the rows whose file cannot be used."""
 
     rows: NDArray[np.intp]
+    """Row of each image in its table, ``(B,)``."""
     pixels: NDArray[np.uint8]
     """``(B, 3, S, S)``"""
     sha256: NDArray[np.uint8]
-    """Of each file's bytes, ``(B, 32)``."""
+    """SHA-256 of each file's bytes, ``(B, 32)``."""
     failures: list[tuple[int, str]]
-    """Row and reason."""
+    """Row and reason of each failure."""
     reading_share: float
-    """Of the time that making the batch took: reading files, not decoding them."""
+    """Share of the time for this batch that went into reading files, not into decoding them."""
 
 
 def decode_batches(
@@ -78,17 +56,18 @@ def decode_batches(
     Parameters
     ----------
     image_ids
-        Of the whole table, ``(N,)``.
+        Ids of the whole table, ``(N,)``.
     rows
-        Which to decode.
+        Rows to decode.
     image_dir
         Folder that the image ids are relative to.
     preprocessing
-        The encoder's.
+        Preprocessing that the encoder expects.
     batch_size
-        Rows per batch; those that fail count.
+        Rows per batch, including those that fail.
     num_workers
-        Processes, each two batches ahead; 0 decodes one batch ahead in a thread of this one.
+        Number of decoding processes, each of which works two batches ahead. With 0, a thread of
+        this process decodes one batch ahead.
     """
     loader: DataLoader[Any] = DataLoader(
         _Decoding(image_ids, rows, image_dir, preprocessing),
@@ -97,17 +76,40 @@ def decode_batches(
         collate_fn=_collate,
         worker_init_fn=_depend_on_parent,
     )
-    # Pillow gives the interpreter's lock away while it decodes, and so does torch at work.
+    # A thread suffices, since Pillow and torch release the interpreter's lock while they work.
     yield from loader if num_workers else read_ahead(iter(loader), 1)
+
+
+def read_ahead(items: Iterator[T], n_ahead: int) -> Iterator[T]:
+    """Yield the items, while a thread makes up to `n_ahead` of the next ones.
+
+    A caller that stops early waits for nothing: the thread ends by itself after its current item.
+    Waiting for it could block for ever. An iterator that an error left half read is closed by the
+    garbage collector at any line of any thread, perhaps in one that holds a lock which the thread
+    needs in order to end.
+    """
+    end = object()
+    thread = ThreadPoolExecutor(1, "read-ahead")
+    coming: deque[Future[T | object]] = deque()
+    try:
+        while True:
+            while len(coming) <= n_ahead:
+                coming.append(thread.submit(next, items, end))
+            item = coming.popleft().result()
+            if item is end:
+                return
+            yield item  # type: ignore[misc]  # it is a T, since it is not `end`
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
 def dead_workers_explained() -> Iterator[None]:
     """Turn the death of a decoding process into a message.
 
-    PyTorch raises it from a signal handler, so it can come out of any line of the main thread,
-    not only of the one that asks for the next batch. The other workers are ended as well: they
-    would wait for ever to hand over a batch, and Python for them.
+    PyTorch raises the error from a signal handler, so any line of the main thread can raise it, not
+    only the one that asks for the next batch. The other workers are killed too. Otherwise they
+    would wait for ever to hand over a batch, and Python would wait for them.
     """
     others = set(multiprocessing.active_children())
     try:
@@ -125,7 +127,7 @@ def dead_workers_explained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Item:
-    """One image or the reason why there is none, and what it took."""
+    """One image, or the reason why there is none, and the time it took."""
 
     row: int
     image: DecodedImage | str
@@ -134,7 +136,7 @@ class _Item:
 
 
 class _Decoding(Dataset[_Item]):
-    """The i-th of some rows of an image table."""
+    """Some rows of an image table, which are decoded when they are asked for."""
 
     def __init__(
         self,
@@ -165,10 +167,10 @@ class _Decoding(Dataset[_Item]):
 
 
 def _collate(items: list[_Item]) -> Batch:
-    """Stack what could be decoded.
+    """Stack the images that could be decoded.
 
-    numpy arrays travel through the worker's pipe; torch tensors would need shared memory, of
-    which containers often have 64 MB only.
+    The batch holds numpy arrays, which travel through the worker's pipe. Torch tensors would need
+    shared memory, of which containers often have only 64 MB.
     """
     decoded = [(i.row, i.image) for i in items if isinstance(i.image, DecodedImage)]
     pixels = [image.pixels for _, image in decoded] or [np.empty((0, 3, 0, 0), np.uint8)]
@@ -185,12 +187,12 @@ def _collate(items: list[_Item]) -> Batch:
 
 
 def _depend_on_parent(_worker: int) -> None:
-    """Leave interrupts to the parent, and do not outlive it.
+    """Let this worker leave interrupts to its parent, and end when the parent has ended.
 
     PyTorch's workers notice that their parent is gone, but then wait for ever to hand over a
     batch that nobody will fetch.
     """
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # both often go to the whole group
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # often sent to the whole process group
         signal.signal(interrupt, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Test rows and folds in which a study, or patient, is never on both sides."""
+"""Choice of test rows and folds, with no study, or patient, on both sides."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ TEST = -1
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Which rows are the test, and which fold holds out each of the others.
+    """Assignment of rows to the test split and to folds.
 
     Attributes
     ----------
     is_test
         True for test rows, shape ``(N,)``.
     fold
-        Fold that holds the row out, 0 to K - 1, and -1 for test rows; shape
-        ``(N,)``, int64.
+        Fold that holds the row out, 0 to K - 1, and -1 for test rows; shape ``(N,)``, int64.
     by
-        What was kept whole: ``"study"`` (whole patients, where they are
-        known), or ``"image"``.
+        What was kept whole: ``"study"`` (patients, where they are known), or ``"image"``.
     """
 
     is_test: NDArray[np.bool_]
@@ -47,11 +45,11 @@ class Split:
         return int(self.fold.max()) + 1
 
     def held_out(self, fold: int) -> NDArray[np.int64]:
-        """Rows that the model of `fold` is scored on."""
+        """Return the rows that the model of `fold` is scored on."""
         return np.flatnonzero(self.fold == fold)
 
     def trained_on(self, fold: int) -> NDArray[np.int64]:
-        """Rows that the model of `fold` learns from: neither test nor held out."""
+        """Return the rows that the model of `fold` learns from: neither test nor held out."""
         return np.flatnonzero(~self.is_test & (self.fold != fold))
 
 
@@ -70,24 +68,22 @@ def make_split(
     Parameters
     ----------
     targets
-        Shape ``(N, F)``: 1 present, 0 absent, NaN unlabelled. Every row gets
-        its place, labelled or not.
+        Shape ``(N, F)``: 1 present, 0 absent, NaN unlabelled. Unlabelled rows are placed too.
     groups
         Patient or study of each row, shape ``(N,)``.
     findings
         Names of the F findings.
     by
-        ``"study"`` keeps every group whole. ``"image"`` ignores `groups` and
-        reproduces the test rows of the reference system, where most test
-        images have another image of their study in train; its folds, which it
-        does not document, are balanced by the rule of :func:`assign_folds`.
+        ``"study"`` keeps every group whole. ``"image"`` ignores `groups` and reproduces the test
+        rows of the reference system, where most test images have another image of their study in
+        train. The reference does not document its folds; here :func:`assign_folds` chooses them.
     n_folds, test_fraction, seed
-        K, the share of test images, and what makes the choice repeatable.
+        The number of folds K, the share of test images, and the seed of the choice.
 
     Raises
     ------
     ConfigError
-        An option out of range, or fewer groups than parts.
+        An option is out of range, or there are fewer groups than parts.
     """
     if by == "image":
         groups = np.arange(len(targets))
@@ -109,13 +105,13 @@ def assign_folds(
     Parameters
     ----------
     targets
-        Shape ``(N, F)``; only ones count, NaN is as good as 0 here.
+        Shape ``(N, F)``; only ones are counted, and NaN is treated like 0.
     groups
-        What stays together, shape ``(N,)``.
+        Patient or study of each row, shape ``(N,)``.
     n_folds
         K, at least 2.
     seed
-        Other seeds give other folds, as well balanced.
+        Another seed gives other folds, balanced equally well.
 
     Returns
     -------
@@ -143,7 +139,7 @@ def assign_folds(
 def split_test(
     targets: NDArray[np.float32], groups: NDArray[Any], test_fraction: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Choose test rows: whole groups, and `test_fraction` of every finding.
+    """Choose whole groups as test rows, with about `test_fraction` of every finding.
 
     Parameters and balance are those of :func:`assign_folds`.
 
@@ -169,13 +165,13 @@ def split_test_by_image(
     test_fraction: float = 0.2,
     seed: int = 42,
 ) -> NDArray[np.bool_]:
-    """Choose test rows as the reference system does: image by image.
+    """Choose test rows image by image, as the reference system does.
 
-    This is scikit-learn's ``train_test_split`` stratified by the first label,
-    the first of `findings` that is present (on the complete Indiana tables,
-    1,494 test images). Images of one study fall on both sides; see
-    :func:`count_shared_studies`. A first label that occurs once, which
-    scikit-learn refuses, joins the most frequent one (none does there).
+    This is scikit-learn's ``train_test_split`` stratified by the first label, which is the first of
+    `findings` that is present. It gives 1,494 test images on the complete Indiana tables. Images of
+    one study fall on both sides; see :func:`count_shared_studies`. scikit-learn refuses a first
+    label that occurs once, so such a label (there is none in the Indiana tables) joins the most
+    frequent one.
 
     Parameters
     ----------
@@ -196,7 +192,7 @@ def split_test_by_image(
     ConfigError
         There are too few images for so many first labels.
     """
-    from sklearn.model_selection import train_test_split  # a second to import, for few runs
+    from sklearn.model_selection import train_test_split  # takes a second to import, for few runs
 
     _require_fraction(test_fraction)
     present = targets == 1
@@ -227,18 +223,16 @@ def count_shared_studies(is_test: NDArray[np.bool_], study_uids: NDArray[Any]) -
 def _assign_groups(
     targets: NDArray[np.float32], groups: NDArray[Any], shares: ArrayLike, seed: int, parts: str
 ) -> NDArray[np.int64]:
-    """Put every group into one of S parts, so that each finding has about its share in each.
+    """Put every group into one of S parts, so that each part gets its share of every finding.
 
-    Let c be the images of a group with a finding, and for each part E the
-    images it should get in the end (its demand) and R what it still lacks.
-    The group goes where Pearson's chi-square, the sum of R^2 / E over
-    findings, falls most: by
+    For a finding, let c be the number of a group's images that have it, E the number of such images
+    that a part shall get, and R the number that the part still lacks. The group goes to the part
+    where Pearson's chi-square, the sum of R^2 / E over findings, falls most. It falls by
 
         (R^2 - (R - c)^2) / E = c (2 R - c) / E
 
-    Images themselves are counted as one more finding, which makes the parts as
-    large as they should be. Groups that hold a large part of a rare finding
-    come first, while every part still has room for them.
+    All images are counted as one more finding, which gives the parts their right sizes. Groups that
+    hold a large part of a rare finding come first, while every part still has room for them.
     """
     group_names, group_of_row = np.unique(groups, return_inverse=True)
     shares = np.asarray(shares)  # (S,)
@@ -249,10 +243,10 @@ def _assign_groups(
         )
     counts = _count_positives(targets, group_of_row, len(group_names))  # (G, F + 1)
     totals = counts.sum(axis=0)
-    weighted = counts / totals  # c / total: E is share * total
+    weighted = counts / totals  # c / total, where E is share * total
     squares = (weighted * counts).sum(axis=1)  # (G,)
 
-    # A purely sorted order would put the rare findings on the same side whatever the seed.
+    # Without jitter, the rare findings would fall on the same side for every seed.
     jitter = np.random.default_rng(seed).uniform(0.75, 1.0, len(counts))
     order = np.argsort(-weighted.sum(axis=1) * jitter)
 
@@ -261,7 +255,7 @@ def _assign_groups(
     is_empty = np.ones(len(shares), np.bool_)
     for n_left, group in zip(range(len(order), 0, -1), order, strict=True):
         gains = (2 * (lacking @ weighted[group]) - squares[group]) / shares  # (S,)
-        gains = gains.round(9)  # so that ties stay ties on any processor
+        gains = gains.round(9)  # keeps ties equal on every processor
         if n_left <= is_empty.sum():
             gains[~is_empty] = -np.inf
         part = gains.argmax()
@@ -274,7 +268,7 @@ def _assign_groups(
 def _count_positives(
     targets: NDArray[np.float32], group_of_row: NDArray[np.int64], n_groups: int
 ) -> NDArray[np.float64]:
-    """Images of each group per finding that occurs at all, then all its images."""
+    """Count each group's images with each finding that occurs at all, and last all its images."""
     columns = [(targets[:, f] == 1).astype(np.float64) for f in range(targets.shape[1])]
     columns.append(np.ones(len(targets)))
     counts = np.stack(

@@ -1,8 +1,4 @@
-"""open_clip's vision tower as an encoder: load it, identify it, run it whole or in two parts.
-
-Only the image half of a model is built and read; the text tower costs more parameters than the
-image tower, and a download of its own.
-"""
+"""A frozen vision tower as an encoder: it runs whole or in two parts and records its identity."""
 
 from __future__ import annotations
 
@@ -12,9 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cxr_cache.common.devices import (
-    Precision,
-)
+from cxr_cache.common.devices import Precision
 from cxr_cache.datasets.preprocessing import Preprocessing, normalise
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.sources import Source
@@ -31,19 +25,19 @@ class Encoder(nn.Module):
     :func:`cxr_cache.encoders.loading.load_encoder` makes one; `split` is the tower in two halves,
     or None where it cannot be taken apart.
 
-    Parameters are named as in the checkpoint (``visual.trunk.blocks.11.norm1.weight``), take no
-    gradient until a caller says so, and stay float32: lower precisions are autocast.
+    Parameters are named as in the checkpoint (``visual.trunk.blocks.11.norm1.weight``). They take
+    no gradient until a caller asks for it, and stay float32; lower precisions are autocast.
 
     Attributes
     ----------
     visual
-        open_clip's tower.
+        The tower, as its library builds it.
     preprocessing
         How a file becomes pixels, and pixels become the tower's input.
     precision
-        ``"fp32"``, ``"bf16"`` or ``"fp16"``: what matrix products are computed in.
+        Precision of matrix products: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     identity
-        What a store records.
+        What a store records to know the encoder again.
     """
 
     identity: EncoderIdentity
@@ -66,7 +60,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where inputs are brought."""
+        """Device that holds the weights, to which inputs are moved."""
         return next(self.visual.parameters()).device
 
     @property
@@ -75,14 +69,14 @@ class Encoder(nn.Module):
         return self._split is not None
 
     def stem(self, pixels: Tensor, n_unfrozen: int) -> Tensor:
-        """The frozen part of the tower: everything before the last `n_unfrozen` blocks.
+        """Run the frozen part of the tower: everything before the last `n_unfrozen` blocks.
 
         Parameters
         ----------
         pixels
             Normalised images, float32, shape ``(B, 3, S, S)``.
         n_unfrozen
-            Blocks left to :meth:`tail`, from 1 to all.
+            Number of blocks left to :meth:`tail`, from 1 to all.
 
         Returns
         -------
@@ -106,28 +100,29 @@ class Encoder(nn.Module):
         precision: Precision | None = None,
         keeps_activations: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """The end of the tower: the last `n_unfrozen` blocks, pooling and projection.
+        """Run the end of the tower: the last `n_unfrozen` blocks, pooling and projection.
 
-        Gradients flow to whatever parameters ask for them. Where the tower pools its class
-        token, the last block computes that token only, which changes no result.
+        Gradients flow to the parameters that ask for them. If the tower pools its class token, the
+        last block computes only that token, which changes no result.
 
         Parameters
         ----------
         tokens
             Output of :meth:`stem` for the same `n_unfrozen`, any float type.
         n_unfrozen
-            Blocks that are left, from 1 to all.
+            Number of blocks to run, from 1 to all.
         precision
-            What matrix products are computed in; None for the encoder's own.
+            Precision of matrix products; None for the encoder's own.
         keeps_activations
-            Off, a backward pass computes each block again: less memory, more work.
+            False makes a backward pass compute each block again: less memory, more work.
 
         Returns
         -------
         pooled
-            Before the projection, float32, shape ``(B, P)``.
+            Output before the projection, float32, shape ``(B, P)``.
         embedding
-            After it, float32, shape ``(B, D)``, in the encoder's scale, not normalised.
+            Output of the projection, float32, shape ``(B, D)``, in the encoder's scale, not
+            normalised.
 
         Raises
         ------
@@ -135,36 +130,36 @@ class Encoder(nn.Module):
             The tower cannot be split, or has fewer blocks.
         """
         split = self._require_split(n_unfrozen)
-        tokens = tokens.to(self.device, non_blocking=True).float()  # float16 travels, not float32
+        tokens = tokens.to(self.device, non_blocking=True).float()  # cast after the copy: half size
         with self._autocast(precision):
             pooled, embedding = split.tail(tokens, n_unfrozen, keeps_activations=keeps_activations)
         return pooled.float(), embedding.float()
 
     def tail_with_attention(self, tokens: Tensor, n_unfrozen: int) -> tuple[Tensor, list[Tensor]]:
-        """The embedding of :meth:`tail`, in float32, with what every block attended to.
+        """Compute the embedding of :meth:`tail` in float32, with the attention of every block.
 
-        Gradients of anything computed from the embedding exist for the attention, too.
+        Anything that is computed from the embedding has gradients for the attention, too.
 
         Parameters
         ----------
         tokens
-            As :meth:`tail` takes them; where no parameter asks for gradients, they must.
+            As :meth:`tail` takes them. They must ask for gradients if no parameter does.
         n_unfrozen
-            Blocks counted from the end, from 1 to all.
+            Number of blocks, counted from the end, from 1 to all.
 
         Returns
         -------
         embedding
             float32, shape ``(B, D)``.
         attentions
-            One per block, first to last, ``(B, heads, T, T)``; the patches are the last
-            :attr:`patch_grid` tokens, the class token is the first.
+            One array per block, first to last, ``(B, heads, T, T)``. The class token is the first
+            token, and the patches of :attr:`patch_grid` are the last ones.
 
         Raises
         ------
         EncoderError
             The tower cannot be split, has fewer blocks, pools other tokens than its class token, or
-            its blocks are of a kind that is not spelled out.
+            has blocks whose attention cannot be shown.
         """
         split = self._require_split(n_unfrozen)
         blocks = split.blocks[len(split.blocks) - n_unfrozen :]
@@ -178,23 +173,23 @@ class Encoder(nn.Module):
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of a tower that can be split."""
+        """Number of rows and of columns of patches; only for a tower that can be split."""
         return self._require_split(1).patch_grid
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled output and embedding of images, as open_clip's own tower gives them.
+        """Compute pooled output and embedding of images, as the tower's own library does.
 
         Parameters
         ----------
         pixels
             Images as :func:`cxr_cache.datasets.images.read_image` gives them, uint8, shape
-            ``(B, 3, S, S)``; normalised here, on the encoder's device.
+            ``(B, 3, S, S)``. They are normalised here, on the encoder's device.
 
         Returns
         -------
         pooled
-            float32, shape ``(B, P)``, on the encoder's device; the embedding again where a tower
+            float32, shape ``(B, P)``, on the encoder's device. It equals the embedding if the tower
             does not keep the two apart.
         embedding
             float32, shape ``(B, D)``, not normalised.
@@ -207,7 +202,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode_with_tokens(self, pixels: Tensor, n_unfrozen: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens before the last `n_unfrozen` blocks, pooled output and embedding, in one pass.
+        """Compute tokens before the last `n_unfrozen` blocks, pooled output and embedding at once.
 
         Parameters and shapes are those of :meth:`encode`, :meth:`stem` and :meth:`tail`.
         """
@@ -215,19 +210,19 @@ class Encoder(nn.Module):
         return tokens, *self.tail(tokens, n_unfrozen)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Images as :meth:`encode` takes them -> the input of :meth:`stem`."""
+        """Normalise images as :meth:`encode` takes them into the input of :meth:`stem`."""
         assert pixels.dtype == torch.uint8, f"pixels are {pixels.dtype}, not uint8"
         return normalise(pixels.to(self.device, non_blocking=True), self.preprocessing)
 
     @contextmanager
     def cast_weights(self) -> Iterator[None]:
-        """Hold the weights of matrix products in the encoder's precision for a while.
+        """Hold the weights of matrix products in the encoder's precision while the block runs.
 
-        Autocast casts them anew in every pass, to the same bits: for ViT-B/16 on one core 0.15 s,
-        what bf16 instructions need for half an image.
+        Without it, autocast casts them to the same bits in every pass. For ViT-B/16 that takes
+        0.15 s on one core, in which bf16 instructions encode half an image.
         """
         dtype = _AUTOCAST_DTYPES.get(self.precision)
-        plain = (nn.Linear, nn.Conv2d)  # not their subclasses, whose owners may look at types
+        plain = (nn.Linear, nn.Conv2d)  # not subclasses, whose code may look at the weights' types
         layers = [module for module in self.visual.modules() if type(module) in plain]
         kept = [(p, p.data) for layer in layers for p in layer.parameters(recurse=False)]
         try:
@@ -243,6 +238,7 @@ class Encoder(nn.Module):
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _require_split(self, n_unfrozen: int) -> SplitTower:
+        """Return the split tower, or raise if there is none or it has too few blocks."""
         if self._split is None:
             inner = getattr(self.visual, "trunk", self.visual)
             raise EncoderError(
@@ -259,7 +255,7 @@ class Encoder(nn.Module):
         return self._split
 
     def _identify(self, source: Source) -> EncoderIdentity:
-        """Run one black image, and record what came out beside what went in."""
+        """Encode one black image, and record the encoder's settings and its outputs' widths."""
         size_px = self.preprocessing.image_size_px
         black = torch.zeros(1, 3, size_px, size_px, dtype=torch.uint8)
         tokens: Tensor | None = None
@@ -302,16 +298,16 @@ class Encoder(nn.Module):
 
 
 def trainable_parameter_names(encoder: Encoder, n_unfrozen: int) -> list[str]:
-    """Names of the parameters of the last `n_unfrozen` blocks, in the tower's order.
+    """Name the parameters of the last `n_unfrozen` blocks, in the tower's order.
 
-    The final norm and the projection stay frozen: fine-tuning means the blocks.
+    Fine-tuning trains these blocks only; the final norm and the projection stay frozen.
 
     Parameters
     ----------
     encoder
-        With a tower that can be split.
+        Encoder with a tower that can be split.
     n_unfrozen
-        Blocks counted from the end, from 1 to all.
+        Number of blocks, counted from the end, from 1 to all.
 
     Raises
     ------

@@ -1,4 +1,7 @@
-"""Pixels to the feature columns of a store."""
+"""Encoding of pixels into the feature columns of a store, and canaries that check the encoder.
+
+Canaries are generated images. Their embeddings show whether an encoder still computes the same.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,27 @@ from cxr_cache.errors import EncoderError
 def encode_views(
     encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool, n_unfrozen: int | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Every feature column of some images.
+    """Compute every feature column of some images.
 
     Parameters
     ----------
     encoder
-        What computes them.
+        The encoder that computes them.
     pixels
         ``(B, 3, S, S)``, uint8.
     flip
         Also encode the mirror images, as a second view.
     n_unfrozen
-        Also give the tokens that enter the first of the last `n_unfrozen` blocks.
+        Also return the tokens that enter the first of the last `n_unfrozen` blocks.
 
     Returns
     -------
     dict
-        ``embeddings`` ``(B, V, D)`` and ``pooled`` ``(B, V, P)``, float32; where they are asked
-        for, ``tokens`` ``(B, V, T, W)``, float16: infinite where that type is too narrow.
+        ``embeddings`` ``(B, V, D)`` and ``pooled`` ``(B, V, P)``, float32. With `n_unfrozen` also
+        ``tokens`` ``(B, V, T, W)``, float16, infinite where a value does not fit into that type.
     """
     views = _split_views(pixels, flip)
-    if encoder.device.type == "cuda":  # only from pinned memory does a copy not hold up its thread
+    if encoder.device.type == "cuda":  # a copy from pinned memory does not block its thread
         views = [view.pin_memory() for view in views]
     outputs = [_encode(encoder, view, n_unfrozen) for view in views]
     return {
@@ -50,12 +53,17 @@ def encode_views(
 
 @contextmanager
 def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """As many threads as there should be batches in the encoder at once, and their number.
+    """Start as many threads as there should be batches in the encoder at once.
 
-    On a CPU one per core, each of which computes its batch alone: cores that share every matrix
-    product wait for each other at the end of each (the more so, the busier the machine), and pass
-    activations between their caches. On a GPU two: one prepares its batch and launches its kernels
-    while those of the other run.
+    On a CPU there is one thread per core, which computes its batch alone. Cores that share matrix
+    products would wait for each other at the end of each product, most of all on a busy machine,
+    and pass activations between their caches. On a GPU there are two threads: one prepares its
+    batch and launches its kernels while those of the other run.
+
+    Yields
+    ------
+    tuple
+        The threads, and their number.
     """
     n_cores, alone = torch.get_num_threads(), device.type == "cpu"
     n_threads = n_cores if alone else 2
@@ -66,18 +74,18 @@ def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor,
         yield threads, n_threads
     finally:
         threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(n_cores)  # threads that start later ask what was set last
+        torch.set_num_threads(n_cores)  # threads that start later take the number that was set last
 
 
 class FittingEncoder:
-    """:func:`encode_views` on pieces of a batch that fit into the device's memory.
+    """An encoder that divides batches into pieces that fit into the device's memory.
 
-    Pieces are halved whenever the memory does not suffice, and stay so small from then on.
+    Pieces are halved whenever the memory does not suffice, and stay as small from then on.
 
     Attributes
     ----------
     largest
-        Images that are encoded at once at most; None where every batch has fitted.
+        Largest number of images that are encoded at once; None if every batch has fitted.
     """
 
     def __init__(self, encoder: Encoder, *, flip: bool, n_unfrozen: int | None) -> None:
@@ -85,7 +93,7 @@ class FittingEncoder:
         self.largest: int | None = None
 
     def encode(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """As :func:`encode_views`.
+        """Compute the columns of :func:`encode_views`.
 
         Raises
         ------
@@ -106,7 +114,7 @@ class FittingEncoder:
         try:
             return encode_views(self.encoder, piece, flip=self._flip, n_unfrozen=self._n_unfrozen)
         except torch.OutOfMemoryError:
-            return None  # the error holds what filled the memory, so it must be gone by then
+            return None  # and not a retry here: the error still holds what filled the memory
 
     def _retreat(self, n_images: int) -> None:
         if n_images == 1:
@@ -122,7 +130,7 @@ class FittingEncoder:
 def largest_token(
     encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool, n_unfrozen: int
 ) -> float:
-    """Largest absolute value among the tokens of some images, as computed, not as stored."""
+    """Return the largest absolute value among the tokens of some images, before they are stored."""
     views = _split_views(pixels, flip)
     tokens = [encoder.encode_with_tokens(view, n_unfrozen)[0] for view in views]
     return max(float(values.abs().max()) for values in tokens)
@@ -134,7 +142,7 @@ def _split_views(pixels: NDArray[np.uint8], flip: bool) -> list[Tensor]:
 
 
 def _encode(encoder: Encoder, pixels: Tensor, n_unfrozen: int | None) -> dict[str, Tensor]:
-    """The feature columns of one view, in one pass."""
+    """Compute the feature columns of one view, in one pass."""
     if n_unfrozen is None:
         pooled, embeddings = encoder.encode(pixels)
         return {"embeddings": embeddings, "pooled": pooled}
@@ -142,19 +150,20 @@ def _encode(encoder: Encoder, pixels: Tensor, n_unfrozen: int | None) -> dict[st
     return {"embeddings": embeddings, "pooled": pooled, "tokens": tokens.half()}
 
 
-# -- canaries ---
+# --- canaries ------------------------------------------------------------------------------------
 
 N_CANARIES: Final = 8
-
-
 MIN_COSINE: Final = 0.9999
-"""Recomputed features must agree this well: batch size and device change bits, not directions."""
+"""Smallest cosine between features and their recomputation.
+
+Batch size and device change the last bits of features, but not their directions.
+"""
 
 
 def draw_canaries(size_px: int) -> NDArray[np.uint8]:
-    """Eight smooth random fields with grain, ``(C, 3, S, S)``.
+    """Draw eight smooth random fields with grain, ``(C, 3, S, S)``.
 
-    They need no file, are the same on every machine, and no two are alike.
+    They need no file, are equal on every machine, and differ from each other.
     """
     rng = np.random.default_rng(20170802)
     axis = np.linspace(0, 2 * np.pi, size_px)
@@ -169,14 +178,14 @@ def draw_canaries(size_px: int) -> NDArray[np.uint8]:
 
 
 def encode_canaries(encoder: Encoder) -> NDArray[np.float32]:
-    """Embeddings of the eight images, ``(C, D)``: a fingerprint of what is computed."""
+    """Compute the embeddings of the eight images, ``(C, D)``, as a fingerprint of the encoder."""
     images = draw_canaries(encoder.preprocessing.image_size_px)
     _, embeddings = encoder.encode(torch.from_numpy(images))
     return np.asarray(embeddings.cpu().numpy(), np.float32)
 
 
 def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine between corresponding vectors along the last axis; NaN where one is zero."""
+    """Compute the cosine of corresponding vectors along the last axis; NaN where one is zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The vision tensors of a checkpoint: read without running code, checked, hashed."""
+"""Weights of vision towers: read from a checkpoint without running its code, checked and hashed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VISION_PREFIX = "visual."
 
 
 def load_weights(visual: nn.Module, path: Path) -> None:
-    """Copy the checkpoint's vision tensors into the tower; every one must have its place."""
+    """Copy a checkpoint's vision tensors into the tower, and raise unless all of them fit."""
     tensors = {
         name.removeprefix(_VISION_PREFIX): tensor
         for name, tensor in read_tensors(path, _VISION_PREFIX).items()
@@ -52,7 +52,7 @@ def load_weights(visual: nn.Module, path: Path) -> None:
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin with `prefix`, read without running its code.
+    """Read a checkpoint's tensors whose names begin with `prefix`, without running its code.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Those tensors; no other byte is read."""
+    """Read tensors of a safetensors file; the bytes of other tensors are not read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -81,7 +81,7 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Those tensors of a checkpoint written by torch; mapped, so that others are not read."""
+    """Read tensors of a checkpoint of torch; it is memory-mapped, so that others are not read."""
     try:
         checkpoint = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -107,27 +107,27 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def fill_with_noise(visual: nn.Module, seed: int) -> None:
-    """Give every matrix seeded uniform noise of unit gain; leave norms and biases as built.
+    """Fill every matrix with seeded uniform noise of unit gain; leave norms and biases as built.
 
-    Architectures differ in how they begin, some with blocks that do nothing; filled this way,
-    every tower mixes its image. The bytes are the same on every processor: torch's uniform
-    numbers are integers scaled by a power of two, and the bound rounds once. (Normal ones go
-    through a logarithm whose last bit depends on the instruction set.)
+    Architectures are initialised differently, some with blocks that do nothing. Filled with noise,
+    every tower mixes its image. The bytes are equal on every processor, since torch's uniform
+    numbers are integers scaled by a power of two, and the bound rounds once. (Normal numbers need a
+    logarithm, whose last bit depends on the processor's instructions.)
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in visual.named_parameters():
             if parameter.ndim >= 2:
-                # Class token and positions, (1, T, W), are inputs themselves: nothing fans in
+                # Class token and positions, (1, T, W), are inputs themselves, so nothing fans in.
                 fan_in = 1 if len(parameter) == 1 else parameter[0].numel()
                 noise = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_((noise * 2 - 1) * math.sqrt(3 / fan_in))  # variance 1 / fan-in
             elif name.endswith("gamma"):
-                parameter.fill_(1)  # layer scale, which may begin at 1e-5
+                parameter.fill_(1)  # layer scale, which some architectures start at 1e-5
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes in the order of the names."""
+    """Compute the SHA-256 of names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -136,6 +136,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _refusal(error: Exception) -> str:
-    """The part of torch's long message that says what was refused."""
+    """Extract the part of torch's long message that says what was refused."""
     found = re.search(r"WeightsUnpickler error: (.*)", str(error))
     return found[1] if found else first_line(error)

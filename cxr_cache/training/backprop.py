@@ -1,8 +1,8 @@
 """Logits and gradients of a HeadBank in training, written out instead of recorded by autograd.
 
 At batch 16 the products of a training step take half a millisecond, and recording, replaying and
-copying gradients as much again. The network is fixed, so its chain rule is, too; a test holds it to
-:meth:`HeadBank.backward`.
+copying gradients would take as long again. Since the network is fixed, its chain rule is too. A
+test compares the result with autograd's.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from cxr_cache.models.heads import BATCH_NORM_MOMENTUM, NORM_EPS, HeadBank
 
 
 class Backprop:
-    """One training step at a time: :meth:`forward`, then :meth:`backward`.
+    """Training steps of a bank of heads: :meth:`forward`, then :meth:`backward`.
 
     Parameters
     ----------
     bank
-        With batch norm. Its running statistics move as in its own forward pass, and its gradients
-        come into ``bank.flat_grad``.
+        Heads with batch norm. Their running statistics are updated as by the bank's own forward
+        pass, and their gradients are written into ``bank.flat_grad``.
     """
 
     def __init__(self, bank: HeadBank) -> None:
-        assert bank.norm == "batch", "a layer norm goes through autograd"
+        assert bank.norm == "batch", "layer norm goes through autograd"
         value = {name: tensor.detach() for name, tensor in bank.state_dict().items()}
         self._linears = [_Linear.of(bank, value, i) for i in range(bank.n_hidden + 1)]
         self._norms = [_Norm.of(bank, value, i) for i in range(bank.n_hidden)]
@@ -38,15 +38,15 @@ class Backprop:
 
     @torch.no_grad()
     def forward(self, x: Tensor, keep: Sequence[Tensor], *, out: Tensor) -> None:
-        """Put into `out`, ``(H, B, F)``, the logits of every head on its own batch.
+        """Write the logits of every head on its own batch into `out`, ``(H, B, F)``.
 
         Parameters
         ----------
         x
-            ``(H, B, D)``.
+            Inputs, ``(H, B, D)``.
         keep
-            Dropout's factor on each hidden layer, ``(H, B, C)`` each; empty for no dropout. See
-            :func:`draw_dropout`.
+            Factors of dropout for each hidden layer, ``(H, B, C)`` each, as :func:`draw_dropout`
+            draws them; empty for no dropout.
         """
         self._inputs, self._passed, self._keep = [x], [], keep
         H, B, _ = x.shape
@@ -72,7 +72,7 @@ class Backprop:
 
     @torch.no_grad()
     def backward(self, gradient: Tensor) -> None:
-        """Put into ``bank.flat_grad`` what `gradient` of the logits, ``(H, B, F)``, implies."""
+        """Compute ``bank.flat_grad`` from the gradient of the logits, ``(H, B, F)``."""
         torch.sum(gradient, 1, keepdim=True, out=self._last_bias_grad)
         for i in range(len(self._norms), -1, -1):
             linear = self._linears[i]
@@ -81,7 +81,10 @@ class Backprop:
                 gradient = self._through_hidden(torch.bmm(gradient, linear.transposed), i - 1)
 
     def _through_hidden(self, gradient: Tensor, i: int) -> Tensor:
-        """Back through dropout, ReLU and norm of hidden layer `i`, ``(H, B, C)`` both ways."""
+        """Take a gradient back through dropout, ReLU and norm of hidden layer `i`.
+
+        Both gradients have shape ``(H, B, C)``.
+        """
         norm, passed, y = self._norms[i], self._passed[i], self._inputs[i + 1]
         H, B, C = gradient.shape
         gradient = torch.ops.aten.threshold_backward(gradient, y, 0)
@@ -105,10 +108,12 @@ class Backprop:
         return back
 
 
-# -- views into the bank, made once; and what the way back needs of the way forward ------
+# --- views into the bank, and what the backward pass needs of the forward pass -------------------
 
 
 class _Linear(NamedTuple):
+    """Weights of one linear layer of every head, and the place of their gradient."""
+
     weight: Tensor  # (H, C_in, C)
     transposed: Tensor  # (H, C, C_in)
     bias: Tensor  # (H, 1, C)
@@ -121,7 +126,7 @@ class _Linear(NamedTuple):
 
 
 class _Norm(NamedTuple):
-    """Over (B, H C): to torch the units of all heads are channels."""
+    """One batch norm over ``(B, H C)``: for torch, the units of all heads are its channels."""
 
     weight: Tensor  # (H, C)
     bias: Tensor
@@ -143,13 +148,18 @@ class _Norm(NamedTuple):
 
 
 class _Passed(NamedTuple):
+    """Values of one layer's forward pass that its backward pass needs."""
+
     z: Tensor  # before the norm, (B, H C)
     mean: Tensor  # (H C,)
     inverse_std: Tensor  # (H C,)
 
 
 def draw_dropout(bank: HeadBank, n_steps: int, batch_size: int) -> Iterator[list[Tensor]]:
-    """Dropout's factors for so many steps, drawn at once: the draws of as many forward passes."""
+    """Draw the factors of dropout for several steps at once.
+
+    The random numbers are those that as many forward passes would draw.
+    """
     widths = bank.widths[1:-1]
     if bank.dropout == 0 or not widths:
         yield from ([] for _ in range(n_steps))

@@ -1,4 +1,4 @@
-"""AdamW, clipping and schedules for heads that train side by side and must not notice it."""
+"""AdamW, clipping and schedules for heads that train side by side, independently of each other."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from cxr_cache.models.heads import HeadBank
 
 
 class BankOptimizer:
-    """torch's fused AdamW and a schedule per head, each on that head's row of the bank.
+    """torch's fused AdamW with a schedule for each head of a bank.
 
-    A head's parameters lie in one row of ``bank.flat``, so to torch each head is a single vector:
-    learning rate, moments, clipping and schedule are its own by construction. Heads with the same
-    rate and decay are updated in one call.
+    A head's parameters lie in one row of ``bank.flat``, so for torch each head is a single vector
+    with a learning rate, moments, clipping and schedule of its own. Heads with equal rate and decay
+    are updated in one call.
 
     Parameters
     ----------
     bank
         The heads; their gradients are read from ``bank.flat_grad``.
     learning_rate, weight_decay
-        Of AdamW (Loshchilov & Hutter 2019); these, `schedule` and `patience` are one value for
-        all heads, or one for each.
+        Learning rate and weight decay of AdamW (Loshchilov & Hutter 2019). Like `schedule` and
+        `patience`, each is one value for all heads, or one value per head.
     max_grad_norm
-        Each head's gradient is scaled down to this Euclidean norm; None for no limit.
+        Euclidean norm to which each head's gradient is scaled down; None for no limit.
     schedule
-        One of :data:`cxr_cache.config.SCHEDULES`: ``plateau`` halves the rate when the
-        validation loss has not improved for more than `patience` epochs.
+        One of :data:`cxr_cache.config.SCHEDULES`. ``plateau`` halves the rate when the validation
+        loss has not improved for more than `patience` epochs.
     n_epochs
-        Horizon of the schedules that need one.
+        Number of epochs, for schedules that depend on it.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class BankOptimizer:
         """Clip every head's gradient to its own norm, and update its parameters."""
         if self._max_grad_norm is not None:
             clip_per_head(self._grad, self._max_grad_norm)
-        alike: dict[tuple[float, float], list[int]] = {}
+        heads_with: dict[tuple[float, float], list[int]] = {}
         for h, settings in enumerate(zip(self.learning_rates, self._weight_decays, strict=True)):
-            alike.setdefault(settings, []).append(h)
-        for (rate, decay), heads in alike.items():
+            heads_with.setdefault(settings, []).append(h)
+        for (rate, decay), heads in heads_with.items():
             mean, square = self._moments
             adamw(
                 [self._flat[h] for h in heads],
                 [self._grad[h] for h in heads],
                 [mean[h] for h in heads],
                 [square[h] for h in heads],
-                [],  # of AMSGrad
+                [],  # the largest squares, which only AMSGrad has
                 [self._n_steps[h] for h in heads],
                 fused=True,
                 amsgrad=False,
@@ -101,15 +101,15 @@ class BankOptimizer:
             )
 
     def end_epoch(self, validation_losses: Tensor) -> None:
-        """Advance the schedules; `validation_losses` has shape ``(H,)``."""
+        """Advance the schedules by the heads' validation losses, ``(H,)``."""
         for holder, scheduler, loss in zip(
             self._rates, self._schedulers, validation_losses.tolist(), strict=True
         ):
-            holder.step()  # of nothing; torch warns of a schedule whose optimiser never stepped
+            holder.step()  # does nothing, but torch warns of schedules whose optimiser never steps
             advance(scheduler, loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and schedules, for :meth:`load_state_dict`."""
+        """Return moments and schedules, for :meth:`load_state_dict`."""
         return {
             "moments": self._moments,
             "n_steps": self._n_steps,
@@ -118,7 +118,7 @@ class BankOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Continue from the state that :meth:`state_dict` gave."""
         self._moments, self._n_steps = state["moments"], state["n_steps"]
         for holder, rate in zip(self._rates, state["rates"], strict=True):
             holder.param_groups[0]["lr"] = rate
@@ -128,9 +128,10 @@ class BankOptimizer:
 
 
 class _Rate(torch.optim.Optimizer):
-    """A learning rate for torch's schedules, which act on an optimiser; it optimises nothing.
+    """A learning rate in the form of an optimiser, on which torch's schedules act.
 
-    The class's own ``add_param_group`` would import torch's compiler: seconds, in every process.
+    The inherited ``add_param_group`` would import torch's compiler, which takes seconds in every
+    process.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -144,7 +145,7 @@ class _Rate(torch.optim.Optimizer):
 
 
 def _one_each(value: Any, n: int) -> Sequence[Any]:
-    """A sequence as it is, a single value (a name is one) `n` times."""
+    """Return a list or tuple as it is, and any other value `n` times."""
     return value if isinstance(value, list | tuple) else [value] * n
 
 
@@ -152,12 +153,12 @@ def clip_per_head(flat_grad: Tensor, max_norm: float) -> None:
     """Scale each row down to `max_norm` in place, as ``torch.nn.utils.clip_grad_norm_`` would."""
     norms = torch.linalg.vector_norm(flat_grad, dim=1, keepdim=True)
     if norms.device.type == "cpu" and bool((norms <= max_norm - 1e-6).all()):
-        return  # times 1; a GPU would have to be waited for to know
+        return  # the factor is 1; on a GPU, asking for this would mean waiting
     flat_grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0))
 
 
 def advance(scheduler: Any, validation_loss: float) -> None:
-    """Set the rates of the next epoch."""
+    """Set the learning rates of the next epoch."""
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         scheduler.step(validation_loss)
     elif scheduler is not None:
@@ -167,7 +168,10 @@ def advance(scheduler: Any, validation_loss: float) -> None:
 def make_scheduler(
     name: str, optimizer: torch.optim.Optimizer, patience: int, n_epochs: int
 ) -> Any:
-    """The torch scheduler called `name`, stepped once an epoch; None keeps the rates constant."""
+    """Make the torch scheduler called `name`, which is stepped once an epoch.
+
+    None keeps the rates constant.
+    """
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     if name == "plateau":
         return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)

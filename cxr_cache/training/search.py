@@ -33,11 +33,11 @@ class EpochSearch:
     """Result of the search: every fold's trajectory, and the table of candidates."""
 
     trajectories: dict[int, list[Trajectory]]
-    """Per candidate, one per fold."""
+    """By candidate, the trajectory of each fold."""
     table: pd.DataFrame
     """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K."""
     chosen: int
-    """Candidate with the best mean macro AUROC; of equals the smallest."""
+    """Candidate with the best mean macro AUROC; of equal ones the smallest."""
 
 
 def search_epochs(
@@ -49,14 +49,15 @@ def search_epochs(
 ) -> EpochSearch:
     """Score every candidate number of epochs on every held-out fold.
 
-    Where nothing in the recipe depends on the horizon, each fold is trained once, to the largest
-    candidate, and the smaller ones are read off the same trajectory: they are exactly what
-    separate runs would give. A schedule with a horizon trains each candidate by itself.
+    If nothing in the recipe depends on how many epochs follow, each fold is trained once, up to the
+    largest candidate. The smaller candidates are read off this trajectory, and are exactly what
+    separate runs would give. With a schedule that has a horizon, each candidate is trained by
+    itself.
 
     Parameters
     ----------
     on_progress
-        Called with (epochs trained, epochs to train), over all folds.
+        Called with the numbers of epochs that are trained and that are to be trained, of all folds.
 
     Raises
     ------
@@ -87,11 +88,11 @@ def search_epochs(
 
 
 FitTasks: TypeAlias = Callable[[Sequence[HeadTask], int, Collection[int]], list[Trajectory]]
-"""Trains tasks for so many epochs, keeping what each is after some of them."""
+"""Trains tasks for a number of epochs, and keeps the weights of each after some of them."""
 
 
 def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> EpochSearch:
-    """Score every candidate on every task's held-out rows, whatever it is that trains."""
+    """Score every candidate on every task's held-out rows, with any function that trains tasks."""
     trajectories: dict[int, list[Trajectory]] = {}
     for horizon in config.epochs if config.has_horizon else config.epochs[-1:]:
         keep = (horizon,) if config.has_horizon else config.epochs
@@ -123,7 +124,7 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
 
 
 def split_cohort(cohort: Cohort, config: Recipe) -> Split:
-    """Test and folds as a recipe asks for them."""
+    """Choose test rows and folds as a recipe asks."""
     return make_split(
         cohort.targets,
         cohort.groups,
@@ -149,7 +150,7 @@ def final_task(split: Split, seed: int) -> HeadTask:
 
 
 def _head_seed(seed: int, fold: int) -> int:
-    """A seed for the head of one fold; the final model's is that of fold -1."""
+    """Derive the seed for the head of one fold; the final model counts as fold -1."""
     return int(np.random.SeedSequence([seed, fold + 1]).generate_state(1)[0])
 
 
@@ -224,7 +225,7 @@ def refit(
 
 
 def final_members(search: EpochSearch, config: Recipe) -> list[Trajectory]:
-    """The folds whose models are the final one: all, averaged, or the best."""
+    """Select the folds whose models make the final one: all of them, or the best."""
     folds = search.trajectories[search.chosen]
     if config.final == "ensemble":
         return folds
@@ -232,21 +233,22 @@ def final_members(search: EpochSearch, config: Recipe) -> list[Trajectory]:
 
 
 def stack_members(members: Sequence[Trajectory], epoch: int) -> dict[str, Tensor]:
-    """Weights of several models after `epoch`, as one set of tensors with the models on axis 0."""
+    """Stack the weights of several models after `epoch` into tensors with the models on axis 0."""
     states = [member.weights[epoch] for member in members]
     return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
 
 def replay_rates(search: EpochSearch) -> list[float]:
-    """Learning rates for a refit, by :func:`average_rates` of the folds of the chosen number."""
+    """Compute the learning rates of a refit by :func:`average_rates` of the chosen candidate."""
     folds, chosen = search.trajectories[search.chosen], search.chosen
     return average_rates([trajectory.history[:chosen] for trajectory in folds])
 
 
 def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[float]:
-    """Learning rate of every epoch: the folds' geometric mean, for a refit has no held-out rows.
+    """Take the geometric mean over folds of each epoch's learning rate.
 
-    Where folds stopped early, the refit stops after their mean number of epochs.
+    A refit uses these rates, since it has no held-out rows to watch. Where folds stopped early, it
+    stops after their mean number of epochs.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The phantom's patient: where everything lies, and how it looks from the front and the side."""
+"""The anatomy of a phantom: where structures lie, and how they look from the front and the side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cxr_cache.datasets.phantoms.film import (
 
 @dataclass(frozen=True)
 class Sign:
-    """Where one finding sits in the patient, the same for every view of a study."""
+    """Place, size and shape of one finding in the patient, equal in every view of a study."""
 
     finding: str
     side: int  # -1 the patient's right, 1 left
@@ -34,7 +34,7 @@ class Sign:
     seed: int  # for shapes with a random outline
 
     def words(self) -> dict[str, str]:
-        """What a report calls the place and the size."""
+        """Return the words by which a report names the place and the size."""
         lobes = ("upper lobe", "middle lobe" if self.side < 0 else "lingula", "lower lobe")
         return {
             "side": "right" if self.side < 0 else "left",
@@ -46,14 +46,14 @@ class Sign:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What makes one patient differ from another."""
+    """Measures in which patients differ. Lengths are in patient coordinates, see `film`."""
 
     chest_width: float  # half the inner width of the rib cage
     chest_depth: float  # front to back, 1 on average
     body_width: float  # half the width of the trunk
     bulk: float  # density of the trunk, 1 on average
     dome_y: float  # top of the right hemidiaphragm
-    dome_height: float  # from there down to the costophrenic angle
+    dome_height: float  # from the dome down to the costophrenic angle
     heart_ratio: float  # cardiothoracic ratio
     air: float  # share of the trunk's density that the lungs take away
     vessels: float  # contrast of the lung markings, 1 on average
@@ -65,7 +65,7 @@ class Anatomy:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Anatomy:
-        """A person without findings."""
+        """Draw the measures of a person without findings."""
         chest_width = rng.uniform(0.325, 0.38)
         return cls(
             chest_width=chest_width,
@@ -86,7 +86,7 @@ class Anatomy:
 
 @dataclass
 class Scene:
-    """A drawn patient, ready for findings to be painted on; arrays have shape ``(S, S)``."""
+    """A drawn patient, on whom findings can be painted; arrays have shape ``(S, S)``."""
 
     film: Film
     anatomy: Anatomy
@@ -94,21 +94,21 @@ class Scene:
     density: Array
     air: Array  # the density that aerated lung takes away
     markings: Array  # the density that vessels add
-    lungs: Array  # mask, with what lies in front of the heart and behind it
+    lungs: Array  # mask, with the lung in front of the heart and behind it
     heart: Array  # mask
     spine: Array  # mask
-    spine_x: Array  # tabulated over y, as are the next two
+    spine_x: Array  # tabulated over y, like the next two
     near_wall: Array  # midline on a frontal view, front of the lungs on a lateral one
     far_wall: Array  # chest wall, or back of the lungs
 
     @property
     def across(self) -> Array:
-        """0 at the near wall of the lungs, 1 at the far one."""
+        """Position of every pixel between the walls of the lungs: 0 near, 1 far."""
         near, far = self.film.along_y(self.near_wall), self.film.along_y(self.far_wall)
         return ((np.abs(self.film.x) if self.is_frontal else self.film.x) - near) / (far - near)
 
     def place(self, sign: Sign) -> tuple[float, float]:
-        """The point of the lungs where a finding sits."""
+        """Return the point of the lungs where a finding sits."""
         y = 0.14 + sign.height * (self.anatomy.dome_y - 0.14)
         near, far = (float(value_at(wall, y)) for wall in (self.near_wall, self.far_wall))
         if self.is_frontal:
@@ -116,11 +116,11 @@ class Scene:
         return near + sign.depth * (far - near), y
 
     def on_side(self, sign: Sign) -> Array:
-        """The lung that a finding is in; a lateral view shows both in one."""
+        """Return the mask of the lung that a finding is in; on a lateral view, of both lungs."""
         return self.lungs * (self.film.x * sign.side > 0) if self.is_frontal else self.lungs
 
     def fill(self, mask: Array, amount: float) -> Array:
-        """Put water where the lung had air; returns the change of density."""
+        """Put water where the lung had air, and return the change of density."""
         change = mask * self.air * amount
         self.density += change
         self.air = self.air - change
@@ -197,7 +197,7 @@ AORTA = trace([
 
 
 def _blocks() -> Array:
-    """Vertebral bodies with bright end plates and dark discs between them, over y."""
+    """Tabulate over y the vertebral bodies, with bright end plates and dark discs between them."""
     phase = (SAMPLES / (0.043 + 0.012 * np.clip(SAMPLES, 0, 1))) % 1
     from_disc = np.minimum(phase, 1 - phase)
     plates = np.exp(-(((from_disc - 0.13) / 0.06) ** 2))
@@ -208,7 +208,7 @@ VERTEBRAE = _blocks()
 
 
 def draw_vessels(film: Film, anatomy: Anatomy, hila: Sequence[tuple[float, float]]) -> Array:
-    """Lung markings: from each hilum curved trunks, each with forks, tapering to nothing."""
+    """Draw the lung markings: from each hilum curved trunks, each with forks that taper off."""
     rng = np.random.default_rng(anatomy.seed)
     n_points, n_trunks, n_forks = 8, 9, 3
 
@@ -239,7 +239,7 @@ def draw_vessels(film: Film, anatomy: Anatomy, hila: Sequence[tuple[float, float
 
 
 def frontal_ribs(anatomy: Anatomy, cage: Array, spine_x: Array) -> Points:
-    """Ten loops a side, from the spine round the chest wall and to the front, (20, 32, 2)."""
+    """Trace ten ribs a side, from the spine round the chest wall to the front, ``(20, 32, 2)``."""
     level = np.arange(10)[:, None]
     turn = np.linspace(0.05, 0.85, 32) * np.pi
     start = 0.095 + 0.056 * level
@@ -251,7 +251,7 @@ def frontal_ribs(anatomy: Anatomy, cage: Array, spine_x: Array) -> Points:
 
 
 def draw_airways(film: Film, midline: Array, turn: float) -> Array:
-    """The trachea and its two main branches."""
+    """Draw the trachea and its two main branches."""
     trachea = trace([(0, 0), (0, 0.1), (0, 0.2), (0.004, 0.29), (0.025, 0.33), (0.06, 0.37)])
     branch = trace([(0, 0.28), (-0.005, 0.3), (-0.02, 0.325), (-0.035, 0.345), (-0.055, 0.365)])
     paths = np.stack([branch, trachea])
@@ -261,7 +261,7 @@ def draw_airways(film: Film, midline: Array, turn: float) -> Array:
 
 
 def frontal_scene(film: Film, anatomy: Anatomy, turn: float) -> Scene:
-    """The chest from behind (PA); `turn` shifts what lies in front against the spine."""
+    """Draw the chest from behind (PA); `turn` shifts structures in front against the spine."""
     x, y, a, unit = film.x, film.y, anatomy, anatomy.chest_width
     wide = np.abs(x)
     spine_x = (a.spine_curve * np.sin((SAMPLES - 0.15) * 2 * np.pi / 0.8)).astype(np.float32)
@@ -315,7 +315,7 @@ def frontal_scene(film: Film, anatomy: Anatomy, turn: float) -> Scene:
 
 
 def lateral_scene(film: Film, anatomy: Anatomy, turn: float) -> Scene:
-    """The chest from its left side; `turn` shifts the ribs of one side against the other's."""
+    """Draw the chest from its left side; `turn` shifts one side's ribs against the other's."""
     x, y, a, unit = film.x, film.y, anatomy, anatomy.chest_depth
     near, far, spine_x = LUNG_FRONT * unit, LUNG_BACK * unit, LATERAL_SPINE * unit
     middle = film.along_y((CHEST_FRONT + CHEST_BACK) * (unit / 2))

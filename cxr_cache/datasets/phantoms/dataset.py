@@ -33,23 +33,23 @@ BOX_COLUMNS = "filename,finding,x0,y0,x1,y1"
 
 
 def place_findings(findings: Iterable[str], rng: np.random.Generator) -> tuple[int, list[Sign]]:
-    """Decide who the patient is (a seed) and where each finding sits, whatever the others are."""
+    """Choose the patient (a seed) and the place of each finding, which depends on no other."""
     patient = int(rng.integers(2**63))
     signs = []
     for finding in findings:
         if finding not in PHANTOM_FINDINGS:
             known = ", ".join(PHANTOM_FINDINGS)
             raise ConfigError(f"No phantom can show {finding!r}. Choose from: {known}.")
-        own = np.random.default_rng([patient, *finding.encode()])
-        side = -1 if own.random() < 0.5 else 1
-        across, depth, height = own.uniform((0.4, 0.25, 0.25), (0.78, 0.75, 0.85)).tolist()
-        seed = int(own.integers(2**32))
-        signs.append(Sign(finding, side, across, depth, height, own.random(), seed))
+        of_sign = np.random.default_rng([patient, *finding.encode()])
+        side = -1 if of_sign.random() < 0.5 else 1
+        across, depth, height = of_sign.uniform((0.4, 0.25, 0.25), (0.78, 0.75, 0.85)).tolist()
+        seed = int(of_sign.integers(2**32))
+        signs.append(Sign(finding, side, across, depth, height, of_sign.random(), seed))
     return patient, signs
 
 
 def soften(picture: Array) -> Array:
-    """Blur by a pixel, as screen and film do."""
+    """Blur a picture by one pixel, as screen and film do."""
     rows = picture.copy()
     rows[1:-1] = (picture[:-2] + picture[2:]) * 0.25 + picture[1:-1] * 0.5
     both = rows.copy()
@@ -58,7 +58,7 @@ def soften(picture: Array) -> Array:
 
 
 def expose(film: Film, density: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn density into grey: an exposure, its fall-off across the film, and grain."""
+    """Turn density into grey levels, with an exposure that falls off across the film, and grain."""
     gain, contrast, grain = rng.uniform((1.0, 0.95, 0.03), (1.7, 1.3, 0.1)).tolist()
     slope_x, slope_y = rng.uniform(-0.15, 0.15, 2).tolist()
     n_steps, darkest = 2048, 6.0
@@ -80,9 +80,9 @@ def draw_phantom(
 ) -> tuple[NDArray[np.uint8], list[tuple[str, Box]]]:
     """Draw one chest X-ray with the findings asked for.
 
-    The patient, and where each finding would sit in this patient, depend on `rng` alone. Two calls
-    with equal generators therefore show the same patient, from two sides or with and without a
-    finding; everything else in the picture stays.
+    The patient and the place of each finding in this patient depend on `rng` alone. Two calls with
+    equal generators therefore show the same patient, for example from two sides or with and without
+    a finding; everything else in the picture stays.
 
     Parameters
     ----------
@@ -91,11 +91,11 @@ def draw_phantom(
     projection
         ``"Frontal"`` or ``"Lateral"``.
     rng
-        Advanced by one draw.
+        Generator of random numbers, from which one is drawn.
     image_size_px
         Side S of the square picture.
     view
-        Number of the exposure: another one has other positioning, brightness and grain.
+        Number of the exposure. Exposures differ in positioning, brightness and grain.
 
     Returns
     -------
@@ -103,13 +103,13 @@ def draw_phantom(
         Grey levels, shape ``(S, S)``, uint8, air black.
     boxes
         Pairs of a finding and the bounds ``(x0, y0, x1, y1)`` of a region that it changed, in
-        pixels, ends excluded. A finding can have several, or none where this view hides it
+        pixels, ends excluded. A finding can have several boxes, or none where this view hides it
         (pneumothorax and scoliosis from the side).
 
     Raises
     ------
     ConfigError
-        A finding or projection that cannot be drawn.
+        A finding or the projection cannot be drawn.
     """
     if projection not in ("Frontal", "Lateral"):
         raise ConfigError(f"projection is {projection!r}; it must be 'Frontal' or 'Lateral'.")
@@ -152,7 +152,7 @@ NORMAL_SENTENCES = {
 
 @dataclass(frozen=True)
 class PhantomSet:
-    """A folder of phantoms in the form of the Indiana data set."""
+    """A folder of phantoms in the format of the Indiana data set."""
 
     csv_dir: Path
     image_dir: Path
@@ -162,7 +162,7 @@ class PhantomSet:
 
 @dataclass(frozen=True)
 class Study:
-    """One examination: its report and what its views show."""
+    """One examination, with its findings and its views."""
 
     uid: int
     findings: tuple[str, ...]
@@ -172,7 +172,7 @@ class Study:
 
     @classmethod
     def sample(cls, seed: int, uid: int) -> Study:
-        """Study number `uid`, the same however many studies are written."""
+        """Draw study number `uid`, which does not depend on how many studies are written."""
         rng = np.random.default_rng([seed, uid])
         n_findings = 0
         if rng.random() >= NORMAL_SHARE:
@@ -190,7 +190,7 @@ class Study:
         )
 
     def views(self) -> list[tuple[str, str]]:
-        """File name and projection of each picture."""
+        """Return the file name and the projection of each picture."""
         seen = [self.projections[:k].count(p) for k, p in enumerate(self.projections)]
         first = {"Frontal": 1001, "Lateral": 2001}
         return [
@@ -199,7 +199,7 @@ class Study:
         ]
 
     def report(self) -> list[str]:
-        """The row of ``indiana_reports.csv``."""
+        """Write the study's row of ``indiana_reports.csv``."""
         _, signs = place_findings(self.findings, np.random.default_rng(self.seed))
         shown = [(PHANTOM_FINDINGS[sign.finding], sign.words()) for sign in signs]
         phrases = [finding.phrase.format(**words) for finding, words in shown]
@@ -226,33 +226,33 @@ def write_phantoms(
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> PhantomSet:
-    """Write a data set of phantoms in exactly the form of the Indiana one.
+    """Write a data set of phantoms in exactly the format of the Indiana data set.
 
     The folder gets ``images/*.png`` (8-bit grey), ``indiana_reports.csv``,
-    ``indiana_projections.csv`` and two files more: ``phantoms.csv`` has one row for every region
+    ``indiana_projections.csv`` and two more files. ``phantoms.csv`` has one row for every region
     that a finding changed (`filename, finding, x0, y0, x1, y1` in pixels, ends excluded), and
-    ``phantoms.json`` the arguments. About two studies of five are normal. The same arguments give
-    the same bytes, and study i is the same whatever `n_studies` is. As in the real data set every
-    view carries the labels of its report, also where only the other view shows the finding.
+    ``phantoms.json`` holds the arguments. About two studies of five are normal. Equal arguments
+    give equal bytes, and a study does not depend on `n_studies`. As in the real data set, every
+    view carries the labels of its report, even if only the other view shows the finding.
 
     Parameters
     ----------
     out_dir
         A new or empty folder, or one that this function has filled, or begun to fill, with the
-        same arguments: it is then written again.
+        same arguments. Such a folder is written again.
     n_studies
-        Number of studies; about 1.9 images each.
+        Number of studies, which have about 1.9 images each.
     image_size_px
         Side of the square pictures, at least 64.
     seed
         At least 0.
     progress
-        Wraps the iterable of study numbers, as ``tqdm`` does.
+        Function that wraps the iterable of study numbers, as ``tqdm`` does.
 
     Raises
     ------
     ConfigError
-        An argument out of range, or a folder with other content.
+        An argument is out of range, or the folder has other content.
     """
     recipe = {"n_studies": n_studies, "image_size_px": image_size_px, "seed": seed}
     for name, lowest in {"n_studies": 1, "image_size_px": MIN_IMAGE_SIZE_PX, "seed": 0}.items():
@@ -269,7 +269,8 @@ def write_phantoms(
         for k, (filename, projection) in enumerate(study.views()):
             rng = np.random.default_rng(study.seed)
             pixels, regions = draw_phantom(study.findings, projection, rng, image_size_px, view=k)
-            # Run-length coding packs grainy pictures as well as zlib's default, four times as fast.
+            # For grainy pictures, run-length coding (type 3) packs as well as zlib's default and is
+            # four times as fast.
             Image.fromarray(pixels).save(image_dir / filename, compress_level=1, compress_type=3)
             projections.append([str(uid), filename, projection])
             boxes += [[filename, finding, *map(str, box)] for finding, box in regions]
@@ -280,7 +281,7 @@ def write_phantoms(
 
 
 def claim_folder(out_dir: Path, recipe: str) -> None:
-    """Make the folder and leave the recipe in it, unless something else is there already."""
+    """Make the folder and write the recipe into it, or raise if it holds something else."""
     recipe_path = out_dir / RECIPE_FILE
     if out_dir.exists() and not out_dir.is_dir():
         raise ConfigError(f"{out_dir} is a file. Choose a folder for the phantoms.")
@@ -297,6 +298,6 @@ def claim_folder(out_dir: Path, recipe: str) -> None:
 
 
 def write_csv(path: Path, columns: str, rows: Iterable[Sequence[str]]) -> None:
-    """A table with line ends that are the same on every system."""
+    """Write a table with the same line ends on every system."""
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([columns.split(","), *rows])

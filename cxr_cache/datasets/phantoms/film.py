@@ -27,7 +27,7 @@ SAMPLES = np.linspace(-0.65, 1.15, 2048)  # where curves are tabulated
 
 
 def ramp(distance: Array, softness: float) -> Array:
-    """0 outside, 1 inside, linear across an edge of the given width."""
+    """Rise from 0 outside to 1 inside, linearly across an edge of the given width."""
     edge = distance * (1 / softness)
     edge += 0.5
     return np.clip(edge, 0, 1, out=edge)
@@ -40,12 +40,12 @@ def smooth(curve: ArrayLike) -> Array:
 
 
 def profile(knots: Sequence[tuple[float, float]]) -> Array:
-    """A smooth curve through ``(position, value)`` knots, tabulated at SAMPLES."""
+    """Draw a smooth curve through ``(position, value)`` knots, tabulated at SAMPLES."""
     return smooth(np.interp(SAMPLES, *np.array(knots).T))
 
 
 def mirrored(knots: Sequence[tuple[float, float]], unit: float) -> Points:
-    """The same curve to both sides of 0, its positions in `unit`, tabulated at SAMPLES."""
+    """Draw a curve to both sides of 0, with its positions in `unit`, tabulated at SAMPLES."""
     return np.asarray(np.interp(np.abs(SAMPLES) / unit, *np.array(knots).T))
 
 
@@ -55,7 +55,7 @@ def value_at(table: Array, position: ArrayLike) -> Points:
 
 
 def trace(points: ArrayLike, n_points: int = 16) -> Points:
-    """A polyline with its corners rounded, resampled to ``(n_points, 2)``."""
+    """Round the corners of a polyline and resample it to ``(n_points, 2)``."""
     points = np.asarray(points, dtype=np.float64)
     at = np.linspace(0, len(points) - 1, n_points)
     path = np.stack([np.interp(at, np.arange(len(points)), column) for column in points.T], axis=-1)
@@ -63,9 +63,9 @@ def trace(points: ArrayLike, n_points: int = 16) -> Points:
 
 
 class Film:
-    """A square film: patient coordinates `x` and `y` of every pixel, and shapes to draw on it.
+    """A square film, with the patient coordinates `x` and `y` of every pixel.
 
-    Shapes are arrays ``(S, S)`` of float32 between 0 outside and 1 inside.
+    Its methods draw shapes, which are arrays ``(S, S)`` of float32, 0 outside and 1 inside.
     """
 
     def __init__(self, size_px: int, rng: np.random.Generator, *, may_face_right: bool) -> None:
@@ -92,22 +92,22 @@ class Film:
         return ((coordinate - float(SAMPLES[0])) * per_unit).astype(np.intp)
 
     def along_x(self, table: Array) -> Array:
-        """The value of a tabulated curve at every pixel's `x`."""
+        """Read a tabulated curve at every pixel's `x`."""
         return table.take(self._x_index, mode="clip")
 
     def along_y(self, table: Array) -> Array:
-        """The value of a tabulated curve at every pixel's `y`."""
+        """Read a tabulated curve at every pixel's `y`."""
         return table.take(self._y_index, mode="clip")
 
     def to_pixels(self, points: ArrayLike) -> Points:
-        """Patient coordinates ``(..., 2)`` to columns and rows."""
+        """Turn patient coordinates ``(..., 2)`` into columns and rows of pixels."""
         seen = (np.asarray(points) - (0, 0.5)) @ (self.rotation.T * self.zoom)
         return np.asarray((seen + self.shift + 0.5) * self.size_px)
 
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, softness: float = 1.0, tilt: float = 0.0
     ) -> Array:
-        """An ellipse with a soft rim; softness 1 makes a dome. `tilt` lowers its right end."""
+        """Draw an ellipse with a soft rim. Softness 1 makes a dome; `tilt` lowers its right end."""
         shape = np.zeros_like(self.x)
         reach = (max(rx, ry) + abs(tilt) * rx) * self.zoom * self.size_px * 1.1 + 1
         left, top = np.maximum(self.to_pixels((x, y)) - reach, 0).astype(int)
@@ -121,10 +121,10 @@ class Film:
     def bands(
         self, paths: ArrayLike, widths: ArrayLike, values: ArrayLike = 1.0, inside: float = 1.0
     ) -> Array:
-        """Bands along polylines ``(n, points, 2)``, each of one value; widths may taper.
+        """Draw bands along polylines ``(n, points, 2)``, each of one value; widths may taper.
 
         With `inside` below 1 only the rim has the full value, like the cortex of a bone. Where
-        bands cross, the later one covers the earlier.
+        bands cross, the later one covers the earlier one.
         """
         middle = self.to_pixels(paths)
         along = np.gradient(middle, axis=1)
@@ -146,7 +146,10 @@ class Film:
         return shape
 
     def box(self, region: Array) -> Box | None:
-        """Bounds ``(x0, y0, x1, y1)`` of a region in pixels, ends excluded; None if unseen."""
+        """Find the bounds ``(x0, y0, x1, y1)`` of a region in pixels; None if it is not visible.
+
+        Ends are excluded.
+        """
         inside = region > 0.25 * max(float(region.max()), 0.02)
         columns, rows = (np.flatnonzero(inside.any(axis=axis)) for axis in (0, 1))
         if not len(columns):

@@ -1,4 +1,4 @@
-"""What findings change in a phantom, and what its report calls them."""
+"""Findings of phantoms: how each is drawn, and how the report names it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from cxr_cache.datasets.phantoms.film import (
     value_at,
 )
 
-# A painter changes the scene and returns the regions that it changed, one mask for each box. A
-# finding of the patient's build alters the anatomy first, and its painter only names the region.
+# A painter draws a finding into the scene and returns the regions that it changed, one mask for
+# each box. A finding of the patient's build alters the anatomy before the scene is drawn; its
+# painter only returns the region.
 
 
 def paint_effusion(scene: Scene, sign: Sign) -> list[Array]:
-    """Fluid fills the angle and climbs the chest wall."""
+    """Draw fluid that fills the costophrenic angle and climbs the chest wall."""
     bottom = scene.anatomy.dome_y + scene.anatomy.dome_height * (1 if scene.is_frontal else 1.5)
     rise = (0.11 + 0.2 * sign.size) * (0.3 + 0.7 * np.clip(scene.across, 0, 1) ** 4)
     return [scene.fill(ramp(scene.film.y - bottom + rise, 0.02) * scene.on_side(sign), 0.95)]
@@ -30,7 +31,7 @@ def paint_effusion(scene: Scene, sign: Sign) -> list[Array]:
 def paint_round(
     scene: Scene, sign: Sign, *, radius_cm: tuple[float, float], lobes: int
 ) -> list[Array]:
-    """A round shadow; several `lobes` make its outline irregular."""
+    """Draw a round shadow; several `lobes` make its outline irregular."""
     x, y = scene.place(sign)
     radius = CM * float(np.interp(sign.size, (0, 1), radius_cm))
     shadow = scene.film.ellipse(x, y, radius, radius, 0.5)
@@ -42,7 +43,7 @@ def paint_round(
 
 
 def paint_granuloma(scene: Scene, sign: Sign) -> list[Array]:
-    """One to three dots of chalk."""
+    """Draw one to three calcified dots."""
     x, y = scene.place(sign)
     rng = np.random.default_rng(sign.seed)
     dots = []
@@ -56,7 +57,7 @@ def paint_granuloma(scene: Scene, sign: Sign) -> list[Array]:
 def paint_cloud(
     scene: Scene, sign: Sign, *, radius_cm: float, patchy: float, amount: float
 ) -> list[Array]:
-    """A fluffy part of lung that has lost its air; the bronchi in it stay dark."""
+    """Draw a fluffy part of lung that has lost its air; the bronchi in it stay dark."""
     radius = radius_cm * CM * (0.85 + 0.3 * sign.size)
     cloud = scene.film.ellipse(*scene.place(sign), 1.2 * radius, radius)
     cloud = np.clip(1.1 * cloud * (1 + patchy * scene.film.mottle), 0, 1)
@@ -66,7 +67,7 @@ def paint_cloud(
 
 
 def paint_atelectasis(scene: Scene, sign: Sign) -> list[Array]:
-    """Plates of collapsed lung above a diaphragm that has been drawn up."""
+    """Draw plates of collapsed lung above a raised diaphragm."""
     rng = np.random.default_rng(sign.seed)
     top = scene.anatomy.dome_y - scene.anatomy.raised[sign.side > 0]
     x, _ = scene.place(replace(sign, across=0.55, height=1.0))
@@ -84,7 +85,10 @@ def paint_atelectasis(scene: Scene, sign: Sign) -> list[Array]:
 
 
 def paint_pneumothorax(scene: Scene, sign: Sign) -> list[Array]:
-    """Air between lung and chest wall: no markings beyond a thin white edge. Frontal only."""
+    """Draw air between lung and chest wall, with no markings beyond a thin white edge.
+
+    It shows on frontal views only.
+    """
     if not scene.is_frontal:
         return []
     y, cap = scene.film.y, 0.05 + 0.09 * sign.size
@@ -97,7 +101,7 @@ def paint_pneumothorax(scene: Scene, sign: Sign) -> list[Array]:
 
 
 def paint_hernia(scene: Scene, sign: Sign) -> list[Array]:
-    """Stomach above the diaphragm: a round bubble behind the heart with a fluid level."""
+    """Draw a stomach above the diaphragm: a round bubble behind the heart with a fluid level."""
     film, radius = scene.film, 0.05 + 0.025 * sign.size
     x, y = 0.02 + 0.02 * sign.side if scene.is_frontal else 0.1, scene.anatomy.dome_y - 0.015
     bubble = film.ellipse(x, y, 1.15 * radius, radius, 0.3)
@@ -107,7 +111,7 @@ def paint_hernia(scene: Scene, sign: Sign) -> list[Array]:
 
 
 def paint_edema(scene: Scene, sign: Sign) -> list[Array]:
-    """Haze that spreads from the hila like wings."""
+    """Draw haze that spreads from the hila like wings."""
     wings = scene.film.ellipse(-0.15 if scene.is_frontal else 0.0, 0.44, 0.13, 0.18)
     if scene.is_frontal:
         wings += scene.film.ellipse(0.15, 0.44, 0.13, 0.18)
@@ -116,7 +120,7 @@ def paint_edema(scene: Scene, sign: Sign) -> list[Array]:
 
 
 def paint_degeneration(scene: Scene, sign: Sign) -> list[Array]:
-    """Bony spurs at the edges of the thoracic spine."""
+    """Draw bony spurs at the edges of the thoracic spine."""
     rng = np.random.default_rng(sign.seed)
     y = np.linspace(0.3, 0.7, 6)[:, None] + rng.uniform(-0.02, 0.02, (6, 1))
     out = np.where(rng.random((6, 1)) < 0.5, -1, 1) if scene.is_frontal else -1
@@ -128,14 +132,14 @@ def paint_degeneration(scene: Scene, sign: Sign) -> list[Array]:
 
 
 def overinflate(anatomy: Anatomy, sign: Sign) -> Anatomy:
-    """Long lungs on a low, flat diaphragm in a deep chest."""
+    """Return an anatomy with long lungs on a low, flat diaphragm in a deep chest."""
     dome_y = anatomy.dome_y + 0.05 + 0.03 * sign.size
     dome_height, chest_depth = 0.35 * anatomy.dome_height, 1.03 * anatomy.chest_depth
     return replace(anatomy, dome_y=dome_y, dome_height=dome_height, chest_depth=chest_depth)
 
 
 def lift_diaphragm(anatomy: Anatomy, sign: Sign) -> Anatomy:
-    """One side drawn up."""
+    """Return an anatomy with one side of the diaphragm raised."""
     lift = 0.03 + 0.03 * sign.size
     return replace(anatomy, raised=(lift, 0.0) if sign.side < 0 else (0.0, lift))
 
@@ -144,15 +148,15 @@ def lift_diaphragm(anatomy: Anatomy, sign: Sign) -> Anatomy:
 class PhantomFinding:
     """How one finding is coded, reported and drawn, and how common it is."""
 
-    mesh: str  # its part before the first slash is the tag of the Problems column
-    phrase: str  # follows "There is"
-    weight: float  # how common it is, against the others
+    mesh: str  # the part before the first slash is the tag of the Problems column
+    phrase: str  # follows "There is" in the report
+    weight: float  # how common it is relative to the others
     paint: Callable[[Scene, Sign], list[Array]]
     alter: Callable[[Anatomy, Sign], Anatomy] = lambda anatomy, sign: anatomy
 
     @property
     def tag(self) -> str:
-        """Tag of the Problems column, from which the label rule derives the finding."""
+        """Tag of the column `Problems`, from which the label rule derives the finding."""
         return self.mesh.split("/")[0]
 
 
