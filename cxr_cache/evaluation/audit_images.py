@@ -350,8 +350,8 @@ def describe_usual(facts: Collection[PictureFacts]) -> list[str]:
         )
     if colour > MAX_COLOUR:
         notes.append(
-            f"most pictures are in colour: channels usually differ by {colour:.3g} grey levels, "
-            "and radiographs are grey. Look at some of them."
+            f"most pictures are in colour: channels usually differ by {colour:.3g} grey levels. "
+            "Radiographs are grey, so look at some of them."
         )
     if frame > MAX_FRAME:
         notes.append(

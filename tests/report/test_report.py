@@ -24,6 +24,7 @@ from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.evaluation.zero_shot import name_prompts, tabulate_areas
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.models.run import Run
+from cxr_cache.report.model_card import read_card
 from cxr_cache.report.page import render_page
 from cxr_cache.report.plots import PLOTS, draw_class_distribution, draw_plots
 from cxr_cache.report.report import write_joint_report, write_report
@@ -301,6 +302,24 @@ def test_a_run_evaluated_before_curves_were_kept_still_gets_its_page(evaluated, 
 def test_the_chosen_number_of_epochs_is_marked(page):
     assert "4 epochs were chosen" in page.text
     assert "4 (chosen)" in page.text
+
+
+def test_a_card_tells_what_it_states_of_licence_and_data(evaluated, tmp_path):
+    """So that it can be written again; whatever a person made of it in the meantime."""
+    run = copy_run(evaluated, tmp_path / "run")
+    write_report(run, license_id="cc-by-4.0", dataset_id="me/chest")
+    stated = {"license_id": "cc-by-4.0", "dataset_id": "me/chest"}
+    assert read_card(run) == stated
+    evaluate_run(run, threshold_rule="sensitivity=0.9", calibration="platt", n_resamples=20)
+    for text in (run.report_path.read_text(), run.read_model_card()):
+        assert "sensitivity=0.9" in text
+    assert read_card(run) == stated
+    card = run.path / "model_card.md"
+    for changed in ("", "# no header", "---\ndatasets: []\n---\n", "---\n: {\n---\n"):
+        card.write_text(changed)
+        assert read_card(run) == {}
+    card.unlink()
+    assert read_card(run) == {}
 
 
 def test_random_weights_get_a_banner(evaluated, page):
