@@ -306,6 +306,8 @@ def find_pixel_outliers(
         Columns :data:`COLUMNS`: the row, what is odd, its value and what is usual. A row may have
         several.
     """
+    if not facts:
+        return _table(np.empty(0, np.intp), "", np.empty(0), 0.0)
     rows = np.array(list(facts), np.intp)
     pictures = list(facts.values())
     contrast, colour, frame = (

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
@@ -321,8 +321,9 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     accuracy = _with_interval(test["label_accuracy"], "{:.2%}")
     all_negative = _with_interval(test["label_accuracy_all_negative"], "{:.2%}", bounds=False)
     lines = [
-        f"test: {metrics['n_test_images']:,} images of {metrics['n_test_studies']:,} studies, "
-        f"{metrics['n_findings_scored']} of {metrics['n_findings']} findings scored",
+        f"test: {count(metrics['n_test_images'], 'image')} of "
+        f"{count(metrics['n_test_studies'], 'study')}, {metrics['n_findings_scored']} of "
+        f"{count(metrics['n_findings'], 'finding')} scored",
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
         f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}",
         f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import finding_table
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import Encoder
@@ -276,7 +276,7 @@ def _predict_cached(
     lacking = rows[store.status[rows] != DONE]
     if len(lacking):
         raise StoreIncompleteError(
-            f"{store.path} lacks the tokens of {len(lacking):,} images, the first is "
+            f"{store.path} lacks the tokens of {count(len(lacking), 'image')}, the first is "
             f"{str(store.image_ids[lacking[0]])!r}. Run the `cxr-cache extract --tokens` command "
             "again."
         )

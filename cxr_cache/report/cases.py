@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_cache.common.wording import count
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.encoder import Encoder
@@ -206,7 +207,7 @@ def draw_thumbnails(
             problems.append(f"{image_id}: {error}.")
     if problems and not pictures:
         raise ConfigError(
-            f"{image_dir} holds none of the {len(problems)} images to show; the first is "
+            f"{image_dir} holds none of the {count(len(problems), 'image')} to show; the first is "
             f"{problems[0]} Give the folder that the run's images were read from."
         )
     return pictures, problems

@@ -288,7 +288,7 @@ def test_wrong_tables_are_named():
 
     with pytest.raises(TableError, match=r"predictions: no column 'Mass'"):
         parse_predictions(predictions.drop(columns="Mass"), targets, FINDINGS)
-    with pytest.raises(TableError, match=r"no row for 1 predicted images, the first is '0007.png'"):
+    with pytest.raises(TableError, match=r"no row for 1 predicted image, the first is '0007.png'"):
         parse_predictions(predictions, targets.drop(index=7), FINDINGS)
     with pytest.raises(TableError, match=r"image_id '0003.png' has more than one row"):
         parse_predictions(predictions, pd.concat([targets, targets.iloc[[3]]]), FINDINGS)
