@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.config import AuditConfig
 from cxr_cache.common.files import write_whole
-from cxr_cache.common.wording import count
+from cxr_cache.common.wording import count, first_lines
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import ConfigError, StoreIncompleteError
 from cxr_cache.evaluation.audit_images import (
@@ -72,6 +72,9 @@ class Audit:
     leakage: Leakage | None
     notes: tuple[str, ...] = ()
     """What is unusual about all pictures together."""
+
+    def __repr__(self) -> str:
+        return first_lines(self.to_text())
 
     @property
     def crossing(self) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
-from cxr_cache.common.wording import count, list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
@@ -46,6 +46,9 @@ class Comparison:
     """What was resampled."""
     table: pd.DataFrame
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
+
+    def __repr__(self) -> str:
+        return first_lines(self.to_text())
 
     def macro(self, run: str, measure: str = "auroc", rows: Rows = "images") -> pd.Series[Any]:
         """The row of one mean over findings."""

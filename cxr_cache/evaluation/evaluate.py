@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import count, list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
@@ -58,6 +58,9 @@ class Evaluation:
     """As in ``metrics.json``; what is undefined is None."""
     tables: dict[TableName, pd.DataFrame] = field(default_factory=dict)
     """CSV files of the run folder by name; what is undefined is NaN."""
+
+    def __repr__(self) -> str:
+        return first_lines(format_summary(self.metrics))
 
     @property
     def per_finding(self) -> pd.DataFrame:

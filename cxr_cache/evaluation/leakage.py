@@ -65,6 +65,9 @@ class Leakage:
     unit: Unit
     """What was resampled."""
 
+    def __repr__(self) -> str:
+        return self.to_text()
+
     def to_text(self) -> str:
         """A table for a terminal."""
         lines = [

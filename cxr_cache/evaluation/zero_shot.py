@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import count, list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
 from cxr_cache.encoders.identity import EncoderIdentity, require_same_encoder
@@ -54,6 +54,9 @@ class ZeroShot:
     """Whether it is a run's own encoder, on the run's test images: such a table belongs into the
     run's folder."""
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return first_lines(self.to_text())
 
     def to_text(self) -> str:
         """A table for a terminal."""

@@ -39,6 +39,15 @@ class Explanation:
     extent: tuple[float, float, float, float]
     """What of the picture the map covers, in its pixels: left, right, bottom, top."""
 
+    def __repr__(self) -> str:
+        rows, columns = self.relevance.shape
+        height, width = self.picture.shape[:2]
+        return (
+            f"Explanation of {self.finding} on {self.path}: probability {self.probability:.1%} "
+            f"(threshold {self.threshold:.1%}), a map of {rows} x {columns} patches over a picture "
+            f"of {width} x {height} pixels"
+        )
+
 
 def parse_findings(run: Run, names: Sequence[str]) -> list[str]:
     """Findings of a run by their names, in any case.

@@ -31,6 +31,7 @@ from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
+_N_PRINTED = 2  # images whose predictions are shown where a result is printed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,23 @@ class Predictions:
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
     """Why an image could not be used; empty where it could."""
+
+    def __repr__(self) -> str:
+        few = slice(_N_PRINTED)
+        head = replace(
+            self,
+            image_ids=self.image_ids[few],
+            probabilities=self.probabilities[few],
+            decisions=self.decisions[few],
+            errors=self.errors[few],
+        )
+        n_images, n_failed = count(len(self.image_ids), "image"), self.n_failed
+        failed = f" ({n_failed:,} could not be used)" if n_failed else ""
+        lines = [f"Predictions of {count(len(self.findings), 'finding')} for {n_images}{failed}"]
+        lines += head.to_text(n_shown=2).splitlines()
+        if len(self.image_ids) > _N_PRINTED:
+            lines.append("... to_table() holds all of them.")
+        return "\n".join(lines)
 
     @property
     def n_failed(self) -> int:

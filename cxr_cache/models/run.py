@@ -23,7 +23,7 @@ from cxr_cache.common.files import (
     write_whole,
 )
 from cxr_cache.common.tables import format_csv
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
@@ -153,6 +153,20 @@ class Run:
         self.path = path
         self.config = config
         self._let_go: Callable[[], object] = lambda: None
+
+    def __repr__(self) -> str:
+        kind, status = self.config.get("kind", "run"), self.config.get("status", "not finished")
+        lines = [f"Run {self.path} ({kind}, {status})"]
+        if findings := self.config.get("findings"):
+            lines.append(f"  {count(len(findings), 'finding')}: {list_names(findings, 5)}")
+        if encoder := self.config.get("store", {}).get("encoder", {}).get("name"):
+            lines.append(f"  encoder: {encoder}")
+        if "chosen_epochs" in self.config:
+            lines.append(f"  trained for {count(self.config['chosen_epochs'], 'epoch')}")
+        with suppress(RunError, KeyError, TypeError):  # not evaluated, or by an earlier version
+            area = self.read_metrics()["test"]["macro_auroc"]["value"]
+            lines.append(f"  macro AUROC of the test images: {area:.3f}")
+        return "\n".join(lines)
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Run:
@@ -330,6 +344,39 @@ class Run:
         text = [column for column in dtypes if column in table]
         table[text] = table[text].fillna("")
         return table
+
+    @property
+    def splits(self) -> pd.DataFrame:
+        """Which side of the split each image is on: image_id, study_uid, split, fold."""
+        return self.read_table("splits")
+
+    @property
+    def targets(self) -> pd.DataFrame:
+        """Column image_id and one target per finding: 1, 0 or NaN where unlabelled."""
+        return self.read_table("targets")
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """Probabilities of the final model for every image, with the side it is on.
+
+        They are the model's own; ``run.calibration.apply`` gives those that thresholds belong to.
+        """
+        return self.read_table("predictions")
+
+    @property
+    def out_of_fold(self) -> pd.DataFrame:
+        """Probabilities of train images by models that have not seen them; not calibrated."""
+        return self.read_table("out_of_fold")
+
+    @property
+    def per_finding(self) -> pd.DataFrame:
+        """Figures of every finding on the test images; the run must have been evaluated."""
+        return self.read_table("per_finding")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All figures over the findings, as ``metrics.json`` holds them."""
+        return self.read_metrics()
 
     # -- metrics, plots, page -----------------------------------------------------------
 
