@@ -81,6 +81,22 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def first_lines(text: str, n_lines: int = 10) -> str:
+    r"""The beginning of a long text, and how many more lines there are: what a result prints.
+
+    Examples
+    --------
+    >>> print(first_lines("one\ntwo\nthree", 2))
+    one
+    ... and 2 more lines of to_text()
+    """
+    lines = text.splitlines()
+    if len(lines) <= n_lines:
+        return text
+    shown = lines[: n_lines - 1]
+    return "\n".join([*shown, f"... and {len(lines) - len(shown):,} more lines of to_text()"])
+
+
 _IRREGULAR = {"study": "studies", "entry": "entries", "batch": "batches"}
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import find_duplicates
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.errors import TableError
 from cxr_cache.metrics.scores import Array
 
@@ -90,6 +91,18 @@ class Cohort:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        n_studies = count(len(np.unique(self.study_uids)), "study")
+        n_patients = len(set(self.patient_ids.tolist()) - {""})
+        known = count(n_patients, "patient") if n_patients else "patients unknown"
+        n_labelled = int((~np.isnan(self.targets)).any(axis=1).sum())
+        return (
+            f"Cohort of {count(len(self), 'image')} of {n_studies} ({known}), {n_labelled:,} of "
+            f"them labelled\n"
+            f"  {count(len(self.findings), 'finding')}: {list_names(self.findings, 5)}\n"
+            f"  known of each image: {list_names([*self.images.columns])}"
+        )
 
     @cached_property
     def image_ids(self) -> NDArray[np.str_]:

@@ -194,8 +194,18 @@ def read_picture(
     ImageError
         The file cannot be decoded. A blank image can.
     """
+    return decode_picture(read_bytes(image_dir, image_id), bits_stored)
+
+
+def decode_picture(data: bytes, bits_stored: int | None = None) -> NDArray[np.uint8]:
+    """The half of :func:`read_picture` that follows :func:`read_bytes`.
+
+    Raises
+    ------
+    ImageError
+        The bytes are no image that can be used; as :func:`read_picture`.
+    """
     rule = Preprocessing(1, (0, 0, 0), (1, 1, 1), "bilinear", "squash", bits_stored)
-    data = read_bytes(image_dir, image_id)
     with _strict_pillow():
         values = np.asarray(_decode(data, rule))
     return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)

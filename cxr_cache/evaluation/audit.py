@@ -14,6 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.config import AuditConfig
+from cxr_cache.common.files import write_whole
+from cxr_cache.common.wording import count, first_lines
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import ConfigError, StoreIncompleteError
 from cxr_cache.evaluation.audit_images import (
@@ -71,6 +73,9 @@ class Audit:
     notes: tuple[str, ...] = ()
     """What is unusual about all pictures together."""
 
+    def __repr__(self) -> str:
+        return first_lines(self.to_text())
+
     @property
     def crossing(self) -> pd.DataFrame:
         """Verified duplicates on two sides of the split."""
@@ -80,11 +85,13 @@ class Audit:
 
     def to_text(self) -> str:
         """For a terminal."""
-        lines = [f"{self.store}: {self.n_images:,} images looked at, {self.n_failed:,} failed"]
+        lines = [
+            f"{self.store}: {count(self.n_images, 'image')} looked at, {self.n_failed:,} failed"
+        ]
         lines += self._describe_groups() + self._describe_duplicates() + self._describe_outliers()
         lines += [f"Note: {note}" for note in self.notes]
         if len(self.unreadable):
-            lines.append(f"{len(self.unreadable):,} files could not be read")
+            lines.append(f"{count(len(self.unreadable), 'file')} could not be read")
         if not self.looked_at_pixels:
             lines.append(
                 "Without --image-dir no picture was compared: copies that were changed, and images "
@@ -154,7 +161,8 @@ class Audit:
             "notes": self.notes,
             "leakage": None if self.leakage is None else self.leakage.to_dict(),
         }
-        (folder / "audit.json").write_text(json.dumps(summary, indent=2, default=int))
+        text = json.dumps(summary, indent=2, default=int)
+        write_whole(folder / "audit.json", text.encode())
 
 
 def audit_store(
@@ -204,8 +212,8 @@ def audit_store(
     rows = store.embedded_rows
     if len(rows) < _MIN_ROWS:
         raise StoreIncompleteError(
-            f"{store.path} has {len(rows)} finished rows; an audit compares at least {_MIN_ROWS}. "
-            "Run `cxr-cache extract` first."
+            f"{store.path} has {count(len(rows), 'finished row')}; an audit compares at least "
+            f"{_MIN_ROWS}. Run `cxr-cache extract` first."
         )
     cohort, sides = _join_run(store.cohort.take(rows), run, store.path)
     near = find_neighbours(np.array(store.embeddings[rows, 0]))

@@ -306,6 +306,8 @@ def find_pixel_outliers(
         Columns :data:`COLUMNS`: the row, what is odd, its value and what is usual. A row may have
         several.
     """
+    if not facts:
+        return _table(np.empty(0, np.intp), "", np.empty(0), 0.0)
     rows = np.array(list(facts), np.intp)
     pictures = list(facts.values())
     contrast, colour, frame = (
@@ -350,8 +352,8 @@ def describe_usual(facts: Collection[PictureFacts]) -> list[str]:
         )
     if colour > MAX_COLOUR:
         notes.append(
-            f"most pictures are in colour: channels usually differ by {colour:.3g} grey levels, "
-            "and radiographs are grey. Look at some of them."
+            f"most pictures are in colour: channels usually differ by {colour:.3g} grey levels. "
+            "Radiographs are grey, so look at some of them."
         )
     if frame > MAX_FRAME:
         notes.append(

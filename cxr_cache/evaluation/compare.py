@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
@@ -47,6 +47,9 @@ class Comparison:
     table: pd.DataFrame
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
 
+    def __repr__(self) -> str:
+        return first_lines(self.to_text())
+
     def macro(self, run: str, measure: str = "auroc", rows: Rows = "images") -> pd.Series[Any]:
         """The row of one mean over findings."""
         table = self.table
@@ -57,7 +60,8 @@ class Comparison:
     def to_text(self) -> str:
         """Macro figures, and the findings that differ, for a terminal."""
         lines = [
-            f"{self.n_images:,} test images of {self.n_studies:,} studies; differences to "
+            f"{count(self.n_images, 'test image')} of {count(self.n_studies, 'study')}; "
+            "differences to "
             f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
         ]
         for run in self.runs[1:]:
@@ -80,9 +84,10 @@ class Comparison:
         chosen = (table["run"] == run) & (table["rows"] == "images") & (table["finding"] != MACRO)
         areas = table[chosen & (table["measure"] == "auroc")].dropna(subset=["p_holm"])
         found = areas[areas["p_holm"] < 1 - LEVEL].sort_values("difference", key=abs)[::-1]
+        n_tested = count(len(areas), "finding")
         if not len(found):
-            return [f"  No AUROC of the {len(areas)} findings tested differs (Holm, 5 %)."]
-        head = f"  AUROC differs for {len(found)} of {len(areas)} findings tested (Holm, 5 %):"
+            return [f"  No AUROC of the {n_tested} tested differs (Holm, 5 %)."]
+        head = f"  AUROC differs for {len(found)} of {n_tested} tested (Holm, 5 %):"
         return [head] + [
             f"    {row['finding']}: {row['first']:.3f} and {row['second']:.3f}, {_describe(row)}"
             for row in found.to_dict("records")
@@ -161,7 +166,7 @@ def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) ->
         if differs.any():
             raise RunError(
                 f"{first.path} and {second.path} were tested on other {what} for "
-                f"{differs.sum():,} of {len(ours):,} images, the first is "
+                f"{differs.sum():,} of {count(len(ours), 'image')}, the first is "
                 f"{ours.image_ids[differs.argmax()]!r}. Train both with the same labels."
             )
     return theirs
@@ -183,7 +188,7 @@ def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: Scor
     shared = np.isin(ours.image_ids, theirs.image_ids).sum()
     if shared != len(ours) or len(ours) != len(theirs):
         raise RunError(
-            f"{first.path} was tested on {len(ours):,} images and {second.path} on "
+            f"{first.path} was tested on {count(len(ours), 'image')} and {second.path} on "
             f"{len(theirs):,}, of which {shared:,} are the same. Only runs with the same split can "
             "be compared: train with the same store and seed, or fine-tune with --from-run."
         )

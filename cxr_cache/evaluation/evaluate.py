@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
@@ -30,10 +30,13 @@ from cxr_cache.evaluation.scored import (
     ScoredImages,
     join_groups,
     parse_predictions,
-    read_scored,
 )
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
-from cxr_cache.metrics.operating_point import Calibration, choose_operating_point
+from cxr_cache.metrics.operating_point import (
+    Calibration,
+    OperatingPoint,
+    choose_operating_point,
+)
 from cxr_cache.metrics.scores import NEVER, FloatArray, has_both_classes, macro_mean
 from cxr_cache.models.run import Run, TableName
 
@@ -56,6 +59,9 @@ class Evaluation:
     tables: dict[TableName, pd.DataFrame] = field(default_factory=dict)
     """CSV files of the run folder by name; what is undefined is NaN."""
 
+    def __repr__(self) -> str:
+        return first_lines(format_summary(self.metrics))
+
     @property
     def per_finding(self) -> pd.DataFrame:
         """One row per finding, as in ``per_finding.csv``."""
@@ -66,18 +72,16 @@ class Evaluation:
 class _Reading:
     """How probabilities are read, and how intervals are drawn."""
 
-    cuts: FloatArray
-    calibration: Calibration
-    rule: str
+    point: OperatingPoint
     n_resamples: int
     seed: int
 
     def calibrate(self, images: ScoredImages) -> ScoredImages:
-        return images.with_probabilities(self.calibration.apply(images.probabilities))
+        return images.with_probabilities(self.point.calibration.apply(images.probabilities))
 
     def estimate(self, images: ScoredImages, *, resample: bool = True) -> Estimates:
         n_resamples = self.n_resamples if resample else 0
-        return estimate(images, self.cuts, n_resamples=n_resamples, seed=self.seed)
+        return estimate(images, self.point.thresholds, n_resamples=n_resamples, seed=self.seed)
 
 
 def evaluate_predictions(
@@ -130,8 +134,8 @@ def evaluate_predictions(
     """
     raw = parse_predictions(predictions, targets, tuple(thresholds))
     cuts = np.array(list(thresholds.values()))
-    calibration = calibration or Calibration.none(len(cuts))
-    return _evaluate(raw, _Reading(cuts, calibration, rule, n_resamples, seed), groups)
+    point = OperatingPoint(calibration or Calibration.none(len(cuts)), cuts, rule)
+    return _evaluate(raw, _Reading(point, n_resamples, seed), groups)
 
 
 def score_run(
@@ -177,24 +181,30 @@ def score_run(
     ConfigError
         There is no such rule or calibration.
     """
-    if threshold_rule is not None or calibration is not None:
-        _choose_anew(run, threshold_rule, calibration)
     findings, predictions = run.config["findings"], run.read_table("predictions")
-    cuts = np.array([run.thresholds[finding] for finding in findings])
-    reading = _Reading(cuts, run.calibration, run.threshold_rule, n_resamples, seed)
-    images = parse_predictions(predictions, run.read_table("targets"), findings)
+    targets, point = run.read_table("targets"), run.operating_point
+    images = parse_predictions(predictions, targets, findings)
+    out_of_fold = parse_predictions(run.read_table("out_of_fold"), targets, findings)
+    is_chosen_anew = threshold_rule is not None or calibration is not None
+    if is_chosen_anew:
+        point = choose_operating_point(
+            out_of_fold.targets,
+            out_of_fold.probabilities,
+            rule=threshold_rule or point.rule,
+            calibration=calibration or point.calibration.method,
+        )
+    reading = _Reading(point, n_resamples, seed)
     is_test = (predictions["split"] == "test").to_numpy()
-    train = reading.calibrate(images.take(~is_test))
-    out_of_fold = read_scored(run, "out_of_fold")
+    train, held_out = reading.calibrate(images.take(~is_test)), reading.calibrate(out_of_fold)
 
     if groups is None:
         groups = run.groups_path
     evaluation = _evaluate(images.take(is_test), reading, groups)
-    uncalibrated = reading.calibration.method == "platt" and ~has_both_classes(out_of_fold.targets)
+    uncalibrated = point.calibration.method == "platt" and ~has_both_classes(out_of_fold.targets)
     metrics = {
         **evaluation.metrics,
         "train": reading.estimate(train, resample=False).overall(),
-        "out_of_fold": reading.estimate(out_of_fold, resample=False).overall(),
+        "out_of_fold": reading.estimate(held_out, resample=False).overall(),
         "n_train_images": len(train),
         "n_train_studies": train.n_studies,
     }
@@ -202,22 +212,8 @@ def score_run(
     present = images.targets == 1
     evaluation.per_finding.insert(1, "n_images", present.sum(axis=0))
     evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
-    for name, table in evaluation.tables.items():
-        run.write_table(name, table)
-    run.write_metrics(metrics)
+    run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
     return metrics
-
-
-def _choose_anew(run: Run, rule: str | None, method: str | None) -> None:
-    """Choose thresholds, and calibration if given, on out-of-fold predictions; store them."""
-    images = read_scored(run, "out_of_fold", calibrated=False)
-    point = choose_operating_point(
-        images.targets,
-        images.probabilities,
-        rule=rule or run.threshold_rule,
-        calibration=method or run.calibration.method,
-    )
-    run.save_model(run.load_model().read_at(point))
 
 
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
@@ -240,20 +236,20 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "test_by_study": by_study.overall(),
         "test_by_projection": by_group.pop("projection"),
         "test_by_group": by_group,
-        **_counts(images, by_image.figures["auroc"], reading.cuts),
-        "threshold_rule": reading.rule,
-        "calibration": _describe_calibration(raw, images, reading.calibration),
+        **_counts(images, by_image.figures["auroc"], reading.point.thresholds),
+        "threshold_rule": reading.point.rule,
+        "calibration": _describe_calibration(raw, images, reading.point.calibration),
         "bootstrap": _describe_bootstrap(by_image, reading, images.unit),
     }
     tables: dict[TableName, pd.DataFrame] = {
-        "per_finding": tabulate_findings(images, reading.cuts, by_image).assign(
-            **calibration_columns(raw, reading.calibration)
+        "per_finding": tabulate_findings(images, reading.point.thresholds, by_image).assign(
+            **calibration_columns(raw, reading.point.calibration)
         ),
-        "per_finding_by_study": tabulate_findings(studies, reading.cuts, by_study),
-        "subgroups": tabulate_groups(subsets, reading.cuts),
+        "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
+        "subgroups": tabulate_groups(subsets, reading.point.thresholds),
         "curves": ranking_curves(images),
         "calibration": calibration_curves(
-            raw, None if reading.calibration.method == "none" else images
+            raw, None if reading.point.calibration.method == "none" else images
         ),
     }
     if images.groups:
@@ -328,8 +324,9 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     accuracy = _with_interval(test["label_accuracy"], "{:.2%}")
     all_negative = _with_interval(test["label_accuracy_all_negative"], "{:.2%}", bounds=False)
     lines = [
-        f"test: {metrics['n_test_images']:,} images of {metrics['n_test_studies']:,} studies, "
-        f"{metrics['n_findings_scored']} of {metrics['n_findings']} findings scored",
+        f"test: {count(metrics['n_test_images'], 'image')} of "
+        f"{count(metrics['n_test_studies'], 'study')}, {metrics['n_findings_scored']} of "
+        f"{count(metrics['n_findings'], 'finding')} scored",
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
         f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}",
         f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import UNITS, Unit, name_unit
 from cxr_cache.datasets.splits import split_test, split_test_by_image
@@ -55,19 +56,23 @@ class Leakage:
     """By image minus by study: other test images, the same studies (or patients) resampled."""
     gain_on_same_images: Figure
     """With the leak minus without: the same test images, as many train images."""
-    gain_sd: float
-    gain_on_same_images_sd: float
-    """Standard deviation of either over trainings; the intervals are those of the mean."""
+    gain_sd: float | None
+    gain_on_same_images_sd: float | None
+    """Standard deviation of either over trainings, None of a single one; the intervals are those of
+    the mean."""
     n_epochs: int
     n_repeats: int
     unit: Unit
     """What was resampled."""
 
+    def __repr__(self) -> str:
+        return self.to_text()
+
     def to_text(self) -> str:
         """A table for a terminal."""
         lines = [
-            f"Leakage: the run's head, {self.n_epochs} epochs, test macro AUROC, mean of "
-            f"{self.n_repeats} trainings [95 % interval over {UNITS[self.unit]}]",
+            f"Leakage: the run's head, {count(self.n_epochs, 'epoch')}, test macro AUROC, mean of "
+            f"{count(self.n_repeats, 'training')} [95 % interval over {UNITS[self.unit]}]",
             f"  {'':<37}{'train':>7}{'test':>7}{'shared':>8}",
         ]
         lines += [
@@ -78,12 +83,17 @@ class Leakage:
         return "\n".join(
             [
                 *lines,
-                f"  by image minus by study, findings that both score: {self.gain.to_text('+')}, "
-                f"sd over trainings {self.gain_sd:.3f}",
+                f"  by image minus by study, findings that both score: {self.gain.to_text('+')}"
+                + self._describe_spread(self.gain_sd),
                 "  the leak alone, on the same test images:            "
-                f"{self.gain_on_same_images.to_text('+')}, sd {self.gain_on_same_images_sd:.3f}",
+                + self.gain_on_same_images.to_text("+")
+                + self._describe_spread(self.gain_on_same_images_sd),
             ]
         )
+
+    def _describe_spread(self, sd: float | None) -> str:
+        """The spread over trainings; a single one has none."""
+        return "" if sd is None else f", sd over trainings {sd:.3f}"
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, JSON-able."""
@@ -173,11 +183,13 @@ def measure_leakage(
     )
 
 
-def _subtract(ours: Sequence[JointAuroc], theirs: Sequence[JointAuroc]) -> tuple[Figure, float]:
+def _subtract(
+    ours: Sequence[JointAuroc], theirs: Sequence[JointAuroc]
+) -> tuple[Figure, float | None]:
     """Difference of two arms' means, and its standard deviation over single trainings."""
     differences = [a.minus(b) for a, b in zip(ours, theirs, strict=True)]
     single = [one.macro().value for one in differences]
-    spread = float(np.std(single, ddof=1)) if len(single) > 1 else float("nan")
+    spread = float(np.std(single, ddof=1)) if len(single) > 1 else None
     return JointAuroc.average(differences).macro(), spread
 
 

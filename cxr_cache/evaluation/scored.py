@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import find_duplicates, read_csv, require_unique
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.datasets.cohort import (
     Unit,
     assign_clusters,
@@ -182,8 +182,8 @@ def parse_predictions(
     if (rows < 0).any():
         missing = predictions["image_id"].to_numpy()[rows < 0]
         raise TableError(
-            f"targets: no row for {len(missing)} predicted images, the first is {missing[0]!r}. "
-            "Use the table of the same cohort."
+            f"targets: no row for {count(len(missing), 'predicted image')}, the first is "
+            f"{missing[0]!r}. Use the table of the same cohort."
         )
     image_ids = predictions["image_id"].to_numpy(object)
     probabilities = predictions[list(findings)].to_numpy(np.float64)
@@ -267,7 +267,7 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
     rows = pd.Index(table[key]).get_indexer(pd.Index(ids))
     if (rows < 0).all():
         raise TableError(
-            f"{path} has no row for any of the {len(ids):,} images: its first {key} is "
+            f"{path} has no row for any of the {count(len(ids), 'image')}: its first {key} is "
             f"{table[key].iloc[0]!r}, the first of the images {ids[0]!r}."
         )
     groups = {}

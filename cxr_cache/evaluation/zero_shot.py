@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Cohort, Unit, name_unit
 from cxr_cache.encoders.identity import EncoderIdentity, require_same_encoder
@@ -55,12 +55,15 @@ class ZeroShot:
     run's folder."""
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return first_lines(self.to_text())
+
     def to_text(self) -> str:
         """A table for a terminal."""
         columns = [name for name in (_ZERO_SHOT, _RUN, "difference") if name in self.table]
         lines = [
-            f"Zero-shot AUROC on {self.rows}: {self.n_images:,} images of {self.n_studies:,} "
-            f"studies [95 % intervals over {UNITS[self.unit]}]",
+            f"Zero-shot AUROC on {self.rows}: {count(self.n_images, 'image')} of "
+            f"{count(self.n_studies, 'study')} [95 % intervals over {UNITS[self.unit]}]",
             f"  {'':<30}{'positive':>9}" + "".join(f"  {name:<24}" for name in columns),
         ]
         for row in self.table.to_dict("records"):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.wording import list_names
-from cxr_cache.datasets.images import read_image, read_picture
+from cxr_cache.datasets.images import decode_image, decode_picture, read_bytes
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import ConfigError, ImageError, RunError
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.models.predict import predict_images, require_encoder_of_run
+from cxr_cache.models.predict import Predictor, require_encoder_of_run
 from cxr_cache.models.run import Run, SavedModel
-from cxr_cache.models.tuned import load_members
 
 DEFAULT_BLOCKS = 2
 """Of a frozen run; of a fine-tuned one it is the blocks that were tuned."""
@@ -40,6 +38,15 @@ class Explanation:
     """The radiograph at full size, ``(H, W)`` or ``(H, W, 3)``."""
     extent: tuple[float, float, float, float]
     """What of the picture the map covers, in its pixels: left, right, bottom, top."""
+
+    def __repr__(self) -> str:
+        rows, columns = self.relevance.shape
+        height, width = self.picture.shape[:2]
+        return (
+            f"Explanation of {self.finding} on {self.path}: probability {self.probability:.1%} "
+            f"(threshold {self.threshold:.1%}), a map of {rows} x {columns} patches over a picture "
+            f"of {width} x {height} pixels"
+        )
 
 
 def parse_findings(run: Run, names: Sequence[str]) -> list[str]:
@@ -89,19 +96,22 @@ def explain_images(
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
     """
-    model = load_traceable_model(run, encoder)
+    traced = load_traceable_model(run, encoder)
+    model, prep = traced.model, encoder.preprocessing
+    calibration = model.operating_point.calibration
     columns = [model.findings.index(finding) for finding in findings]
-    prep = encoder.preprocessing
     for path in paths:
         try:
-            decoded = read_image(None, str(path), prep)
-            picture = read_picture(None, str(path), prep.bits_stored)
+            data = read_bytes(None, str(path))
+            pixels = torch.from_numpy(decode_image(data, prep).pixels[None])
+            picture = decode_picture(data, prep.bits_stored)
         except ImageError as error:
             yield ImageError(f"{path}: {error}")
             continue
-        pixels = torch.from_numpy(decoded.pixels[None])
-        maps = map_findings(model, encoder, pixels, columns, n_blocks or count_blocks(model))
-        probabilities = predict_images(run, [path], encoder).probabilities[0]
+        maps = traced.map_findings(pixels, columns, n_blocks)
+        probabilities = calibration.apply(traced.predictor.from_pixels(pixels))[0].astype(
+            np.float32
+        )
         for finding, column, one in zip(findings, columns, maps, strict=True):
             yield Explanation(
                 path=path,
@@ -114,8 +124,8 @@ def explain_images(
             )
 
 
-def load_traceable_model(run: Run, encoder: Encoder) -> SavedModel:
-    """The run's model, whose answers can be followed back into `encoder`.
+def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
+    """Load a run's model to follow its answers back into `encoder`.
 
     Raises
     ------
@@ -124,27 +134,79 @@ def load_traceable_model(run: Run, encoder: Encoder) -> SavedModel:
     """
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
-    if (features := model.head.get("features", "projected")) != "projected":
+    if model.features != "projected":
         raise RunError(
-            f"{run.path} was trained with --features {features}; maps follow the projected "
+            f"{run.path} was trained with --features {model.features}; maps follow the projected "
             "embedding back. Train with --features projected."
         )
-    return model
+    return TraceableModel(model, encoder)
 
 
-def count_blocks(model: SavedModel) -> int:
-    """How many last blocks are followed back unless another number is asked for."""
-    return DEFAULT_BLOCKS if model.tail is None else int(model.tail["unfreeze_layers"])
+class TraceableModel:
+    """A trained model whose answers can be followed back into its encoder.
 
+    Parameters
+    ----------
+    model
+        What a run saved, frozen or fine-tuned; it reads the projected embedding.
+    encoder
+        The run's, as it is before fine-tuning, which it stays.
+    """
 
-def find_extent(shape: tuple[int, ...], resize: str) -> tuple[float, float, float, float]:
-    """What of a picture ``(H, W)`` the encoder saw: all of it, or the central square."""
-    height, width = shape
-    if resize == "squash":
-        return 0.0, float(width), float(height), 0.0
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, left + side, top + side, top
+    def __init__(self, model: SavedModel, encoder: Encoder) -> None:
+        self.model, self.encoder = model, encoder
+        self.predictor = Predictor(model, encoder)
+        self._towers: list[tuple[Encoder, HeadBank]]  # each with the heads that read its embedding
+        if model.tail is None:
+            bank = HeadBank.from_snapshot(model.head_tensors, device=encoder.device)
+            self._towers, self._n_blocks = [(encoder, bank)], DEFAULT_BLOCKS
+        else:
+            self._towers = [(one.encoder, one.bank) for one in self.predictor.members]
+            self._n_blocks = int(model.tail["unfreeze_layers"])
+
+    def map_findings(
+        self, pixels: Tensor, findings: Sequence[int], n_blocks: int | None = None
+    ) -> Tensor:
+        """Where in the images the logits of some findings come from, averaged over the members.
+
+        Parameters
+        ----------
+        pixels
+            As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
+        findings
+            Their columns, n of them.
+        n_blocks
+            Last blocks that are followed back; None for those that were fine-tuned, or two.
+
+        Returns
+        -------
+        Tensor
+            Not negative, in no unit, ``(n, B, rows, columns)`` of patches, on the CPU.
+
+        Raises
+        ------
+        EncoderError
+            The tower does not pool its class token alone, cannot be split, or has fewer blocks.
+        """
+        n_blocks = n_blocks or self._n_blocks
+        maps = []
+        for encoder, bank in self._towers:
+            with torch.no_grad():
+                tokens = encoder.stem(encoder.prepare(pixels), n_blocks)
+            embeddings, attentions = encoder.tail_with_attention(tokens.requires_grad_(), n_blocks)
+            if self.model.head["input_norm"] == "l2":
+                embeddings = F.normalize(embeddings, dim=-1)
+            for logits in bank(embeddings):  # (B, F) of every head
+                of_findings = []
+                for f in findings:
+                    logit = logits[:, f].sum()
+                    gradients = torch.autograd.grad(logit, attentions, retain_graph=True)
+                    with torch.no_grad():
+                        of_findings.append(roll_out(attentions, gradients))
+                maps.append(torch.stack(of_findings).detach())
+        rows, columns = self.encoder.patch_grid
+        mean = torch.stack(maps).mean(dim=0)[..., -rows * columns :]  # behind any further tokens
+        return mean.reshape(*mean.shape[:-1], rows, columns).cpu()
 
 
 def roll_out(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -176,61 +238,11 @@ def roll_out(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
     return relevance[:, 0, 1:]
 
 
-def map_findings(
-    model: SavedModel, encoder: Encoder, pixels: Tensor, findings: Sequence[int], n_blocks: int
-) -> Tensor:
-    """Where in the images the logits of some findings come from.
-
-    Parameters
-    ----------
-    model
-        What a run saved, frozen or fine-tuned; the maps of its members are averaged.
-    encoder
-        The run's, as it is before fine-tuning, which it stays.
-    pixels
-        As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
-    findings
-        Their columns, n of them.
-    n_blocks
-        Last blocks that are followed back.
-
-    Returns
-    -------
-    Tensor
-        Not negative, in no unit, ``(n, B, rows, columns)`` of patches, on the CPU.
-
-    Raises
-    ------
-    EncoderError
-        The tower does not pool its class token alone, cannot be split, or has fewer blocks.
-    """
-    maps = []
-    with closing(_members(model, encoder)) as members:
-        for bank, k in members:
-            with torch.no_grad():
-                tokens = encoder.stem(encoder.prepare(pixels), n_blocks)
-            embeddings, attentions = encoder.tail_with_attention(tokens.requires_grad_(), n_blocks)
-            if model.head["input_norm"] == "l2":
-                embeddings = F.normalize(embeddings, dim=-1)
-            logits = bank(embeddings)[k]  # (B, F)
-            of_findings = []
-            for f in findings:
-                gradients = torch.autograd.grad(logits[:, f].sum(), attentions, retain_graph=True)
-                with torch.no_grad():
-                    of_findings.append(roll_out(attentions, gradients))
-            maps.append(torch.stack(of_findings).detach())
-    rows, columns = encoder.patch_grid
-    mean = torch.stack(maps).mean(dim=0)[..., -rows * columns :]  # behind any further tokens
-    return mean.reshape(*mean.shape[:-1], rows, columns).cpu()
-
-
-def _members(model: SavedModel, encoder: Encoder) -> Generator[tuple[HeadBank, int], None, None]:
-    """The bank and place of each member's head, while the encoder's blocks are that member's."""
-    if model.tail is not None:
-        with closing(load_members(model, encoder)) as members:
-            for member in members:
-                yield member.bank, 0
-        return
-    bank = HeadBank.from_snapshot(model.head_tensors, device=encoder.device)
-    for k in range(bank.n_heads):
-        yield bank, k
+def find_extent(shape: tuple[int, ...], resize: str) -> tuple[float, float, float, float]:
+    """What of a picture ``(H, W)`` the encoder saw: all of it, or the central square."""
+    height, width = shape
+    if resize == "squash":
+        return 0.0, float(width), float(height), 0.0
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, left + side, top + side, top

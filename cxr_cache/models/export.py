@@ -19,7 +19,6 @@ from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
 from cxr_cache.models.export_onnx import require_onnx, write_onnx
 from cxr_cache.models.export_open_clip import HEAD_FILE, require_one_checkpoint, write_open_clip
-from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.predict import require_encoder_of_run
 from cxr_cache.models.run import Run, SavedModel
 
@@ -124,11 +123,11 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "calibration": model.calibration,
         "preprocessing": preprocessing
         | {"decode_rule_in_words": DECODE_RULES[preprocessing["decode_rule"]]},
-        "features": model.head.get("features", "projected"),
+        "features": model.features,
         "input_norm": model.head["input_norm"],
         "hidden": list(model.head["hidden"]),
-        "norm": HeadBank.from_snapshot(model.head_tensors).norm,
-        "n_members": len(model.tensors["weight_0"]),
+        "norm": model.head["norm"],
+        "n_members": model.n_members,
         "fine_tuned_blocks": list(dict.fromkeys(blocks)),
         "encoder": model.encoder,
         "precision": _describe_precision(model),

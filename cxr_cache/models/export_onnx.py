@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,13 +22,13 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from cxr_cache.common.wording import first_line
 from cxr_cache.datasets.preprocessing import Preprocessing
-from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
+from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import draw_canaries
 from cxr_cache.encoders.towers import run_whole
 from cxr_cache.errors import ExportError
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.models.predict import predict_pixels
-from cxr_cache.models.run import Run, SavedModel, read_calibration
+from cxr_cache.models.predict import Predictor
+from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.rows import FEATURES
 
@@ -96,8 +95,9 @@ def write_onnx(
     whole = build_whole_model(model, encoder)
     _require_size(whole)
     images = draw_canaries(encoder.preprocessing.image_size_px)
-    uncalibrated = predict_pixels(in_full_precision(model), encoder, torch.from_numpy(images))
-    expected = read_calibration(model.calibration, len(model.findings)).apply(uncalibrated)
+    predictor = Predictor(in_full_precision(model), encoder)
+    uncalibrated = predictor.from_pixels(torch.from_numpy(images))
+    expected = model.operating_point.calibration.apply(uncalibrated)
     texts = {**description, "how_to_use": _HOW_TO_USE}
     reasons = []
     for exporter in _EXPORTERS:
@@ -259,7 +259,7 @@ class _Average(nn.Module):
 
     def __init__(self, model: SavedModel) -> None:
         super().__init__()
-        calibration = read_calibration(model.calibration, len(model.findings))
+        calibration = model.operating_point.calibration
         for name in ("slope", "intercept"):
             self.register_buffer(name, torch.from_numpy(getattr(calibration, name)).float())
         self._calibrates = calibration.method != "none"
@@ -280,7 +280,7 @@ class _FrozenModel(nn.Module):
         self.normalise = _Normalise(encoder.preprocessing)
         self.average = _Average(model)
         self._input_norm = model.head["input_norm"]
-        self._columns = FEATURES[model.head.get("features", "projected")]
+        self._columns = FEATURES[model.features]
 
     def forward(self, pixels: Tensor) -> Tensor:
         pooled, embeddings = run_whole(self.encoder.visual, self.normalise(pixels))
@@ -301,10 +301,8 @@ class _TunedModel(nn.Module):
         self._model, self._n_unfrozen = replace(model, tensors={}), model.tail["unfreeze_layers"]
         self.encoder, self.heads = encoder, _folded_heads(model)
         self.normalise, self.average = _Normalise(encoder.preprocessing), _Average(model)
-        with closing(load_members(in_full_precision(model), encoder)) as members:
-            self.tails = nn.ModuleList(
-                [_copy_with_own_blocks(member.encoder, self._n_unfrozen) for member in members]
-            )
+        members = load_members(in_full_precision(model), encoder)
+        self.tails = nn.ModuleList([member.encoder for member in members])
 
     def forward(self, pixels: Tensor) -> Tensor:
         tokens = self.encoder.stem(self.normalise(pixels), self._n_unfrozen)
@@ -333,11 +331,3 @@ def _folded_heads(model: SavedModel) -> nn.ModuleList:
                 layers.append(layer)
         heads.append(nn.Sequential(*layers))
     return heads
-
-
-def _copy_with_own_blocks(encoder: Encoder, n_unfrozen: int) -> Encoder:
-    """A copy that shares every tensor but those of the last blocks."""
-    own = set(trainable_parameter_names(encoder, n_unfrozen))
-    tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
-    shared = {id(tensor): tensor for name, tensor in tensors.items() if name not in own}
-    return copy.deepcopy(encoder, memo=dict(shared))

@@ -21,7 +21,7 @@ from cxr_cache.encoders.sources import CONFIG_FILE, Source
 from cxr_cache.encoders.weights import read_tensors
 from cxr_cache.errors import ExportError
 from cxr_cache.models.export_onnx import plain_heads
-from cxr_cache.models.run import Run, SavedModel, read_calibration
+from cxr_cache.models.run import Run, SavedModel
 
 HEAD_FILE: Final = "head.json"
 HEAD_WEIGHTS_FILE: Final = "head.safetensors"
@@ -63,17 +63,17 @@ def require_one_checkpoint(run: Run, model: SavedModel) -> None:
             "the text tower that open_clip needs. Use --format onnx, which writes the image tower "
             "and the head."
         )
-    if (features := model.head.get("features", "projected")) != "projected":
+    if model.features != "projected":
         raise ExportError(
-            f"{run.path} was trained with --features {features}, and an open_clip model gives the "
-            "projected embedding only. Train with --features projected, or use --format onnx."
+            f"{run.path} was trained with --features {model.features}, and an open_clip model "
+            "gives the projected embedding only. Train with --features projected, or use "
+            "--format onnx."
         )
-    n_members = len(model.tensors["weight_0"])
-    if model.tail is not None and n_members > 1:
+    if model.tail is not None and model.n_members > 1:
         raise ExportError(
-            f"{run.path} is an ensemble of {n_members} fine-tuned image towers, and an open_clip "
-            "model has one. Fine-tune with --final refit or --final best-fold, or use --format "
-            "onnx, which averages them."
+            f"{run.path} is an ensemble of {model.n_members} fine-tuned image towers, and an "
+            "open_clip model has one. Fine-tune with --final refit or --final best-fold, or use "
+            "--format onnx, which averages them."
         )
 
 
@@ -147,7 +147,7 @@ def _preprocess_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
 
 def _how_to_use(model: SavedModel, heads: nn.ModuleList) -> list[str]:
     """Lines of Python and prose that need open_clip, but not this package."""
-    calibrates = read_calibration(model.calibration, len(model.findings)).method != "none"
+    calibrates = model.operating_point.calibration.method != "none"
     layers = ", ".join(map(_name_layer, cast(nn.Sequential, heads[0])))
     normalise = "embedding = torch.nn.functional.normalize(embedding, dim=-1)"
     return [

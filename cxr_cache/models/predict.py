@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import finding_table
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import Encoder
@@ -26,12 +25,13 @@ from cxr_cache.errors import (
     StoreMismatchError,
 )
 from cxr_cache.models.heads import HeadBank, predict_probabilities
-from cxr_cache.models.run import Run, SavedModel, read_calibration
+from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
+_N_PRINTED = 2  # images whose predictions are shown where a result is printed
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,23 @@ class Predictions:
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
     """Why an image could not be used; empty where it could."""
+
+    def __repr__(self) -> str:
+        few = slice(_N_PRINTED)
+        head = replace(
+            self,
+            image_ids=self.image_ids[few],
+            probabilities=self.probabilities[few],
+            decisions=self.decisions[few],
+            errors=self.errors[few],
+        )
+        n_images, n_failed = count(len(self.image_ids), "image"), self.n_failed
+        failed = f" ({n_failed:,} could not be used)" if n_failed else ""
+        lines = [f"Predictions of {count(len(self.findings), 'finding')} for {n_images}{failed}"]
+        lines += head.to_text(n_shown=2).splitlines()
+        if len(self.image_ids) > _N_PRINTED:
+            lines.append("... to_table() holds all of them.")
+        return "\n".join(lines)
 
     @property
     def n_failed(self) -> int:
@@ -105,6 +122,7 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     """
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
+    predictor = Predictor(model, encoder)
     probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
     errors = [""] * len(paths)
     for start in range(0, len(paths), _IMAGES_AT_ONCE):
@@ -116,15 +134,16 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
                 errors[i] = str(error)
         if decoded:
             pixels = torch.from_numpy(np.stack(list(decoded.values())))
-            probabilities[list(decoded)] = predict_pixels(model, encoder, pixels)
+            probabilities[list(decoded)] = predictor.from_pixels(pixels)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
-    calibrated = read_calibration(model.calibration, len(model.findings)).apply(probabilities)
+    point = model.operating_point
+    calibrated = point.calibration.apply(probabilities)
     return Predictions(
         tuple(map(str, paths)),
         model.findings,
         calibrated.astype(np.float32),
-        calibrated >= _thresholds(model),
+        calibrated >= point.thresholds,
         tuple(errors),
     )
 
@@ -155,63 +174,65 @@ def require_encoder_of_run(
     )
 
 
-@torch.inference_mode()
-def predict_pixels(model: SavedModel, encoder: Encoder, pixels: Tensor) -> NDArray[np.float32]:
-    """What a trained model says, not calibrated, ``(B, F)``; a row may be NaN.
+class Predictor:
+    """A trained model with its weights in place: batches to probabilities, not calibrated.
+
+    Loading takes longer than a batch, so keep one for all batches. The members of an ensemble are
+    averaged; a row whose input holds NaN or infinity becomes NaN.
 
     Parameters
     ----------
     model
         What a run saved.
     encoder
-        The run's, as it is before fine-tuning.
-    pixels
-        As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
+        The run's, as it is before fine-tuning, which it stays. Embeddings need none.
     """
-    if model.tail is None:
-        pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(pixels))
-        outputs = {"embeddings": embeddings, "pooled": pooled}
-        return predict_embeddings(model, *(outputs[name] for name in _columns(model)))
-    tokens = encoder.stem(encoder.prepare(pixels), model.tail["unfreeze_layers"])
-    return predict_tokens(model, encoder, as_cached(tokens, model))
 
+    def __init__(self, model: SavedModel, encoder: Encoder | None = None) -> None:
+        self.model, self._encoder = model, encoder
+        self._bank = HeadBank.from_snapshot(model.head_tensors) if model.tail is None else None
+        self.members = load_members(model, encoder) if model.tail is not None and encoder else []
 
-@torch.inference_mode()
-def predict_tokens(model: SavedModel, encoder: Encoder, tokens: Tensor) -> NDArray[np.float32]:
-    """Probabilities of a fine-tuned model for tokens ``(B, T, W)``; its members are averaged."""
-    with closing(load_members(model, encoder)) as members:
-        mean = torch.stack([torch.sigmoid(member(tokens)) for member in members]).mean(dim=0)
-    finite = mean.isfinite().all(dim=1, keepdim=True)
-    probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
-    return probabilities
+    @torch.inference_mode()
+    def from_pixels(self, pixels: Tensor) -> NDArray[np.float32]:
+        """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them."""
+        assert self._encoder is not None, "pixels go through an encoder"
+        if self.model.tail is None:
+            pooled, embeddings = (part.cpu().numpy() for part in self._encoder.encode(pixels))
+            outputs = {"embeddings": embeddings, "pooled": pooled}
+            return self.from_embeddings(*(outputs[name] for name in FEATURES[self.model.features]))
+        n_unfrozen = self.model.tail["unfreeze_layers"]
+        tokens = self._encoder.stem(self._encoder.prepare(pixels), n_unfrozen)
+        return self.from_tokens(as_cached(tokens, self.model))
 
+    @torch.inference_mode()
+    def from_tokens(self, tokens: Tensor) -> NDArray[np.float32]:
+        """Probabilities ``(B, F)`` of a fine-tuned model for tokens ``(B, T, W)``."""
+        assert self.members, "tokens go through fine-tuned blocks of an encoder"
+        mean = torch.stack([torch.sigmoid(member(tokens)) for member in self.members]).mean(dim=0)
+        finite = mean.isfinite().all(dim=1, keepdim=True)
+        probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
+        return probabilities
 
-def predict_embeddings(model: SavedModel, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities of a trained model, encoder-scale outputs ``(N, D)`` to ``(N, F)``.
+    def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)``.
 
-    The members of an ensemble are averaged; a row of NaN stays NaN.
-
-    Parameters
-    ----------
-    outputs
-        Those of the encoder that the head reads, in the order of
-        :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings alone.
-    """
-    bank = HeadBank.from_snapshot(model.head_tensors)
-    n_rows = len(outputs[0])
-    probabilities = np.empty((n_rows, len(model.findings)), np.float32)
-    for start in range(0, n_rows, _ROWS_AT_ONCE):
-        parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
-        prepared = prepare_features(parts, model.head["input_norm"])
-        prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
-        averaged = predict_probabilities(bank, torch.from_numpy(prepared))
-        probabilities[start : start + len(prepared)] = averaged.numpy()
-    return probabilities
-
-
-def _columns(model: SavedModel) -> tuple[str, ...]:
-    """What the head reads; models from before there was a choice read the embedding."""
-    return FEATURES[model.head.get("features", "projected")]
+        Parameters
+        ----------
+        outputs
+            Those of the encoder that the head reads, in the order of
+            :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings alone.
+        """
+        assert self._bank is not None, "a fine-tuned model reads tokens"
+        n_rows = len(outputs[0])
+        probabilities = np.empty((n_rows, len(self.model.findings)), np.float32)
+        for start in range(0, n_rows, _ROWS_AT_ONCE):
+            parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
+            prepared = prepare_features(parts, self.model.head["input_norm"])
+            prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
+            averaged = predict_probabilities(self._bank, torch.from_numpy(prepared))
+            probabilities[start : start + len(prepared)] = averaged.numpy()
+        return probabilities
 
 
 def predict_store(
@@ -255,8 +276,8 @@ def predict_store(
     columns = [store.findings.index(finding) for finding in model.findings]
     cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
     if model.tail is None:
-        outputs = (store.read_rows(name, rows)[:, 0] for name in _columns(model))
-        probabilities = predict_embeddings(model, *outputs)
+        outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
+        probabilities = Predictor(model).from_embeddings(*outputs)
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)
@@ -273,14 +294,14 @@ def _predict_cached(
     lacking = rows[store.status[rows] != DONE]
     if len(lacking):
         raise StoreIncompleteError(
-            f"{store.path} lacks the tokens of {len(lacking):,} images, the first is "
+            f"{store.path} lacks the tokens of {count(len(lacking), 'image')}, the first is "
             f"{str(store.image_ids[lacking[0]])!r}. Run the `cxr-cache extract --tokens` command "
             "again."
         )
-    parts = []
+    predictor, parts = Predictor(model, encoder), []
     for chosen in np.array_split(rows, -(-len(rows) // _IMAGES_AT_ONCE)):
         tokens = store.read_views("tokens", chosen, np.zeros_like(chosen))
-        parts.append(predict_tokens(model, encoder, torch.from_numpy(tokens)))
+        parts.append(predictor.from_tokens(torch.from_numpy(tokens)))
     return np.concatenate(parts)
 
 
@@ -303,7 +324,3 @@ def _require_same_features(run: Run, model: SavedModel, store: FeatureStore) -> 
                 + "\nAdd them with `cxr-cache extract --tokens --unfreeze-layers "
                 f"{model.tail['unfreeze_layers']}`."
             )
-
-
-def _thresholds(model: SavedModel) -> NDArray[np.float64]:
-    return np.array([model.thresholds[finding] for finding in model.findings])

@@ -23,7 +23,7 @@ from cxr_cache.common.files import (
     write_whole,
 )
 from cxr_cache.common.tables import format_csv
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
@@ -57,7 +57,7 @@ _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
-CARD: Final = "model_card.md"
+_CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
@@ -101,6 +101,17 @@ class SavedModel:
     """Map from the model's probabilities to those the thresholds belong to; None is none."""
 
     @property
+    def n_members(self) -> int:
+        """How many models are averaged: 1 unless it is an ensemble."""
+        return len(self.tensors["weight_0"])
+
+    @property
+    def features(self) -> str:
+        """Which outputs of the encoder the head reads; the embedding before there was a choice."""
+        features: str = self.head.get("features", "projected")
+        return features
+
+    @property
     def head_tensors(self) -> dict[str, Tensor]:
         """Weights of the heads."""
         return {k: v.float() for k, v in self.tensors.items() if not k.startswith(_ENCODER_PREFIX)}
@@ -110,6 +121,17 @@ class SavedModel:
         """Weights of the encoder's fine-tuned blocks, by their names in the checkpoint."""
         return {k: v.float() for k, v in self.tensors.items() if k.startswith(_ENCODER_PREFIX)}
 
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """How the model's probabilities are read."""
+        return OperatingPoint(
+            Calibration.none(len(self.findings))
+            if self.calibration is None
+            else Calibration.from_dict(self.calibration),
+            np.array([self.thresholds[finding] for finding in self.findings]),
+            self.threshold_rule,
+        )
+
     def read_at(self, point: OperatingPoint) -> SavedModel:
         """The model with thresholds and calibration of this operating point instead of its own."""
         return replace(
@@ -118,11 +140,6 @@ class SavedModel:
             threshold_rule=point.rule,
             calibration=point.calibration.to_dict(),
         )
-
-
-def read_calibration(stored: dict[str, Any] | None, n_findings: int) -> Calibration:
-    """The map that a :class:`SavedModel` describes."""
-    return Calibration.none(n_findings) if stored is None else Calibration.from_dict(stored)
 
 
 class Run:
@@ -136,6 +153,20 @@ class Run:
         self.path = path
         self.config = config
         self._let_go: Callable[[], object] = lambda: None
+
+    def __repr__(self) -> str:
+        kind, status = self.config.get("kind", "run"), self.config.get("status", "not finished")
+        lines = [f"Run {self.path} ({kind}, {status})"]
+        if findings := self.config.get("findings"):
+            lines.append(f"  {count(len(findings), 'finding')}: {list_names(findings, 5)}")
+        if encoder := self.config.get("store", {}).get("encoder", {}).get("name"):
+            lines.append(f"  encoder: {encoder}")
+        if "chosen_epochs" in self.config:
+            lines.append(f"  trained for {count(self.config['chosen_epochs'], 'epoch')}")
+        with suppress(RunError, KeyError, TypeError):  # not evaluated, or by an earlier version
+            area = self.read_metrics()["test"]["macro_auroc"]["value"]
+            lines.append(f"  macro AUROC of the test images: {area:.3f}")
+        return "\n".join(lines)
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Run:
@@ -159,7 +190,7 @@ class Run:
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, CARD, *tables):
+        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -292,7 +323,13 @@ class Run:
         return path
 
     def read_table(self, name: TableName) -> pd.DataFrame:
-        """Read ``NAME.csv``; ids are text, whatever they look like."""
+        """Read ``NAME.csv``; ids are text, whatever they look like.
+
+        Raises
+        ------
+        RunError
+            The file is missing or damaged.
+        """
         path = self.path / f"{name}.csv"
         if not path.is_file():
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
@@ -300,24 +337,99 @@ class Run:
         if name in ("predictions", "out_of_fold"):
             text_columns += _read_image_columns(path)
         dtypes = dict.fromkeys(text_columns, str)
-        table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
+        try:
+            table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
+        except ValueError as error:  # pandas' own, and bytes that are not UTF-8
+            raise RunError(f"{path} is damaged ({error}). Train again.") from error
         text = [column for column in dtypes if column in table]
         table[text] = table[text].fillna("")
         return table
 
+    @property
+    def splits(self) -> pd.DataFrame:
+        """Which side of the split each image is on: image_id, study_uid, split, fold."""
+        return self.read_table("splits")
+
+    @property
+    def targets(self) -> pd.DataFrame:
+        """Column image_id and one target per finding: 1, 0 or NaN where unlabelled."""
+        return self.read_table("targets")
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """Probabilities of the final model for every image, with the side it is on.
+
+        They are the model's own; ``run.calibration.apply`` gives those that thresholds belong to.
+        """
+        return self.read_table("predictions")
+
+    @property
+    def out_of_fold(self) -> pd.DataFrame:
+        """Probabilities of train images by models that have not seen them; not calibrated."""
+        return self.read_table("out_of_fold")
+
+    @property
+    def per_finding(self) -> pd.DataFrame:
+        """Figures of every finding on the test images; the run must have been evaluated."""
+        return self.read_table("per_finding")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All figures over the findings, as ``metrics.json`` holds them."""
+        return self.read_metrics()
+
     # -- metrics, plots, page -----------------------------------------------------------
+
+    def write_evaluation(
+        self,
+        metrics: Mapping[str, Any],
+        tables: Mapping[TableName, pd.DataFrame],
+        point: OperatingPoint | None = None,
+    ) -> None:
+        """Write ``metrics.json`` and the tables that belong to it.
+
+        ``metrics.json`` is removed first and written last, so that whoever finds it finds the
+        tables of the same evaluation; after an interruption there is none, and
+        :meth:`read_metrics` says what to do.
+
+        Parameters
+        ----------
+        metrics
+            What is undefined must be None, not NaN.
+        tables
+            CSV files by name.
+        point
+            Thresholds and calibration that the model is to keep from now on; None changes neither.
+        """
+        _dump_metrics(metrics)  # what cannot be written fails before anything is removed
+        model = None if point is None else self.load_model().read_at(point)
+        (self.path / _METRICS).unlink(missing_ok=True)
+        if model is not None:
+            self.save_model(model)
+        for name, table in tables.items():
+            self.write_table(name, table)
+        self.write_metrics(metrics)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; what is undefined must be None, not NaN."""
-        text = json.dumps(metrics, indent=2, allow_nan=False, default=_jsonable)
-        write_whole(self.path / _METRICS, text.encode())
+        write_whole(self.path / _METRICS, _dump_metrics(metrics))
 
     def read_metrics(self) -> dict[str, Any]:
-        """Read ``metrics.json``."""
+        """Read ``metrics.json``.
+
+        Raises
+        ------
+        RunError
+            The file is missing or damaged.
+        """
         path = self.path / _METRICS
-        if not path.is_file():
-            raise RunError(f"{path} is missing. `cxr-cache evaluate {self.path}` writes it.")
-        metrics: dict[str, Any] = json.loads(path.read_text())
+        remedy = f"`cxr-cache evaluate {self.path}` writes it."
+        try:
+            metrics: dict[str, Any] = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise RunError(f"{path} is missing. {remedy}") from error
+        except ValueError as error:
+            raise RunError(f"{path} is damaged ({error}). {remedy}") from error
         return metrics
 
     def plot_path(self, name: str) -> Path:
@@ -337,9 +449,14 @@ class Run:
 
     def write_model_card(self, markdown: str) -> Path:
         """Write ``model_card.md``."""
-        path = self.path / CARD
+        path = self.path / _CARD
         write_whole(path, markdown.encode())
         return path
+
+    def read_model_card(self) -> str:
+        """Read ``model_card.md``; empty where there is none."""
+        path = self.path / _CARD
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def has_table(self, name: TableName) -> bool:
         """Whether ``NAME.csv`` is there; runs of earlier versions lack some."""
@@ -421,57 +538,53 @@ class Run:
         except SafetensorError as error:
             raise RunError(f"{path} is damaged: {error}. Train the run again.") from error
 
-    def load_model(self) -> SavedModel:
-        """Read ``model.safetensors``.
+    def load_model(self, *, with_weights: bool = True) -> SavedModel:
+        """Read ``model.safetensors``; its description alone needs no torch.
 
         Raises
         ------
         RunError
             The file is missing or is not a model of this package.
         """
-        from safetensors import safe_open
-
-        description = self._read_model_description()
-        with safe_open(self.path / _MODEL, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        from cxr_cache.models.heads import find_norm
-
-        # Version 0.1.0 did not write down the norm of the hidden layers.
-        description["head"] = {"norm": find_norm(tensors)} | description["head"]
-        return SavedModel(tensors, **{**description, "findings": tuple(description["findings"])})
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """Probability from which on each finding counts as present."""
-        thresholds: dict[str, float] = self._read_model_description()["thresholds"]
-        return thresholds
-
-    @property
-    def threshold_rule(self) -> str:
-        """How the thresholds were chosen."""
-        rule: str = self._read_model_description()["threshold_rule"]
-        return rule
-
-    @property
-    def calibration(self) -> Calibration:
-        """Map from the model's own probabilities, as tables hold them, to calibrated ones."""
-        description = self._read_model_description()
-        return read_calibration(description["calibration"], len(description["findings"]))
-
-    def _read_model_description(self) -> dict[str, Any]:
         from safetensors import SafetensorError, safe_open
 
         path = self.path / _MODEL
         if not path.is_file():
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         try:
-            with safe_open(path, framework="np") as file:
-                description = json.loads((file.metadata() or {})[_MODEL_ENTRY])
-            description = _LATER_FIELDS | description
-            description["encoder"] = number_decode_rule(description["encoder"])
-            return {field: description[field] for field in _MODEL_FIELDS}
+            with safe_open(path, framework="pt" if with_weights else "np") as file:
+                stored = _LATER_FIELDS | json.loads((file.metadata() or {})[_MODEL_ENTRY])
+                stored["encoder"] = number_decode_rule(stored["encoder"])
+                names = file.keys() if with_weights else ()
+                tensors = {name: file.get_tensor(name) for name in names}
+            description = {field: stored[field] for field in _MODEL_FIELDS}
+            if with_weights and "norm" not in description["head"]:  # as in version 0.1.0
+                from cxr_cache.models.heads import find_norm
+
+                description["head"]["norm"] = find_norm(tensors)
+            return SavedModel(tensors, **{**description, "findings": tuple(stored["findings"])})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """How the model's probabilities are read; tables hold them as the model gives them."""
+        return self.load_model(with_weights=False).operating_point
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Probability from which on each finding counts as present."""
+        return self.load_model(with_weights=False).thresholds
+
+    @property
+    def threshold_rule(self) -> str:
+        """How the thresholds were chosen."""
+        return self.operating_point.rule
+
+    @property
+    def calibration(self) -> Calibration:
+        """Map from the model's own probabilities, as tables hold them, to calibrated ones."""
+        return self.operating_point.calibration
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -526,6 +639,10 @@ def _damaged(path: Path, reason: str) -> RunError:
         f"{path / _CONFIG} {reason}; the run is damaged. Train into another folder, or delete "
         "this one."
     )
+
+
+def _dump_metrics(metrics: Mapping[str, Any]) -> bytes:
+    return json.dumps(metrics, indent=2, allow_nan=False, default=_jsonable).encode()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

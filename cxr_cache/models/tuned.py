@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import copy
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -115,34 +116,37 @@ class TailAndHead(nn.Module):
         return gather_parts(torch.cat(parts), len(rows))
 
 
-def load_members(model: SavedModel, encoder: Encoder) -> Generator[TailAndHead, None, None]:
-    """The members of a fine-tuned model one after the other, ready to predict.
+def load_members(model: SavedModel, encoder: Encoder) -> list[TailAndHead]:
+    """The members of a fine-tuned model, ready to predict for any number of batches.
 
-    They share the encoder: its blocks are the next member's when that is asked for, and its own
-    again in the end. Whoever may leave before it has to close the iterator: where an error keeps
-    it, the encoder would keep a member's blocks.
+    Each has a copy of the encoder that shares every tensor but those of the tuned blocks, which are
+    the model's own: nothing is held twice, and `encoder` stays as it is.
     """
     assert model.tail is not None, "a frozen run has no blocks of its own"
     n_unfrozen = model.tail["unfreeze_layers"]
-    own = copy_tail(encoder, n_unfrozen)
-    tensors = model.tail_tensors | model.head_tensors
-    try:
-        for k in range(len(tensors["weight_0"])):
-            state = {name: tensor[k : k + 1] for name, tensor in tensors.items()}
-            head = {name: state[name] for name in model.head_tensors}
-            member = TailAndHead(
-                encoder,
-                HeadBank.from_snapshot(head, device=encoder.device),
-                n_unfrozen,
-                input_norm=model.head["input_norm"],
-                precision=model.tail["precision"],
-            )
-            member.restore(state)
-            yield member.eval()
-    finally:
-        encoder.requires_grad_(False)
-        for name, tensor in own.items():
-            encoder.get_parameter(name).copy_(tensor)
+    tail_tensors, head_tensors = (
+        {name: tensor.to(encoder.device) for name, tensor in tensors.items()}
+        for tensors in (model.tail_tensors, model.head_tensors)
+    )
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    members = []
+    for k in range(model.n_members):
+        blocks = {
+            id(encoder.get_parameter(name)): nn.Parameter(tail_tensors[name][k])
+            for name in trainable_parameter_names(encoder, n_unfrozen)
+        }
+        member = TailAndHead(
+            copy.deepcopy(encoder, memo=shared | blocks),
+            HeadBank.from_snapshot(
+                {name: tensor[k : k + 1] for name, tensor in head_tensors.items()},
+                device=encoder.device,
+            ),
+            n_unfrozen,
+            input_norm=model.head["input_norm"],
+            precision=model.tail["precision"],
+        )
+        members.append(member.eval().requires_grad_(False))
+    return members
 
 
 def as_cached(tokens: Tensor, model: SavedModel) -> Tensor:

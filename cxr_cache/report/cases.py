@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_cache.common.wording import count
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import ConfigError, ImageError
 from cxr_cache.evaluation.scored import ScoredImages
-from cxr_cache.models.explain import count_blocks, load_traceable_model, map_findings
+from cxr_cache.metrics.scores import FloatArray
+from cxr_cache.models.explain import load_traceable_model
 from cxr_cache.models.run import Run
 
 Kind: TypeAlias = Literal["hits", "misses", "false_alarms"]
@@ -37,7 +39,7 @@ class Case(TypedDict):
 
 
 def find_cases(
-    images: ScoredImages, thresholds: Sequence[float], per_kind: int = PER_KIND
+    images: ScoredImages, thresholds: FloatArray | Sequence[float], per_kind: int = PER_KIND
 ) -> dict[str, dict[Kind, list[Case]]]:
     """The most confident hits, misses and false alarms of each finding.
 
@@ -125,7 +127,7 @@ def draw_maps(
     RunError, EncoderError
         As in :func:`cxr_cache.models.explain.explain_images`.
     """
-    model = load_traceable_model(run, encoder)
+    traced = load_traceable_model(run, encoder)
     image_ids = {
         finding: [case["image_id"] for of_kind in kinds.values() for case in of_kind]
         for finding, kinds in cases.items()
@@ -136,8 +138,7 @@ def draw_maps(
         pixels = _read(Path(image_dir), ids, encoder.preprocessing)
         if pixels:
             batch = torch.from_numpy(np.stack(list(pixels.values())))
-            columns = [model.findings.index(finding)]
-            maps = map_findings(model, encoder, batch, columns, count_blocks(model))[0]
+            maps = traced.map_findings(batch, [traced.model.findings.index(finding)])[0]
             by_finding[finding] = dict(zip(pixels, map(_pack, maps.numpy()), strict=True))
         n_done += len(ids)
         if on_progress is not None:
@@ -206,7 +207,7 @@ def draw_thumbnails(
             problems.append(f"{image_id}: {error}.")
     if problems and not pictures:
         raise ConfigError(
-            f"{image_dir} holds none of the {len(problems)} images to show; the first is "
+            f"{image_dir} holds none of the {count(len(problems), 'image')} to show; the first is "
             f"{problems[0]} Give the folder that the run's images were read from."
         )
     return pictures, problems

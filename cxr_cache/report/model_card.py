@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-import yaml
 
 from cxr_cache.config import CardConfig
+from cxr_cache.common.wording import count
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.evaluation.figures import MEASURES
-from cxr_cache.models.run import CARD, Run
+from cxr_cache.models.run import Run
 from cxr_cache.report.page import make_environment
 from cxr_cache.report.views import RunView
 
@@ -20,6 +20,11 @@ UNKNOWN: Final = CardConfig.license_id
 _TAGS: Final = ("chest-x-ray", "radiology", "medical", "multi-label-classification", "cxr-cache")
 _DIGITS: Final = 4
 _HUB_PREFIX: Final = "hf-hub:"
+_STATED: Final = {
+    "license_id": r"^license: *(\S+)$",
+    "dataset_id": r"^datasets:\n *- *(\S+)$",
+}
+"""Where the header has what a run does not know of itself."""
 
 # Figure in metrics.json, metric of the Hub, name.
 _METRICS: Final = (
@@ -65,14 +70,11 @@ def render_card(view: RunView, *, license_id: str = UNKNOWN, dataset_id: str = U
     return f"---\n{_header(view, license_id, dataset_id)}\n---\n\n{body.strip()}\n"
 
 
-def read_card(run: Run) -> dict[str, Any]:
+def read_card(run: Run) -> dict[str, str]:
     """What a run's card states of licence and data set, to write it again; empty without a card."""
-    path = run.path / CARD
-    if not path.is_file():
-        return {}
-    header = yaml.safe_load(path.read_text(encoding="utf-8").split("---")[1]) or {}
-    [dataset_id] = header.get("datasets") or [UNKNOWN]
-    return {"license_id": str(header.get("license", UNKNOWN)), "dataset_id": str(dataset_id)}
+    header = run.read_model_card().partition("\n---\n")[0]
+    found = {name: re.search(line, header, re.MULTILINE) for name, line in _STATED.items()}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def _header(view: RunView, license_id: str, dataset_id: str) -> str:
@@ -84,8 +86,8 @@ def _header(view: RunView, license_id: str, dataset_id: str) -> str:
             task_type="image-classification",
             task_name="multi-label findings on chest X-rays",
             dataset_type=dataset_id,
-            dataset_name=f"{dataset_id} ({metrics['n_test_images']} test images of "
-            f"{metrics['n_test_studies']} studies)",
+            dataset_name=f"{dataset_id} ({count(metrics['n_test_images'], 'test image')} of "
+            f"{count(metrics['n_test_studies'], 'study')})",
             dataset_split="test",
             metric_type=kind,
             metric_name=name,

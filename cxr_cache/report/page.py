@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import jinja2
 
+from cxr_cache.common import wording
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.compare import COMPARED
@@ -96,6 +97,8 @@ def make_environment() -> jinja2.Environment:
         "fixed": _fixed,
         "percent": _percent,
         "count": _count,
+        "counted": wording.count,
+        "names": wording.list_names,
         "plain": _plain,
         "log_share": _log_share,
         "plural": UNITS.get,

@@ -127,7 +127,7 @@ def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:
     cases = []
     for run in runs:
         images = read_scored(run)
-        cuts = [run.thresholds[finding] for finding in images.findings]
+        cuts = run.operating_point.thresholds
         cases.append(find_cases(images, cuts, max(1, PER_KIND // len(runs))))
     image_ids = [
         case["image_id"]

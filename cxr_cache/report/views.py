@@ -42,6 +42,11 @@ _ZERO_SHOT_COLUMNS: Final = (
     *("finding", "n_positive"),
     *(name + bound for name in _FIGURES_OF_ZERO_SHOT for bound in ("", "_low", "_high")),
 )
+_FEATURES: Final = {
+    "projected": "embeddings",
+    "pooled": "pooled outputs (before the projection)",
+    "both": "embeddings and pooled outputs",
+}
 _SAME_AUROC: Final = 1e-6
 
 Record = dict[str, Any]
@@ -82,6 +87,20 @@ class RunView:
         """The options it was trained with."""
         options: dict[str, Any] = self.config[self.config["kind"]]
         return options
+
+    @property
+    def head(self) -> str:
+        """What the trained head is; runs that do not say have the reference's."""
+        hidden = self.options.get("hidden", (512, 256))
+        norm = {"batch": "batch norm", "layer": "layer norm"}[self.options.get("norm", "batch")]
+        layers = ("linear", "two-layer", "three-layer", "four-layer")
+        kind = layers[len(hidden)] if len(hidden) < len(layers) else f"{len(hidden) + 1}-layer"
+        return f"{kind} head" + (f" with {norm}" if hidden else "")
+
+    @property
+    def features(self) -> str:
+        """Which outputs of the encoder it reads."""
+        return _FEATURES[self.options.get("features", "projected")]
 
 
 def read_view(run: Run, name: str | None = None) -> RunView:

@@ -43,6 +43,7 @@ from cxr_cache.common.files import (
     sync_folder,
     write_at,
 )
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort
 from cxr_cache.errors import (
     ConfigError,
@@ -287,6 +288,17 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return self.n_images
+
+    def __repr__(self) -> str:
+        rows = self.count_rows()
+        shapes = (f"{name} {shape}" for name, shape in self.feature_shapes.items())
+        return (
+            f"FeatureStore {self.path}: {count(len(self), 'image')} = {rows.n_done:,} done + "
+            f"{rows.n_failed:,} failed + {rows.n_pending:,} pending\n"
+            f"  {count(len(self.findings), 'finding')}: {list_names(self.findings, 5)}\n"
+            f"  encoder: {self.header.encoder['name']}\n"
+            f"  one row: {', '.join(shapes)}"
+        )
 
     # -- reading ------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from joblib import cpu_count
 
 from cxr_cache.common.backends import open_backend, streams_results
 from cxr_cache.common.files import write_whole
-from cxr_cache.common.wording import suggest
+from cxr_cache.common.wording import first_lines, suggest
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split
@@ -56,6 +56,9 @@ class Ablation:
     notes: tuple[str, ...] = ()
     is_random: bool = False
     """Whether the encoder has random weights."""
+
+    def __repr__(self) -> str:
+        return first_lines(self.to_text(n_shown=8))
 
     @property
     def best(self) -> Setting:

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import first_lines, list_names
 from cxr_cache.config import Recipe
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
@@ -30,6 +30,9 @@ class TrainResult:
     notes: tuple[str, ...]
     metrics: dict[str, Any] | None = None
     """What ``metrics.json`` holds; None where the run was not evaluated."""
+
+    def __repr__(self) -> str:
+        return first_lines(f"{self.run!r}\n{self.to_text()}")
 
     @property
     def search(self) -> pd.DataFrame:

@@ -289,7 +289,7 @@ def test_a_file_that_cannot_be_read_is_listed(planted, tmp_path):
     with FeatureStore.open(path) as store:
         found = audit_store(store, image_dir=tmp_path / "images")
     assert found.unreadable["image_id"].tolist() == [source]
-    assert "1 files could not be read" in found.to_text()
+    assert "1 file could not be read" in found.to_text()
 
 
 def test_facts_about_pictures():
@@ -390,6 +390,16 @@ def test_nothing_is_gained_where_studies_hold_single_images(tmp_path):
     assert all(arm.n_shared == 0 for arm in found.arms)
     assert found.gain_on_same_images.value == pytest.approx(0, abs=0.05)
     assert "[95 % interval over studies]" in found.to_text()
+
+
+def test_a_single_training_has_no_spread(leaking):
+    """It said "sd nan", and wrote NaN, which JSON has not."""
+    path, run_dir = leaking
+    with FeatureStore.open(path) as store:
+        found = measure_leakage(store, Run.open(run_dir), n_repeats=1, n_resamples=20)
+    assert "nan" not in found.to_text()
+    assert "mean of 1 training [" in found.to_text()
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_the_leak_is_measured_over_patients_where_they_are_known(tmp_path):

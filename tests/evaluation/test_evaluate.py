@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors
 import torch
 from sklearn import metrics as reference
 
@@ -287,7 +288,7 @@ def test_wrong_tables_are_named():
 
     with pytest.raises(TableError, match=r"predictions: no column 'Mass'"):
         parse_predictions(predictions.drop(columns="Mass"), targets, FINDINGS)
-    with pytest.raises(TableError, match=r"no row for 1 predicted images, the first is '0007.png'"):
+    with pytest.raises(TableError, match=r"no row for 1 predicted image, the first is '0007.png'"):
         parse_predictions(predictions, targets.drop(index=7), FINDINGS)
     with pytest.raises(TableError, match=r"image_id '0003.png' has more than one row"):
         parse_predictions(predictions, pd.concat([targets, targets.iloc[[3]]]), FINDINGS)
@@ -652,3 +653,59 @@ def test_a_run_without_its_tables_says_so(run):
 
     with pytest.raises(RunError, match=r"out_of_fold.csv is missing; the run folder is not whole"):
         score_run(run, threshold_rule="youden")
+
+
+def test_the_file_of_weights_is_opened_once(run, monkeypatch):
+    """It was opened 38 times: once for each threshold."""
+    opened = []
+    real = safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda *a, **k: (opened.append(a[0]), real(*a, **k))[1]
+    )
+    score_run(run, n_resamples=0)
+    assert len(opened) == 1
+    score_run(run, threshold_rule="youden", n_resamples=0)
+    assert len(opened) == 3, "once more, with the weights, to store the new thresholds"
+
+
+@pytest.mark.parametrize("fails_at", ["save_model", "subgroups", "curves"])
+def test_an_interrupted_evaluation_leaves_no_figures_of_another(run, monkeypatch, fails_at):
+    """New tables beside an old metrics.json would make a page of both."""
+    score_run(run, n_resamples=0)
+    write_table, save_model = Run.write_table, Run.save_model
+
+    def stop(self: Run, name: Any, *rest: Any) -> Any:
+        if fails_at == "save_model" and not rest:
+            raise KeyboardInterrupt
+        if name == fails_at:
+            raise KeyboardInterrupt
+        return write_table(self, name, *rest) if rest else save_model(self, name)
+
+    monkeypatch.setattr(Run, "write_table", stop)
+    monkeypatch.setattr(Run, "save_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score_run(run, threshold_rule="sensitivity=0.9", n_resamples=0)
+    monkeypatch.undo()
+    with pytest.raises(
+        RunError, match=r"metrics\.json is missing\. `cxr-cache evaluate .*` writes"
+    ):
+        run.read_metrics()
+    score_run(run, threshold_rule="sensitivity=0.9", n_resamples=0)
+    assert run.read_metrics()["threshold_rule"] == "sensitivity=0.9"
+
+
+def test_what_cannot_be_evaluated_leaves_the_figures_that_are_there(run, tmp_path):
+    before = score_run(run, n_resamples=0)
+    (tmp_path / "groups.csv").write_text("image_id,sex\nnobody,F\n")
+    with pytest.raises(TableError, match="has no row for any of"):
+        score_run(run, threshold_rule="youden", groups=tmp_path / "groups.csv", n_resamples=0)
+    assert run.read_metrics()["test"] == before["test"]
+    assert run.threshold_rule == "f1", "and the model keeps its thresholds"
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.csv"])
+def test_a_damaged_file_of_a_run_is_named(run, name):
+    score_run(run, n_resamples=0)
+    (run.path / name).write_bytes(b'image_id,"\xff\n1')
+    with pytest.raises(RunError, match=rf"{name} is damaged"):
+        run.read_metrics() if name == "metrics.json" else run.read_table("predictions")

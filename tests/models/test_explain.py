@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
@@ -16,6 +19,7 @@ from PIL import Image
 
 from cxr_cache.cli.main import cli
 from cxr_cache.config import ExtractConfig, FinetuneConfig, TrainConfig
+from cxr_cache.datasets import images as images_module
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
 from cxr_cache.encoders.encoder import Encoder
@@ -24,15 +28,16 @@ from cxr_cache.errors import ConfigError, EncoderError, ImageError, RunError
 from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.explain import (
     Explanation,
+    TraceableModel,
     explain_images,
     find_extent,
-    map_findings,
     parse_findings,
     roll_out,
 )
 from cxr_cache.models.export_onnx import plain_heads
 from cxr_cache.models.predict import predict_images
 from cxr_cache.models.run import Run
+from cxr_cache.models.tuned import TailAndHead
 from cxr_cache.report.cases import Case, draw_maps
 from cxr_cache.report.plots import write_explanations
 from cxr_cache.store.extract import extract_embeddings
@@ -165,7 +170,7 @@ def test_a_map_is_attention_times_gradient_seen_from_inside_timm(runs, tiny):
         attn.fused_attn = fused
     assert len(maps) == 2, "two members"
     expected = torch.stack(maps).mean(dim=0).view(2, *tiny.patch_grid).detach()
-    found = map_findings(model, tiny, pixels, [1, 0], 1)
+    found = TraceableModel(model, tiny).map_findings(pixels, [1, 0], 1)
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-9)
     assert not torch.allclose(found[1], expected, rtol=1e-2, atol=1e-9), "each finding has its own"
 
@@ -174,12 +179,14 @@ def test_the_encoder_is_as_before_and_fine_tuned_blocks_count(runs, tiny):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     model = Run.open(runs["tuned"]).load_model()
     pixels = draw_pixels(1, SIZE_PX)
-    tuned = map_findings(model, tiny, pixels, [0], 2)
+    tuned = TraceableModel(model, tiny).map_findings(pixels, [0], 2)
     for name, tensor in tiny.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert not any(parameter.requires_grad for parameter in tiny.parameters())
     head_alone = replace(model, tensors=model.head_tensors, tail=None)
-    assert not torch.allclose(tuned, map_findings(head_alone, tiny, pixels, [0], 2), rtol=1e-3)
+    assert not torch.allclose(
+        tuned, TraceableModel(head_alone, tiny).map_findings(pixels, [0], 2), rtol=1e-3
+    )
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -194,6 +201,30 @@ def test_the_probability_is_the_one_of_predict(runs, tiny, kind):
     assert found.probability == pytest.approx(float(expected.probabilities[0, 1]))
     assert found.threshold == run.thresholds["Consolidation"]
     assert found.picture.shape == (SIZE_PX, SIZE_PX)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "tuned"])
+def test_each_file_is_read_once_and_the_model_once_in_all(runs, tiny, kind, monkeypatch):
+    """A file was read three times, and the model loaded again for every image."""
+    opened: Counter[str] = Counter()
+    read_file, safe_open, init = (
+        images_module._read_file,
+        safetensors.safe_open,
+        TailAndHead.__init__,
+    )
+
+    def count(name: str, function: Any) -> Any:
+        return lambda *args, **options: (opened.update([name]), function(*args, **options))[1]
+
+    monkeypatch.setattr(images_module, "_read_file", count("files", read_file))
+    monkeypatch.setattr(safetensors, "safe_open", count("models", safe_open))
+    monkeypatch.setattr(TailAndHead, "__init__", count("members", init))
+    paths = [runs["images"] / f"{k}.png" for k in range(3)]
+    found = list(explain_images(Run.open(runs[kind]), paths, FINDINGS[:2], tiny))
+    assert len(found) == 6
+    assert opened["files"] == 3
+    assert opened["models"] == 1
+    assert opened["members"] == (kind == "tuned")
 
 
 def test_the_map_lies_where_the_encoder_looked():
@@ -336,7 +367,9 @@ def locate(run: Run, encoder: Encoder, n_blocks: int, n_images: int = 40) -> dic
             for _, (x0, y0, x1, y1) in boxes:
                 inside[-1][y0:y1, x0:x1] = True
         batch = torch.from_numpy(np.stack(pictures))
-        maps = map_findings(run.load_model(), encoder, batch, [f], n_blocks)[0].numpy()
+        maps = (
+            TraceableModel(run.load_model(), encoder).map_findings(batch, [f], n_blocks)[0].numpy()
+        )
         scaled = maps / maps.sum(axis=(1, 2), keepdims=True)
         own, regions = np.arange(n_images), np.stack(inside)
 

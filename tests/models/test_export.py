@@ -36,7 +36,7 @@ from cxr_cache.models import export_onnx
 from cxr_cache.models.export import export_run
 from cxr_cache.models.export_onnx import build_whole_model, in_full_precision
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.models.predict import predict_images, predict_pixels
+from cxr_cache.models.predict import Predictor, predict_images
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import load_members
 from scripts.write_random_biomedclip import write_biomedclip_folder
@@ -475,7 +475,7 @@ def test_an_onnx_file_averages_fine_tuned_members_for_any_number_of_images(expor
     """Tokens that training read from a store are rounded as there."""
     run, path = exported
     pixels = draw_pixels(5, 160)
-    expected = predict_pixels(run.load_model(), tiny, pixels)
+    expected = Predictor(run.load_model(), tiny).from_pixels(pixels)
 
     assert np.ptp(expected, axis=0).max() > 1e-2, "all images look alike"
     for n_images in (1, 2, 5):
@@ -515,7 +515,7 @@ def test_an_onnx_file_gives_the_probabilities_of_predict(
 
     summary = export_run(run, tmp_path / "model.onnx", "onnx")
 
-    expected = run.calibration.apply(predict_pixels(run.load_model(), encoder, pixels))
+    expected = run.calibration.apply(Predictor(run.load_model(), encoder).from_pixels(pixels))
     assert np.ptp(expected, axis=0).max() > 1e-2, "all images look alike"
     for n_images in (1, 5):
         given = run_onnx(tmp_path / "model.onnx", pixels[:n_images])
@@ -583,9 +583,9 @@ def test_a_run_in_bf16_is_exported_in_fp32_and_says_so(tmp_path, clip):
     with torch.inference_mode():
         probabilities = build_whole_model(model, clip)(pixels)
 
-    expected = predict_pixels(in_full_precision(model), clip, pixels)
+    expected = Predictor(in_full_precision(model), clip).from_pixels(pixels)
     np.testing.assert_allclose(probabilities, expected, atol=1e-6)
-    assert 1e-4 < np.abs(predict_pixels(model, in_bf16, pixels) - expected).max() < 0.05
+    assert 1e-4 < np.abs(Predictor(model, in_bf16).from_pixels(pixels) - expected).max() < 0.05
     assert "in the run: encoder bf16, blocks bf16, tokens float32." in summary.notes[-1]
 
 
@@ -612,9 +612,8 @@ def test_a_file_that_computes_something_else_is_not_kept(
 ):
     run, path = exported
     monkeypatch.setattr(export_onnx, "_convert", lambda *given: shutil.copy(path, given[-1]))
-    monkeypatch.setattr(
-        export_onnx, "predict_pixels", lambda *given: predict_pixels(*given) + np.float32(error)
-    )
+    sound = Predictor.from_pixels
+    monkeypatch.setattr(Predictor, "from_pixels", lambda *given: sound(*given) + np.float32(error))
     with pytest.raises(ExportError, match=rf"none was kept:\n.*torch's by {shown}[\s\S]*torch 2"):
         export_run(run, tmp_path / "model.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
@@ -701,6 +700,6 @@ def test_biomedclip_at_full_size(tmp_path):
     assert all(torch.equal(written[k], v) for k, v in original.items() if k not in tuned)
     np.testing.assert_allclose(
         run_onnx(tmp_path / "model.onnx", pixels),
-        predict_pixels(run.load_model(), encoder, pixels),
+        Predictor(run.load_model(), encoder).from_pixels(pixels),
         atol=1e-4,
     )

@@ -33,7 +33,7 @@ from cxr_cache.models import predict as predict_module
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.predict import (
     Predictions,
-    predict_embeddings,
+    Predictor,
     predict_images,
     predict_store,
     require_encoder_of_run,
@@ -221,7 +221,7 @@ def test_an_ensemble_averages_the_probabilities_of_its_members(run):
     embeddings = 50 * np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
     embeddings[3] = np.nan
 
-    probabilities = predict_embeddings(model, embeddings)
+    probabilities = Predictor(model).from_embeddings(embeddings)
 
     x = torch.nn.functional.normalize(torch.from_numpy(embeddings), dim=-1)
     with torch.no_grad():
@@ -340,7 +340,7 @@ def test_another_hospitals_store_is_predicted_with_findings_in_the_runs_order(
     kept = np.delete(np.arange(40), 4)
     assert predictions["image_id"].tolist() == cohort.image_ids[kept].tolist()
     np.testing.assert_array_equal(targets[list(FINDINGS)], cohort.targets[kept])
-    expected = predict_embeddings(imported_run.load_model(), values[kept, 0])
+    expected = Predictor(imported_run.load_model()).from_embeddings(values[kept, 0])
     np.testing.assert_array_equal(predictions[list(FINDINGS)], expected)
 
 

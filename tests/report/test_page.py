@@ -237,6 +237,22 @@ def test_a_finding_opens_to_its_curves_by_mouse_and_keyboard(see, page, run):
     assert detail.count() == 1
 
 
+def test_names_of_groups_are_written_in_words(see, run, folder):
+    """Only the first of several underscores was replaced."""
+    ids = run.read_table("predictions")["image_id"]
+    rows = "".join(f"{image_id},{k % 2}0s\n" for k, image_id in enumerate(ids))
+    (folder / "groups.csv").write_text("image_id,age_group_decade\n" + rows)
+    grouped = copy_run(run, folder / "grouped")
+    evaluate_run(grouped, groups=folder / "groups.csv", n_resamples=20)
+    file = folder / "grouped.html"
+    file.write_text(render_page([read_view(grouped)]))
+    opened = see(file)
+    opened.tab.locator("#finding-table button.open").first.click()
+    groups = opened.texts(".panel table tbody th")
+    assert {"age group decade 00s", "age group decade 10s"} <= set(groups)
+    assert "age_group" not in opened.tab.locator("body").inner_text().replace("groups.csv", "")
+
+
 def test_the_roc_curve_ends_where_it_must_and_meets_the_threshold(see, page, run):
     """Back from pixels to rates: the drawing is that of the table."""
     seen = see(page)

@@ -23,7 +23,9 @@ from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.evaluation.zero_shot import name_prompts, tabulate_areas
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
+from cxr_cache.jobs import runs as jobs
 from cxr_cache.models.run import Run
+from cxr_cache.report.model_card import read_card, render_card
 from cxr_cache.report.page import render_page
 from cxr_cache.report.plots import PLOTS, draw_class_distribution, draw_plots
 from cxr_cache.report.report import write_joint_report, write_report
@@ -301,6 +303,56 @@ def test_a_run_evaluated_before_curves_were_kept_still_gets_its_page(evaluated, 
 def test_the_chosen_number_of_epochs_is_marked(page):
     assert "4 epochs were chosen" in page.text
     assert "4 (chosen)" in page.text
+
+
+def test_a_card_tells_what_it_states_of_licence_and_data(evaluated, tmp_path):
+    """So that it can be written again; whatever a person made of it in the meantime."""
+    run = copy_run(evaluated, tmp_path / "run")
+    write_report(run, license_id="cc-by-4.0", dataset_id="me/chest")
+    stated = {"license_id": "cc-by-4.0", "dataset_id": "me/chest"}
+    assert read_card(run) == stated
+    jobs.evaluate_run(run, threshold_rule="sensitivity=0.9", calibration="platt", n_resamples=20)
+    for text in (run.report_path.read_text(), run.read_model_card()):
+        assert "sensitivity=0.9" in text
+    assert read_card(run) == stated
+    card = run.path / "model_card.md"
+    for changed in ("", "# no header", "---\ndatasets: []\n---\n", "---\n: {\n---\n"):
+        card.write_text(changed)
+        assert read_card(run) == {}
+    card.unlink()
+    assert read_card(run) == {}
+
+
+def test_one_of_a_thing_is_in_the_singular_and_commas_in_names_separate_nothing(evaluated):
+    """As in "1 images of 1 studies", and findings whose names run together in a list."""
+    view = read_view(evaluated)
+    names = ["Opacity, lung", "Mass"]
+    metrics = view.metrics | {"n_test_images": 1, "n_test_studies": 1, "findings_undefined": names}
+    one = replace(view, metrics=metrics)
+    for text in (Page(render_page([one])).text, render_card(one)):
+        assert "1 images" not in text
+        assert "1 studies" not in text
+        assert "Opacity, lung; Mass" in text
+    assert "1 test image of 1 study" in Page(render_page([one])).text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "three-layer head with batch norm on frozen embeddings of"),
+        (
+            {"hidden": [64], "norm": "layer", "features": "pooled"},
+            "two-layer head with layer norm on frozen pooled outputs (before the projection) of",
+        ),
+        ({"hidden": [], "features": "both"}, "linear head on frozen embeddings and pooled outputs"),
+    ],
+)
+def test_page_and_card_tell_which_head_was_trained(evaluated, options, words):
+    """They said a three-layer head on embeddings, whatever the recipe asked for."""
+    view = read_view(evaluated)
+    view = replace(view, config=view.config | {"train": view.options | options})
+    assert f"A {words}" in Page(render_page([view])).text
+    assert f"a {words}" in render_card(view)
 
 
 def test_random_weights_get_a_banner(evaluated, page):

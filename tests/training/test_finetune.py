@@ -26,9 +26,11 @@ from cxr_cache.errors import (
 )
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import score_run
-from cxr_cache.models.explain import map_findings
-from cxr_cache.models.predict import predict_images, predict_store, predict_tokens
+from cxr_cache.models import predict as predict_module
+from cxr_cache.models.explain import TraceableModel
+from cxr_cache.models.predict import Predictor, predict_images, predict_store
 from cxr_cache.models.run import Run
+from cxr_cache.models.tuned import TailAndHead
 from cxr_cache.report.report import write_report
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
@@ -575,6 +577,24 @@ def test_bf16_is_recorded_and_predicts_alike(store, images, encoder, tmp_path):
     np.testing.assert_allclose(found, expected.iloc[:9].to_numpy(np.float32), atol=0.02)
 
 
+def test_members_are_loaded_once_however_many_images_there_are(tuned, images, encoder, monkeypatch):
+    """They were loaded anew for every 32 images."""
+    paths = sorted(images.iterdir())[:7]
+    expected = predict_images(tuned, paths, encoder).probabilities
+    loaded = []
+    init = TailAndHead.__init__
+    monkeypatch.setattr(
+        TailAndHead, "__init__", lambda self, *a, **k: (loaded.append(self), init(self, *a, **k))[1]
+    )
+    monkeypatch.setattr(predict_module, "_IMAGES_AT_ONCE", 2)
+    found = predict_images(tuned, paths, encoder).probabilities
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert len(loaded) == tuned.load_model().n_members
+    tensors = {id(tensor) for one in loaded for tensor in one.encoder.parameters()}
+    tail = sum(len(one.tail) for one in loaded)
+    assert len(tensors) == len(list(encoder.parameters())) + tail - len(loaded[0].tail)
+
+
 def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypatch):
     """Train with test targets turned upside down: thresholds and weights stay the same."""
     plain = tune_run(store, tmp_path / "a", TUNED).run
@@ -600,9 +620,9 @@ def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "use",
     [
-        lambda model, encoder: predict_tokens(model, encoder, torch.zeros(1, 5, 7)),
-        lambda model, encoder: map_findings(
-            model, encoder, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [99], 2
+        lambda model, encoder: Predictor(model, encoder).from_tokens(torch.zeros(1, 5, 7)),
+        lambda model, encoder: TraceableModel(model, encoder).map_findings(
+            torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [99], 2
         ),
     ],
     ids=["predict", "explain"],

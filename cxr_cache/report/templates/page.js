@@ -355,7 +355,7 @@
         if (detail) detail.hidden = !isShown;
         n += isShown;
       }
-      said.textContent = `${n} of ${rows.length} findings`;
+      said.textContent = `${n} of ${rows.length} ${rows.length === 1 ? "finding" : "findings"}`;
     }
     words.addEventListener("input", filter);
     enough.addEventListener("change", filter);
