@@ -35,7 +35,7 @@ def number_decode_rule(encoder: Mapping[str, Any]) -> dict[str, Any]:
 
     Version 0.1.0 stored the rule in words, which begin with that number.
     """
-    preprocessing = encoder.get("preprocessing")
+    preprocessing: Any = encoder.get("preprocessing")
     rule = preprocessing.get("decode_rule") if isinstance(preprocessing, Mapping) else None
     if not isinstance(rule, str) or not (found := re.match(r"rule (\d+)\.", rule)):
         return dict(encoder)

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.config import AuditConfig
 from cxr_cache.common.files import write_whole
 from cxr_cache.common.wording import count, first_lines
+from cxr_cache.config import AuditConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.errors import ConfigError, StoreIncompleteError
 from cxr_cache.evaluation.audit_images import (

@@ -276,7 +276,8 @@ def refresh_report(run: Run) -> Path | None:
         return None
     had_pictures = b"data:image/jpeg" in run.report_path.read_bytes()
     with what_is_left(run, ["report"], "evaluated; its page still shows the figures of before"):
-        page = write_report(run, **read_card(run))
+        card: Any = read_card(run)
+        page = write_report(run, **card)
     logger.info("%s shows the new figures", page)
     if had_pictures:
         command = shlex.join(["cxr-cache", "report", str(run.path)])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-
-from cxr_cache.config import CardConfig
 from cxr_cache.common.wording import count
+from cxr_cache.config import CardConfig
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.evaluation.figures import MEASURES

@@ -243,7 +243,7 @@ def test_names_of_groups_are_written_in_words(see, run, folder):
     rows = "".join(f"{image_id},{k % 2}0s\n" for k, image_id in enumerate(ids))
     (folder / "groups.csv").write_text("image_id,age_group_decade\n" + rows)
     grouped = copy_run(run, folder / "grouped")
-    evaluate_run(grouped, groups=folder / "groups.csv", n_resamples=20)
+    score_run(grouped, groups=folder / "groups.csv", n_resamples=20)
     file = folder / "grouped.html"
     file.write_text(render_page([read_view(grouped)]))
     opened = see(file)
