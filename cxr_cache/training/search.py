@@ -253,7 +253,7 @@ def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[fl
     Parameters
     ----------
     histories
-        One row per epoch of each fold, as :attr:`cxr_cache.training.fit.Trajectory.history` has.
+        The history of each fold's :class:`cxr_cache.training.fit.Trajectory`, one row per epoch.
     """
     n_epochs = round(np.mean([len(history) for history in histories]))
     rates = [

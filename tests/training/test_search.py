@@ -190,7 +190,7 @@ def test_test_rows_could_hold_anything(data, split, final, loss):
 
 def test_a_refit_replays_the_folds_mean_rates_on_all_rows(data, split):
     """Geometric, because rates are halved: 8e-4 and 2e-4 meet at 4e-4."""
-    config = replace(QUICK, patience=0, learning_rate=0.1, epochs=(8,))
+    config = replace(QUICK, final="refit", patience=0, learning_rate=0.1, epochs=(8,))
     search = search_epochs(data, split, config)
 
     bank, history = train_final(data, split, search, config)
@@ -214,7 +214,14 @@ def test_a_refit_replays_the_folds_mean_rates_on_all_rows(data, split):
 
 
 def test_a_refit_stops_after_the_mean_of_the_folds_stops(data, split):
-    config = replace(QUICK, early_stopping=1, learning_rate=0.03, schedule="constant", epochs=(60,))
+    config = replace(
+        QUICK,
+        final="refit",
+        early_stopping=1,
+        learning_rate=0.03,
+        schedule="constant",
+        epochs=(60,),
+    )
     search = search_epochs(data, split, config)
     stops = [len(trajectory.history) for trajectory in search.trajectories[60]]
 
