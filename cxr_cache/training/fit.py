@@ -263,7 +263,7 @@ class HeadFit:
         started = time.perf_counter()
         if self._learning_rates is not None:
             self._optimizer.set_learning_rate(self._learning_rates[epoch - 1])
-        rates = self._optimizer.learning_rates
+        rates = self._optimizer.rates_by_head
         train_losses = self._train()
         val_losses, probabilities = self._score()
         # Without held-out rows, no loss has seen the last step of the epoch; the weights have.
