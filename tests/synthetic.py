@@ -31,6 +31,7 @@ QUICK = TrainConfig(
     batch_size=16,
     learning_rate=3e-3,
     hidden=(12, 8),
+    final="refit",
     n_jobs=1,
 )
 """Every part of the reference's recipe, at a hundredth of its size."""

@@ -26,7 +26,7 @@ from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import FINAL_FOLD, Run
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import TrainingData, find_done_rows, read_features
-from cxr_cache.training.fit import HeadTask, count_steps, fit_heads
+from cxr_cache.training.fit import HeadTask, fit_heads
 from cxr_cache.training.search import average_rates
 
 BY_STUDY: Final = "split by study"
@@ -208,7 +208,6 @@ def _train(
         tasks,
         config,
         n_epochs=len(rates),
-        n_steps=count_steps(tasks, config.batch_size),
         keep=[len(rates)],
         learning_rates=rates,
     )

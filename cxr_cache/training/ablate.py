@@ -18,8 +18,8 @@ from joblib import cpu_count
 
 from cxr_cache.common.backends import open_backend, streams_results
 from cxr_cache.common.files import write_whole
-from cxr_cache.common.wording import first_lines, suggest
-from cxr_cache.config import TrainConfig
+from cxr_cache.common.wording import count, first_lines, suggest
+from cxr_cache.config import TrainConfig, kinds, option_of
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split
 from cxr_cache.errors import ConfigError
@@ -151,10 +151,10 @@ def run_ablation(
         n_all = len(methods) * split.n_folds
         on_progress(n_done, n_all)
         n_workers = n_workers or cpu_count()
-        for alike in _by_data(todo, base):
-            config = alike[0].config or base
+        for methods_of_data in _by_data(todo, base):
+            config = methods_of_data[0].config or base
             data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
-            missing = [(m, k) for m in alike for k in folds if not results.has(m, k)]
+            missing = [(m, k) for m in methods_of_data for k in folds if not results.has(m, k)]
             trained = train_folds(
                 PlainRows(data.embeddings, data.targets),
                 missing,
@@ -221,8 +221,8 @@ def _tabulate(
             influence[held_out] = of_fold / n_defined / split.n_folds
         first_influence = influence if first_influence is None else first_influence
         difference = float(finished.aurocs.mean() - first.aurocs.mean())
-        own = (influence - first_influence)[~split.is_test]
-        spread = clustered_error(own, groups, n_clusters)
+        of_difference = (influence - first_influence)[~split.is_test]
+        spread = clustered_error(of_difference, groups, n_clusters)
         interval = student_interval(np.array(difference), *spread, "identity")
         rows.append(
             {
@@ -251,35 +251,31 @@ def _describe_choice(method: Method, chosen: int) -> str:
 
 
 def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
+    """Say why some settings took longer."""
     n = sum(setting.config.has_horizon and len(setting.config.epochs) > 1 for setting in settings)
     if not n:
         return ()
     return (
-        f"{n} settings have a schedule with a horizon: each of their candidates was trained by "
-        "itself.",
+        f"{count(n, 'setting')} {'has' if n == 1 else 'have'} a schedule that depends on the "
+        "number of epochs, so that every candidate number was trained by itself.",
     )
 
 
-_SHORT: Final = {"lr": "learning_rate", "clip": "max_grad_norm", "folds": "n_folds"}
-
+# -- text of options to settings --------------------------------------------------------
 
 _SHARED: Final = (
     *("n_folds", "test_fraction", "split_by", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "calibration"),
 )
-"""What all settings have in common: folds, and what comes after the comparison."""
-
-
-_OF_ABLATE: Final = {
-    **{"n_folds": "--folds", "test_fraction": "--test-fraction", "split_by": "--split-by"},
-    **{"seed": "--seed", "device": "--device", "n_jobs": "--workers"},
+"""What all settings have in common: the folds, and what comes after the comparison."""
+_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:5]} | {
+    **{"n_folds": "--folds", "n_jobs": "--workers"}
 }
-"""Options of `ablate` for them; the rest is the recipe's."""
-
-
-_MAY_BE_NONE: Final = ("max_grad_norm", "early_stopping")
-
-
+"""Those of them that are options of `ablate`; the others are the recipe's."""
+_FLAGS: Final = {
+    option_of(field).flag.strip("-").replace("-", "_"): field.name for field in fields(TrainConfig)
+}
+"""Field of every option whose flag is another word, such as ``lr``."""
 _LARGEST_GRID: Final = 10_000
 
 
@@ -347,7 +343,8 @@ def _parse_option(option: str) -> tuple[str, list[str]]:
 
 
 def _field(name: str) -> str:
-    field = _SHORT.get(name, name)
+    """The field that an option means, if settings may differ in it."""
+    field = _FLAGS.get(name, name)
     allowed = [f.name for f in fields(TrainConfig) if f.name not in _SHARED]
     if field in _SHARED:
         instead = (
@@ -355,29 +352,21 @@ def _field(name: str) -> str:
         )
         raise ConfigError(f"--set {name}: all settings share it. {instead}")
     if field not in allowed:
-        hint = suggest(name, [*_SHORT, *allowed]) or f" Choose from {', '.join(allowed)}."
+        hint = suggest(name, [*_FLAGS, *allowed]) or f" Choose from {', '.join(allowed)}."
         raise ConfigError(f"--set {name}: there is no such option.{hint}")
     return field
 
 
 def _parse_value(name: str, text: str) -> Any:
-    field = _field(name)
-    if text == "none" and field in _MAY_BE_NONE:
-        return None
+    """A value of the kind that the option takes; widths and epochs are joined by ``x``."""
+    kind = kinds(TrainConfig)[_field(name)]
+    if text == "none" and (kind.is_optional or kind.is_many):
+        return () if kind.is_many else None
+    parse = _parse_bool if kind.type is bool else kind.type
     try:
-        return _parser(field)(text)
+        return tuple(map(parse, text.split("x"))) if kind.is_many else parse(text)
     except ValueError as error:
         raise ConfigError(f"--set {name}: {text!r} is not a value for it ({error}).") from error
-
-
-def _parser(field: str) -> Callable[[str], Any]:
-    """How to read a value of the same type as the default."""
-    default = getattr(TrainConfig(), field)
-    if isinstance(default, bool):
-        return _parse_bool
-    if isinstance(default, tuple):
-        return lambda text: () if text == "none" else tuple(int(part) for part in text.split("x"))
-    return int if default is None else type(default)  # early stopping alone is none by default
 
 
 def _parse_bool(text: str) -> bool:

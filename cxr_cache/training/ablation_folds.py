@@ -39,6 +39,20 @@ _HEADS_IN_A_BANK: Final = 64
 
 
 @dataclass(frozen=True)
+class Setting:
+    """One recipe of an ablation, and what sets it apart."""
+
+    config: TrainConfig
+    varied: Mapping[str, str]
+    """The options that differ between settings, as they were written."""
+
+    @property
+    def label(self) -> str:
+        """Such as ``lr=0.001 hidden=256``."""
+        return " ".join(f"{name}={value}" for name, value in self.varied.items()) or "as given"
+
+
+@dataclass(frozen=True)
 class Method:
     """A row of the table: a recipe for heads, or a baseline."""
 
@@ -148,8 +162,8 @@ def _train_stacked(
     while waiting:
         first = waiting[0][0].config
         assert first is not None
-        alike = [(m, k) for m, k in waiting if m.config and can_share_a_bank([first, m.config])]
-        bank = alike[:_HEADS_IN_A_BANK]
+        fitting = [(m, k) for m, k in waiting if m.config and can_share_a_bank([first, m.config])]
+        bank = fitting[:_HEADS_IN_A_BANK]
         waiting = [pair for pair in waiting if pair not in bank]
         yield from _fit_bank(rows, bank, tasks)
 
@@ -171,32 +185,18 @@ def _fit_bank(
             keep=keep,
         )
         fit.run()
-        for own, trajectory in zip(trajectories, fit.trajectories, strict=True):
-            own |= dict.fromkeys(keep, trajectory)
+        for of_head, trajectory in zip(trajectories, fit.trajectories, strict=True):
+            of_head |= dict.fromkeys(keep, trajectory)
     seconds = (time.perf_counter() - started) / len(bank)
-    for (method, k), own in zip(bank, trajectories, strict=True):
-        aurocs = [own[epoch].auroc_after(epoch) for epoch in method.candidates]
-        kept = [own[epoch].probabilities[epoch] for epoch in method.candidates]
+    for (method, k), of_head in zip(bank, trajectories, strict=True):
+        aurocs = [of_head[epoch].auroc_after(epoch) for epoch in method.candidates]
+        kept = [of_head[epoch].probabilities[epoch] for epoch in method.candidates]
         yield Fold(method.key, k, aurocs, kept, seconds)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One recipe of an ablation, and what sets it apart."""
-
-    config: TrainConfig
-    varied: Mapping[str, str]
-    """The options that differ between settings, as they were written."""
-
-    @property
-    def label(self) -> str:
-        """Such as ``lr=0.001 hidden=256``."""
-        return " ".join(f"{name}={value}" for name, value in self.varied.items()) or "as given"
-
+# -- what is finished, on disk ----------------------------------------------------------
 
 _IDENTITY: Final = "ablation.json"
-
-
 _FILES: Final = "finished"
 
 

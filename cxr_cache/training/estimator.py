@@ -227,7 +227,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         config = self._config()
         embeddings, y = self._validate(X, y)
         rows = PlainRows(self._prepare(embeddings)[None], self._encode(y))
-        labelled = ~np.isnan(rows.targets).all(axis=1)
+        labelled = np.asarray((~np.isnan(rows.targets)).any(axis=1))
         if labelled.sum() < self.batch_size:
             raise ConfigError(
                 f"FocalHeadClassifier with batch_size={self.batch_size} needs as many labelled "
@@ -244,7 +244,8 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             search = search_epochs(rows, split, config)
             bank, history = train_final(rows, split, search, config)
             members = [m.history[: search.chosen] for m in final_members(search, config)]
-            self.epoch_search_, self.epochs_ = search.table, search.chosen
+            self.epoch_search_: pd.DataFrame | None = search.table
+            self.epochs_ = search.chosen
         else:
             self.epoch_search_, self.epochs_ = None, config.epochs[0]
             bank, history = refit(rows, Split(~labelled, fold), config, n_epochs=self.epochs_)

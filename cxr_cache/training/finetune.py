@@ -22,7 +22,7 @@ from cxr_cache.common.distributed import (
     process_group,
     world_size,
 )
-from cxr_cache.common.wording import describe_differences
+from cxr_cache.common.wording import count, describe_differences
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import dead_workers_explained
@@ -139,7 +139,8 @@ def _find_rows(
             f"images; {n_without:,} are still to come. Run the `cxr-cache extract --tokens` "
             "command again to finish them."
         )
-    note = f"{n_without:,} of {len(store):,} images have no tokens yet and are left out."
+    verbs = "has no tokens yet and is" if n_without == 1 else "have no tokens yet and are"
+    note = f"{n_without:,} of {count(len(store), 'image')} {verbs} left out."
     chosen = np.flatnonzero(has_tokens)
     return LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
 
@@ -308,7 +309,8 @@ def _require_images(cohort: Cohort, image_dir: Path | None) -> None:
     assert image_dir is not None, "choose_source has seen to that"
     if missing := find_missing(image_dir, cohort.image_ids):
         raise TrainingError(
-            f"{len(missing):,} of {len(cohort):,} images are not in {image_dir}; the first is "
+            f"{len(missing):,} of {count(len(cohort), 'image')} "
+            f"{'is' if len(missing) == 1 else 'are'} not in {image_dir}; the first is "
             f"{missing[0]!r}. Give the folder that they were extracted from."
         )
 

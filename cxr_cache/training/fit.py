@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Protocol
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.devices import resolve_device
+from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
@@ -23,46 +25,6 @@ from cxr_cache.training.losses import FOCAL_LOSSES, LOSS_OPTIONS, make_loss, sta
 from cxr_cache.training.optim import BankOptimizer
 
 _ROWS_AT_ONCE: Final = 8192
-
-
-@dataclass(frozen=True)
-class Standards:
-    """Mean and spread of each head's training inputs, to standardise by."""
-
-    mean: Tensor
-    """``(H, 1, D)``."""
-    std: Tensor
-    """``(H, 1, D)``; 1 where an input never varies."""
-
-    @classmethod
-    def of(cls, embeddings: Tensor, rows: Sequence[Tensor]) -> Standards:
-        """Those of the rows of each head, of embeddings ``(N, D)``."""
-        means, variances = [], []
-        for chosen in rows:
-            total, squares = torch.zeros(2, embeddings.shape[1], device=embeddings.device).double()
-            for part in torch.split(chosen, _ROWS_AT_ONCE):
-                x = embeddings[part].double()
-                total += x.sum(dim=0)
-                squares += x.square().sum(dim=0)
-            means.append(total / len(chosen))
-            variances.append((squares / len(chosen) - means[-1].square()).clamp(min=0))
-        std = torch.stack(variances).sqrt()
-        mean = torch.stack(means)
-        # Of an input that never varies, rounding shows less than this share of its size.
-        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
-        return cls(mean[:, None].to(embeddings.dtype), std[:, None].to(embeddings.dtype))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Standardise ``(H, n, D)`` in place."""
-        return x.sub_(self.mean).div_(self.std)
-
-    def fold_into(self, state: dict[str, Tensor], h: int) -> dict[str, Tensor]:
-        """Head `h` with its first layer changed so that it reads what is not standardised."""
-        weight = state["weight_0"] / self.std[h].mT  # (1, D, C) / (D, 1)
-        bias = state["bias_0"] - self.mean[h] @ weight  # (1, 1, C) - (1, D) @ (1, D, C)
-        return state | {"weight_0": weight, "bias_0": bias}
-
-
 _SCORED_AT_ONCE: Final = 8192  # rows of one head
 _TRAINED_AT_ONCE: Final = 1024
 
@@ -91,9 +53,6 @@ class PlainRows:
     targets: NDArray[np.float32]
 
 
-# -- heads side by side -----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class HeadTask:
     """One head to train: on which rows, scored on which, from which seed."""
@@ -102,6 +61,8 @@ class HeadTask:
     held_out_rows: NDArray[np.int64]
     """May be empty: then nothing is scored, and no schedule may ask."""
     seed: int
+    name: str = ""
+    """How messages call this training, such as "fold 2 of 5"."""
 
 
 @dataclass
@@ -120,14 +81,17 @@ class Trajectory:
         return self.history[min(epoch, len(self.history)) - 1]["val_auroc"]
 
 
+# -- heads side by side -----------------------------------------------------------------
+
+
 def fit_heads(
     data: Rows,
     tasks: Sequence[HeadTask],
     config: TrainConfig,
     *,
     n_epochs: int,
-    n_steps: int,
     keep: Collection[int],
+    n_steps: int | None = None,
     learning_rates: Sequence[float] | None = None,
 ) -> list[Trajectory]:
     """Train one head per task, all in one bank, and keep each at the epochs asked for.
@@ -139,8 +103,8 @@ def fit_heads(
         tasks,
         [config] * len(tasks),
         n_epochs=n_epochs,
-        n_steps=n_steps,
         keep=keep,
+        n_steps=n_steps,
         learning_rates=learning_rates,
     )
     fit.run()
@@ -164,11 +128,11 @@ class HeadFit:
         Recipe of each; they may differ in what :func:`can_share_a_bank` allows.
     n_epochs
         Length of the trajectories.
-    n_steps
-        Batches per epoch, the same for every head; see :func:`count_steps`.
     keep
         Epochs, counted from 1, after which probabilities and weights are kept. A head that has
         stopped early counts as unchanged from then on.
+    n_steps
+        Batches per epoch, the same for every head; by default as many as :func:`count_steps` says.
     learning_rates
         The rate of every epoch, in place of the schedule.
 
@@ -185,18 +149,58 @@ class HeadFit:
         configs: Sequence[TrainConfig],
         *,
         n_epochs: int,
-        n_steps: int,
         keep: Collection[int],
+        n_steps: int | None = None,
         learning_rates: Sequence[float] | None = None,
     ) -> None:
         assert can_share_a_bank(configs)
-        self._trainer = _Trainer(data, tasks, configs, n_epochs, n_steps, learning_rates)
-        self._n_epochs, self._keep = n_epochs, keep
+        config = configs[0]
+        device = resolve_device(config.device)
+        self._batch_size = config.batch_size
+        self._n_steps = n_steps or count_steps(tasks, config.batch_size)
+        self._n_epochs, self._keep, self._learning_rates = n_epochs, keep, learning_rates
         self._patience = [config.early_stopping for config in configs]
-        self._running = set(range(len(tasks)))
+        self._embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
+        self._targets = torch.from_numpy(data.targets).to(device)  # (N, F)
+        self._rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
+        self._held_out_targets = [data.targets[task.held_out_rows] for task in tasks]
+        self._scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
+        # Not the seed itself: from there come the initial weights and dropout.
+        self._shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]
+        self._bank = HeadBank.of_recipe(
+            config,
+            self._embeddings.shape[-1],
+            self._targets.shape[-1],
+            seeds=[task.seed for task in tasks],
+            device=device,
+        )
+        self._backprop = Backprop(self._bank) if config.norm == "batch" else None
+        self._statistics = (
+            InputStatistics.of(self._embeddings[0], self._rows)
+            if config.input_norm == "standard"
+            else None
+        )
+        self._optimizer = BankOptimizer(
+            self._bank,
+            learning_rate=[config.learning_rate for config in configs],
+            weight_decay=[config.weight_decay for config in configs],
+            max_grad_norm=config.max_grad_norm,
+            schedule=[
+                "constant" if learning_rates is not None else config.schedule for config in configs
+            ],
+            patience=[config.patience for config in configs],
+            n_epochs=n_epochs,
+        )
+        self._loss = stack_losses(
+            [
+                make_loss(config, self._targets[rows])
+                for config, rows in zip(configs, self._rows, strict=True)
+            ]
+        )
         self.epoch = 0
         """Epochs done."""
         self.trajectories = [Trajectory() for _ in tasks]
+        self._running = set(range(len(tasks)))
 
     def run(self, until: int | None = None) -> None:
         """Go on to epoch `until`, by default to the last, or until every head has stopped."""
@@ -204,7 +208,7 @@ class HeadFit:
         with _one_thread():
             while not self.has_ended and (until is None or self.epoch < until):
                 self.epoch += 1
-                rows, probabilities = self._trainer.run_epoch(self.epoch)
+                rows, probabilities = self._run_epoch(self.epoch)
                 for h in sorted(self._running):
                     self._record(h, rows[h], probabilities[h])
 
@@ -219,7 +223,7 @@ class HeadFit:
         stops = has_stopped(trajectory.history, self._patience[h])
         for kept in (e for e in self._keep if e == self.epoch or (stops and e > self.epoch)):
             trajectory.probabilities[kept] = probabilities
-            trajectory.weights[kept] = self._trainer.snapshot(h)
+            trajectory.weights[kept] = self._snapshot(h)
         if stops:
             self._running.discard(h)
 
@@ -230,49 +234,129 @@ class HeadFit:
             "has_ended": self.has_ended,
             "running": self._running,
             "trajectories": self.trajectories,
-            "trainer": self._trainer.state_dict(),
+            # Not the parameters: each is a view of `flat`, and would bring all of it along.
+            "flat": self._bank.flat,
+            "buffers": dict(self._bank.named_buffers()),
+            "optimizer": self._optimizer.state_dict(),
+            "generators": [g.get_state() for g in self._shuffles + self._bank.generators],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave: to the bit as if nothing had stopped."""
         self.epoch, self._running = state["epoch"], state["running"]
         self.trajectories = state["trajectories"]
-        self._trainer.load_state_dict(state["trainer"])
+        self._bank.flat.copy_(state["flat"])
+        for name, buffer in self._bank.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        generators = self._shuffles + self._bank.generators
+        for generator, its_state in zip(generators, state["generators"], strict=True):
+            generator.set_state(its_state)
 
+    def _snapshot(self, h: int) -> dict[str, Tensor]:
+        """Head `h` as a bank of one, which reads embeddings that are not standardised."""
+        state = self._bank.snapshot([h])
+        return state if self._statistics is None else self._statistics.fold_into(state, h)
 
-def can_share_a_bank(configs: Sequence[TrainConfig]) -> bool:
-    """Whether heads with these recipes can be trained side by side.
+    def _run_epoch(self, epoch: int) -> tuple[list[dict[str, float]], list[NDArray[np.float32]]]:
+        """Train and score once; a row of history and held-out probabilities per head."""
+        started = time.perf_counter()
+        if self._learning_rates is not None:
+            self._optimizer.set_learning_rate(self._learning_rates[epoch - 1])
+        rates = self._optimizer.rates_by_head
+        train_losses = self._train()
+        val_losses, probabilities = self._score()
+        # Without held-out rows, no loss has seen the last step of the epoch; the weights have.
+        if not all(x.isfinite().all() for x in (train_losses, val_losses, self._bank.flat)):
+            raise TrainingError(
+                f"The loss or the weights are no longer finite in epoch {epoch}. Use a smaller "
+                "--lr, or check the embeddings with `cxr-cache inspect`."
+            )
+        self._optimizer.end_epoch(val_losses)
+        seconds = (time.perf_counter() - started) / self._bank.n_heads
+        rows = [
+            {
+                "epoch": epoch,
+                "lr": rates[h],
+                "train_loss": float(train_losses[h]),
+                **score_held_out(self._held_out_targets[h], probabilities[h], val_losses[h]),
+                "seconds": seconds,
+            }
+            for h in range(self._bank.n_heads)
+        ]
+        return rows, probabilities
 
-    They may differ in learning rate, weight decay, schedule, stopping and, where it is one
-    of the focal family, loss; the rest decides shapes, or what all heads do in one call.
-    """
-    return len({tuple(_shared(config).items()) for config in configs}) == 1
+    def _train(self) -> Tensor:
+        """One epoch of every head; mean loss of each, ``(H,)``."""
+        n_rows = self._n_steps * self._batch_size
+        order = torch.stack([self._shuffle(h)[:n_rows] for h in range(len(self._rows))])  # (H, n)
+        views = torch.stack(
+            [torch.randint(len(self._embeddings), (n_rows,), generator=g) for g in self._shuffles]
+        ).to(order.device)
+        total = torch.zeros(len(self._rows), device=order.device)
+        self._bank.train()
+        # Gathered and drawn for several steps at once: as many calls fewer, and still in the cache.
+        n_at_once = max(1, _TRAINED_AT_ONCE // self._batch_size) * self._batch_size
+        for rows, of in zip(
+            torch.split(order, n_at_once, 1), torch.split(views, n_at_once, 1), strict=True
+        ):
+            total += self._take_steps(self._inputs(of, rows), self._targets[rows])
+        return total / self._n_steps
 
+    def _shuffle(self, h: int) -> Tensor:
+        rows = self._rows[h]
+        return rows[torch.randperm(len(rows), generator=self._shuffles[h]).to(rows.device)]
 
-def _shared(config: TrainConfig) -> dict[str, Any]:
-    own = {"learning_rate", "weight_decay", "schedule", "patience", "early_stopping"}
-    if config.loss in FOCAL_LOSSES:
-        own |= set(LOSS_OPTIONS)
-    return {field.name: getattr(config, field.name) for field in fields(config)} | dict.fromkeys(
-        own
-    )
+    def _inputs(self, views: Tensor | int, rows: Tensor) -> Tensor:
+        """What the heads read of rows ``(H, n)``: ``(H, n, D)``."""
+        flat = self._embeddings.flatten(0, 1)  # (V N, D)
+        picked = flat.index_select(0, (views * self._embeddings.shape[1] + rows).flatten())
+        x = picked.view(*rows.shape, picked.shape[1])
+        return x if self._statistics is None else self._statistics.apply(x)
 
+    def _take_steps(self, x: Tensor, y: Tensor) -> Tensor:
+        """A step for every batch of ``(H, n, D)`` and ``(H, n, F)``; the sum of their losses."""
+        H, n, F = y.shape
+        by_step = (n // self._batch_size, H, self._batch_size, F)  # (S, H, B, F)
+        targets = y.view(H, by_step[0], -1, F).transpose(0, 1)
+        logits = torch.empty(by_step, dtype=x.dtype, device=x.device)
+        step = self._step_by_autograd if self._backprop is None else self._step_by_hand
+        step(torch.split(x, self._batch_size, dim=1), targets, logits)
+        losses: Tensor = self._loss(logits, targets)  # (S, H)
+        return losses.sum(dim=0)
 
-def count_steps(tasks: Sequence[HeadTask], batch_size: int) -> int:
-    """Full batches per epoch that every task has rows for.
+    def _step_by_hand(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
+        assert self._backprop is not None
+        factors = draw_dropout(self._bank, len(batches), self._batch_size)
+        prepared = zip(*(part.unbind() for part in self._loss.prepare(targets)), strict=True)
+        for x, keep, of_step, out in zip(batches, factors, prepared, logits.unbind(), strict=True):
+            self._backprop.forward(x, keep, out=out)
+            self._backprop.backward(self._loss.gradient(out, *of_step))
+            self._optimizer.step()
 
-    Raises
-    ------
-    ConfigError
-        A task has fewer rows than a batch.
-    """
-    fewest = min(len(task.train_rows) for task in tasks)
-    if fewest < batch_size:
-        raise ConfigError(
-            f"A fold has {fewest} images to train on, fewer than the batch size {batch_size}. "
-            "Use a smaller --batch-size, fewer --folds, or more images."
+    def _step_by_autograd(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
+        for x, y, out in zip(batches, targets, logits, strict=True):
+            recorded = self._bank(x)
+            self._bank.backward(self._loss(recorded, y))
+            self._optimizer.step()
+            out.copy_(recorded.detach())
+
+    @torch.inference_mode()
+    def _score(self) -> tuple[Tensor, list[NDArray[np.float32]]]:
+        """Loss and probabilities on each head's own held-out rows; zero loss where it has none."""
+        rows = self._scored_rows
+        self._bank.eval()
+        parts = [
+            self._bank(self._inputs(0, part.clamp(min=0)))
+            for part in torch.split(rows, _SCORED_AT_ONCE, 1)
+        ]
+        logits = torch.cat(parts, dim=1)  # (H, n, F)
+        targets = self._targets[rows].masked_fill(rows[..., None] < 0, torch.nan)
+        probabilities = torch.sigmoid(logits).cpu().numpy()
+        return (
+            self._loss(logits, targets).cpu(),
+            [p[: len(t)] for p, t in zip(probabilities, self._held_out_targets, strict=True)],
         )
-    return fewest // batch_size
 
 
 @contextmanager
@@ -285,183 +369,42 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-class _Trainer:
-    """A bank, its optimiser and its rows: one epoch at a time."""
+@dataclass(frozen=True)
+class InputStatistics:
+    """Mean and spread of each head's training inputs, to standardise by."""
 
-    def __init__(
-        self,
-        data: Rows,
-        tasks: Sequence[HeadTask],
-        configs: Sequence[TrainConfig],
-        n_epochs: int,
-        n_steps: int,
-        learning_rates: Sequence[float] | None,
-    ) -> None:
-        config = configs[0]
-        device = resolve_device(config.device)
-        self.batch_size, self.n_steps, self.learning_rates = (
-            config.batch_size,
-            n_steps,
-            learning_rates,
-        )
-        self.embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
-        self.targets = torch.from_numpy(data.targets).to(device)  # (N, F)
-        self.rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
-        self.held_out_targets = [data.targets[task.held_out_rows] for task in tasks]
-        self.scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
-        # Not the seed itself: from there come the initial weights and dropout.
-        self.shuffles = [torch.Generator().manual_seed(task.seed + 1) for task in tasks]
-        self.bank = HeadBank.of_recipe(
-            config,
-            self.embeddings.shape[-1],
-            self.targets.shape[-1],
-            seeds=[task.seed for task in tasks],
-            device=device,
-        )
-        self.backprop = Backprop(self.bank) if config.norm == "batch" else None
-        self.standards = (
-            Standards.of(self.embeddings[0], self.rows) if config.input_norm == "standard" else None
-        )
-        self.optimizer = BankOptimizer(
-            self.bank,
-            learning_rate=[config.learning_rate for config in configs],
-            weight_decay=[config.weight_decay for config in configs],
-            max_grad_norm=config.max_grad_norm,
-            schedule=[
-                "constant" if learning_rates is not None else config.schedule for config in configs
-            ],
-            patience=[config.patience for config in configs],
-            n_epochs=n_epochs,
-        )
-        self.loss = stack_losses(
-            [
-                make_loss(config, self.targets[rows])
-                for config, rows in zip(configs, self.rows, strict=True)
-            ]
-        )
+    mean: Tensor
+    """``(H, 1, D)``."""
+    std: Tensor
+    """``(H, 1, D)``; 1 where an input never varies."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            # Not the parameters: each is a view of `flat`, and would bring all of it along.
-            "flat": self.bank.flat,
-            "buffers": dict(self.bank.named_buffers()),
-            "optimizer": self.optimizer.state_dict(),
-            "generators": [g.get_state() for g in self.shuffles + self.bank.generators],
-        }
+    @classmethod
+    def of(cls, embeddings: Tensor, rows: Sequence[Tensor]) -> InputStatistics:
+        """Compute them over the rows of each head, of embeddings ``(N, D)``."""
+        means, variances = [], []
+        for chosen in rows:
+            total, squares = torch.zeros(2, embeddings.shape[1], device=embeddings.device).double()
+            for part in torch.split(chosen, _ROWS_AT_ONCE):
+                x = embeddings[part].double()
+                total += x.sum(dim=0)
+                squares += x.square().sum(dim=0)
+            means.append(total / len(chosen))
+            variances.append((squares / len(chosen) - means[-1].square()).clamp(min=0))
+        std = torch.stack(variances).sqrt()
+        mean = torch.stack(means)
+        # Of an input that never varies, rounding shows less than this share of its size.
+        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+        return cls(mean[:, None].to(embeddings.dtype), std[:, None].to(embeddings.dtype))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bank.flat.copy_(state["flat"])
-        for name, buffer in self.bank.named_buffers():
-            buffer.copy_(state["buffers"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        generators = self.shuffles + self.bank.generators
-        for generator, its_state in zip(generators, state["generators"], strict=True):
-            generator.set_state(its_state)
+    def apply(self, x: Tensor) -> Tensor:
+        """Standardise ``(H, n, D)`` in place."""
+        return x.sub_(self.mean).div_(self.std)
 
-    def snapshot(self, h: int) -> dict[str, Tensor]:
-        """Head `h` as a bank of one, which reads embeddings that are not standardised."""
-        state = self.bank.snapshot([h])
-        return state if self.standards is None else self.standards.fold_into(state, h)
-
-    def run_epoch(self, epoch: int) -> tuple[list[dict[str, float]], list[NDArray[np.float32]]]:
-        """Train and score once; a row of history and held-out probabilities per head."""
-        started = time.perf_counter()
-        if self.learning_rates is not None:
-            self.optimizer.set_learning_rate(self.learning_rates[epoch - 1])
-        rates = self.optimizer.learning_rates
-        train_losses = self._train()
-        val_losses, probabilities = self._score()
-        # Without held-out rows, no loss has seen the last step of the epoch; the weights have.
-        if not all(x.isfinite().all() for x in (train_losses, val_losses, self.bank.flat)):
-            raise TrainingError(
-                f"The loss or the weights are no longer finite in epoch {epoch}. Use a smaller "
-                "--lr, or check the embeddings with `cxr-cache inspect`."
-            )
-        self.optimizer.end_epoch(val_losses)
-        seconds = (time.perf_counter() - started) / self.bank.n_heads
-        rows = [
-            {
-                "epoch": epoch,
-                "lr": rates[h],
-                "train_loss": float(train_losses[h]),
-                **score_held_out(self.held_out_targets[h], probabilities[h], val_losses[h]),
-                "seconds": seconds,
-            }
-            for h in range(self.bank.n_heads)
-        ]
-        return rows, probabilities
-
-    def _train(self) -> Tensor:
-        """One epoch of every head; mean loss of each, ``(H,)``."""
-        n_rows = self.n_steps * self.batch_size
-        order = torch.stack([self._shuffle(h)[:n_rows] for h in range(len(self.rows))])  # (H, n)
-        views = torch.stack(
-            [torch.randint(len(self.embeddings), (n_rows,), generator=g) for g in self.shuffles]
-        ).to(order.device)
-        total = torch.zeros(len(self.rows), device=order.device)
-        self.bank.train()
-        # Gathered and drawn for several steps at once: as many calls fewer, and still in the cache.
-        n_at_once = max(1, _TRAINED_AT_ONCE // self.batch_size) * self.batch_size
-        for rows, of in zip(
-            torch.split(order, n_at_once, 1), torch.split(views, n_at_once, 1), strict=True
-        ):
-            total += self._take_steps(self._inputs(of, rows), self.targets[rows])
-        return total / self.n_steps
-
-    def _shuffle(self, h: int) -> Tensor:
-        rows = self.rows[h]
-        return rows[torch.randperm(len(rows), generator=self.shuffles[h]).to(rows.device)]
-
-    def _inputs(self, views: Tensor | int, rows: Tensor) -> Tensor:
-        """What the heads read of rows ``(H, n)``: ``(H, n, D)``."""
-        flat = self.embeddings.flatten(0, 1)  # (V N, D)
-        picked = flat.index_select(0, (views * self.embeddings.shape[1] + rows).flatten())
-        x = picked.view(*rows.shape, picked.shape[1])
-        return x if self.standards is None else self.standards.apply(x)
-
-    def _take_steps(self, x: Tensor, y: Tensor) -> Tensor:
-        """A step for every batch of ``(H, n, D)`` and ``(H, n, F)``; the sum of their losses."""
-        H, n, F = y.shape
-        by_step = (n // self.batch_size, H, self.batch_size, F)  # (S, H, B, F)
-        targets = y.view(H, by_step[0], -1, F).transpose(0, 1)
-        logits = torch.empty(by_step, dtype=x.dtype, device=x.device)
-        step = self._step_by_autograd if self.backprop is None else self._step_by_hand
-        step(torch.split(x, self.batch_size, dim=1), targets, logits)
-        losses: Tensor = self.loss(logits, targets)  # (S, H)
-        return losses.sum(dim=0)
-
-    def _step_by_hand(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
-        assert self.backprop is not None
-        factors = draw_dropout(self.bank, len(batches), self.batch_size)
-        prepared = zip(*(part.unbind() for part in self.loss.prepare(targets)), strict=True)
-        for x, keep, of_step, out in zip(batches, factors, prepared, logits.unbind(), strict=True):
-            self.backprop.forward(x, keep, out=out)
-            self.backprop.backward(self.loss.gradient(out, *of_step))
-            self.optimizer.step()
-
-    def _step_by_autograd(self, batches: Sequence[Tensor], targets: Tensor, logits: Tensor) -> None:
-        for x, y, out in zip(batches, targets, logits, strict=True):
-            recorded = self.bank(x)
-            self.bank.backward(self.loss(recorded, y))
-            self.optimizer.step()
-            out.copy_(recorded.detach())
-
-    @torch.inference_mode()
-    def _score(self) -> tuple[Tensor, list[NDArray[np.float32]]]:
-        """Loss and probabilities on each head's own held-out rows; zero loss where it has none."""
-        rows = self.scored_rows
-        self.bank.eval()
-        parts = [
-            self.bank(self._inputs(0, part.clamp(min=0)))
-            for part in torch.split(rows, _SCORED_AT_ONCE, 1)
-        ]
-        logits = torch.cat(parts, dim=1)  # (H, n, F)
-        targets = self.targets[rows].masked_fill(rows[..., None] < 0, torch.nan)
-        probabilities = torch.sigmoid(logits).cpu().numpy()
-        return (
-            self.loss(logits, targets).cpu(),
-            [p[: len(t)] for p, t in zip(probabilities, self.held_out_targets, strict=True)],
-        )
+    def fold_into(self, state: dict[str, Tensor], h: int) -> dict[str, Tensor]:
+        """Head `h` with its first layer changed so that it reads what is not standardised."""
+        weight = state["weight_0"] / self.std[h].mT  # (1, D, C) / (D, 1)
+        bias = state["bias_0"] - self.mean[h] @ weight  # (1, 1, C) - (1, D) @ (1, D, C)
+        return state | {"weight_0": weight, "bias_0": bias}
 
 
 def _pad(rows: Sequence[NDArray[np.int64]]) -> Tensor:
@@ -487,3 +430,55 @@ def has_stopped(history: Sequence[dict[str, float]], patience: int | None) -> bo
         return False
     best = min(range(len(history)), key=lambda i: history[i]["val_loss"])
     return len(history) - 1 - best >= patience
+
+
+# -- which heads can be trained together -----------------------------------------------
+
+
+def can_share_a_bank(configs: Sequence[TrainConfig]) -> bool:
+    """Whether heads with these recipes can be trained side by side.
+
+    They may differ in learning rate, weight decay, schedule, stopping and, where it is one
+    of the focal family, loss; the rest decides shapes, or what all heads do in one call.
+    """
+    return len({tuple(_shared(config).items()) for config in configs}) == 1
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    """The options of a recipe that all heads of a bank have in common."""
+    of_each_head = {"learning_rate", "weight_decay", "schedule", "patience", "early_stopping"}
+    if config.loss in FOCAL_LOSSES:
+        of_each_head |= set(LOSS_OPTIONS)
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_each_head}
+
+
+def count_steps(tasks: Sequence[HeadTask], batch_size: int) -> int:
+    """Full batches per epoch that every task has rows for.
+
+    Raises
+    ------
+    ConfigError
+        A task has fewer rows than a batch.
+    """
+    fewest = min(len(task.train_rows) for task in tasks)
+    if fewest < batch_size:
+        raise ConfigError(
+            f"A fold has {count(fewest, 'image')} to train on, fewer than the batch size "
+            f"{batch_size}. "
+            "Use a smaller --batch-size, fewer --folds, or more images."
+        )
+    return fewest // batch_size
+
+
+# -- telling of epochs --------------------------------------------------------------------
+
+EPOCHS: Final = logging.getLogger("cxr_cache.training.epochs")
+"""Says of every epoch, as it ends, how it went. Whoever writes a log of trainings adds a handler
+whose records have the attributes `training` (:attr:`HeadTask.name`) and `row` (a row of
+:attr:`Trajectory.history`), and sets the level to DEBUG."""
+
+
+def tell_of_epoch(training: str, row: Mapping[str, float]) -> None:
+    """Log an epoch for the handlers of :data:`EPOCHS`."""
+    text = ", ".join(f"{name} {value:.5g}" for name, value in row.items())
+    EPOCHS.debug("%s: %s", training or "head", text, extra={"training": training, "row": row})

@@ -18,6 +18,7 @@ from cxr_cache.training.fit import (
     Rows,
     Trajectory,
     count_steps,
+    tell_of_epoch,
 )
 
 _WORTH_PROCESSES: Final = 10.0
@@ -45,7 +46,7 @@ def fit_on_cores(
     on_epochs
         Called with the epochs done so far, over all heads.
     """
-    n_steps = count_steps(tasks, config.batch_size)
+    n_steps, n_told = count_steps(tasks, config.batch_size), [0] * len(tasks)
     options: dict[str, Any] = {"n_epochs": n_epochs, "n_steps": n_steps, "keep": keep}
     n_cores = min(cpu_count() if config.n_jobs < 1 else config.n_jobs, len(tasks))
     # As many turns as let the cores finish together, and twice that, to show progress.
@@ -55,6 +56,7 @@ def fit_on_cores(
         fit = HeadFit(data, tasks, [config] * len(tasks), **options)
         while not fit.has_ended:
             fit.run(fit.epoch + turn)
+            n_told = _tell_of_epochs(tasks, fit.trajectories, n_told)
             on_epochs(len(tasks) * fit.epoch)
         return fit.trajectories
     rows = PlainRows(data.embeddings, data.targets)  # ids and names stay here
@@ -68,8 +70,20 @@ def fit_on_cores(
             )
             for h, state in zip(chosen, advanced, strict=True):
                 states[h] = state
+            reached = [state.get("trajectories", [Trajectory()])[0] for state in states]
+            n_told = _tell_of_epochs(tasks, reached, n_told)
             on_epochs(sum(state["epoch"] for state in states))
     return [state["trajectories"][0] for state in states]
+
+
+def _tell_of_epochs(
+    tasks: Sequence[HeadTask], trajectories: Sequence[Trajectory], n_told: Sequence[int]
+) -> list[int]:
+    """Log the epochs that have ended since; gives how many of each head have been told of."""
+    for task, trajectory, n in zip(tasks, trajectories, n_told, strict=True):
+        for row in trajectory.history[n:]:
+            tell_of_epoch(task.name, row)
+    return [len(trajectory.history) for trajectory in trajectories]
 
 
 def release_cores() -> None:

@@ -64,7 +64,7 @@ class BankOptimizer:
         ]
 
     @property
-    def learning_rates(self) -> list[float]:
+    def rates_by_head(self) -> list[float]:
         """Learning rate of each head now."""
         return [float(holder.param_groups[0]["lr"]) for holder in self._rates]
 
@@ -79,7 +79,7 @@ class BankOptimizer:
         if self._max_grad_norm is not None:
             clip_per_head(self._grad, self._max_grad_norm)
         heads_with: dict[tuple[float, float], list[int]] = {}
-        for h, settings in enumerate(zip(self.learning_rates, self._weight_decays, strict=True)):
+        for h, settings in enumerate(zip(self.rates_by_head, self._weight_decays, strict=True)):
             heads_with.setdefault(settings, []).append(h)
         for (rate, decay), heads in heads_with.items():
             mean, square = self._moments
@@ -113,7 +113,7 @@ class BankOptimizer:
         return {
             "moments": self._moments,
             "n_steps": self._n_steps,
-            "rates": self.learning_rates,
+            "rates": self.rates_by_head,
             "schedulers": [scheduler and scheduler.state_dict() for scheduler in self._schedulers],
         }
 

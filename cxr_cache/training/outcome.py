@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
-from cxr_cache.common.wording import first_lines, list_names
+from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import Recipe
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
@@ -76,16 +76,19 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
     if len(rare):
         notes.append(
-            f"{len(rare)} findings have fewer positive train images than folds, so some folds "
-            f"cannot score them: {list_names([cohort.findings[f] for f in rare])}."
+            f"{count(len(rare), 'finding')} {'has' if len(rare) == 1 else 'have'} fewer positive "
+            "train images than there are folds, so that some folds cannot score "
+            f"{'it' if len(rare) == 1 else 'them'}: "
+            f"{list_names([cohort.findings[f] for f in rare])}."
         )
     if split.by == "image":
         shared = count_shared_studies(split.is_test, cohort.study_uids)
         n_test = int(split.is_test.sum())
         notes.append(
-            f"Split by image: {shared:,} of {n_test:,} test images ({shared / n_test:.0%}) have "
-            "another image of the same study in train, so test figures are too good; those of the "
-            "folds, split alike, too. Use --split-by study."
+            f"Split by image: {shared:,} of {count(n_test, 'test image')} ({shared / n_test:.0%}) "
+            f"{'has' if shared == 1 else 'have'} another image of the same study in train. Figures "
+            "on test are therefore too good, and so are those of the folds, which are split in the "
+            "same way. Use --split-by study."
         )
     return tuple(notes)
 

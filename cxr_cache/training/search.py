@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxr_cache.common.wording import count
 from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split, make_split
@@ -24,6 +25,7 @@ from cxr_cache.training.fit import (
     Trajectory,
     count_steps,
     fit_heads,
+    tell_of_epoch,
 )
 from cxr_cache.training.fit_on_cores import fit_on_cores
 
@@ -118,8 +120,9 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
         held_out = targets[task.held_out_rows]
         if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
             raise TrainingError(
-                f"Among the {len(held_out):,} images of fold {k}, no finding has both a positive "
-                "and a negative one, so no AUROC is defined. Use fewer --folds, or more images."
+                f"Among the {count(len(held_out), 'image')} of fold {k}, no finding has both a "
+                "positive and a negative one, so that no AUROC is defined. Use fewer --folds, or "
+                "more images."
             )
 
 
@@ -139,14 +142,20 @@ def split_cohort(cohort: Cohort, config: Recipe) -> Split:
 def fold_tasks(split: Split, seed: int) -> list[HeadTask]:
     """One task per fold: trained on the others, scored on it."""
     return [
-        HeadTask(split.trained_on(k), split.held_out(k), _head_seed(seed, k))
+        HeadTask(
+            split.trained_on(k),
+            split.held_out(k),
+            _head_seed(seed, k),
+            f"fold {k + 1} of {split.n_folds}",
+        )
         for k in range(split.n_folds)
     ]
 
 
 def final_task(split: Split, seed: int) -> HeadTask:
     """Training on everything but test, with nothing left to score."""
-    return HeadTask(np.flatnonzero(~split.is_test), np.empty(0, np.int64), _head_seed(seed, -1))
+    rows = np.flatnonzero(~split.is_test)
+    return HeadTask(rows, np.empty(0, np.int64), _head_seed(seed, -1), "final model")
 
 
 def _head_seed(seed: int, fold: int) -> int:
@@ -216,10 +225,11 @@ def refit(
         [task],
         replace(config, early_stopping=None),
         n_epochs=n_epochs,
-        n_steps=count_steps([task], config.batch_size),
         keep=[n_epochs],
         learning_rates=learning_rates,
     )
+    for row in trajectory.history:
+        tell_of_epoch(task.name, row)
     bank = HeadBank.from_snapshot(trajectory.weights[n_epochs], dropout=config.dropout)
     return bank, trajectory.history
 

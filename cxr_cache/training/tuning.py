@@ -27,6 +27,7 @@ from cxr_cache.training.fit import (
     Trajectory,
     has_stopped,
     score_held_out,
+    tell_of_epoch,
 )
 from cxr_cache.training.losses import make_loss
 from cxr_cache.training.optim import advance, make_scheduler
@@ -145,6 +146,7 @@ def tune(
     for epoch in range(len(trajectory.history) + 1, n_epochs + 1):
         row, probabilities = trainer.run_epoch(epoch)
         trajectory.history.append(row)
+        tell_of_epoch(task.name, row)
         stops = has_stopped(trajectory.history, config.early_stopping)
         for kept in (e for e in keep if e == epoch or (stops and e > epoch)):
             trajectory.probabilities[kept] = probabilities

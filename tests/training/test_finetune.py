@@ -42,7 +42,13 @@ from tests.synthetic import make_cohort, make_store
 
 ENCODER = "random:test_vit:5"
 FROZEN = TrainConfig(
-    epochs=(1, 2), n_folds=2, batch_size=8, learning_rate=1e-2, hidden=(16,), n_jobs=1
+    epochs=(1, 2),
+    n_folds=2,
+    final="refit",
+    batch_size=8,
+    learning_rate=1e-2,
+    hidden=(16,),
+    n_jobs=1,
 )
 TUNED = FinetuneConfig(
     epochs=(1, 2),

@@ -69,7 +69,7 @@ def test_heads_step_as_torch_steps_them_alone(in_float64, schedule, max_grad_nor
     schedulers = [TORCH_SCHEDULERS[schedule](optimizer, n_epochs) for optimizer in theirs]
 
     for epoch in range(n_epochs):
-        assert ours.learning_rates == [o.param_groups[0]["lr"] for o in theirs], f"epoch {epoch}"
+        assert ours.rates_by_head == [o.param_groups[0]["lr"] for o in theirs], f"epoch {epoch}"
         for step in range(steps_per_epoch):
             x, y = draw_batch(epoch * steps_per_epoch + step, n_heads)
             bank.backward((bank(x) - y).square().mean(dim=(1, 2)))
@@ -99,7 +99,7 @@ def test_plateaus_of_heads_are_their_own():
     rates = []
     for epoch in range(8):
         optimizer.end_epoch(torch.tensor([validation_loss(h, epoch) for h in range(3)]))
-        rates.append(optimizer.learning_rates)
+        rates.append(optimizer.rates_by_head)
 
     halved_after = [next((e for e in range(8) if rates[e][h] < PEAK), None) for h in range(3)]
     assert halved_after == [5, None, None]
@@ -144,7 +144,7 @@ def test_a_learning_rate_can_be_replayed():
     optimizer.set_learning_rate(0.5)
     optimizer.step()
 
-    assert optimizer.learning_rates == [0.5, 0.5]
+    assert optimizer.rates_by_head == [0.5, 0.5]
     # The first step of Adam is the rate itself, whatever the size of the gradient.
     torch.testing.assert_close(before - bank.flat, torch.full_like(before, 0.5), rtol=1e-4, atol=0)
 
@@ -163,7 +163,7 @@ def test_only_schedules_with_a_horizon_depend_on_it():
             )
             rates.append([])
             for epoch in range(4):
-                rates[-1].append(optimizer.learning_rates)
+                rates[-1].append(optimizer.rates_by_head)
                 optimizer.step()
                 optimizer.end_epoch(torch.tensor([validation_loss(0, epoch)]))
         assert (rates[0] != rates[1]) == (schedule in HORIZON_SCHEDULES), schedule

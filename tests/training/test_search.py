@@ -301,3 +301,26 @@ def test_a_search_is_told_apart_by_its_seed(data, split):
 
     pd.testing.assert_frame_equal(searches[0].table, searches[1].table, rtol=0)
     assert not searches[0].table.equals(searches[2].table)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_every_epoch_is_told_of_once_and_by_name(caplog, monkeypatch, n_jobs):
+    """To any handler of the logger, whether folds train in this process or in others."""
+    if n_jobs > 1:
+        monkeypatch.setattr(fit_on_cores_module, "_WORTH_PROCESSES", 0.0)
+    data, config = make_data(40), replace(QUICK, epochs=(2, 3), n_folds=2, n_jobs=n_jobs)
+    split = split_of(data, n_folds=2)
+    with caplog.at_level("DEBUG", logger="cxr_cache.training.epochs"):
+        search = search_epochs(data, split, config)
+        _, history = train_final(data, split, search, config)
+
+    told: dict[str, list] = {}
+    for record in caplog.records:
+        if record.name == "cxr_cache.training.epochs":
+            told.setdefault(record.training, []).append(record.row)
+    folds = search.trajectories[3]
+    assert told == {
+        "fold 1 of 2": folds[0].history,
+        "fold 2 of 2": folds[1].history,
+        "final model": history,
+    }

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.splits import Split
 from cxr_cache.errors import ConfigError
+from cxr_cache.evaluation.leakage import Leakage
+from cxr_cache.metrics.paired import Figure
 from cxr_cache.training.ablate import make_settings
+from cxr_cache.training.outcome import note_split
 
 BASE = TrainConfig()
 GRID = ["lr=1e-4,1e-3", "hidden=512x256,64,none", "clip=1,none", "flip=yes,no"]
@@ -104,3 +112,31 @@ def test_recipes_differ_in_what_they_say_and_options_go_before_them():
     assert TrainConfig.of_recipe("tuned", batch_size=8) == replace(tuned, batch_size=8)
     with pytest.raises(ConfigError, match="recipe is one of tuned, reference, not 'best'"):
         TrainConfig.of_recipe("best")
+
+
+# -- counts in words ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_rare", "text"),
+    [(1, "1 finding has fewer .* cannot score it: A"), (2, "2 findings have .* score them: A")],
+)
+def test_notes_count_findings_in_singular_and_plural(n_rare, text):
+    targets = np.zeros((8, 3), np.float32)
+    targets[:, 2] = 1
+    targets[0, :n_rare] = 1
+    images = pd.DataFrame({"image_id": list("abcdefgh"), "study_uid": list("abcdefgh")})
+    split = Split(np.zeros(8, bool), np.arange(8) % 4)
+    (note,) = note_split(split, Cohort(images, targets, ("A", "B", "C")))
+    assert re.search(text, note)
+
+
+def test_a_spread_over_one_training_is_not_shown():
+    figure = Figure(0.1, 0.0, 0.2)
+    once, often = (
+        Leakage((), figure, figure, sd, sd, n_epochs=2, n_repeats=n, unit="study").to_text()
+        for sd, n in ((None, 1), (0.01, 5))
+    )
+    assert "nan" not in once
+    assert "sd" not in once
+    assert often.count("sd over trainings 0.010") == 2

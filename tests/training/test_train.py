@@ -610,6 +610,7 @@ def test_embeddings_are_not_normalised_where_that_is_asked_for(store, tmp_path):
         "features": "projected",
         "hidden": list(config.hidden),
         "dropout": config.dropout,
+        "norm": config.norm,
     }
     assert asdict(config)["input_norm"] == run.config["train"]["input_norm"]
 
