@@ -61,6 +61,7 @@ def evaluate(
     --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
     stored with its model.
     """
+    from cxr_cache.common.files import write_whole
     from cxr_cache.evaluation.evaluate import evaluate_predictions, evaluate_run, format_summary
     from cxr_cache.models.run import Run
 
@@ -110,7 +111,7 @@ def evaluate(
     )
     click.echo(format_summary(evaluation.metrics))
     if out is not None:
-        out.write_text(json.dumps(evaluation.metrics, indent=2))
+        write_whole(out, json.dumps(evaluation.metrics, indent=2).encode())
 
 
 @click.command()
@@ -155,6 +156,7 @@ def zero_shot(
 
     Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
     """
+    from cxr_cache.common.tables import write_table
     from cxr_cache.encoders.text import load_prompts, load_text_encoder
     from cxr_cache.evaluation.zero_shot import require_text_tower_of, score_zero_shot
     from cxr_cache.models.run import Run
@@ -178,7 +180,7 @@ def zero_shot(
         )
     click.echo(found.to_text())
     if out is not None:
-        found.table.to_csv(out, index=False, float_format="%.6g")
+        write_table(out, found.table, digits=6)
     if run is not None and found.is_of_run:
         _keep_zero_shot(run, found.table)
 
