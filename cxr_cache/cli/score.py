@@ -58,6 +58,7 @@ def evaluate(
     --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
     stored with its model.
     """
+    from cxr_cache.common.files import write_whole
     from cxr_cache.evaluation.evaluate import format_summary
     from cxr_cache.jobs.others import evaluate_on_store
     from cxr_cache.jobs.runs import evaluate_run
@@ -91,7 +92,7 @@ def evaluate(
     )
     click.echo(format_summary(evaluation.metrics))
     if out is not None:
-        out.write_text(json.dumps(evaluation.metrics, indent=2))
+        write_whole(out, json.dumps(evaluation.metrics, indent=2).encode())
 
 
 @click.command()
@@ -136,6 +137,7 @@ def zero_shot(
 
     Needs an encoder with a text tower, and pip install 'cxr-cache[text]' for BiomedCLIP's.
     """
+    from cxr_cache.common.tables import write_table
     from cxr_cache.encoders.text import load_prompts, load_text_encoder
     from cxr_cache.evaluation.zero_shot import require_text_tower_of, score_zero_shot
     from cxr_cache.jobs.others import keep_zero_shot
@@ -160,7 +162,7 @@ def zero_shot(
         )
     click.echo(found.to_text())
     if out is not None:
-        found.table.to_csv(out, index=False, float_format="%.6g")
+        write_table(out, found.table, digits=6)
     if run is not None and (kept := keep_zero_shot(run, found)):
         click.echo(kept)
 

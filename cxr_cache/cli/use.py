@@ -34,6 +34,7 @@ def predict(
     run: Path, images: tuple[Path, ...], out: Path | None, model: str | None, device: str
 ) -> None:
     """Probabilities and decisions for image files (a folder means all its files)."""
+    from cxr_cache.common.tables import write_table
     from cxr_cache.models.run import Run
 
     paths = _require_files(images)
@@ -47,7 +48,7 @@ def predict(
     if out is None:
         click.echo(predictions.to_text())
     else:
-        predictions.to_table().to_csv(out, index=False, float_format="%.6g")
+        write_table(out, predictions.to_table(), digits=6)
         click.echo(f"{len(paths) - predictions.n_failed:,} predictions written to {out}")
     if predictions.n_failed:
         raise click.ClickException(

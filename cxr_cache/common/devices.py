@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, cast
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal, cast
 
 import torch
 
@@ -76,16 +77,56 @@ def _has_native_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, question, bool)() for question in questions)
 
 
-def free_ram_bytes() -> int:
-    """Return how much memory is free without swapping, within the container's limit if any."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nobody knows
+def free_ram_bytes(root: Path = Path("/")) -> int:
+    """Return the memory that can be had without swapping, within every limit set on this process.
+
+    Batch systems and containers limit the control group of a job, or one above it; the kernel ends
+    a process that takes more, however much the machine has.
+
+    Parameters
+    ----------
+    root
+        Where ``proc`` and ``sys`` lie.
+    """
+    free = 2**30  # where nobody knows
+    with contextlib.suppress(OSError, AttributeError, ValueError):  # macOS has no /proc
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     with contextlib.suppress(OSError, KeyError):
-        free = _read_numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
-    with contextlib.suppress(OSError, KeyError, ValueError):  # cgroup v2; "max" is no number
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used + _read_numbers(group / "memory.stat")["file"])
+        free = _read_numbers(root / "proc/meminfo")["MemAvailable:"] * 1024
+    for group, (limit, used, cache) in _memory_groups(root):
+        with contextlib.suppress(OSError, KeyError, ValueError):  # "max" is no number
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            free = min(free, max(0, left + _read_numbers(group / "memory.stat")[cache]))
     return free
+
+
+_GROUPS: Final = {
+    1: (
+        ("sys/fs/cgroup/memory",),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ),
+    2: (
+        ("sys/fs/cgroup", "sys/fs/cgroup/unified"),
+        ("memory.max", "memory.current", "file"),
+    ),
+}
+"""Of each version of control groups: where they lie; the files of limit and use, and the entry of
+``memory.stat`` for what is cached of files and can be dropped."""
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The control group of this process and all above it, which limit it as well."""
+    lines = ["0::/", ":memory:/"]  # the groups that a container sees as its own
+    with contextlib.suppress(OSError):
+        lines += (root / "proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        places, files = _GROUPS[2 if number == "0" else 1]
+        own = PurePosixPath("/", *(part for part in PurePosixPath(path).parts if part != ".."))
+        for place, group in itertools.product(places, (own, *own.parents)):
+            yield root / place / group.relative_to("/"), files
 
 
 def _read_numbers(path: Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import write_whole
+from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines
 from cxr_cache.config import AuditConfig
 from cxr_cache.datasets.cohort import Cohort
@@ -146,7 +147,7 @@ class Audit:
         """Write groups.csv, duplicates.csv, outliers.csv, unreadable.csv and audit.json."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("groups", "duplicates", "outliers", "unreadable"):
-            getattr(self, name).to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+            write_table(folder / f"{name}.csv", getattr(self, name), digits=6)
         summary = {
             "store": self.store,
             "run": self.run,
@@ -161,8 +162,7 @@ class Audit:
             "notes": self.notes,
             "leakage": None if self.leakage is None else self.leakage.to_dict(),
         }
-        text = json.dumps(summary, indent=2, default=int)
-        write_whole(folder / "audit.json", text.encode())
+        write_whole(folder / "audit.json", json.dumps(summary, indent=2, default=int).encode())
 
 
 def audit_store(

@@ -22,7 +22,7 @@ from cxr_cache.common.files import (
     require_no_writer,
     write_whole,
 )
-from cxr_cache.common.tables import format_csv
+from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
@@ -318,8 +318,7 @@ class Run:
     def write_table(self, name: TableName, table: pd.DataFrame) -> Path:
         """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
         path = self.path / f"{name}.csv"
-        with replacing(path) as file:
-            file.writelines(format_csv(table))
+        write_table(path, table)
         return path
 
     def read_table(self, name: TableName) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cxr_cache.common.files import write_whole
+from cxr_cache.common.tables import write_table
 from cxr_cache.datasets.cohort import UNITS
 from cxr_cache.errors import ImageError
 from cxr_cache.evaluation.compare import MACRO, Comparison
@@ -351,7 +351,7 @@ def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[Path, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / "comparison.csv", folder / "comparison.png"
-    write_whole(table, comparison.table.to_csv(index=False, float_format="%.9g").encode())
+    write_table(table, comparison.table)
     draw_comparison(comparison, picture)
     return table, picture
 

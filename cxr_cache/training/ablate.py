@@ -17,7 +17,7 @@ import pandas as pd
 from joblib import cpu_count
 
 from cxr_cache.common.backends import open_backend, streams_results
-from cxr_cache.common.files import write_whole
+from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines, suggest
 from cxr_cache.config import TrainConfig, kinds, option_of
 from cxr_cache.datasets.cohort import Cohort
@@ -169,7 +169,7 @@ def run_ablation(
                     n_done += 1
                     on_progress(n_done, n_all)
     table = _tabulate(methods, results, found.cohort, split)
-    write_whole(out / TABLE, table.to_csv(index=False, float_format="%.6g").encode())
+    write_table(out / TABLE, table, digits=6)
     return Ablation(table, tuple(settings), _describe_horizons(settings), is_random)
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_cache.common.tables import format_csv, read_csv
-from cxr_cache.errors import TableError
+from cxr_cache.common.tables import read_csv, write_table
+from cxr_cache.errors import DiskFullError, TableError
 
 
 def write(folder: Path, content: str | bytes) -> Path:
@@ -115,9 +115,8 @@ def test_any_bytes_give_a_table_or_a_message(tmp_path_factory, content):
         assert table.index.is_unique
 
 
-def test_tables_are_written_as_pandas_would(monkeypatch):
-    """Byte for byte, wherever they are cut, with all that cells may hold."""
-    monkeypatch.setattr("cxr_cache.common.tables._ROWS_AT_ONCE", 3)
+def test_tables_are_written_as_pandas_would(tmp_path):
+    """Byte for byte, with all that cells may hold."""
     floats = np.array([0.1, 1e-12, 12345678.9, np.inf, 1, -0.0, 2**-20], np.float32)
     table = pd.DataFrame(
         {
@@ -129,10 +128,41 @@ def test_tables_are_written_as_pandas_would(monkeypatch):
             "blank": np.full(7, np.nan),
             "int": range(7),
             "nullable": pd.Series(range(7), dtype="Int64").mask(np.arange(7) == 4),
+            "nullable float": pd.Series(floats.astype(float), dtype="Float64").mask(floats == 1),
             "bool": np.arange(7) > 3,
-        }
+            "category": pd.Categorical([*"abcabc", None]),
+        },
+        index=[3, 3, 1, 0, 9, 8, 7],
     )
     for n_rows in range(8):
-        expected = table[:n_rows].to_csv(index=False, float_format="%.9g", lineterminator="\n")
-        assert b"".join(format_csv(table[:n_rows])) == expected.encode()
-    assert list(format_csv(pd.DataFrame({"a": ["x\ry"]})))[1] == b'"x\ry"\n'  # pandas loses it
+        for digits in (9, 6):
+            expected = table[:n_rows].to_csv(
+                index=False, float_format=f"%.{digits}g", lineterminator="\n"
+            )
+            write_table(tmp_path / "t.csv", table[:n_rows], digits=digits)
+            assert (tmp_path / "t.csv").read_bytes() == expected.encode()
+    twice = pd.DataFrame([[1, "x"], [0.5, "y"]], columns=["a", "a"])
+    write_table(tmp_path / "t.csv", twice)
+    assert (tmp_path / "t.csv").read_text() == "a,a\n1,x\n0.5,y\n"
+
+
+def test_carriage_returns_come_back(tmp_path):
+    """pandas alone writes them so that it reads two rows."""
+    table = pd.DataFrame({"a": ["x\ry", "\r\n", None], "b": [0.5, np.nan, 2]})
+    write_table(tmp_path / "t.csv", table)
+    assert b'"x\ry"' in (tmp_path / "t.csv").read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), table)
+
+
+def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv"
+    write_table(path, pd.DataFrame({"a": [1]}))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
+    with pytest.raises(DiskFullError, match=r"t\.csv could not be written"):
+        write_table(path, pd.DataFrame({"a": [2]}))
+    assert path.read_text() == "a\n1\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
