@@ -55,13 +55,15 @@ def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
         Options that the user chose; they go before the run's.
     """
     _require_frozen(run)
-    own = {name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]}
-    if own["input_norm"] == "standard":
-        own["input_norm"] = "none"  # mean and spread are in the head's first layer
-    own["epochs"] = (run.config["chosen_epochs"],)
-    own["threshold_rule"] = run.threshold_rule  # of the model: `evaluate` may have chosen anew
-    own["calibration"] = run.calibration.method
-    return FinetuneConfig(**(own | given))
+    options = {
+        name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]
+    }
+    if options["input_norm"] == "standard":
+        options["input_norm"] = "none"  # mean and spread are in the head's first layer
+    options["epochs"] = (run.config["chosen_epochs"],)
+    options["threshold_rule"] = run.threshold_rule  # of the model: `evaluate` may have chosen anew
+    options["calibration"] = run.calibration.method
+    return FinetuneConfig(**(options | given))
 
 
 def _require_frozen(run: Run) -> None:
