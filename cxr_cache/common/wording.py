@@ -43,8 +43,8 @@ def nearest_names(name: str, known: Iterable[str], n: int = 1) -> list[str]:
     >>> nearest_names("cardiomegly", ["Edema", "Cardiomegaly"])
     ['Cardiomegaly']
     """
-    spelled = {normalise(other): other for other in known}
-    return [spelled[match] for match in difflib.get_close_matches(normalise(name), spelled, n)]
+    spelled = {normalise_name(other): other for other in known}
+    return [spelled[match] for match in difflib.get_close_matches(normalise_name(name), spelled, n)]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -53,7 +53,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def normalise(name: str) -> str:
+def normalise_name(name: str) -> str:
     """A name in small letters, with single spaces."""
     return " ".join(name.split()).lower()
 

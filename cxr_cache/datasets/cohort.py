@@ -66,7 +66,7 @@ class Cohort:
     source: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", _normalise(self.images))
+        object.__setattr__(self, "images", _complete_table(self.images))
         n_images = len(self.images)
         if self.targets.shape != (n_images, len(self.findings)):
             raise TableError(
@@ -144,7 +144,7 @@ class Cohort:
         return dataclasses.replace(self, images=self.images.assign(**columns))
 
 
-def _normalise(images: pd.DataFrame) -> pd.DataFrame:
+def _complete_table(images: pd.DataFrame) -> pd.DataFrame:
     """The image table with all its columns in order, as text, counted from 0."""
     names = [str(name) for name in images.columns]
     if duplicates := find_duplicates(names):

@@ -20,7 +20,7 @@ from cxr_cache.common.tables import (
     require_columns,
     require_unique,
 )
-from cxr_cache.common.wording import list_names, nearest_names, normalise
+from cxr_cache.common.wording import list_names, nearest_names, normalise_name
 from cxr_cache.datasets.cohort import FACTS, IMAGE_COLUMNS, RESERVED_COLUMNS
 from cxr_cache.errors import TableError
 
@@ -123,7 +123,7 @@ def parse_labels(
     TableError
         A cell names something that is not among `findings`.
     """
-    column_of = {normalise(finding): column for column, finding in enumerate(findings)}
+    column_of = {normalise_name(finding): column for column, finding in enumerate(findings)}
     targets = np.zeros((len(cells), len(findings)), np.float32)
     for row, cell in enumerate(cells):
         names = _split_cell(cell)
@@ -191,7 +191,7 @@ def parse_target_table(
 
 
 def _split_cell(cell: str) -> set[str]:
-    return {normalise(name) for name in cell.split(";")} - {""}
+    return {normalise_name(name) for name in cell.split(";")} - {""}
 
 
 def _suggest(name: str, findings: Sequence[str]) -> str:

@@ -162,11 +162,11 @@ def score_zero_shot(
         )
     findings = [cohort.findings[f] for f in chosen]
     pairs = [prompts[finding] for finding in findings]
-    targets, own = cohort.targets[:, chosen], np.arange(len(cohort))
+    targets, rows = cohort.targets[:, chosen], np.arange(len(cohort))
     embeddings = np.array(store.embeddings[images.rows, 0])
-    models = {_ZERO_SHOT: ScoredRows(own, targets, score_prompts(embeddings, text_encoder, pairs))}
+    models = {_ZERO_SHOT: ScoredRows(rows, targets, score_prompts(embeddings, text_encoder, pairs))}
     if images.probabilities is not None:
-        models[_RUN] = ScoredRows(own, targets, images.probabilities[:, chosen])
+        models[_RUN] = ScoredRows(rows, targets, images.probabilities[:, chosen])
     areas = score_jointly(models, cohort.groups, n_resamples=n_resamples, seed=seed)
     if _RUN in areas:
         areas["difference"] = areas[_RUN].minus(areas[_ZERO_SHOT])

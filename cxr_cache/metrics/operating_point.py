@@ -234,9 +234,8 @@ def find_rule(rule: str) -> tuple[ThresholdRule, float]:
         examples = (
             known if of.example is None else f"{known}={of.example}" for known, of in RULES.items()
         )
-        raise ConfigError(
-            f"--threshold-rule {rule!r} is no rule; it is one such as {', '.join(examples)}."
-        )
+        problem = f"{rule!r} is no rule; it is one such as {', '.join(examples)}"
+        raise ConfigError(problems=[("threshold_rule", problem)])
     return found, target
 
 

@@ -261,11 +261,11 @@ def _match_rows(
     row_of_digest = {digest: row for row, digest in stored.items()}
     rows, changed = np.full(len(cohort), -1, np.intp), []
     for i, (image_id, now) in enumerate(zip(map(str, cohort.image_ids), digests, strict=True)):
-        own = row_of_id.get(image_id, -1)
-        rows[i] = own if now is None or stored.get(own) == now else row_of_digest.get(now, -1)
-        if own >= 0 and now is not None and stored[own] != now:
+        row = row_of_id.get(image_id, -1)
+        rows[i] = row if now is None or stored.get(row) == now else row_of_digest.get(now, -1)
+        if row >= 0 and now is not None and stored[row] != now:
             changed.append(
-                f"{image_id}: sha256 {stored[own].hex()[:12]}… in the store, {now.hex()[:12]}… now"
+                f"{image_id}: sha256 {stored[row].hex()[:12]}… in the store, {now.hex()[:12]}… now"
             )
     return rows, tuple(changed)
 
