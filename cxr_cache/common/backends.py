@@ -14,9 +14,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Final
 
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from cxr_cache.config import BACKENDS
@@ -90,12 +92,12 @@ def start_workers(pool: Parallel, n_workers: int) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or not hasattr(signal, "pthread_sigmask"):  # on Windows there is none
         return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it waits for the end
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit this
+    for tracker in (resource_tracker, loky_tracker):
+        tracker.ensure_running()  # whoever starts them lets all signals through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit it
     try:
         list(pool(delayed(os.getpid)() for _ in range(n_workers)))
     finally:
-        signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
