@@ -10,11 +10,15 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Final
 
-from joblib import Parallel, parallel_config
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from cxr_cache.config import BACKENDS
@@ -68,6 +72,8 @@ def open_backend(
         with parallel_config(backend=name, **backend_options):
             parallel = Parallel(n_jobs=n_workers, batch_size=1, **options)
         try:
+            if name == "loky":
+                start_workers(parallel, n_workers)
             yield parallel
         except _losses(name) as error:
             raise WorkerLostError(
@@ -75,6 +81,24 @@ def open_backend(
                 "memory. What was finished is kept; run the same command again, with fewer "
                 "--workers where memory is short."
             ) from error
+
+
+def start_workers(pool: Parallel, n_workers: int) -> None:
+    """Start a pool's processes so that Ctrl-C, which a terminal sends to all, leaves them be.
+
+    The driver gets it and ends them. Interrupted themselves, they would print tracebacks, and
+    nobody would remove the files through which they share arrays.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not hasattr(signal, "pthread_sigmask"):  # on Windows there is none
+        return
+    for tracker in (resource_tracker, loky_tracker):
+        tracker.ensure_running()  # whoever starts them lets all signals through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit it
+    try:
+        list(pool(delayed(os.getpid)() for _ in range(n_workers)))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def check_backend(name: str, *, n_workers: int, scheduler: str | None = None) -> None:

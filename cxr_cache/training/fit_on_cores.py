@@ -9,6 +9,7 @@ from typing import Any, Final
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals import loky
 
+from cxr_cache.common.backends import start_workers
 from cxr_cache.common.devices import resolve_device
 from cxr_cache.config import TrainConfig
 from cxr_cache.training.fit import (
@@ -62,6 +63,7 @@ def fit_on_cores(
     rows = PlainRows(data.embeddings, data.targets)  # ids and names stay here
     states: list[dict[str, Any]] = [{"epoch": 0, "has_ended": False} for _ in tasks]
     with Parallel(n_jobs=n_cores, mmap_mode="c") as pool:
+        start_workers(pool, n_cores)
         while waiting := [h for h, state in enumerate(states) if not state["has_ended"]]:
             chosen = sorted(waiting, key=lambda h: states[h]["epoch"])[:n_cores]
             advanced = pool(

@@ -494,7 +494,7 @@ def test_fine_tuning_takes_over_how_a_run_is_read(with_tokens, run, tmp_path, mo
         configs.append(config)
         raise TrainingError("seen enough")
 
-    monkeypatch.setattr("cxr_cache.training.finetune.finetune_tail", refuse_to_train)
+    monkeypatch.setattr("cxr_cache.jobs.runs.tune_run", refuse_to_train)
     frozen = Path(shutil.copytree(run, tmp_path / "frozen"))
     succeed("evaluate", frozen, "--threshold-rule", "youden", "--calibration", "platt")
     command = ["finetune", with_tokens, "--run-dir", tmp_path / "run", "--from-run", frozen]
