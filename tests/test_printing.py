@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsRegressor
 
 from cxr_cache.evaluation.audit import Audit, audit_store
 from cxr_cache.evaluation.compare import Comparison, compare_runs
-from cxr_cache.evaluation.evaluate import evaluate_predictions, evaluate_run
+from cxr_cache.evaluation.evaluate import evaluate_predictions, score_run
 from cxr_cache.evaluation.zero_shot import ZeroShot
 from cxr_cache.models.explain import Explanation
 from cxr_cache.models.predict import Predictions
@@ -22,7 +22,7 @@ from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training.ablate import Ablation
 from cxr_cache.training.estimator import GroupedMultilabelSplit
 from cxr_cache.training.outcome import TrainResult
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.synthetic import QUICK, make_cohort, make_store
 
 
@@ -30,8 +30,8 @@ from tests.synthetic import QUICK, make_cohort, make_store
 def trained(tmp_path_factory) -> TrainResult:
     folder = tmp_path_factory.mktemp("printing")
     store = make_store(folder / "features.h5", make_cohort(80))
-    train_head(store, folder / "other", replace(QUICK, epochs=(1,)))
-    return train_head(store, folder / "run", replace(QUICK, epochs=(1, 2)))
+    fit_run(store, folder / "other", replace(QUICK, epochs=(1,)))
+    return fit_run(store, folder / "run", replace(QUICK, epochs=(1, 2)))
 
 
 def show(result: object, n_lines: int = 10) -> str:
@@ -48,7 +48,7 @@ def test_a_run_says_what_it_is_before_and_after_its_evaluation(trained):
     assert f"Run {run.path} (train, finished)" in show(run)
     assert "6 findings: Cardiomegaly, Pleural Effusion, Nodule, Hernia, Mass and" in show(run)
     assert "macro AUROC" not in show(run)
-    metrics = evaluate_run(run, n_resamples=0)
+    metrics = score_run(run, n_resamples=0)
     assert f"test images: {metrics['test']['macro_auroc']['value']:.3f}" in show(Run.open(run.path))
     assert f"Run {run.path}" in show(trained)
     assert "Epoch search" in show(trained)
@@ -56,7 +56,7 @@ def test_a_run_says_what_it_is_before_and_after_its_evaluation(trained):
 
 def test_tables_of_a_run_are_frames(trained):
     run = trained.run
-    evaluate_run(run, n_resamples=0)
+    score_run(run, n_resamples=0)
     for name in ("splits", "targets", "predictions", "out_of_fold", "per_finding"):
         frame = getattr(run, name)
         assert isinstance(frame, pd.DataFrame)

@@ -1,9 +1,9 @@
-"""One image file at full size -> the few facts about its pixels that an audit keeps."""
+"""Pictures and embeddings -> the few facts an audit keeps, copies, and images that are odd."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -16,6 +16,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from cxr_cache.datasets.images import MIN_EDGE_PX, read_picture
 from cxr_cache.errors import ImageError
+
+Array: TypeAlias = NDArray[Any]
 
 THUMBNAIL_PX: Final = 32
 """Side of the grey thumbnails; it must not exceed any image's."""
@@ -225,34 +227,18 @@ def find_same_digests(digests: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 # -- outliers ---
 
-Array: TypeAlias = NDArray[Any]
-
-
 MIN_CONTRAST: Final = 16
 """Grey levels; the flattest of 6,352 real radiographs has 101."""
-
-
-MAX_COLOUR: Final = 8
-
-
-MAX_FRAME: Final = 0.5
-
-
+MAX_COLOUR: Final = 8  # grey levels
+MAX_FRAME: Final = 0.5  # share of the area
 MAX_ROBUST_Z: Final = 6.0
 """Standard deviations, estimated from quartiles, from which on a distance is unusual."""
-
-
+COLUMNS: Final = ("row", "reason", "value", "usual")
 _FITS: Final = 0.4
 """Correlation with the usual picture that an image turned or inverted back must reach."""
-
-
 _GAIN: Final = 0.25
 """How much better it must fit than as it is."""
-
-
 _MIN_IMAGES: Final = 20  # of a projection, for its usual picture to mean anything
-
-
 _CHANGES: Final[Sequence[tuple[str, Callable[[Array], Array]]]] = (
     ("inverted: its negative fits", np.negative),
     ("upside down: fits when turned by 180 degrees", lambda usual: np.rot90(usual, 2)),
@@ -261,9 +247,6 @@ _CHANGES: Final[Sequence[tuple[str, Callable[[Array], Array]]]] = (
 )
 """What may have been done to a picture, as done to the usual one or its mirror image: with these,
 all eight ways in which a picture can lie."""
-
-
-COLUMNS: Final = ("row", "reason", "value", "usual")
 
 
 def find_embedding_outliers(distances: NDArray[np.float64]) -> pd.DataFrame:
@@ -310,10 +293,7 @@ def find_pixel_outliers(
         return _table(np.empty(0, np.intp), "", np.empty(0), 0.0)
     rows = np.array(list(facts), np.intp)
     pictures = list(facts.values())
-    contrast, colour, frame = (
-        np.array([getattr(one, name) for one in pictures])
-        for name in ("contrast", "colour", "frame")
-    )
+    contrast, colour, frame = _collect(pictures)
     # What all pictures of a data set have makes none of them odd: each bound follows the usual one.
     is_blank = contrast < min(MIN_CONTRAST, np.median(contrast) / 2)
     is_coloured = colour > max(MAX_COLOUR, 2 * np.median(colour))
@@ -339,10 +319,7 @@ def describe_usual(facts: Collection[PictureFacts]) -> list[str]:
     """Say what is unusual about the data set as a whole, so that no single image is blamed."""
     if not facts:
         return []
-    contrast, colour, frame = (
-        float(np.median([getattr(one, name) for one in facts]))
-        for name in ("contrast", "colour", "frame")
-    )
+    contrast, colour, frame = map(np.median, _collect(facts))
     notes = []
     if contrast < MIN_CONTRAST:
         notes.append(
@@ -361,6 +338,11 @@ def describe_usual(facts: Collection[PictureFacts]) -> list[str]:
             "Crop the files, or the encoder sees little else."
         )
     return notes
+
+
+def _collect(facts: Iterable[PictureFacts]) -> tuple[NDArray[np.float64], ...]:
+    """Contrast, colour and frame of every picture, each ``(n,)``."""
+    return tuple(np.array([(one.contrast, one.colour, one.frame) for one in facts]).T)
 
 
 def _find_misfits(rows: NDArray[np.intp], thumbnails: NDArray[np.uint8]) -> list[pd.DataFrame]:

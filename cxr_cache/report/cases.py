@@ -1,4 +1,4 @@
-"""Which test images a run is surest about: its hits, misses and false alarms of each finding."""
+"""The test images that a run is surest about, as a page shows them: pictures and maps."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ PER_KIND: Final = 4
 """Images of each kind and finding, where one run is shown."""
 MAX_FINDINGS: Final = 40
 """Of more, those with most positives; so many thumbnails take 2 MB."""
+EDGE_PX: Final = 144  # of a thumbnail, which is square
+_JPEG_QUALITY: Final = 70
 
 
 class Case(TypedDict):
@@ -87,6 +89,70 @@ def _first(chosen: NDArray[np.bool_], key: NDArray[np.float64], n_rows: int) -> 
     """So many of the chosen rows, the smallest keys first."""
     rows = np.flatnonzero(chosen)
     return rows[np.argsort(key[rows], kind="stable")[:n_rows]]
+
+
+def draw_thumbnails(
+    image_dir: str | Path, image_ids: Iterable[str], preprocessing: Mapping[str, Any] | None
+) -> tuple[dict[str, str], list[str]]:
+    """Small pictures of images, cut as the encoder saw them.
+
+    Parameters
+    ----------
+    image_dir
+        Folder that the ids are relative to.
+    image_ids
+        Which images; each is drawn once.
+    preprocessing
+        Of the encoder, as a run records it; None (imported embeddings) crops to the middle square.
+
+    Returns
+    -------
+    tuple[dict[str, str], list[str]]
+        A ``data:image/jpeg`` address of about 4 kB by image id, and what was wrong with the images
+        that have none, one sentence each.
+
+    Raises
+    ------
+    ConfigError
+        `image_dir` is not a folder, or holds none of the images.
+    """
+    image_dir, image_ids = Path(image_dir), list(dict.fromkeys(image_ids))
+    if not image_dir.is_dir():
+        raise ConfigError(f"{image_dir} is not a folder; give the one with the run's images.")
+    rule = _rule(preprocessing)
+    pictures, problems = {}, []
+    for image_id in image_ids:
+        try:
+            pictures[image_id] = _draw(image_dir, image_id, rule)
+        except ImageError as error:
+            problems.append(f"{image_id}: {error}.")
+    if problems and not pictures:
+        raise ConfigError(
+            f"{image_dir} holds none of the {count(len(problems), 'image')} to show; the first is "
+            f"{problems[0]} Give the folder that the run's images were read from."
+        )
+    return pictures, problems
+
+
+def _rule(preprocessing: Mapping[str, Any] | None) -> Preprocessing:
+    stated = preprocessing or {}
+    return Preprocessing(
+        image_size_px=EDGE_PX,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        interpolation="bicubic",
+        resize=stated.get("resize", "crop"),
+        bits_stored=stated.get("bits_stored"),
+    )
+
+
+def _draw(image_dir: Path, image_id: str, rule: Preprocessing) -> str:
+    pixels = read_image(image_dir, image_id, rule).pixels  # (3, S, S)
+    is_grey = (pixels == pixels[:1]).all()
+    picture = Image.fromarray(pixels[0] if is_grey else pixels.transpose(1, 2, 0))
+    jpeg = io.BytesIO()
+    picture.save(jpeg, format="JPEG", quality=_JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
 
 
 class CaseMaps(TypedDict):
@@ -162,73 +228,3 @@ def _read(
 def _pack(relevance: NDArray[np.float32]) -> str:
     shares = relevance / max(float(relevance.max()), 1e-12)
     return base64.b64encode((255 * shares).round().astype(np.uint8).tobytes()).decode("ascii")
-
-
-EDGE_PX: Final = 144
-
-
-_QUALITY: Final = 70
-
-
-def draw_thumbnails(
-    image_dir: str | Path, image_ids: Iterable[str], preprocessing: Mapping[str, Any] | None
-) -> tuple[dict[str, str], list[str]]:
-    """Small pictures of images, cut as the encoder saw them.
-
-    Parameters
-    ----------
-    image_dir
-        Folder that the ids are relative to.
-    image_ids
-        Which images; each is drawn once.
-    preprocessing
-        Of the encoder, as a run records it; None (imported embeddings) crops to the middle square.
-
-    Returns
-    -------
-    tuple[dict[str, str], list[str]]
-        A ``data:image/jpeg`` address of about 4 kB by image id, and what was wrong with the images
-        that have none, one sentence each.
-
-    Raises
-    ------
-    ConfigError
-        `image_dir` is not a folder, or holds none of the images.
-    """
-    image_dir, image_ids = Path(image_dir), list(dict.fromkeys(image_ids))
-    if not image_dir.is_dir():
-        raise ConfigError(f"{image_dir} is not a folder; give the one with the run's images.")
-    rule = _rule(preprocessing)
-    pictures, problems = {}, []
-    for image_id in image_ids:
-        try:
-            pictures[image_id] = _draw(image_dir, image_id, rule)
-        except ImageError as error:
-            problems.append(f"{image_id}: {error}.")
-    if problems and not pictures:
-        raise ConfigError(
-            f"{image_dir} holds none of the {count(len(problems), 'image')} to show; the first is "
-            f"{problems[0]} Give the folder that the run's images were read from."
-        )
-    return pictures, problems
-
-
-def _rule(preprocessing: Mapping[str, Any] | None) -> Preprocessing:
-    stated = preprocessing or {}
-    return Preprocessing(
-        image_size_px=EDGE_PX,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        interpolation="bicubic",
-        resize=stated.get("resize", "crop"),
-        bits_stored=stated.get("bits_stored"),
-    )
-
-
-def _draw(image_dir: Path, image_id: str, rule: Preprocessing) -> str:
-    pixels = read_image(image_dir, image_id, rule).pixels  # (3, S, S)
-    is_grey = (pixels == pixels[:1]).all()
-    picture = Image.fromarray(pixels[0] if is_grey else pixels.transpose(1, 2, 0))
-    jpeg = io.BytesIO()
-    picture.save(jpeg, format="JPEG", quality=_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")

@@ -69,7 +69,7 @@ def render_card(view: RunView, *, license_id: str = UNKNOWN, dataset_id: str = U
     return f"---\n{_header(view, license_id, dataset_id)}\n---\n\n{body.strip()}\n"
 
 
-def read_card(run: Run) -> dict[str, str]:
+def read_card(run: Run) -> dict[str, Any]:
     """What a run's card states of licence and data set, to write it again; empty without a card."""
     header = run.read_model_card().partition("\n---\n")[0]
     found = {name: re.search(line, header, re.MULTILINE) for name, line in _STATED.items()}

@@ -1,4 +1,4 @@
-"""A run's tables -> figures as PNG files; computes no numbers."""
+"""Tables and maps of results -> figures as PNG files; computes no numbers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import write_table
@@ -33,11 +31,14 @@ from cxr_cache.report.drawing import (
     INK,
     ORANGE,
     PALETTE,
+    ROWS_MARGINS,
     Axes,
     label_rows,
     label_width,
     open_figure,
+    open_rows,
     put_legend_on_top,
+    rows_height,
 )
 from cxr_cache.report.views import keep_longest
 
@@ -53,97 +54,55 @@ PLOTS = (
 )
 MAX_MATRICES = 35
 N_COMMON_MATRICES = 6
-_ROWS_MARGINS = 0.55, 0.4  # inches below and above rows
 _PANEL_MARGINS = 0.75, 0.15, 0.5, 0.35
 _TILE = 2.6, 3.1
 """Width and height of a confusion matrix with its margin, in cells."""
 _MIDDLE: Final[dict[str, Any]] = {"ha": "center", "va": "center"}
-
 _CLASS_COLUMNS = ("finding", "n_images", "n_studies")
+_MARKERS: Final = "osD^v*"  # runs differ by more than their colour
+_MAX_SETTINGS: Final = 40  # of an ablation, the best
+_MAP_COLOURS: Final = "cividis"  # made to look the same to colour-blind people
+_MAP_OPACITY: Final = 0.75  # of the map's maximum; its zero is transparent
+_COUNTS_LABEL: Final = "with the finding (log scale)"
+_AUROC_LABEL: Final = "AUROC on the test images"
 
 
-def draw_class_distribution(
-    findings: Sequence[str], images: Sequence[int], studies: Sequence[int], path: str | Path
-) -> None:
-    """Bars of how many images and studies have each finding, on a log scale, most frequent first.
+# -- of one run ---
 
-    Parameters
-    ----------
-    findings
-        Names, in any order.
-    images, studies
-        How many images and how many studies have each finding.
-    path
-        PNG file to write; its folder exists.
+
+def draw_plots(run: Run) -> dict[str, Path]:
+    """Draw every plot of a run that has been evaluated, into its ``plots`` folder.
+
+    Returns
+    -------
+    dict[str, Path]
+        PNG file by the plot's name; ``curves`` only where the evaluation kept them.
     """
-    table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
-    table = table.sort_values("n_images", kind="stable")
-    margins = (label_width(table["finding"]), 0.15, *_ROWS_MARGINS)
-    with open_figure(path, 8, _rows_height(table), margins) as figure:
-        axes = figure.add_subplot()
-        _draw_counts(axes, table)
-        label_rows(axes, table["finding"])
-
-
-def _draw_counts(axes: Axes, table: pd.DataFrame) -> None:
-    places = np.arange(len(table))
-    axes.barh(places + 0.2, table["n_images"], 0.4, color=BLUE, label="images")
-    axes.barh(places - 0.2, table["n_studies"], 0.4, color=ORANGE, label="studies")
-    for place, n_images in zip(places, table["n_images"], strict=True):
-        axes.annotate(
-            f"{n_images:,}",
-            (max(n_images, 0.8), place),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-        )
-    axes.set_xscale("log")
-    axes.set_xlim(0.8, max(10, table["n_images"].max()) * 2)
-    axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
-    axes.set_xlabel("with the finding (log scale)")
-    axes.legend(loc="lower right")
-    axes.set_title("How often each finding occurs")
-
-
-def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
-    """AUROC with its interval per row of the table, from the bottom up, and the chance line."""
-    places = np.arange(len(table))
-    axes.axvline(0.5, color=ORANGE, linestyle="--", linewidth=1.2, label="chance")
-    is_rare = (table["n_positive_test"] < FEW_POSITIVES).to_numpy()
-    interval = f"AUROC, {100 * LEVEL:.0f} % interval"
-    few = f"fewer than {FEW_POSITIVES} positives"
-    for chosen, color, label in ((~is_rare, BLUE, interval), (is_rare, GREY, few)):
-        rows = table[chosen]
-        bounds = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
-        axes.errorbar(
-            rows["auroc"],
-            places[chosen],
-            xerr=np.nan_to_num(np.clip(bounds, 0, None)),
-            fmt="o",
-            color=color,
-            markerfacecolor=color if color == BLUE else "white",
-            elinewidth=1.4,
-            markersize=4.5,
-            label=label if rows["auroc"].notna().any() else None,
-        )
-    for place in places[table["auroc"].isna()]:
-        axes.text(0.51, place, "not scored", va="center", color=GREY, style="italic", fontsize=8)
-    axes.set_xlim(min(0.4, np.nanmin([0.4, *table["auroc_low"]]) - 0.02), 1.01)
-    axes.set_xlabel("AUROC on the test images")
-    put_legend_on_top(axes, 3, "right")
-
-
-def _rows_height(table: pd.DataFrame) -> float:
-    """Inches for a plot with one row per finding."""
-    return 1.2 + 0.23 * max(4, len(table))
+    per_finding = run.read_table("per_finding")
+    occurring = per_finding[per_finding["n_positive_test"] > 0]
+    common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
+    paths = {name: run.plot_path(name) for name in PLOTS}
+    search, chosen_epochs = run.read_table("epoch_search"), run.config["chosen_epochs"]
+    _draw_epoch_search(search, chosen_epochs, paths["epoch_search"])
+    _draw_training_curves(run.read_table("history"), paths["training_curves"])
+    _draw_per_finding(per_finding, paths["per_finding"])
+    names, images, studies = (per_finding[key].tolist() for key in _CLASS_COLUMNS)
+    draw_class_distribution(names, images, studies, paths["class_distribution"])
+    _draw_class_vs_performance(per_finding, paths["class_vs_performance"])
+    _draw_confusion_matrices(common, 5, paths["confusion_matrices"])
+    _draw_confusion_matrices(common[:N_COMMON_MATRICES], 3, paths["confusion_matrices_six"])
+    if run.has_table("curves") and run.has_table("calibration"):
+        _draw_curves(run.read_table("curves"), run.read_table("calibration"), paths["curves"])
+    else:
+        del paths["curves"]
+    return paths
 
 
 def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> None:
     with open_figure(path, 7, 4, _PANEL_MARGINS) as figure:
         axes = figure.add_subplot()
         epochs = search["epochs"]
-        for fold in _fold_columns(search):
+        for fold in [name for name in search if str(name).startswith("fold_")]:
             axes.plot(epochs, search[fold], ".-", color=GREY, linewidth=0.8, alpha=0.7)
         axes.plot([], [], ".-", color=GREY, linewidth=0.8, label="one fold")
         axes.errorbar(
@@ -165,10 +124,6 @@ def _draw_epoch_search(search: pd.DataFrame, chosen_epochs: int, path: Path) -> 
         axes.set_ylabel("macro AUROC of the held-out fold")
         axes.set_title("Search for the number of epochs")
         axes.legend()
-
-
-def _fold_columns(search: pd.DataFrame) -> list[str]:
-    return [column for column in search.columns if column.startswith("fold_")]
 
 
 def _draw_training_curves(history: pd.DataFrame, path: Path) -> None:
@@ -204,24 +159,90 @@ def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("auroc", na_position="first", kind="stable")
     names = zip(table["finding"], table["n_positive_test"], strict=True)
     labels = [f"{finding}  ({n})" for finding, n in names]
-    margins = (0.25 + label_width(labels), 0.15, *_ROWS_MARGINS)
-    with open_figure(path, 8, _rows_height(table), margins) as figure:
-        axes = figure.add_subplot()
+    ylabel = "finding (images with it in test)"
+    with open_rows(path, labels, xlabel=_AUROC_LABEL, ylabel=ylabel) as axes:
         _draw_auroc(axes, table)
-        label_rows(axes, labels)
-        axes.set_ylabel("finding (images with it in test)")
 
 
 def _draw_class_vs_performance(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("n_images", kind="stable")
-    margins = (label_width(table["finding"]), 0.15, *_ROWS_MARGINS)
-    with open_figure(path, 10.5, _rows_height(table), margins) as figure:
+    margins = (label_width(table["finding"]), 0.15, *ROWS_MARGINS)
+    with open_figure(path, 10.5, rows_height(len(table)), margins) as figure:
         counts, aurocs = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.05})
         _draw_counts(counts, table)
         _draw_auroc(aurocs, table)
         label_rows(counts, table["finding"])
         counts.set_title("")
         aurocs.tick_params(axis="y", length=0)
+
+
+def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
+    """AUROC with its interval per row of the table, from the bottom up, and the chance line."""
+    places = np.arange(len(table))
+    axes.axvline(0.5, color=ORANGE, linestyle="--", linewidth=1.2, label="chance")
+    is_rare = (table["n_positive_test"] < FEW_POSITIVES).to_numpy()
+    interval = f"AUROC, {100 * LEVEL:.0f} % interval"
+    few = f"fewer than {FEW_POSITIVES} positives"
+    for chosen, color, label in ((~is_rare, BLUE, interval), (is_rare, GREY, few)):
+        rows = table[chosen]
+        bounds = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
+        axes.errorbar(
+            rows["auroc"],
+            places[chosen],
+            xerr=np.nan_to_num(np.clip(bounds, 0, None)),
+            fmt="o",
+            color=color,
+            markerfacecolor=color if color == BLUE else "white",
+            elinewidth=1.4,
+            markersize=4.5,
+            label=label if rows["auroc"].notna().any() else None,
+        )
+    for place in places[table["auroc"].isna()]:
+        axes.text(0.51, place, "not scored", va="center", color=GREY, style="italic", fontsize=8)
+    axes.set_xlim(min(0.4, np.nanmin([0.4, *table["auroc_low"]]) - 0.02), 1.01)
+    axes.set_xlabel(_AUROC_LABEL)
+    put_legend_on_top(axes, 3, "right")
+
+
+def draw_class_distribution(
+    findings: Sequence[str], images: Sequence[int], studies: Sequence[int], path: str | Path
+) -> None:
+    """Bars of how many images and studies have each finding, on a log scale, most frequent first.
+
+    Parameters
+    ----------
+    findings
+        Names, in any order.
+    images, studies
+        How many images and how many studies have each finding.
+    path
+        PNG file to write; its folder exists.
+    """
+    table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
+    table = table.sort_values("n_images", kind="stable")
+    with open_rows(path, table["finding"], xlabel=_COUNTS_LABEL) as axes:
+        _draw_counts(axes, table)
+
+
+def _draw_counts(axes: Axes, table: pd.DataFrame) -> None:
+    places = np.arange(len(table))
+    axes.barh(places + 0.2, table["n_images"], 0.4, color=BLUE, label="images")
+    axes.barh(places - 0.2, table["n_studies"], 0.4, color=ORANGE, label="studies")
+    for place, n_images in zip(places, table["n_images"], strict=True):
+        axes.annotate(
+            f"{n_images:,}",
+            (max(n_images, 0.8), place),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, max(10, table["n_images"].max()) * 2)
+    axes.xaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
+    axes.set_xlabel(_COUNTS_LABEL)
+    axes.legend(loc="lower right")
+    axes.set_title("How often each finding occurs")
 
 
 def _draw_confusion_matrices(per_finding: pd.DataFrame, n_columns: int, path: Path) -> None:
@@ -315,35 +336,7 @@ def _curve_style(finding: str) -> dict[str, Any]:
     return {"color": GREY, "linewidth": 0.7, "alpha": 0.6}
 
 
-def draw_plots(run: Run) -> dict[str, Path]:
-    """Draw every plot of a run that has been evaluated, into its ``plots`` folder.
-
-    Returns
-    -------
-    dict[str, Path]
-        PNG file by the plot's name; ``curves`` only where the evaluation kept them.
-    """
-    per_finding = run.read_table("per_finding")
-    occurring = per_finding[per_finding["n_positive_test"] > 0]
-    common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
-    paths = {name: run.plot_path(name) for name in PLOTS}
-    search, chosen_epochs = run.read_table("epoch_search"), run.config["chosen_epochs"]
-    _draw_epoch_search(search, chosen_epochs, paths["epoch_search"])
-    _draw_training_curves(run.read_table("history"), paths["training_curves"])
-    _draw_per_finding(per_finding, paths["per_finding"])
-    names, images, studies = (per_finding[key].tolist() for key in _CLASS_COLUMNS)
-    draw_class_distribution(names, images, studies, paths["class_distribution"])
-    _draw_class_vs_performance(per_finding, paths["class_vs_performance"])
-    _draw_confusion_matrices(common, 5, paths["confusion_matrices"])
-    _draw_confusion_matrices(common[:N_COMMON_MATRICES], 3, paths["confusion_matrices_six"])
-    if run.has_table("curves") and run.has_table("calibration"):
-        _draw_curves(run.read_table("curves"), run.read_table("calibration"), paths["curves"])
-    else:
-        del paths["curves"]
-    return paths
-
-
-_MARKERS: Final = "osD^v*"  # runs differ by more than their colour
+# -- of several runs, and of an ablation ---
 
 
 def write_comparison(comparison: Comparison, folder: str | Path) -> tuple[Path, Path]:
@@ -371,32 +364,29 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     """
     table = comparison.table
     table = table[(table["rows"] == "images") & (table["measure"] == "auroc")]
-    findings = _order(table)
+    findings = _order_findings(table)
     runs = comparison.runs[1:]
     furthest = max(0.05, 1.4 * table["difference"].abs().max())
-    with open_figure(path, 8, 1.4 + 0.26 * len(findings)) as figure:
-        axes = figure.add_subplot()
+    labels = [name or "mean over findings" for name in findings]
+    against = f"AUROC difference to {comparison.runs[0]}"
+    xlabel = f"{against}, with {LEVEL:.0%} interval over {UNITS[comparison.unit]}"
+    with open_rows(path, labels, xlabel=xlabel) as axes:
         axes.axvline(0, color=GREY, linewidth=1)
         for k, run in enumerate(runs):
             shift = 0.5 * ((k + 0.5) / len(runs) - 0.5)
-            _draw_run(axes, table[table["run"] == run], findings, run, k, shift)
-        label_rows(axes, [name or "mean over findings" for name in findings])
+            _draw_differences(axes, table[table["run"] == run], findings, run, k, shift)
         axes.set_xlim(-furthest, furthest)
-        axes.set_xlabel(
-            f"AUROC difference to {comparison.runs[0]}, with 95 % interval over "
-            f"{UNITS[comparison.unit]}"
-        )
         put_legend_on_top(axes, 3)
 
 
-def _order(table: pd.DataFrame) -> list[str]:
+def _order_findings(table: pd.DataFrame) -> list[str]:
     """Findings that were compared, from the bottom up: fewest positives first, the mean on top."""
     first_run = table[table["run"] == table["run"].iloc[0]].dropna(subset=["difference"])
     of_findings = first_run[first_run["finding"] != MACRO]
     return [*of_findings.sort_values("n_positive", kind="stable")["finding"], MACRO]
 
 
-def _draw_run(
+def _draw_differences(
     axes: Axes, rows: pd.DataFrame, findings: list[str], run: str, k: int, shift: float
 ) -> None:
     rows = rows.set_index("finding").loc[findings]
@@ -419,9 +409,6 @@ def _draw_run(
         )
 
 
-_N_SHOWN: Final = 40
-
-
 def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
     """Draw every setting's folds, their mean, and the baselines, best on top, as a PNG.
 
@@ -435,71 +422,27 @@ def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
     """
     path = Path(path)
     n_before = (table["kind"] == "head").cumsum()
-    shown = table[(table["kind"] == "baseline") | (n_before <= _N_SHOWN)][::-1]
+    shown = table[(table["kind"] == "baseline") | (n_before <= _MAX_SETTINGS)][::-1]
     folds = shown[[name for name in shown if str(name).startswith("fold_")]].to_numpy()
     is_head = (shown["kind"] == "head").to_numpy()
     places = np.arange(len(shown))
-    with open_figure(path, 8, 1.2 + 0.27 * len(shown)) as figure:
-        axes = figure.add_subplot()
+    labels = [str(label) for label in shown["setting"]]
+    xlabel = "macro AUROC on held-out folds (each fold a line)"
+    with open_rows(path, labels, xlabel=xlabel) as axes:
         axes.plot(folds, places, "|", color=GREY, markersize=7)
         for kind, color, marker, name in (
             (is_head, BLUE, "o", "head"),
             (~is_head, ORANGE, "D", "baseline"),
         ):
-            means = shown["mean_auroc"].to_numpy()[kind]
             if kind.any():
-                axes.plot(
-                    means, places[kind], marker, color=color, label=f"{name}, mean over folds"
-                )
-        label_rows(axes, [str(label) for label in shown["setting"]])
-        axes.set_xlabel("macro AUROC on held-out folds (each fold a line)")
+                means = shown["mean_auroc"].to_numpy()[kind]
+                label = f"{name}, mean over folds"
+                axes.plot(means, places[kind], marker, color=color, label=label)
         put_legend_on_top(axes, 2)
     return path
 
 
-_COLOURS: Final = "cividis"  # made to look the same to colour-blind people
-
-
-_STRONGEST: Final = 0.75  # opacity of the map's maximum; its zero is transparent
-
-
-def draw_explanation(explanation: Explanation, path: Path) -> None:
-    """Draw the radiograph, alone and with the map over it, into a PNG.
-
-    The map is scaled to its own maximum, so that colours do not compare between pictures; where it
-    is zero, nothing covers the radiograph.
-    """
-    height, width = explanation.picture.shape[:2]
-    figure = Figure(figsize=(10, 1 + 4.8 * min(height / width, 2)), layout="constrained")
-    FigureCanvasAgg(figure)
-    plain, covered = figure.subplots(1, 2)
-    relevance = explanation.relevance / max(float(explanation.relevance.max()), 1e-12)
-    for axes in (plain, covered):
-        axes.imshow(
-            explanation.picture, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0)
-        )
-        axes.set_axis_off()
-    shown = covered.imshow(
-        relevance,
-        cmap=_COLOURS,
-        vmin=0,
-        vmax=1,
-        alpha=_STRONGEST * relevance,
-        extent=explanation.extent,
-        interpolation="bilinear",
-    )
-    covered.set_xlim(0, width)
-    covered.set_ylim(height, 0)
-    figure.colorbar(shown, ax=covered, label="relevance, share of the maximum", shrink=0.8)
-    called = "present" if explanation.probability >= explanation.threshold else "absent"
-    threshold = (
-        f"{explanation.threshold:.1%}" if explanation.threshold <= 1 else "none: never called"
-    )
-    figure.suptitle(
-        f"{explanation.finding}: {explanation.probability:.1%} (threshold {threshold}), {called}\n"
-        f"{explanation.path.name}. Not for clinical use."
-    )
-    figure.savefig(path, dpi=110)
+# -- of single images ---
 
 
 def write_explanations(
@@ -538,3 +481,39 @@ def write_explanations(
         if raw:
             np.save(folder / f"{name}.npy", one.relevance)
     return names.total(), failures
+
+
+def draw_explanation(explanation: Explanation, path: Path) -> None:
+    """Draw the radiograph, alone and with the map over it, into a PNG.
+
+    The map is scaled to its own maximum, so that colours do not compare between pictures; where it
+    is zero, nothing covers the radiograph.
+    """
+    height, width = explanation.picture.shape[:2]
+    relevance = explanation.relevance / max(float(explanation.relevance.max()), 1e-12)
+    is_called = explanation.probability >= explanation.threshold
+    threshold = f"{explanation.threshold:.1%}"
+    if explanation.threshold > 1:
+        threshold = "none: never called"
+    with open_figure(path, 10, 1 + 4.8 * min(height / width, 2)) as figure:
+        plain, covered = figure.subplots(1, 2)
+        for axes in (plain, covered):
+            frame = (0, width, height, 0)
+            axes.imshow(explanation.picture, cmap="gray", vmin=0, vmax=255, extent=frame)
+            axes.set_axis_off()
+        shown = covered.imshow(
+            relevance,
+            cmap=_MAP_COLOURS,
+            vmin=0,
+            vmax=1,
+            alpha=_MAP_OPACITY * relevance,
+            extent=explanation.extent,
+            interpolation="bilinear",
+        )
+        covered.set(xlim=(0, width), ylim=(height, 0))
+        figure.colorbar(shown, ax=covered, label="relevance, share of the maximum", shrink=0.8)
+        figure.suptitle(
+            f"{explanation.finding}: {explanation.probability:.1%} (threshold {threshold}), "
+            f"{'present' if is_called else 'absent'}\n"
+            f"{explanation.path.name}. Not for clinical use."
+        )

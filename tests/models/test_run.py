@@ -27,7 +27,7 @@ MODEL = SavedModel(
     findings=("Pleural Effusion", "NA", "Ödem"),
     thresholds={"Pleural Effusion": 0.1 + 0.2, "NA": 2.0, "Ödem": 1e-9},
     encoder={"name": "random:test_vit", "preprocessing": {"mean": [0.5, 0.25, 0.1]}},
-    head={"input_norm": "l2", "hidden": [12, 8], "dropout": 0.5},
+    head={"input_norm": "l2", "hidden": [12, 8], "dropout": 0.5, "norm": "batch"},
 )
 
 
