@@ -333,10 +333,10 @@ class Run:
         if not path.is_file():
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         text_columns = [*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ())]
-        if name in ("predictions", "out_of_fold"):
-            text_columns += _read_image_columns(path)
-        dtypes = dict.fromkeys(text_columns, str)
         try:
+            if name in ("predictions", "out_of_fold"):
+                text_columns += _read_image_columns(path)
+            dtypes = dict.fromkeys(text_columns, str)
             table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
         except ValueError as error:  # pandas' own, and bytes that are not UTF-8
             raise RunError(f"{path} is damaged ({error}). Train again.") from error
