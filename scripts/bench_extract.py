@@ -145,7 +145,8 @@ class Bench:
         pixels = self.encoder.prepare(self.pixels[:1])
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.encoder.tail(self.encoder.stem(pixels, 1), 1)
-        return int(counter.get_total_flops())
+        n_flops: int = counter.get_total_flops()
+        return n_flops
 
     def run_product(self) -> tuple[Turn, NDArray[np.float32]]:
         """Seconds and embeddings of an extraction, from the moment the store is planned."""

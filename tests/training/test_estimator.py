@@ -40,7 +40,7 @@ from cxr_cache.errors import ConfigError, TableError
 from cxr_cache.store.rows import prepare_embeddings
 from cxr_cache.training.fit import HeadTask, PlainRows, fit_heads
 from cxr_cache.training.search import final_task
-from cxr_cache.training.train import train_head
+from cxr_cache.training.train import fit_run
 from tests.synthetic import FINDINGS, make_cohort, make_embeddings, make_store
 
 COHORT = make_cohort(n_studies=60, unlabelled=0.1)
@@ -124,7 +124,7 @@ def store(tmp_path_factory) -> Path:
 def test_fit_is_what_train_does(store, tmp_path, changes):
     """On the training rows of a run, with its studies and its seed: the same predictions."""
     recipe = {**RECIPE, **SEARCHED, **changes}
-    result = train_head(store, tmp_path / "run", TrainConfig(**recipe, seed=5))
+    result = fit_run(store, tmp_path / "run", TrainConfig(**recipe, seed=5))
     splits = result.run.read_table("splits")
     train, test = (splits["split"] == side for side in ("train", "test"))
     studies = splits["study_uid"].to_numpy()
