@@ -81,9 +81,12 @@ def test_a_package_says_what_it_is_for_and_no_more(package):
 
 
 def test_every_public_name_is_there():
-    assert set(cxr_cache.__all__) == set(cxr_cache._HOMES)
+    assert set(cxr_cache.__all__) == set(cxr_cache._HOMES) <= set(dir(cxr_cache))
+    assert 20 <= len(cxr_cache.__all__) <= 30
     for name in cxr_cache.__all__:
-        assert getattr(cxr_cache, name).__name__ == name
+        named = getattr(cxr_cache, name)
+        assert named.__name__ == name
+        assert "Examples\n" in named.__doc__, f"{name} shows no example"
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         cxr_cache.absent  # noqa: B018
 
