@@ -355,6 +355,13 @@ class TrainConfig(Recipe):
 
     It was chosen on out-of-fold predictions; docs/measurements.md compares it with the reference's
     on test studies.
+
+    Examples
+    --------
+    >>> TrainConfig(epochs=(10, 20), loss="bce").learning_rate
+    0.001
+    >>> TrainConfig.of_recipe("reference").epochs
+    (30, 50, 75, 90, 100)
     """
 
     epochs: tuple[int, ...] = _other("epochs", (5, 10, 20, 30, 50))
@@ -427,7 +434,13 @@ class Augmentation(Config):
 
 @dataclass(frozen=True)
 class FinetuneConfig(Recipe):
-    """How to fine-tune the last blocks of the encoder together with the head."""
+    """How to fine-tune the last blocks of the encoder together with the head.
+
+    Examples
+    --------
+    >>> FinetuneConfig(epochs=10, unfreeze_layers=4).searches  # one number of epochs: no search
+    False
+    """
 
     epochs: tuple[int, ...] = _other(
         "epochs",
@@ -593,7 +606,13 @@ class EncoderOptions(Config):
 
 @dataclass(frozen=True)
 class ExtractConfig(Config):
-    """How to run an extraction; nothing here changes what the embeddings mean."""
+    """How to run an extraction; nothing here changes what the embeddings mean.
+
+    Examples
+    --------
+    >>> ExtractConfig(unfreeze_layers=2).flip  # tokens for the last two blocks, no mirror images
+    False
+    """
 
     batch_size: int | None = option(
         None,

@@ -42,8 +42,8 @@ def load_cohort(path: str | Path, format: str = AUTO) -> Cohort:  # noqa: A002
 
     Examples
     --------
-    >>> cohort = load_cohort("indiana_csv")
-    >>> len(cohort), cohort.images["projection"].value_counts().to_dict()
+    >>> cohort = load_cohort("indiana_csv")  # doctest: +SKIP
+    >>> len(cohort), cohort.images["projection"].value_counts().to_dict()  # doctest: +SKIP
     (7466, {'Frontal': 3818, 'Lateral': 3648})
     """
     if format not in (AUTO, *READERS):

@@ -203,6 +203,12 @@ def audit_store(
     RunError
         The run has images that the store has not; or as
         :func:`cxr_cache.evaluation.leakage.measure_leakage`.
+
+    Examples
+    --------
+    >>> with FeatureStore.open("features.h5") as store:  # doctest: +SKIP
+    ...     found = audit_store(store, run=Run.open("runs/first"), image_dir="DATA/images")
+    >>> print(found.to_text())  # doctest: +SKIP
     """
     config = config or AuditConfig()
     if with_leakage and run is None:

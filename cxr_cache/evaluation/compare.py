@@ -123,6 +123,11 @@ def compare_runs(
     ------
     RunError
         Two runs were tested on other images, findings or targets; or there are not two.
+
+    Examples
+    --------
+    >>> comparison = compare_runs(Run.open("runs/first"), Run.open("runs/tuned"))  # doctest: +SKIP
+    >>> comparison.table.query("finding == ''")  # the macro figures  # doctest: +SKIP
     """
     if len(runs) < 2:
         raise RunError("There is nothing to compare: give two runs or more.")

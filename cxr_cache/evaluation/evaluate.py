@@ -131,6 +131,14 @@ def evaluate_predictions(
     ------
     TableError
         The tables do not fit each other, or there is nothing to evaluate.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/first")  # doctest: +SKIP
+    >>> evaluation = evaluate_predictions(
+    ...     run.predictions, run.targets, run.thresholds, calibration=run.calibration
+    ... )  # doctest: +SKIP
+    >>> evaluation.per_finding[["finding", "auroc", "auroc_low", "auroc_high"]]  # doctest: +SKIP
     """
     raw = parse_predictions(predictions, targets, tuple(thresholds))
     cuts = np.array(list(thresholds.values()))

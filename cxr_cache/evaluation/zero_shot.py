@@ -151,6 +151,13 @@ def score_zero_shot(
         The run's tables do not fit each other.
     StoreIncompleteError, StoreFormatError
         As :func:`cxr_cache.store.rows.find_done_rows`.
+
+    Examples
+    --------
+    >>> with FeatureStore.open("features.h5") as store:  # doctest: +SKIP
+    ...     text = load_text_encoder(store.header.encoder["name"])
+    ...     found = score_zero_shot(store, text, load_prompts(), run=Run.open("runs/first"))
+    >>> found.table  # doctest: +SKIP
     """
     images = _all_images(store) if run is None else _test_images(store, run)
     cohort = images.cohort

@@ -51,6 +51,12 @@ def evaluate_on_store(
         The store is of another encoder, or lacks the tokens that the run's blocks read.
     TableError
         Its targets do not fit the run, or there is nothing to evaluate.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/first")  # doctest: +SKIP
+    >>> external = evaluate_on_store(run, "other_hospital.h5")  # doctest: +SKIP
+    >>> external.metrics["test"]["macro_auroc"]  # doctest: +SKIP
     """
     with FeatureStore.open(store_path) as features:
         encoder = None

@@ -169,6 +169,13 @@ def finetune_tail(
         The tables, the store or the encoder cannot be used.
     TrainingError
         The loss diverged, an image has changed, or no AUROC is defined in some fold.
+
+    Examples
+    --------
+    >>> config = config_from_run(Run.open("runs/first"))  # doctest: +SKIP
+    >>> result = finetune_tail(
+    ...     "features.h5", "runs/tuned", config, from_run="runs/first", tell=print
+    ... )  # doctest: +SKIP
     """
     _require_groups(groups)
     if from_run is not None and groups is None:
@@ -253,6 +260,12 @@ def evaluate_run(
     RunError, TableError
         The run's tables are missing or do not fit each other; or the page could not be written:
         the message says what is left to do.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/first")  # doctest: +SKIP
+    >>> metrics = evaluate_run(run, calibration="platt", threshold_rule="sensitivity=0.9")
+    ... # doctest: +SKIP
     """
     options: Any = {"threshold_rule": threshold_rule, "calibration": calibration}
     config = EvaluateConfig(n_resamples=n_resamples, seed=seed, **options)

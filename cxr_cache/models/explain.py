@@ -95,6 +95,13 @@ def explain_images(
         `encoder` is not the run's, or there is none; or the head reads the pooled output.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/tuned")  # doctest: +SKIP
+    >>> encoder = load_encoder(run.config["store"]["encoder"]["name"])  # doctest: +SKIP
+    >>> for image in explain_images(run, ["chest.png"], ["Cardiomegaly"], encoder):
+    ...     print(image)  # doctest: +SKIP
     """
     traced = load_traceable_model(run, encoder)
     model, prep = traced.model, encoder.preprocessing

@@ -89,6 +89,11 @@ def export_run(
         The encoder cannot be loaded.
     StoreBusyError
         Another process is writing to `out`.
+
+    Examples
+    --------
+    >>> summary = export_run(Run.open("runs/first"), "first.onnx", "onnx")  # doctest: +SKIP
+    >>> print(summary.to_text())  # doctest: +SKIP
     """
     require_choice("format", file_format, tuple(FORMATS))
     chosen, out, saved = FORMATS[file_format], Path(out).expanduser().resolve(), run.load_model()

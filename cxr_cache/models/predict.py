@@ -119,6 +119,12 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     ------
     RunError
         `encoder` is another one, or the run was trained on imported embeddings.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/first")  # doctest: +SKIP
+    >>> encoder = load_encoder(run.config["store"]["encoder"]["name"])  # doctest: +SKIP
+    >>> predict_images(run, ["a.png", "b.png"], encoder).to_table()  # doctest: +SKIP
     """
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)

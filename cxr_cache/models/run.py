@@ -147,6 +147,14 @@ class Run:
 
     Make one with :meth:`create`, read one with :meth:`open`. Files appear under
     their names only when they are complete.
+
+    Examples
+    --------
+    >>> run = Run.open("runs/first")  # doctest: +SKIP
+    >>> run.metrics["test"]["macro_auroc"]["value"]  # doctest: +SKIP
+    0.766
+    >>> run.predictions.query("split == 'test'")["Cardiomegaly"].max()  # doctest: +SKIP
+    0.61
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:

@@ -63,6 +63,11 @@ def write_report(
         `image_dir` is not the folder of the run's images.
     EncoderError
         `encoder` is of a kind that cannot show where it looked.
+
+    Examples
+    --------
+    >>> write_report(Run.open("runs/first"), image_dir="DATA/images")  # doctest: +SKIP
+    PosixPath('runs/first/report.html')
     """
     view = read_view(run)  # fails before anything is drawn
     shown = {} if image_dir is None else _show_cases([run], image_dir)

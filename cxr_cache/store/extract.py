@@ -193,6 +193,14 @@ def extract_embeddings(
         Another process writes to the store.
     DiskFullError, DiskError
         There is not enough space for the whole store, or the disk failed.
+
+    Examples
+    --------
+    >>> cohort, encoder = load_cohort("DATA"), load_encoder()  # doctest: +SKIP
+    >>> summary = extract_embeddings(
+    ...     cohort, "DATA/images", "features.h5", encoder, ExtractConfig(unfreeze_layers=2)
+    ... )  # doctest: +SKIP
+    >>> print(summary.to_text())  # doctest: +SKIP
     """
     config = resolve_for(config or ExtractConfig(), encoder.device)
 

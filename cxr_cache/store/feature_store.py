@@ -122,6 +122,13 @@ class FeatureStore:
         Encoder identity, findings, cohort source, versions.
     columns
         The datasets by name; feature columns have shape ``(V, ...)`` per row.
+
+    Examples
+    --------
+    >>> with FeatureStore.open("features.h5") as store:  # doctest: +SKIP
+    ...     rows = store.embedded_rows  # not those that failed
+    ...     X, cohort = store.embeddings[rows, 0], store.cohort.take(rows)
+    ...     store.to_frame().head()
     """
 
     def __init__(self, path: Path, fd: int, layout: Layout, lock: WriterLock | None = None) -> None:
@@ -475,9 +482,9 @@ class FeatureStore:
 
         Examples
         --------
-        >>> with FeatureStore.open("features.h5") as store:
+        >>> with FeatureStore.open("features.h5") as store:  # doctest: +SKIP
         ...     images = store.to_frame()
-        >>> images.groupby("projection")["Cardiomegaly"].mean()
+        >>> images.groupby("projection")["Cardiomegaly"].mean()  # doctest: +SKIP
         """
         if unknown := [name for name in features if name not in self.features]:
             raise KeyError(

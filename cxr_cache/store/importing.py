@@ -84,6 +84,11 @@ def import_embeddings(
         The file lacks a key, its shapes do not fit, or a value is not finite.
     ConfigError
         There is a file at `store_path` and `overwrite` is off.
+
+    Examples
+    --------
+    >>> np.savez("mine.npz", image_id=names, embeddings=embeddings)  # doctest: +SKIP
+    >>> import_embeddings("mine.npz", load_cohort("DATA"), "features.h5")  # doctest: +SKIP
     """
     npz_path, store_path = Path(npz_path), Path(store_path)
     require_absent(store_path, overwrite=overwrite)

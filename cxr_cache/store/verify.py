@@ -176,6 +176,11 @@ def verify(
         `repair` while another process writes.
     ConfigError
         `image_dir` holds none of the images.
+
+    Examples
+    --------
+    >>> found = verify("features.h5", repair=True)  # doctest: +SKIP
+    >>> print(found.to_text())  # doctest: +SKIP
     """
     with FeatureStore.open(store_path, "r+" if repair else "r") as store:
         found = Verification(store.path)

@@ -133,6 +133,14 @@ def run_ablation(
         The store lacks features that one of the settings reads.
     TrainingError
         A setting diverges; it is named.
+
+    Examples
+    --------
+    >>> settings = make_settings(TrainConfig(), ["lr=3e-4,1e-3", "hidden=512x256,256"])
+    >>> len(settings)
+    4
+    >>> ablation = run_ablation("features.h5", "ablation", settings)  # doctest: +SKIP
+    >>> ablation.table.head()  # doctest: +SKIP
     """
     out, base = Path(out), settings[0].config
     methods = [Method.of_setting(setting) for setting in settings]
