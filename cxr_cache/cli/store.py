@@ -19,6 +19,7 @@ from cxr_cache.cli.options import (
     STORE,
     load_encoder_of_store,
     option,
+    options_given,
     options_of,
     pick,
     require_folder,
@@ -199,7 +200,7 @@ def extract(
     """Embed every image once; the same command again continues where it stopped."""
     workers = WorkersConfig(**pick(WorkersConfig, given))
     config = ExtractConfig(**pick(ExtractConfig, given))
-    options = EncoderOptions(**pick(EncoderOptions, given))
+    options = _encoder_options(store, pick(EncoderOptions, given))
     if workers.backend is None and workers != WorkersConfig():
         raise click.UsageError("--workers and --scheduler go with --backend.")
     if config.unfreeze_layers is not None and not tokens:
@@ -234,6 +235,20 @@ def extract(
     click.echo(summary.to_text())
     if failure := summary.failure(config):
         raise click.ClickException(failure)
+
+
+def _encoder_options(store: Path, options: dict[str, Any]) -> EncoderOptions:
+    """Of a store that is there, the encoder that made it, where no other was asked for."""
+    from cxr_cache.encoders.loading import recorded_options
+    from cxr_cache.store.feature_store import FeatureStore
+
+    if not store.is_file():
+        return EncoderOptions(**options)
+    with FeatureStore.open(store) as features:
+        recorded = features.header.encoder
+    if recorded.get("imported"):
+        return EncoderOptions(**options)
+    return replace(recorded_options(recorded), **options_given(options))
 
 
 @click.command("import")
