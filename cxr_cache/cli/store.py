@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _CSV_DIR: Final = option(
     "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files of the data set."
 )
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
@@ -214,6 +217,8 @@ def extract(
 
     encoder = load_once(options)
     warn_if_random(encoder.identity.is_random)
+    identity = encoder.identity
+    logger.info("%s on %s in %s", identity.name, encoder.device, identity.precision)
     with progress("images") as shown:
         callbacks: Any = {
             "on_progress": _image_progress(shown),

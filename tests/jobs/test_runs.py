@@ -167,3 +167,11 @@ def test_ctrl_c_in_an_ablation_says_that_it_continues_and_nothing_else(tmp_path,
     lines = [line for line in said.splitlines() if line and " folds (" not in line]
     assert lines[0] == "Stopped. What was finished is kept; the same command continues:"
     assert len(lines) == 2, said
+
+
+def test_v_tells_what_is_read_trained_and_written(store, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="cxr_cache"):
+        runs.fit_run(store, tmp_path / "run", CONFIG)
+    assert f"{store}: 80 images on cpu, with TrainConfig(epochs=(1, 2)" in caplog.text
+    assert "2 folds are trained for up to 2 epochs" in caplog.text
+    assert f"{tmp_path / 'run' / 'predictions.csv'} is written" in caplog.text
