@@ -30,6 +30,7 @@ class Progress:
         self._noun, self._stream, self._clock = noun, stream, clock
         self._started = self._told = clock()
         self._n_before: int | None = None
+        self._has_ended = False
         self.n_done, self.n_all, self.n_failed = 0, 0, 0
 
     def update(self, n_done: int, n_all: int) -> None:
@@ -37,13 +38,16 @@ class Progress:
         if self._n_before is None:  # a job that continues has some from before
             self._n_before = n_done if n_done < n_all else 0
         self.n_done, self.n_all = n_done, n_all
-        if self._clock() - self._told >= EVERY_S:
+        if n_done >= n_all:
+            self.close()
+        elif self._clock() - self._told >= EVERY_S:
             self._told = self._clock()
             self._write(self.to_text())
 
     def close(self) -> None:
-        """Write the last line, if anything was counted."""
-        if self.n_all:
+        """Write the last line, if anything was counted, and once."""
+        if self.n_all and not self._has_ended:
+            self._has_ended = True
             elapsed = describe_seconds(self._clock() - self._started)
             self._write(f"{self.to_text(ended=True)}, after {elapsed}")
 

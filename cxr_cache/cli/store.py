@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from cxr_cache.cli.options import (
     STORE,
     load_encoder_of_store,
     option,
+    options_given,
     options_of,
     pick,
     require_folder,
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 _CSV_DIR: Final = option(
     "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files of the data set."
 )
+
+logger = logging.getLogger(__name__)
 
 
 @click.command()
@@ -199,7 +203,7 @@ def extract(
     """Embed every image once; the same command again continues where it stopped."""
     workers = WorkersConfig(**pick(WorkersConfig, given))
     config = ExtractConfig(**pick(ExtractConfig, given))
-    options = EncoderOptions(**pick(EncoderOptions, given))
+    options = _encoder_options(store, pick(EncoderOptions, given))
     if workers.backend is None and workers != WorkersConfig():
         raise click.UsageError("--workers and --scheduler go with --backend.")
     if config.unfreeze_layers is not None and not tokens:
@@ -213,6 +217,8 @@ def extract(
 
     encoder = load_once(options)
     warn_if_random(encoder.identity.is_random)
+    identity = encoder.identity
+    logger.info("%s on %s in %s", identity.name, encoder.device, identity.precision)
     with progress("images") as shown:
         callbacks: Any = {
             "on_progress": _image_progress(shown),
@@ -234,6 +240,20 @@ def extract(
     click.echo(summary.to_text())
     if failure := summary.failure(config):
         raise click.ClickException(failure)
+
+
+def _encoder_options(store: Path, options: dict[str, Any]) -> EncoderOptions:
+    """Of a store that is there, the encoder that made it, where no other was asked for."""
+    from cxr_cache.encoders.loading import recorded_options
+    from cxr_cache.store.feature_store import FeatureStore
+
+    if not store.is_file():
+        return EncoderOptions(**options)
+    with FeatureStore.open(store) as features:
+        recorded = features.header.encoder
+    if recorded.get("imported"):
+        return EncoderOptions(**options)
+    return replace(recorded_options(recorded), **options_given(options))
 
 
 @click.command("import")

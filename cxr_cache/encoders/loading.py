@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
-from cxr_cache.config import DEFAULT_ENCODER
+from cxr_cache.config import DEFAULT_ENCODER, EncoderOptions
 from cxr_cache.encoders import open_clip
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
@@ -135,12 +135,23 @@ def reload_encoder(
     EncoderError
         `recorded` is no identity, or the encoder cannot be loaded.
     """
+    options = recorded_options(recorded)
+    return load_encoder(**vars(replace(options, name=model or options.name, device=device)))
+
+
+def recorded_options(recorded: Mapping[str, Any]) -> EncoderOptions:
+    """Give the options that load the encoder of a recorded identity, on any device.
+
+    Raises
+    ------
+    EncoderError
+        `recorded` is no identity.
+    """
     identity = EncoderIdentity.from_dict(recorded)
     preprocessing = identity.preprocessing
     is_imagenet = {name: tuple(preprocessing.get(name, ())) for name in IMAGENET} == IMAGENET
-    return load_encoder(
-        model or identity.name,
-        device=device,
+    return EncoderOptions(
+        identity.name,
         precision=identity.precision,
         resize=preprocessing.get("resize"),
         normalize="imagenet" if is_imagenet else "encoder",

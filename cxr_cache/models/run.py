@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -64,6 +65,8 @@ _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
     *("tail", "threshold_rule", "calibration"),
 )
+
+logger = logging.getLogger(__name__)
 _LATER_FIELDS: Final = {"tail": None, "threshold_rule": "f1", "calibration": None}
 """What a model says that was saved before the field existed."""
 _ENCODER_PREFIX: Final = "visual."
@@ -327,6 +330,7 @@ class Run:
         """Write ``NAME.csv``; floats keep nine significant digits, which is all of float32."""
         path = self.path / f"{name}.csv"
         write_table(path, table)
+        logger.info("%s is written", path)
         return path
 
     def read_table(self, name: TableName) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -41,6 +42,8 @@ from cxr_cache.training.ablation_folds import Method, Results, Setting, train_fo
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
 from cxr_cache.training.search import require_trainable_folds, split_cohort
+
+logger = logging.getLogger(__name__)
 
 TABLE: Final = "ablation.csv"
 
@@ -174,6 +177,7 @@ def run_ablation(
             with closing(trained):  # a failed disk ends the workers too
                 for fold in trained:
                     results.add(fold)
+                    logger.info("Fold %s of %s is finished", fold.fold + 1, fold.key)
                     n_done += 1
                     on_progress(n_done, n_all)
     table = _tabulate(methods, results, found.cohort, split)

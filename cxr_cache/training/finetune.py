@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -71,6 +72,8 @@ from cxr_cache.training.tuning import (
     build_model,
     tune,
 )
+
+logger = logging.getLogger(__name__)
 
 _FREE: Final = ("device", "tokens_in", "num_workers", "grad_checkpointing")
 """Options that a continued run may change: they decide where and how fast, not what."""
@@ -252,6 +255,7 @@ def tune_run(
         settled = replace(
             config, precision=resolve_precision(config.precision, device), source=source
         )
+        logger.info("%s: %s images on %s, with %s", store_path, len(found.cohort), device, settled)
         notes = found.notes + note_split(split, found.cohort)
         decisive = _decisive(settled, store, found, labels, from_run, start)
         run = _open_run(run_dir, decisive, settled, notes, overwrite=overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -28,6 +29,8 @@ from cxr_cache.training.fit import (
     tell_of_epoch,
 )
 from cxr_cache.training.fit_on_cores import fit_on_cores
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> Epo
     for horizon in config.epochs if config.has_horizon else config.epochs[-1:]:
         keep = (horizon,) if config.has_horizon else config.epochs
         trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
+        logger.info("%s folds are trained for up to %s epochs", len(tasks), horizon)
     table = _tabulate(trajectories)
     return EpochSearch(trajectories, table, _choose(table))
 

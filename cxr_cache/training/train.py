@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from cxr_cache.training.search import (
     stack_members,
     train_final,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def fit_run(
@@ -82,6 +85,7 @@ def fit_run(
         encoder = store.header.encoder
         cohort_source = store.header.cohort
     cohort = data.cohort
+    logger.info("%s: %s images on %s, with %s", store_path, len(cohort), config.device, config)
     split = split_cohort(cohort, config)
     require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
     notes = data.notes + note_split(split, cohort)
@@ -102,6 +106,7 @@ def fit_run(
     search = search_epochs(data, split, config, on_progress=on_progress)
     bank, final_history = train_final(data, split, search, config)
     probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
+    logger.info("The final model is trained; writing %s", run_dir)
     run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
     write_outcome(
         run,

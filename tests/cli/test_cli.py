@@ -190,6 +190,15 @@ def test_extract_twice_computes_once(data, store):
     assert re.search(r"(\d+) images = \1 done \+ 0 failed \+ 0 pending", output)
 
 
+def test_extract_takes_the_encoder_that_the_store_records(data, store, tmp_path):
+    """Adding tokens to a store must not ask for its encoder, nor go for the default one."""
+    path = shutil.copy(store, tmp_path / "f.h5")
+    command = ["extract", "--csv-dir", data, "--image-dir", data / "images", "--store", path]
+    output = succeed(*command, "--tokens", "--num-workers", 0)
+    assert re.search(r"(\d+) images = \1 done \+ 0 failed \+ 0 pending", output)
+    assert "encoder" in refuse(*command, "--tokens", "--model", f"{ENCODER}:7")
+
+
 def test_extract_warns_of_random_weights(data, tmp_path):
     assert "RANDOM WEIGHTS" in succeed(*extraction(data, tmp_path / "f.h5"), "--limit", 4)
 
