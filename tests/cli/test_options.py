@@ -29,7 +29,7 @@ EVERY_OPTION = [
 
 def parse(command: str, *arguments: str) -> dict[str, Any]:
     """What a command would be called with, and which of it the user gave."""
-    parent = click.Context(cli, info_name="cxr-cache", auto_envvar_prefix="CXR_CACHE")
+    parent = click.Context(cli, info_name="cxr-cache", **cli.context_settings)
     context = cli.commands[command].make_context(command, list(arguments), parent)
     with context:
         given = options_given(context.params)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from tests import synthetic
 
-CONFIG = replace(synthetic.QUICK, epochs=(1, 2), n_folds=2)
+CONFIG = TrainConfig(
+    epochs=(1, 2), n_folds=2, batch_size=16, learning_rate=3e-3, hidden=(12, 8), n_jobs=1
+)
 QUICK = ["--epochs", "1,2", "--folds", "2", "--batch-size", "16", "--lr", "3e-3"]
 QUICK += ["--hidden", "12x8", "--jobs", "1"]
 

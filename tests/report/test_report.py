@@ -311,7 +311,7 @@ def test_a_card_tells_what_it_states_of_licence_and_data(evaluated, tmp_path):
     write_report(run, license_id="cc-by-4.0", dataset_id="me/chest")
     stated = {"license_id": "cc-by-4.0", "dataset_id": "me/chest"}
     assert read_card(run) == stated
-    jobs.score_run(run, threshold_rule="sensitivity=0.9", calibration="platt", n_resamples=20)
+    jobs.evaluate_run(run, threshold_rule="sensitivity=0.9", calibration="platt", n_resamples=20)
     for text in (run.report_path.read_text(), run.read_model_card()):
         assert "sensitivity=0.9" in text
     assert read_card(run) == stated
