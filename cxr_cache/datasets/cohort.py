@@ -163,10 +163,12 @@ def _complete_table(images: pd.DataFrame) -> pd.DataFrame:
 
 
 def _to_text(column: pd.Series[Any]) -> list[str]:
+    """Cells as text; equal ones are one object, as most studies and views recur."""
     cells = column.tolist()
-    if pd.api.types.infer_dtype(cells, skipna=False) == "string":
-        return cells
-    return ["" if pd.isna(cell) else _write_cell(cell) for cell in cells]
+    if pd.api.types.infer_dtype(cells, skipna=False) != "string":
+        cells = ["" if pd.isna(cell) else _write_cell(cell) for cell in cells]
+    known: dict[str, str] = {}
+    return [known.setdefault(cell, cell) for cell in cells]
 
 
 def _write_cell(cell: Any) -> str:

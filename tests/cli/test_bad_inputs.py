@@ -189,7 +189,11 @@ IMAGE_KINDS: dict[str, tuple[str, Make, str | None]] = {
     "truncated PNG": ("cut.png", cut(saved(noise(64, 64)), 0.5), "the file is truncated"),
     "truncated JPEG": ("cut.jpg", cut(saved(noise(64, 64)), 0.5), "the file is truncated"),
     "PNG with a changed byte": ("bit.png", changed_byte, "the file is damaged: "),
-    "bomb in a comment": ("comment.png", bomb_in_a_comment, "damaged: Decompressed data too large"),
+    "bomb in a comment": (
+        "comment.png",
+        bomb_in_a_comment,
+        "its colour profile or texts take more than 64 MiB",
+    ),
     "100 megapixels": ("100mp.png", hundred_megapixels, "(100.0 megapixels); the limit is 64"),
     "257 MiB": ("hole.png", hole, "the file has 257.0 MiB; the limit is 256 MiB"),
     "1 x 1": ("1x1.png", saved(noise(1, 1)), "has 1 x 1 pixels; a radiograph has at least 16"),

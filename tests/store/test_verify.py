@@ -113,7 +113,7 @@ def test_corrupt_rows_are_listed_and_repaired(tmp_path):
     for row in (7, 11, 19):
         assert f"row {row}, {image_ids[row]}: " in result.output
     assert "do not match their digest" in result.output
-    listed = json.loads(run(path, "--json").output)
+    listed = json.loads(run(path, "--json").stdout)
     assert [bad["row"] for bad in listed["bad_rows"]] == [7, 11, 19]
     assert listed["result"] == "corrupt"
 

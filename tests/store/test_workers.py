@@ -23,6 +23,7 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import (
     BackendError,
     ConfigError,
@@ -44,7 +45,7 @@ TOKENS = dataclasses.replace(QUICK, unfreeze_layers=2)
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     torch.set_num_threads(1)
-    return OPTIONS.load()
+    return load_encoder(**vars(OPTIONS))
 
 
 @pytest.fixture(scope="module")
