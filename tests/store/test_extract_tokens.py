@@ -296,7 +296,7 @@ def test_an_image_that_cannot_be_read_now_costs_no_embedding(cohort, images, enc
         assert store.status[2] == WITHOUT_TOKENS
         assert_same_embeddings(store, plain)
     stingy = dataclasses.replace(TOKENS, max_failures=0)
-    with pytest.raises(TooManyFailuresError, match=rf"1 images failed.*\n  {cohort.image_ids[2]}"):
+    with pytest.raises(TooManyFailuresError, match=rf"1 image failed.*\n  {cohort.image_ids[2]}"):
         extract_embeddings(cohort, images, path, encoder, stingy)
 
 
