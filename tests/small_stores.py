@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.feature_store import DONE, FeatureStore
 
 ENCODER = {"name": "made for a test", "weights_sha256": "0" * 64, "is_random": True}
 SHAPES = {"embeddings": (1, 8), "pooled": (1, 12)}
@@ -73,6 +73,11 @@ def make_store(
     if len(rows):
         store.commit(rows, *make_batch(rows, shapes))
     return store
+
+
+def done_rows(store: FeatureStore) -> NDArray[np.intp]:
+    """Rows that hold every feature."""
+    return np.flatnonzero(store.status == DONE)
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:

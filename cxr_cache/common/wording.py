@@ -1,9 +1,12 @@
-"""Words of messages: differences, counts, lists, and names that may have been meant."""
+"""Words of messages: differences, counts, lists, versions, and names that may have been meant."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 
@@ -111,3 +114,13 @@ def count(n: int, noun: str) -> str:
     *before, last = noun.split()
     plural = noun if n == 1 else " ".join([*before, _IRREGULAR.get(last, f"{last}s")])
     return f"{n:,} {plural}"
+
+
+@cache
+def package_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # used from its folder
+            found[package] = importlib.metadata.version(package)
+    return found

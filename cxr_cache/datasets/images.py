@@ -241,17 +241,18 @@ def require_any_image(image_dir: str | Path, image_ids: Sequence[str] | NDArray[
     The message names an image that was looked for, what the folder holds, and where the image is
     if that is one folder up or down.
     """
-    folder, ids = Path(image_dir), [str(image_id) for image_id in image_ids]
+    folder = Path(image_dir)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the one with the images.")
-    if not ids or any((folder / image_id).exists() for image_id in ids):
+    if not len(image_ids) or any((folder / str(image_id)).exists() for image_id in image_ids):
         return
+    first = str(image_ids[0])
     there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     near = [folder.parent, *(folder / name for name in there if name.endswith("/"))][:100]
-    found = next((place for place in near if (place / ids[0]).exists()), None)
+    found = next((place for place in near if (place / first).exists()), None)
     raise ConfigError(
-        f"None of the {count(len(ids), 'image')} of the table is in {folder}. The first is "
-        f"{ids[0]!r}; the folder holds {list_names(there, 3) or 'nothing'}. "
+        f"None of the {count(len(image_ids), 'image')} of the table is in {folder}. The first is "
+        f"{first!r}; the folder holds {list_names(there, 3) or 'nothing'}. "
         + (
             f"That image is in {found}: give this folder."
             if found

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cxr_cache.common.files import read_text
-from cxr_cache.common.wording import first_line, list_names
+from cxr_cache.common.wording import first_line
 from cxr_cache.encoders.loading import find_encoder
 from cxr_cache.encoders.sources import Source
-from cxr_cache.encoders.weights import read_tensors
+from cxr_cache.encoders.weights import fill_tower, read_tensors
 from cxr_cache.errors import ConfigError, EncoderError
 
 _PREFIX: Final = "text."
@@ -96,7 +96,7 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
             "A local-dir: folder also needs the tokenizer's files (tokenizer.json, "
             "tokenizer_config.json, vocab.txt, special_tokens_map.json) of the model's repository."
         ) from error
-    _fill(tower, tensors, source.weights)
+    fill_tower(tower, tensors, source.weights, "text")
     return TextEncoder(source.name, tower, tokenize, float(scale.exp()), device)
 
 
@@ -187,23 +187,6 @@ def _load_tokenizer(source: Source) -> Any:
     if set(tokenize.tokenizer.encode("no effusion", add_special_tokens=False)) <= unknown:
         raise ValueError(f"the tokenizer in {place} knows no word")
     return tokenize
-
-
-def _fill(tower: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the checkpoint's text tensors into the tower; every one must have its place."""
-    expected = tower.state_dict()
-    # Positions counted from 0, which older versions of transformers wrote into checkpoints.
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids") or k in expected}
-    wrong = sorted(expected.keys() ^ tensors.keys()) or [
-        name for name in expected if expected[name].shape != tensors[name].shape
-    ]
-    if wrong:
-        raise EncoderError(
-            f"{path} does not fit the text tower that its configuration describes: "
-            f"{list_names(wrong, 3)}. Configuration and weights must come from the same model; "
-            "copy both again."
-        )
-    tower.load_state_dict(tensors)
 
 
 # -- prompts ---

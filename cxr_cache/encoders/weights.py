@@ -30,7 +30,20 @@ def load_weights(visual: nn.Module, path: Path) -> None:
             f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
             "open_clip. Take the file from the repository that the configuration is from."
         )
-    expected = visual.state_dict()
+    fill_tower(visual, tensors, path, "image")
+
+
+def fill_tower(tower: nn.Module, tensors: dict[str, Tensor], path: Path, kind: str) -> None:
+    """Copy a checkpoint's tensors into the image or text tower; every one must have its place.
+
+    Raises
+    ------
+    EncoderError
+        Naming the tensors that are missing, left over or of another shape.
+    """
+    expected = tower.state_dict()
+    # Positions counted from 0, which older versions of transformers wrote into checkpoints.
+    tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids") or k in expected}
     problems = {
         "missing in the file": sorted(expected.keys() - tensors.keys()),
         "unknown to the tower": sorted(tensors.keys() - expected.keys()),
@@ -44,11 +57,11 @@ def load_weights(visual: nn.Module, path: Path) -> None:
     if any(problems.values()):
         lines = [f"  {what}: {list_names(names, 3)}" for what, names in problems.items() if names]
         raise EncoderError(
-            f"{path} does not fit the image tower that the configuration describes:\n"
+            f"{path} does not fit the {kind} tower that the configuration describes:\n"
             + "\n".join(lines)
             + "\nConfiguration and weights must come from the same model; copy both again."
         )
-    visual.load_state_dict(tensors)
+    tower.load_state_dict(tensors)
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:

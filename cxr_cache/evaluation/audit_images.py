@@ -16,6 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from cxr_cache.datasets.images import MIN_EDGE_PX, read_picture
 from cxr_cache.errors import ImageError
+from cxr_cache.store.rows import to_unit_length
 
 Array: TypeAlias = NDArray[Any]
 
@@ -200,8 +201,7 @@ def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) 
     its square.
     """
     mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = embeddings - mean if less_mean else embeddings.copy()
-    centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), np.float32(1e-12))
+    centred = to_unit_length(embeddings - mean if less_mean else embeddings)
     n_wanted = min(N_NEIGHBOURS + 1, len(centred))
     search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")
     squares, rows = search.fit(centred).kneighbors(centred)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import platform
@@ -24,7 +23,13 @@ from cxr_cache.common.files import (
     write_whole,
 )
 from cxr_cache.common.tables import write_table
-from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
+from cxr_cache.common.wording import (
+    count,
+    describe_differences,
+    find_differences,
+    list_names,
+    package_versions,
+)
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
@@ -52,6 +57,7 @@ TableName = Literal[
 FINAL_FOLD: Final = "final"
 """What stands in the column `fold` of ``history.csv`` for the final model."""
 
+_PACKAGES: Final = ("cxr-cache", "torch", "numpy", "scikit-learn")
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
 _MODEL: Final = "model.safetensors"
@@ -196,7 +202,8 @@ class Run:
         require_free(path, overwrite=overwrite)
         with disk_errors_named(path):
             path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, {"format_version": FORMAT_VERSION, "versions": _versions(), **config})
+        versions = {"python": platform.python_version(), **package_versions(*_PACKAGES)}
+        run = cls(path, {"format_version": FORMAT_VERSION, "versions": versions, **config})
         with run._held():
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
@@ -677,11 +684,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} does not go into JSON")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("cxr-cache", "torch", "numpy", "scikit-learn"):
-        with suppress(importlib.metadata.PackageNotFoundError):  # used from its folder
-            versions[package] = importlib.metadata.version(package)
-    return versions

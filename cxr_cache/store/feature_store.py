@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import importlib.metadata
 import itertools
 import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal
@@ -43,7 +42,7 @@ from cxr_cache.common.files import (
     sync_folder,
     write_at,
 )
-from cxr_cache.common.wording import count, list_names
+from cxr_cache.common.wording import count, list_names, package_versions
 from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort
 from cxr_cache.errors import (
     ConfigError,
@@ -74,6 +73,7 @@ STATUS_NAMES: Final = {
 }
 EMBEDDED: Final = (DONE, WITHOUT_TOKENS)
 """States of rows that hold an embedding."""
+_PACKAGES: Final = ("cxr-cache", "torch", "open-clip-torch", "timm", "h5py", "numpy", "Pillow")
 _BYTES_AT_ONCE: Final = 1 << 22  # of many rows that are checked or copied
 
 
@@ -207,7 +207,7 @@ class FeatureStore:
             cohort=dict(cohort.source),
             boundary_block=boundary_block,
             part=None if part is None else dict(part),
-            versions=_versions(),
+            versions=package_versions(*_PACKAGES),
             image_columns=_further_columns(cohort),
         )
         try:
@@ -429,11 +429,6 @@ class FeatureStore:
         )
 
     @property
-    def done_rows(self) -> NDArray[np.intp]:
-        """Rows that hold every feature now; whether their bytes are sound is another question."""
-        return np.flatnonzero(self.status == DONE)
-
-    @property
     def embedded_rows(self) -> NDArray[np.intp]:
         """Rows that hold an embedding now: the done ones, and those whose tokens are to come."""
         return np.flatnonzero(np.isin(self.status, EMBEDDED))
@@ -652,7 +647,7 @@ class FeatureStore:
                 "cohort": dict(cohort.source),
                 "boundary_block": boundary_block,
                 "part": None if part is None else dict(part),
-                "versions": _versions(),
+                "versions": package_versions(*_PACKAGES),
                 "image_columns": _further_columns(cohort),
             }
         )
@@ -901,13 +896,3 @@ def are_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _cut_utf8(text: str, width: int) -> bytes:
     return text.encode("utf-8", "replace")[:width].decode("utf-8", "ignore").encode("utf-8")
-
-
-@cache
-def _versions() -> dict[str, str]:
-    packages = ("cxr-cache", "torch", "open-clip-torch", "timm", "h5py", "numpy", "Pillow")
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickletools
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -145,12 +144,18 @@ def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
                     f"{path} lacks the key(s) {missing}; it has {sorted(file)}. Save it with "
                     "np.savez(path, image_id=ids, embeddings=matrix)."
                 )
-            image_ids, embeddings = _read_image_ids(path), file["embeddings"]
+            image_ids, embeddings = file["image_id"].astype(str), file["embeddings"]
     except FileNotFoundError as error:
         raise TableError(f"There is no file {path}.") from error
     except TableError:
         raise
     except _DAMAGED as error:
+        if "allow_pickle" in str(error):
+            raise TableError(
+                f"{path} holds Python objects, as columns of pandas are. They are not read: "
+                "that can run any program. Save it with np.savez(path, "
+                "image_id=np.array(ids, dtype=str), embeddings=np.array(matrix, dtype='float32'))."
+            ) from error
         raise TableError(f"{path} cannot be read as an .npz file: {error}") from error
     if embeddings.ndim != 2 or image_ids.shape != embeddings.shape[:1] or not embeddings.size:
         raise TableError(
@@ -171,45 +176,3 @@ def _read_npz(path: Path) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
             f"float32; the first is that of {str(image_ids[~finite][0])!r}."
         )
     return image_ids, embeddings
-
-
-def _read_image_ids(path: Path) -> NDArray[np.str_]:
-    """The text array ``image_id``, also where numpy had saved it as an array of objects.
-
-    ``np.savez`` pickles the object columns of pandas. Unpickling could run anything, so such an
-    array is read opcode by opcode: a list of plain strings comes out, or an error.
-    """
-    with zipfile.ZipFile(path) as archive, archive.open("image_id.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        shape, _, dtype = read_header[version](member)
-        if not dtype.hasobject:
-            with np.load(path, allow_pickle=False) as file:
-                return np.asarray(file["image_id"].astype(str))
-        return np.array(_parse_pickled_strings(member.read(), shape, path))
-
-
-def _parse_pickled_strings(data: bytes, shape: tuple[int, ...], path: Path) -> list[str]:
-    opcodes = iter(pickletools.genops(data))
-    for opcode, _, _ in opcodes:  # the preamble that rebuilds an ndarray; nothing acts on it
-        if opcode.name == "EMPTY_LIST":
-            break
-    strings: list[str] = []
-    for opcode, argument, _ in opcodes:
-        if opcode.name in ("SHORT_BINUNICODE", "BINUNICODE"):
-            strings.append(str(argument))
-        elif opcode.name in ("TUPLE", "STOP"):
-            break
-        elif opcode.name not in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "FRAME", "MARK", "APPENDS"):
-            raise TableError(
-                f"{path}: image_id holds other things than text. Save it with "
-                "image_id=np.array(ids, dtype=str)."
-            )
-    if (len(strings),) != shape:
-        raise TableError(
-            f"{path}: image_id says it holds {shape} ids, but {len(strings)} are there."
-        )
-    return strings

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.common.files import require_space, reserve
 from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
@@ -37,11 +32,14 @@ def prepare_embeddings(embeddings: NDArray[np.float32], input_norm: str) -> NDAr
     What is standardised stays as it is: mean and spread belong to the rows that a head is trained
     on, and end up in its first layer.
     """
-    if input_norm != "l2":
-        return embeddings
-    norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    prepared: NDArray[np.float32] = embeddings / np.maximum(norms, np.float32(1e-12))
-    return prepared
+    return to_unit_length(embeddings) if input_norm == "l2" else embeddings
+
+
+def to_unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Divide vectors along the last axis by their Euclidean norms; zeros stay zeros."""
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    scaled: NDArray[np.float32] = vectors / np.maximum(norms, np.float32(1e-12))
+    return scaled
 
 
 def prepare_features(parts: Sequence[NDArray[np.float32]], input_norm: str) -> NDArray[np.float32]:
@@ -178,7 +176,7 @@ def read_features(
     columns = FEATURES[config.features]
     n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
     width = sum(store.feature_shapes[name][1] for name in columns)
-    prepared = allocate_shared((n_views, len(rows), width))
+    prepared = np.empty((n_views, len(rows), width), np.float32)
     for start in range(0, len(rows), _ROWS_AT_ONCE):  # so that they are in memory once
         part = rows[start : start + _ROWS_AT_ONCE]
         parts = [store.read_rows(name, part)[:, :n_views].swapaxes(0, 1) for name in columns]
@@ -217,45 +215,3 @@ def load_training_data(
     """
     found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
     return TrainingData(read_features(store, found.rows, config), found.cohort, found.notes)
-
-
-_WORTH_A_FILE: Final = 2**28
-"""Bytes from which on a second copy in memory would be felt."""
-
-
-def allocate_shared(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Zeros, float32; a large array lies in a temporary file, which goes when the array does.
-
-    joblib hands an array to another process of this machine by its file's name if it has one;
-    other arrays it writes to such a file first, and then both are in memory. Where the temporary
-    folder cannot be used or has no room, the array is an ordinary one.
-    """
-    n_bytes = 4 * math.prod(shape)
-    if n_bytes < _WORTH_A_FILE:
-        return np.zeros(shape, np.float32)
-    try:
-        # A write to a mapped page that the disk has no room for would end the process.
-        require_space(Path(tempfile.gettempdir(), "features"), n_bytes)
-        file, name = _open_temporary()
-        file.truncate(n_bytes)
-        reserve(file.fileno())
-    except OSError:
-        return np.zeros(shape, np.float32)
-    mapped = np.memmap(name, np.float32, "r+", shape=shape)
-    weakref.finalize(mapped, file.close)
-    return np.asarray(mapped)  # pickled by value, where it must go to another machine
-
-
-def _open_temporary() -> tuple[IO[bytes], str]:
-    """A file that goes when it is closed, and a name for other processes to open it by.
-
-    On Linux it is in no folder, so that not even a process that is killed leaves it behind; its
-    name is that of its descriptor.
-    """
-    file = tempfile.TemporaryFile(prefix="cxr-cache-")  # noqa: SIM115  # closed with the array
-    name = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-    if os.access(name, os.R_OK | os.W_OK):
-        return file, name
-    file.close()
-    named = tempfile.NamedTemporaryFile(prefix="cxr-cache-")  # noqa: SIM115
-    return named, named.name

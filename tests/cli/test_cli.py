@@ -401,7 +401,7 @@ def test_predict_refuses_another_encoder(run, data):
 
 
 def test_imported_features_train_and_cannot_predict(data, tmp_path, undrawn):
-    ids = pd.read_csv(data / "indiana_projections.csv")["filename"].to_numpy(dtype=object)
+    ids = pd.read_csv(data / "indiana_projections.csv")["filename"].to_numpy(dtype=str)
     features = np.random.default_rng(0).normal(size=(len(ids), 24)).astype(np.float16)
     np.savez(tmp_path / "features.npz", image_id=ids, embeddings=features)
     store, run = tmp_path / "mine.h5", tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tracemalloc
 
 import numpy as np
@@ -21,13 +22,12 @@ def write(path, image_ids, width: int = 6, dtype=np.float32, **others):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("as_objects", [False, True])
-def test_rows_find_their_image(tmp_path, dtype, as_objects):
-    """In the table's order, whatever the file's; also ids as pandas leaves them."""
+def test_rows_find_their_image(tmp_path, dtype):
+    """In the table's order, whatever the file's."""
     cohort = make_cohort(12)
     order = np.random.default_rng(0).permutation(12)[:9]
     ids = np.append(cohort.image_ids[order], "elsewhere.png")
-    values = write(tmp_path / "e.npz", ids.astype(object) if as_objects else ids, dtype=dtype)
+    values = write(tmp_path / "e.npz", ids, dtype=dtype)
     summary = import_embeddings(tmp_path / "e.npz", cohort, tmp_path / "s.h5")
     assert (summary.n_done, summary.n_without_embedding, summary.n_not_in_cohort) == (9, 3, 1)
     assert "12 images = 9 done + 3 failed + 0 pending" in summary.to_text()
@@ -38,6 +38,20 @@ def test_rows_find_their_image(tmp_path, dtype, as_objects):
         assert store.read_errors(failed) == ["no embedding in e.npz"] * 3
         assert store.header.encoder["imported"]
         assert len(store.find_damaged()) == 0
+
+
+@pytest.mark.parametrize("what", ["image_id", "embeddings"])
+def test_python_objects_are_refused_and_the_advice_helps(tmp_path, what):
+    """Columns of pandas become arrays of objects; unpickling them could run anything."""
+    path, cohort = tmp_path / "e.npz", make_cohort(3)
+    ids, matrix = cohort.image_ids.tolist(), np.random.default_rng(0).normal(size=(3, 4)).tolist()
+    arrays = {"image_id": np.array(ids), "embeddings": np.array(matrix)}
+    np.savez(path, **arrays | {what: arrays[what].astype(object)})
+    with pytest.raises(TableError, match=r"e\.npz holds Python objects.*Save it with") as refused:
+        import_embeddings(path, cohort, tmp_path / "s.h5")
+    advice = re.search(r"Save it with (.*)\.$", str(refused.value))[1]
+    exec(advice, {"np": np, "path": path, "ids": ids, "matrix": matrix})
+    assert import_embeddings(path, cohort, tmp_path / "s.h5").n_done == 3
 
 
 def test_the_identity_is_that_of_the_file(tmp_path):

@@ -24,7 +24,7 @@ from cxr_cache.store.feature_store import (
 )
 from cxr_cache.store.merge import merge
 from cxr_cache.training.train import fit_run
-from tests.small_stores import flip_bit
+from tests.small_stores import done_rows, flip_bit
 
 QUICK = ExtractConfig(batch_size=4, num_workers=0)
 
@@ -130,7 +130,7 @@ def test_parts_that_have_half_their_tokens_are_merged_as_they_are(data, parts, t
     root, cohort, encoder = data
     merge(parts, tmp_path / "plain.h5")
     with FeatureStore.open(tmp_path / "plain.h5") as store:
-        plain, usable = np.array(store.embeddings), store.done_rows
+        plain, usable = np.array(store.embeddings), done_rows(store)
 
     def stop(*_: int) -> None:
         raise KeyboardInterrupt
@@ -157,7 +157,7 @@ def test_parts_that_have_half_their_tokens_are_merged_as_they_are(data, parts, t
         assert len(store.find_damaged()) == 0
     extract_embeddings(cohort, root / "images", tmp_path / "s.h5", encoder, config)
     with FeatureStore.open(tmp_path / "s.h5") as store:
-        np.testing.assert_array_equal(store.done_rows, usable)
+        np.testing.assert_array_equal(done_rows(store), usable)
         np.testing.assert_array_equal(store.embeddings[usable], plain[usable])
 
 
