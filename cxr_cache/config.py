@@ -243,12 +243,13 @@ class Recipe(Config):
     split_by: SplitBy = option(
         "study",
         "What is kept whole in the split. study keeps all images of a patient on one side, or of a "
-        "study where patients are unknown; image reproduces the reference's leak.",
+        "study where patients are unknown; image splits single images, as the published notebook "
+        "did, so that a patient can be in training and in the test.",
     )
     final: FinalModel = option(
         "refit",
         "What becomes the final model: one trained again on all folds (refit), the average of the "
-        "folds' models (ensemble), or the best of them (best-fold, as the reference).",
+        "folds' models (ensemble), or the best of them (best-fold, as the published notebook did).",
     )
     seed: int = option(
         42, "Seed of the split, the initial weights, the order and dropout.", check=at_least(0)
@@ -282,8 +283,9 @@ class Recipe(Config):
     )
     loss: str = option(
         "focal",
-        "Loss function. focal is the reference's, which multiplies every term by alpha; "
-        "focal-balanced is the paper's.",
+        "Loss function. focal multiplies every term by alpha, as the published notebook did; "
+        "focal-balanced is that of the paper (Lin et al. 2017): positives by alpha, negatives by "
+        "1 - alpha.",
         choices=LOSSES,
     )
     alpha: float = option(0.25, "Weight alpha of focal and focal-balanced.", check=_SHARE)
@@ -465,7 +467,7 @@ class FinetuneConfig(Recipe):
         0, "Number of steps over which both learning rates rise from zero.", check=at_least(0)
     )
     decay_norms: bool = option(
-        True, "Apply weight decay to norms and biases too, as the reference does."
+        True, "Apply weight decay to norms and biases too, as the published notebook did."
     )
     accumulate: int = option(
         1, "Number of batches whose gradients are averaged into one step.", check=at_least(1)
@@ -595,13 +597,15 @@ class EncoderOptions(Config):
     )
     resize: Literal["squash", "crop"] | None = option(
         None,
-        "How an image becomes square: squeezed into shape, or cut to its middle.",
+        "How an image becomes square: squash squeezes it into shape, crop cuts out its middle.",
         shown="as the encoder's configuration says",
     )
     normalize: Literal["encoder", "imagenet"] = option(
         "encoder", "Whose mean and standard deviation of pixels to use."
     )
-    bits_stored: int | None = option(None, "Number of bits in use in 16-bit files.", shown="all 16")
+    bits_stored: int | None = option(
+        None, "Number of bits that are in use in 16-bit image files, such as 12.", shown="all 16"
+    )
 
 
 @dataclass(frozen=True)
@@ -718,8 +722,8 @@ class AuditConfig(Config):
 
     closeness: float = option(
         0.1,
-        "Share of the usual distance of embeddings below which two images are compared as "
-        "pictures.",
+        "Two images are compared as pictures if their embeddings lie closer together than this "
+        "share of the usual distance.",
         check=_POSITIVE_SHARE,
     )
     n_jobs: int = option(-1, "Number of decoding processes; -1 uses one per core.", flag="--jobs")
@@ -737,7 +741,8 @@ class ExplainConfig(Config):
 
     n_blocks: int | None = option(
         None,
-        "Number of last blocks to follow back.",
+        "Number of transformer blocks, counted from the last, through which a finding is followed "
+        "back.",
         flag="--blocks",
         shown="the blocks that were fine-tuned; of a frozen run, the last two",
         check=at_least(1),
@@ -749,10 +754,14 @@ class CardConfig(Config):
     """What the model card states, as identifiers of the Hugging Face Hub."""
 
     license_id: str = option(
-        "unknown", "License named in the model card, as the Hub writes it.", flag="--license"
+        "unknown",
+        "License named in the model card, as the Hugging Face Hub spells it, such as apache-2.0.",
+        flag="--license",
     )
     dataset_id: str = option(
-        "unknown", "Data set named in the model card, as the Hub writes it.", flag="--dataset"
+        "unknown",
+        "Data set named in the model card, as the Hugging Face Hub spells it: ORG/NAME.",
+        flag="--dataset",
     )
 
 

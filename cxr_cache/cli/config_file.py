@@ -92,8 +92,14 @@ def _options_of_run(recorded: Mapping[str, Any], path: Path, command: str) -> di
     options = dict(recorded[kind])
     for name in ("labels", "from_run"):
         if recorded.get(name):
-            options[name] = recorded[name]["path"]
+            options[name] = _find_again(recorded[name]["path"], path)
     return options
+
+
+def _find_again(recorded: str, config: Path) -> str:
+    """A path that was relative where the run was made, which is not always where we are now."""
+    starts = (Path(), *config.absolute().parents)
+    return str(next((p for start in starts if (p := start / recorded).exists()), recorded))
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -114,6 +120,8 @@ def _parse(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    if values is None:  # YAML of comments alone
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no options; write them as a table of names and values.")
     return {str(key): value for key, value in values.items()}

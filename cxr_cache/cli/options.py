@@ -56,10 +56,19 @@ class Option(click.Option):
         try:
             return super().process_value(ctx, value)
         except click.BadParameter as error:
-            if ctx.get_parameter_source(self.name or "") != ParameterSource.DEFAULT_MAP:
+            source = ctx.get_parameter_source(self.name or "")
+            if source == ParameterSource.DEFAULT_MAP:
+                where = str(ctx.meta["config"])
+            elif source == ParameterSource.ENVIRONMENT:
+                where = f"the environment variable {self._variable_that_is_set(ctx)}"
+            else:
                 raise
-            message = f"{error.message} It stands in {ctx.meta['config']}."
+            message = f"{error.message} It stands in {where}."
             raise click.BadParameter(message, ctx, self) from error
+
+    def _variable_that_is_set(self, ctx: click.Context) -> str:
+        flags = (*self.opts, *self.secondary_opts, self.name or "")
+        return next(name for flag in flags if os.environ.get(name := _variable(ctx, flag)))
 
 
 def _variable(ctx: click.Context, flag: str) -> str:
@@ -261,7 +270,10 @@ MODEL_OF_STORE: Final = option(
     "--model", help="Name of the store's encoder, if it has moved.  [default: as recorded]"
 )
 LABELS: Final = option(
-    "--labels", type=FILE, help="CSV file whose targets are used instead of the store's."
+    "--labels",
+    type=FILE,
+    help="CSV file of labels to use instead of the store's: a column image_id and one for each "
+    "finding (1 present, 0 absent, blank unlabelled).",
 )
 GROUPS: Final = option(
     "--groups",
@@ -270,7 +282,9 @@ GROUPS: Final = option(
     "computed for each group, and the table is kept with the run.",
 )
 ALLOW_PENDING: Final = option(
-    "--allow-pending", is_flag=True, help="Train although some rows are still pending."
+    "--allow-pending",
+    is_flag=True,
+    help="Train although some images are still pending, that is, not yet embedded.",
 )
 AS_JSON: Final = option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 

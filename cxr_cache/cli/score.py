@@ -100,7 +100,7 @@ def evaluate(
 @option("--out", type=FOLDER, help="Folder that comparison.csv and comparison.png are written to.")
 @options_of(CompareConfig)
 def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
-    """How much better RUNS are than the first of them, on the same test studies."""
+    """Tell how much better runs are than the first of them, on the same test studies."""
     from cxr_cache.evaluation.compare import compare_runs
     from cxr_cache.models.run import Run
 
@@ -119,7 +119,12 @@ def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
 @click.command("zero-shot")
 @STORE
 @option("--run-dir", type=FOLDER, help="Run whose test images are scored beside its own head.")
-@option("--prompts", type=FILE, help="JSON file of prompts.  [default: those for the 35 findings]")
+@option(
+    "--prompts",
+    type=FILE,
+    help='JSON file that names each finding\'s texts: {"Mass": {"present": ["a mass"], "absent": '
+    '["no mass"]}}.  [default: prompts for the 35 findings]',
+)
 @option("--out", type=FILE, help="CSV file that the table is written to.")
 @options_of(CompareConfig)
 @MODEL_OF_STORE
@@ -131,7 +136,7 @@ def zero_shot(
     model: str | None,
     **options: Any,
 ) -> None:
-    """What the encoder tells from prompts alone, without training.
+    """Score what the encoder answers to text prompts alone, without training.
 
     With --run-dir the table is kept in the run's folder, and `report` shows it on the run's page.
 
@@ -184,9 +189,9 @@ def zero_shot(
 @option(
     "--maps",
     is_flag=True,
-    help="With --image-dir, for one run: also show where it looked in these pictures. Each takes a "
-    "pass through the encoder, and there are up to 12 for each of 40 findings: minutes without a "
-    "GPU.",
+    help="With --image-dir, for one run: also show where the model looked in these pictures. Each "
+    "takes a pass through the encoder, and there are up to 12 for each of 40 findings: minutes "
+    "without a GPU.",
 )
 @option(
     "--model",

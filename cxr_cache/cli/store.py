@@ -82,7 +82,7 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
 @STORE
 @AS_JSON
 def inspect(store: Path, as_json: bool) -> None:
-    """Tell all about a feature store on one screen."""
+    """Describe a feature store on one screen: its encoder, its rows, what is cached."""
     from cxr_cache.store.feature_store import FeatureStore
     from cxr_cache.store.inspect import format_store, summarise_store
 
@@ -183,7 +183,7 @@ def audit(
 @option(
     "--tokens",
     is_flag=True,
-    help="Also cache the tokens that fine-tuning the last blocks starts from.",
+    help="Also cache tokens, which are what the last blocks take in: finetune starts from them.",
 )
 @options_of(ExtractConfig)
 @option(
@@ -262,7 +262,7 @@ def _encoder_options(store: Path, options: dict[str, Any]) -> EncoderOptions:
 @option("--store", type=FILE, required=True, help="HDF5 file that is written.")
 @option("--overwrite", is_flag=True, help="Replace a store that is already there.")
 def import_(embeddings: Path, csv_dir: Path, store: Path, overwrite: bool) -> None:
-    """Make a store from features computed elsewhere (.npz: image_id, embeddings)."""
+    """Make a store from an .npz file of features: arrays image_id and embeddings."""
     from cxr_cache.store.importing import import_embeddings
 
     cohort = _load_cohort(csv_dir, None)

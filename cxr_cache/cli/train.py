@@ -38,7 +38,8 @@ _OVERWRITE: Final = option(
     type=click.Choice(tuple(RECIPES)),
     default="tuned",
     help="Where the defaults of the options below come from: tuned was chosen on real radiographs; "
-    "reference is that of the published notebook.",
+    "reference has the epochs, batch size and learning rate of the published notebook that "
+    "docs/design.md compares with.",
 )
 @_RUN_DIR
 @LABELS

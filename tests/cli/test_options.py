@@ -241,7 +241,7 @@ def test_the_config_of_an_old_run_trains_the_same(folder, command, made):
     config = made(**pick(made, parsed["given"]))
     assert json.loads(json.dumps(asdict(config))) == recorded[command]
     started = (recorded.get("from_run") or {}).get("path")
-    assert parsed["all"].get("from_run") == (Path(started) if started else None)
+    assert parsed["all"].get("from_run") == (COMPAT.absolute() / started if started else None)
     other = "finetune" if command == "train" else "train"
     with pytest.raises(ConfigError, match=f"is of a run of `cxr-cache {command}`, not of {other}"):
         parse(other, "x", "--run-dir", "r", "--config", str(path))
@@ -261,3 +261,42 @@ def test_the_config_of_a_new_run_trains_the_same(made, tmp_path):
     assert made(**pick(made, parsed["given"])) == config
     assert parsed["all"]["labels"] == Path("mine.csv")
     assert "CXR_CACHE_TRAIN_LR" not in os.environ
+
+
+@pytest.mark.parametrize("variable", ["CXR_CACHE_TRAIN_LR", "CXR_CACHE_TRAIN_LEARNING_RATE"])
+def test_a_bad_value_of_a_variable_names_the_variable(variable, monkeypatch):
+    monkeypatch.setenv(variable, "fast")
+    with pytest.raises(
+        click.BadParameter, match=f"It stands in the environment variable {variable}"
+    ):
+        parse("train", "x", "--run-dir", "r")
+
+
+def test_paths_of_a_run_are_found_from_another_folder(monkeypatch, tmp_path):
+    """A run records the paths that were typed, which were relative to where it was made."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    (project / "runs" / "first").mkdir(parents=True)
+    (project / "runs" / "tuned").mkdir()
+    elsewhere.mkdir()
+    recorded = {
+        "format_version": 1,
+        "kind": "finetune",
+        "store": {"path": "s.h5"},
+        "finetune": {},
+        "from_run": {"path": "runs/first"},
+    }
+    config = project / "runs" / "tuned" / "config.json"
+    config.write_text(json.dumps(recorded))
+    monkeypatch.chdir(elsewhere)
+    given = parse("finetune", "s.h5", "--run-dir", "r", "--config", str(config))["given"]
+    assert given["from_run"] == project / "runs" / "first"
+    monkeypatch.chdir(project)
+    given = parse("finetune", "s.h5", "--run-dir", "r", "--config", str(config))["given"]
+    assert given["from_run"] == Path("runs/first")
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.toml"])
+def test_a_file_of_comments_gives_nothing(name, tmp_path):
+    (tmp_path / name).write_text("# lr: later\n")
+    parsed = parse("train", "x", "--run-dir", "r", "--config", str(tmp_path / name))
+    assert parsed["given"] == {"run_dir": Path("r"), "store": Path("x")}
