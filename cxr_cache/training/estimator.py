@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,15 @@ from cxr_cache.training.search import final_members, refit, search_epochs, train
 
 _SCORED_AT_ONCE: Final = 8192
 _CHECKS_OF_X: Final = {"dtype": np.float32, "order": "C"}
-_DEFAULTS: Final = TrainConfig()
+_OF_THE_STORE: Final = ("test_fraction", "split_by", "features", "flip")
+_OTHERWISE_SAID: Final = ("seed", "threshold_rule", "calibration")
+"""Options of a recipe that are no parameters: `random_state` is the seed, and predictions are
+neither calibrated nor cut."""
+_DEFAULTS: Final = {
+    name: value
+    for name, value in vars(TrainConfig()).items()
+    if name not in (*_OF_THE_STORE, *_OTHERWISE_SAID)
+}
 
 
 class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # have no types
@@ -147,49 +156,27 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        *,
-        epochs: int | Sequence[int] = _DEFAULTS.epochs,
-        n_folds: int = _DEFAULTS.n_folds,
-        final: Literal["refit", "ensemble", "best-fold"] = _DEFAULTS.final,
-        batch_size: int = _DEFAULTS.batch_size,
-        learning_rate: float = _DEFAULTS.learning_rate,
-        weight_decay: float = _DEFAULTS.weight_decay,
-        max_grad_norm: float | None = _DEFAULTS.max_grad_norm,
-        schedule: str = _DEFAULTS.schedule,
-        patience: int = _DEFAULTS.patience,
-        early_stopping: int | None = _DEFAULTS.early_stopping,
-        loss: str = _DEFAULTS.loss,
-        alpha: float = _DEFAULTS.alpha,
-        gamma: float = _DEFAULTS.gamma,
-        hidden: Sequence[int] = _DEFAULTS.hidden,
-        dropout: float = _DEFAULTS.dropout,
-        norm: Literal["batch", "layer"] = _DEFAULTS.norm,
-        input_norm: Literal["l2", "standard", "none"] = _DEFAULTS.input_norm,
-        device: str = _DEFAULTS.device,
-        n_jobs: int = _DEFAULTS.n_jobs,
-        random_state: int | np.random.RandomState | None = None,
+        self, *, random_state: int | np.random.RandomState | None = None, **recipe: Any
     ) -> None:
-        self.epochs = epochs
-        self.n_folds = n_folds
-        self.final = final
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.max_grad_norm = max_grad_norm
-        self.schedule = schedule
-        self.patience = patience
-        self.early_stopping = early_stopping
-        self.loss = loss
-        self.alpha = alpha
-        self.gamma = gamma
-        self.hidden = hidden
-        self.dropout = dropout
-        self.norm = norm
-        self.input_norm = input_norm
-        self.device = device
-        self.n_jobs = n_jobs
+        if unknown := recipe.keys() - _DEFAULTS:
+            raise TypeError(
+                f"FocalHeadClassifier has no parameter {min(unknown)!r}; its parameters are "
+                f"{', '.join(_DEFAULTS)} and random_state."
+            )
+        for name, default in _DEFAULTS.items():
+            setattr(self, name, recipe.get(name, default))
         self.random_state = random_state
+
+    # scikit-learn reads the parameters here: one for each option of the recipe, and the seed.
+    __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+                for name, default in [*_DEFAULTS.items(), ("random_state", None)]
+            ),
+        ]
+    )
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -228,9 +215,9 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         embeddings, y = self._validate(X, y)
         rows = PlainRows(self._prepare(embeddings)[None], self._encode(y))
         labelled = np.asarray((~np.isnan(rows.targets)).any(axis=1))
-        if labelled.sum() < self.batch_size:
+        if labelled.sum() < config.batch_size:
             raise ConfigError(
-                f"FocalHeadClassifier with batch_size={self.batch_size} needs as many labelled "
+                f"FocalHeadClassifier with batch_size={config.batch_size} needs as many labelled "
                 f"rows, but got n_samples = {labelled.sum()}. Use a smaller batch_size, or more "
                 "rows."
             )

@@ -100,6 +100,11 @@ def test_defaults_are_those_of_train():
     assert left_out.keys() | recipe.keys() | {"seed"} == {f.name for f in fields(TrainConfig)}
 
 
+def test_an_unknown_parameter_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"no parameter 'n_epochs'; its parameters are epochs, "):
+        FocalHeadClassifier(n_epochs=3)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     return make_store(tmp_path_factory.mktemp("estimator") / "store.h5", COHORT)
