@@ -120,6 +120,8 @@ def read_view(run: Run, name: str | None = None) -> RunView:
         The run has not been evaluated, or a table is missing.
     """
     metrics = run.read_metrics()
+    # A run that was evaluated before a measure came into use shows no value for it.
+    metrics["test"] = {f"macro_{name}": {"value": None} for name in MEASURES} | metrics["test"]
     search = run.read_table("epoch_search")
     tables = {"history": run.read_table("history")}
     optional: tuple[TableName, ...] = ("curves", "calibration", "subgroups")

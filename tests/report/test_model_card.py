@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -42,6 +44,21 @@ def test_the_header_is_yaml_in_the_form_of_the_hub(run, view):
         assert shown[name]["value"] == pytest.approx(test[key]["value"], abs=5e-5)
         assert shown[name]["args"]["interval_low"] == pytest.approx(test[key]["low"], abs=5e-5)
     assert body.lstrip().startswith("# run\n")
+
+
+def test_a_measure_that_came_after_the_evaluation_is_shown_without_a_value(run, tmp_path):
+    """Whoever adds a measure keeps the pages and cards of older runs."""
+    older = copy_run(run, tmp_path / "older")
+    metrics = older.read_metrics()
+    for name in ("auroc", "brier"):
+        del metrics["test"][f"macro_{name}"]
+    (older.path / "metrics.json").write_text(json.dumps(metrics))
+
+    text = render_card(read_view(older))
+
+    assert "| macro AUROC | \N{EN DASH} |" in text
+    assert "| macro Brier score | \N{EN DASH} |" in text
+    assert "AUROC" not in text.split("---\n")[1]  # the hub gets figures only
 
 
 def test_the_hub_reads_it_back(view):
