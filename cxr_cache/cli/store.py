@@ -41,7 +41,16 @@ if TYPE_CHECKING:
     from cxr_cache.datasets.cohort import Cohort
 
 _CSV_DIR: Final = option(
-    "--csv-dir", type=FOLDER, required=True, help="Folder with the two CSV files of the data set."
+    "--csv-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder with the two CSV files of the data set, or what --format takes instead.",
+)
+_FORMAT: Final = option(
+    "--format",
+    "data_format",
+    default="auto",
+    help="Form of the data set. auto and indiana both read two CSV files such as Indiana's.",
 )
 
 logger = logging.getLogger(__name__)
@@ -49,10 +58,13 @@ logger = logging.getLogger(__name__)
 
 @click.command()
 @_CSV_DIR
+@_FORMAT
 @option("--image-dir", type=FOLDER, help="Folder with the images, to count those missing.")
 @option("--plot", type=FILE, help="PNG file to draw the class distribution into.")
 @AS_JSON
-def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: bool) -> None:
+def describe(
+    csv_dir: Path, data_format: str, image_dir: Path | None, plot: Path | None, as_json: bool
+) -> None:
     """Show findings, counts, views and missing files of a data set."""
     from cxr_cache.datasets.describe import describe_cohort
     from cxr_cache.datasets.images import find_missing
@@ -61,7 +73,7 @@ def describe(csv_dir: Path, image_dir: Path | None, plot: Path | None, as_json: 
     for folder in (image_dir, plot.parent if plot is not None else None):
         if folder is not None:
             require_folder(folder)
-    cohort = load_cohort(csv_dir)
+    cohort = load_cohort(csv_dir, data_format)
     missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
     description = describe_cohort(cohort, missing)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
@@ -177,6 +189,7 @@ def audit(
 
 @click.command()
 @_CSV_DIR
+@_FORMAT
 @option("--image-dir", type=FOLDER, required=True, help="Folder with the images.")
 @option("--store", type=FILE, required=True, help="HDF5 file that is written, or continued.")
 @options_of(EncoderOptions)
@@ -194,6 +207,7 @@ def audit(
 @options_of(WorkersConfig)
 def extract(
     csv_dir: Path,
+    data_format: str,
     image_dir: Path,
     store: Path,
     tokens: bool,
@@ -210,7 +224,7 @@ def extract(
         raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
     if tokens and config.unfreeze_layers is None:
         config = replace(config, unfreeze_layers=FinetuneConfig.unfreeze_layers)
-    cohort = _load_cohort(csv_dir, limit)
+    cohort = _load_cohort(csv_dir, data_format, limit)
     require_folder(image_dir)
     from cxr_cache.store.extract import extract_embeddings
     from cxr_cache.store.workers import Workers, extract_on_workers, load_once
@@ -259,13 +273,16 @@ def _encoder_options(store: Path, options: dict[str, Any]) -> EncoderOptions:
 @click.command("import")
 @click.argument("embeddings", type=FILE)
 @_CSV_DIR
+@_FORMAT
 @option("--store", type=FILE, required=True, help="HDF5 file that is written.")
 @option("--overwrite", is_flag=True, help="Replace a store that is already there.")
-def import_(embeddings: Path, csv_dir: Path, store: Path, overwrite: bool) -> None:
+def import_(
+    embeddings: Path, csv_dir: Path, data_format: str, store: Path, overwrite: bool
+) -> None:
     """Make a store from an .npz file of features: arrays image_id and embeddings."""
     from cxr_cache.store.importing import import_embeddings
 
-    cohort = _load_cohort(csv_dir, None)
+    cohort = _load_cohort(csv_dir, data_format, None)
     summary = import_embeddings(embeddings, cohort, store, overwrite=overwrite)
     click.echo(summary.to_text())
 
@@ -289,7 +306,7 @@ def _image_progress(shown: Progress) -> Callable[[int, int, int], None]:
     return update
 
 
-def _load_cohort(csv_dir: Path, limit: int | None) -> Cohort:
+def _load_cohort(csv_dir: Path, data_format: str, limit: int | None) -> Cohort:
     from cxr_cache.datasets.readers import load_cohort
 
-    return load_cohort(csv_dir).take(slice(limit))
+    return load_cohort(csv_dir, data_format).take(slice(limit))

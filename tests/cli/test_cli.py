@@ -168,6 +168,7 @@ def test_describe_reproduces_the_published_counts(shared_data):
     ("arguments", "message"),
     [
         (["describe", "--csv-dir", "nowhere"], "nowhere is not a folder"),
+        (["describe", "--csv-dir", "x", "--format", "indianna"], "Did you mean indiana?"),
         (["inspect", "nowhere.h5"], "no feature store at nowhere.h5"),
         (["train", "nowhere.h5", "--run-dir", "r"], "no feature store at nowhere.h5"),
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
