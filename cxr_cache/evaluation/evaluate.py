@@ -37,6 +37,7 @@ from cxr_cache.metrics.operating_point import (
     OperatingPoint,
     choose_operating_point,
 )
+from cxr_cache.metrics.resampled import METHOD
 from cxr_cache.metrics.scores import NEVER, FloatArray, has_both_classes, macro_mean
 from cxr_cache.models.run import Run, TableName
 
@@ -45,7 +46,7 @@ FEW_POSITIVES: Final = 10
 
 
 _INTERVAL: Final = (
-    "Student's t on the logit scale, with the standard error of a Bayesian bootstrap over {units} "
+    "Student's t on the logit scale, with the standard error of a {method} over {units} "
     "and the number of {units} that a figure rests on"
 )
 
@@ -294,7 +295,7 @@ def _describe_bootstrap(estimates: Estimates, reading: _Reading, unit: Unit) -> 
         "seed": reading.seed,
         "level": LEVEL,
         "unit": unit,
-        "interval": _INTERVAL.format(units=UNITS[unit]),
+        "interval": _INTERVAL.format(method=METHOD, units=UNITS[unit]),
         "n_undefined": {name: count for name, count in n_undefined.items() if count},
     }
 

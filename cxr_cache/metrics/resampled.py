@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from cxr_cache.metrics.scores import Array, FloatArray, divide, require_finite
 # computed from it takes several times as much.
 _CHUNK_BYTES = 2**22
 _MIN_PER_CHUNK = 16  # with fewer resamples, going through the rows costs more than summing them
+
+METHOD: Final = "Bayesian bootstrap"
+"""How :func:`bootstrap` draws weights, as reports name it."""
 
 
 def bootstrap(
