@@ -19,15 +19,9 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from cxr_cache.config import (
-        ExtractConfig as ExtractConfig,
-    )
-    from cxr_cache.config import (
-        FinetuneConfig as FinetuneConfig,
-    )
-    from cxr_cache.config import (
-        TrainConfig as TrainConfig,
-    )
+    from cxr_cache.config import ExtractConfig as ExtractConfig
+    from cxr_cache.config import FinetuneConfig as FinetuneConfig
+    from cxr_cache.config import TrainConfig as TrainConfig
     from cxr_cache.datasets.cohort import Cohort as Cohort
     from cxr_cache.datasets.readers import load_cohort as load_cohort
     from cxr_cache.encoders.loading import load_encoder as load_encoder
@@ -36,15 +30,9 @@ if TYPE_CHECKING:
     from cxr_cache.evaluation.evaluate import evaluate_predictions as evaluate_predictions
     from cxr_cache.evaluation.zero_shot import score_zero_shot as score_zero_shot
     from cxr_cache.jobs.others import evaluate_on_store as evaluate_on_store
-    from cxr_cache.jobs.runs import (
-        evaluate_run as evaluate_run,
-    )
-    from cxr_cache.jobs.runs import (
-        finetune_tail as finetune_tail,
-    )
-    from cxr_cache.jobs.runs import (
-        train_head as train_head,
-    )
+    from cxr_cache.jobs.runs import evaluate_run as evaluate_run
+    from cxr_cache.jobs.runs import finetune_tail as finetune_tail
+    from cxr_cache.jobs.runs import train_head as train_head
     from cxr_cache.models.explain import explain_images as explain_images
     from cxr_cache.models.export import export_run as export_run
     from cxr_cache.models.predict import predict_images as predict_images
@@ -55,12 +43,8 @@ if TYPE_CHECKING:
     from cxr_cache.store.importing import import_embeddings as import_embeddings
     from cxr_cache.store.verify import verify as verify
     from cxr_cache.training.ablate import run_ablation as run_ablation
-    from cxr_cache.training.estimator import (
-        FocalHeadClassifier as FocalHeadClassifier,
-    )
-    from cxr_cache.training.estimator import (
-        GroupedMultilabelSplit as GroupedMultilabelSplit,
-    )
+    from cxr_cache.training.estimator import FocalHeadClassifier as FocalHeadClassifier
+    from cxr_cache.training.estimator import GroupedMultilabelSplit as GroupedMultilabelSplit
 
 __version__ = "0.1.0"
 

@@ -17,14 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from benchmarking import format_table
 
-from cxr_cache.report.drawing import (
-    BLUE,
-    INK,
-    ORANGE,
-    label_rows,
-    open_figure,
-    put_legend_on_top,
-)
+from cxr_cache.report.drawing import BLUE, INK, ORANGE, label_rows, open_figure, put_legend_on_top
 
 ROOT = Path(__file__).parent.parent
 

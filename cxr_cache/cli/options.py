@@ -13,14 +13,7 @@ import click
 from click.core import ParameterSource
 
 from cxr_cache.cli.config_file import read_config_file
-from cxr_cache.config import (
-    Augmentation,
-    Config,
-    EncoderOptions,
-    Kind,
-    kinds,
-    option_of,
-)
+from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, option_of
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder

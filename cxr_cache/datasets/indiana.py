@@ -17,12 +17,7 @@ from cxr_cache.common.tables import (
     require_unique,
 )
 from cxr_cache.datasets.cohort import FACTS, Cohort
-from cxr_cache.datasets.labels import (
-    FINDINGS,
-    assign_targets,
-    parse_labels,
-    take_or_nan,
-)
+from cxr_cache.datasets.labels import FINDINGS, assign_targets, parse_labels, take_or_nan
 from cxr_cache.errors import TableError
 
 logger = logging.getLogger(__name__)

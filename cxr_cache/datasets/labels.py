@@ -15,11 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import (
-    read_csv,
-    require_columns,
-    require_unique,
-)
+from cxr_cache.common.tables import read_csv, require_columns, require_unique
 from cxr_cache.common.wording import list_names, nearest_names, normalise_name
 from cxr_cache.datasets.cohort import FACTS, IMAGE_COLUMNS, RESERVED_COLUMNS
 from cxr_cache.errors import TableError

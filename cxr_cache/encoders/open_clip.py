@@ -16,12 +16,7 @@ from cxr_cache.common.wording import suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.sources import CONFIG_FILE, IMAGENET, Family, Source, fetch_from_hub
 from cxr_cache.encoders.timm_vit import TimmTower
-from cxr_cache.encoders.towers import (
-    SplitTower,
-    join_heads,
-    softmax_products,
-    split_heads,
-)
+from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
 from cxr_cache.encoders.weights import fill_with_noise, load_weights
 from cxr_cache.errors import ConfigError, EncoderError
 

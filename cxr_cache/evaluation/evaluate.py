@@ -26,17 +26,9 @@ from cxr_cache.evaluation.figures import (
     tabulate_groups,
     to_number,
 )
-from cxr_cache.evaluation.scored import (
-    ScoredImages,
-    join_groups,
-    parse_predictions,
-)
+from cxr_cache.evaluation.scored import ScoredImages, join_groups, parse_predictions
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
-from cxr_cache.metrics.operating_point import (
-    Calibration,
-    OperatingPoint,
-    choose_operating_point,
-)
+from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
 from cxr_cache.metrics.resampled import METHOD
 from cxr_cache.metrics.scores import NEVER, FloatArray, has_both_classes, macro_mean
 from cxr_cache.models.run import Run, TableName

@@ -15,12 +15,7 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import UNITS, Unit, name_unit
 from cxr_cache.datasets.splits import split_test, split_test_by_image
 from cxr_cache.errors import RunError
-from cxr_cache.metrics.paired import (
-    Figure,
-    JointAuroc,
-    ScoredRows,
-    score_jointly,
-)
+from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_jointly
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import FINAL_FOLD, Run

@@ -19,12 +19,7 @@ from cxr_cache.encoders.identity import EncoderIdentity, require_same_encoder
 from cxr_cache.encoders.text import PromptPair, TextEncoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.evaluation.scored import read_scored
-from cxr_cache.metrics.paired import (
-    Figure,
-    JointAuroc,
-    ScoredRows,
-    score_jointly,
-)
+from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_jointly
 from cxr_cache.metrics.scores import FloatArray
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run

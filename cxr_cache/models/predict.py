@@ -18,12 +18,7 @@ from cxr_cache.datasets.cohort import finding_table
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
-from cxr_cache.errors import (
-    ImageError,
-    RunError,
-    StoreIncompleteError,
-    StoreMismatchError,
-)
+from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members

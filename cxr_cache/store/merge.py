@@ -17,12 +17,7 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines
 from cxr_cache.encoders.identity import compare_encoders
 from cxr_cache.errors import ConfigError, StoreIncompleteError, StoreMismatchError
-from cxr_cache.store.feature_store import (
-    EMBEDDED,
-    FAILED,
-    FeatureStore,
-    require_absent,
-)
+from cxr_cache.store.feature_store import EMBEDDED, FAILED, FeatureStore, require_absent
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,7 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_bytes
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines, encode_canaries
-from cxr_cache.encoders.identity import (
-    EncoderIdentity,
-    require_not_imported,
-    require_same_encoder,
-)
+from cxr_cache.encoders.identity import EncoderIdentity, require_not_imported, require_same_encoder
 from cxr_cache.errors import ConfigError, ImageError, StoreMismatchError
 from cxr_cache.store.feature_store import FeatureStore, Space
 

@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.images import require_any_image
 from cxr_cache.errors import ImageError, StoreMismatchError
-from cxr_cache.store.feature_store import (
-    DONE,
-    EMBEDDED,
-    FAILED,
-    FeatureStore,
-    are_finite,
-)
+from cxr_cache.store.feature_store import DONE, EMBEDDED, FAILED, FeatureStore, are_finite
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder

@@ -39,12 +39,7 @@ from cxr_cache.errors import (
     WorkerLostError,
 )
 from cxr_cache.store.extract import ExtractSummary, extract_embeddings, give_up, run_extraction
-from cxr_cache.store.feature_store import (
-    DONE,
-    WITHOUT_TOKENS,
-    FeatureStore,
-    Space,
-)
+from cxr_cache.store.feature_store import DONE, WITHOUT_TOKENS, FeatureStore, Space
 from cxr_cache.store.merge import copy_part, require_same_kind
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.devices import resolve_device, resolve_precision
-from cxr_cache.common.distributed import (
-    barrier,
-    is_main,
-    process_group,
-    world_size,
-)
+from cxr_cache.common.distributed import barrier, is_main, process_group, world_size
 from cxr_cache.common.wording import count, describe_differences
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.datasets.cohort import Cohort
@@ -66,12 +61,7 @@ from cxr_cache.training.search import (
     split_cohort,
     stack_members,
 )
-from cxr_cache.training.tuning import (
-    Keeper,
-    TuningData,
-    build_model,
-    tune,
-)
+from cxr_cache.training.tuning import Keeper, TuningData, build_model, tune
 
 logger = logging.getLogger(__name__)
 

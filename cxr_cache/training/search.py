@@ -20,14 +20,7 @@ from cxr_cache.datasets.splits import Split, make_split
 from cxr_cache.errors import TrainingError
 from cxr_cache.metrics.operating_point import find_rule
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.training.fit import (
-    HeadTask,
-    Rows,
-    Trajectory,
-    count_steps,
-    fit_heads,
-    tell_of_epoch,
-)
+from cxr_cache.training.fit import HeadTask, Rows, Trajectory, count_steps, fit_heads, tell_of_epoch
 from cxr_cache.training.fit_on_cores import fit_on_cores
 
 logger = logging.getLogger(__name__)

@@ -22,13 +22,7 @@ from cxr_cache.errors import TrainingError
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.tuned import TailAndHead
 from cxr_cache.store.tokens import TokenSource
-from cxr_cache.training.fit import (
-    HeadTask,
-    Trajectory,
-    has_stopped,
-    score_held_out,
-    tell_of_epoch,
-)
+from cxr_cache.training.fit import HeadTask, Trajectory, has_stopped, score_held_out, tell_of_epoch
 from cxr_cache.training.losses import make_loss
 from cxr_cache.training.optim import advance, make_scheduler
 

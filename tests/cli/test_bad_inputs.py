@@ -29,12 +29,7 @@ from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import TableError
 from cxr_cache.store.extract import ExtractSummary, extract_embeddings
-from cxr_cache.store.feature_store import (
-    DONE,
-    FAILED,
-    PENDING,
-    FeatureStore,
-)
+from cxr_cache.store.feature_store import DONE, FAILED, PENDING, FeatureStore
 from tests.datasets.test_images import ORIENTATION, noise, ramp16, smooth, write_png
 from tests.synthetic import make_cohort, make_store
 

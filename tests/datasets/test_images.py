@@ -25,12 +25,7 @@ import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
 from cxr_cache.datasets import images
-from cxr_cache.datasets.images import (
-    MAX_FILE_BYTES,
-    MIN_EDGE_PX,
-    find_missing,
-    read_image,
-)
+from cxr_cache.datasets.images import MAX_FILE_BYTES, MIN_EDGE_PX, find_missing, read_image
 from cxr_cache.datasets.preprocessing import (
     DECODE_RULE,
     Preprocessing,

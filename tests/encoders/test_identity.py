@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cxr_cache.encoders.identity import (
-    compare_encoders,
-    require_not_imported,
-    require_same_encoder,
-)
+from cxr_cache.encoders.identity import compare_encoders, require_not_imported, require_same_encoder
 from cxr_cache.errors import EncoderError, RunError, StoreMismatchError
 
 IMPORTED = {"name": "imported:a.npz", "imported": True, "weights_sha256": "a", "embedding_width": 8}

@@ -36,13 +36,7 @@ from cxr_cache.evaluation.audit_images import (
     find_same_digests,
     shrink,
 )
-from cxr_cache.evaluation.leakage import (
-    BY_IMAGE,
-    BY_STUDY,
-    CLEAN,
-    LEAKING,
-    measure_leakage,
-)
+from cxr_cache.evaluation.leakage import BY_IMAGE, BY_STUDY, CLEAN, LEAKING, measure_leakage
 from cxr_cache.models.run import Run
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore

@@ -22,13 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cxr_cache.store.feature_store import (
-    DONE,
-    EMBEDDED,
-    FAILED,
-    PENDING,
-    FeatureStore,
-)
+from cxr_cache.store.feature_store import DONE, EMBEDDED, FAILED, PENDING, FeatureStore
 from tests.small_stores import ENCODER, SHAPES, make_batch, make_cohort
 
 FAILURE = "row {} cannot be read"

@@ -23,12 +23,7 @@ from cxr_cache.errors import (
     StoreFormatError,
     StoreMismatchError,
 )
-from cxr_cache.store.feature_store import (
-    DONE,
-    FAILED,
-    PENDING,
-    FeatureStore,
-)
+from cxr_cache.store.feature_store import DONE, FAILED, PENDING, FeatureStore
 from cxr_cache.store.merge import merge
 from cxr_cache.store.verify import verify
 from tests.faults.disk import CallCounter, die_half_way

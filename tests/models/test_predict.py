@@ -21,12 +21,7 @@ from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.errors import (
-    RunError,
-    StoreFormatError,
-    StoreIncompleteError,
-    StoreMismatchError,
-)
+from cxr_cache.errors import RunError, StoreFormatError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models import predict as predict_module

@@ -31,21 +31,10 @@ from cxr_cache.errors import (
     TooManyFailuresError,
 )
 from cxr_cache.store.extract import extract_embeddings
-from cxr_cache.store.feature_store import (
-    DONE,
-    FAILED,
-    PENDING,
-    WITHOUT_TOKENS,
-    FeatureStore,
-)
+from cxr_cache.store.feature_store import DONE, FAILED, PENDING, WITHOUT_TOKENS, FeatureStore
 from cxr_cache.store.importing import import_embeddings
 from cxr_cache.store.inspect import format_store, summarise_store
-from cxr_cache.store.verify import (
-    CORRUPT,
-    INCOMPLETE,
-    WHOLE,
-    verify,
-)
+from cxr_cache.store.verify import CORRUPT, INCOMPLETE, WHOLE, verify
 from tests.small_stores import done_rows, flip_bit, make_cohort
 
 MODEL = "random:test_vit"

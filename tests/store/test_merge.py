@@ -16,12 +16,7 @@ from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, StoreBusyError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.store.extract import extract_embeddings
-from cxr_cache.store.feature_store import (
-    DONE,
-    FAILED,
-    PENDING,
-    FeatureStore,
-)
+from cxr_cache.store.feature_store import DONE, FAILED, PENDING, FeatureStore
 from cxr_cache.store.merge import merge
 from cxr_cache.training.train import fit_run
 from tests.small_stores import done_rows, flip_bit

@@ -19,13 +19,7 @@ from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, StoreBusyError
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import PENDING, FeatureStore
-from cxr_cache.store.verify import (
-    CORRUPT,
-    INCOMPLETE,
-    MISMATCH,
-    WHOLE,
-    verify,
-)
+from cxr_cache.store.verify import CORRUPT, INCOMPLETE, MISMATCH, WHOLE, verify
 from tests.small_stores import WITH_TOKENS, flip_bit, make_batch, make_cohort, make_store
 
 

@@ -19,13 +19,7 @@ from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.tokens import ResidentTokens
 from cxr_cache.training.fit import HeadTask
 from cxr_cache.training.losses import make_loss
-from cxr_cache.training.tuning import (
-    Keeper,
-    TuningData,
-    build_model,
-    group_parameters,
-    tune,
-)
+from cxr_cache.training.tuning import Keeper, TuningData, build_model, group_parameters, tune
 from tests.oracles import reference_focal_loss
 
 N_IMAGES, N_FINDINGS = 44, 5

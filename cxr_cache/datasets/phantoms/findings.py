@@ -9,12 +9,7 @@ from functools import partial
 import numpy as np
 
 from cxr_cache.datasets.phantoms.anatomy import Anatomy, Scene, Sign
-from cxr_cache.datasets.phantoms.film import (
-    CM,
-    Array,
-    ramp,
-    value_at,
-)
+from cxr_cache.datasets.phantoms.film import CM, Array, ramp, value_at
 
 # A painter draws a finding into the scene and returns the regions that it changed, one mask for
 # each box. A finding of the patient's build alters the anatomy before the scene is drawn; its
