@@ -84,8 +84,16 @@ class RunView:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options it was trained with."""
-        options: dict[str, Any] = self.config[self.config["kind"]]
+        """What it was trained with; thresholds and calibration as `evaluate` chose them since."""
+        options: dict[str, Any] = dict(self.config[self.config["kind"]])
+        calibration = (self.metrics.get("calibration") or {}).get("method")
+        later = {"threshold_rule": self.metrics.get("threshold_rule"), "calibration": calibration}
+        for name, now in later.items():
+            trained = options.get(name, now)
+            if now is not None:
+                options[name] = (
+                    now if now == trained else f"{now} (chosen after training, which had {trained})"
+                )
         return options
 
     @property

@@ -314,6 +314,12 @@ def test_a_card_tells_what_it_states_of_licence_and_data(evaluated, tmp_path):
     jobs.evaluate_run(run, threshold_rule="sensitivity=0.9", calibration="platt", n_resamples=20)
     for text in (run.report_path.read_text(), run.read_model_card()):
         assert "sensitivity=0.9" in text
+    run = Run.open(run.path)
+    run.config["train"] |= {"threshold_rule": "f1", "calibration": "none"}
+    view = read_view(run)
+    for text in (Page(render_page([view])).text, render_card(view)):
+        assert "sensitivity=0.9 (chosen after training, which had f1)" in text
+        assert "platt (chosen after training, which had none)" in text
     assert read_card(run) == stated
     card = run.path / "model_card.md"
     for changed in ("", "# no header", "---\ndatasets: []\n---\n", "---\n: {\n---\n"):
