@@ -129,7 +129,9 @@ def read_view(run: Run, name: str | None = None) -> RunView:
     """
     metrics = run.read_metrics()
     # A run that was evaluated before a measure came into use shows no value for it.
-    metrics["test"] = {f"macro_{name}": {"value": None} for name in MEASURES} | metrics["test"]
+    metrics["test"] = {
+        f"macro_{name}": {"value": None, "n_findings": 0} for name in MEASURES
+    } | metrics["test"]
     search = run.read_table("epoch_search")
     tables = {"history": run.read_table("history")}
     optional: tuple[TableName, ...] = ("curves", "calibration", "subgroups")
