@@ -100,7 +100,7 @@ def evaluate(
 @option("--out", type=FOLDER, help="Folder that comparison.csv and comparison.png are written to.")
 @options_of(CompareConfig)
 def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
-    """Tell how much better runs are than the first of them, on the same test studies."""
+    """Tell how much better runs are than the first, on the same test studies."""
     from cxr_cache.evaluation.compare import compare_runs
     from cxr_cache.models.run import Run
 

@@ -33,7 +33,7 @@ from cxr_cache.config import DemoConfig, ExplainConfig
 def predict(
     run: Path, images: tuple[Path, ...], out: Path | None, model: str | None, device: str
 ) -> None:
-    """Give probabilities and decisions for image files (a folder means all its files)."""
+    """Give probabilities and decisions for image files, or folders of them."""
     from cxr_cache.common.tables import write_table
     from cxr_cache.models.run import Run
 
@@ -139,7 +139,7 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
 @click.argument("folder", type=FOLDER)
 @options_of(DemoConfig)
 def demo(folder: Path, **options: Any) -> None:
-    """Show the whole job on synthetic chest X-rays: no data, no network, two minutes."""
+    """Show the whole job on synthetic chest X-rays, without data or a network."""
     from cxr_cache.cli.demo import run_demo
 
     run_demo(folder, **vars(DemoConfig(**options)), echo=click.echo)
