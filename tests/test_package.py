@@ -105,6 +105,16 @@ def test_importing_the_package_and_asking_for_help_import_nothing_heavy(what):
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
+def test_a_training_imports_no_compiler_and_no_scikit_learn():
+    """Each takes longer than the rest of what `train` imports."""
+    code = (
+        "import sys, cxr_cache.jobs.runs; "
+        "print(sorted({'torch._dynamo', 'torchvision', 'sympy', 'sklearn'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
 def test_a_process_that_trains_imports_what_it_needs_alone():
     """One starts on every core; SciPy would cost each a quarter of a second."""
     code = (

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from cxr_cache.config import Augmentation
 from cxr_cache.datasets.preprocessing import Preprocessing
@@ -44,6 +43,9 @@ def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seeds: Ten
     Tensor
         uint8, ``(B, 3, S, S)``.
     """
+    # It imports torch's compiler, which takes longer than all else that a training imports.
+    from torchvision.transforms import v2
+
     steps: list[torch.nn.Module] = []
     if augmentation.rotation_deg:
         bilinear = v2.InterpolationMode.BILINEAR

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxr_cache.config import EvaluateConfig, FinetuneConfig, TrainConfig
 from cxr_cache.errors import CxrCacheError, JobStopped, RunError
@@ -18,11 +18,13 @@ from cxr_cache.evaluation.scored import read_groups
 from cxr_cache.models.run import Run
 from cxr_cache.report.model_card import read_card
 from cxr_cache.report.report import write_report
-from cxr_cache.training.ablate import Ablation
 from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.fit_on_cores import release_cores
 from cxr_cache.training.outcome import TrainResult
 from cxr_cache.training.train import fit_run
+
+if TYPE_CHECKING:  # an ablation's baselines import scikit-learn, which a training does without
+    from cxr_cache.training.ablate import Ablation
 
 logger = logging.getLogger(__name__)
 
