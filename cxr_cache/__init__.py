@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from cxr_cache.evaluation.evaluate import evaluate_predictions as evaluate_predictions
     from cxr_cache.evaluation.zero_shot import score_zero_shot as score_zero_shot
     from cxr_cache.jobs.others import evaluate_on_store as evaluate_on_store
-    from cxr_cache.jobs.runs import evaluate_run as evaluate_run
     from cxr_cache.jobs.runs import finetune_tail as finetune_tail
     from cxr_cache.jobs.runs import train_head as train_head
+    from cxr_cache.jobs.scoring import evaluate_run as evaluate_run
     from cxr_cache.models.explain import explain_images as explain_images
     from cxr_cache.models.export import export_run as export_run
     from cxr_cache.models.predict import predict_images as predict_images
@@ -61,7 +61,7 @@ _HOMES: Final = {
     "compare_runs": "evaluation.compare",
     "evaluate_on_store": "jobs.others",
     "evaluate_predictions": "evaluation.evaluate",
-    "evaluate_run": "jobs.runs",
+    "evaluate_run": "jobs.scoring",
     "explain_images": "models.explain",
     "export_run": "models.export",
     "extract_embeddings": "store.extract",

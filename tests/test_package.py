@@ -105,12 +105,16 @@ def test_importing_the_package_and_asking_for_help_import_nothing_heavy(what):
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
 
-def test_a_training_imports_no_compiler_and_no_scikit_learn():
-    """Each takes longer than the rest of what `train` imports."""
-    code = (
-        "import sys, cxr_cache.jobs.runs; "
-        "print(sorted({'torch._dynamo', 'torchvision', 'sympy', 'sklearn'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("job", "heavy"),
+    [
+        ("runs", {"torch._dynamo", "torchvision", "sympy", "sklearn"}),
+        ("scoring", {"torch", "sklearn"}),
+    ],
+)
+def test_a_job_imports_nothing_heavy_that_it_does_without(job, heavy):
+    """Each takes longer than the rest of what `train` and `evaluate` import."""
+    code = f"import sys, cxr_cache.jobs.{job}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
 
@@ -132,7 +136,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
         (
             "PIL",
             {
-                *("datasets.images", "datasets.preprocessing", "report.cases"),
+                *("datasets.images", "datasets.preprocessing", "report.pictures"),
                 *(f"datasets.phantoms.{name}" for name in ("dataset", "film", "anatomy")),
             },
         ),

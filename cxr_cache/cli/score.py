@@ -60,8 +60,7 @@ def evaluate(
     """
     from cxr_cache.common.files import write_whole
     from cxr_cache.evaluation.evaluate import format_summary
-    from cxr_cache.jobs.others import evaluate_on_store
-    from cxr_cache.jobs.runs import evaluate_run
+    from cxr_cache.jobs.scoring import evaluate_run
     from cxr_cache.models.run import Run
 
     if out is not None and store is None:
@@ -74,13 +73,10 @@ def evaluate(
         )
     opened = Run.open(run)
     if store is None:
-        metrics = evaluate_run(
-            opened,
-            groups=groups,
-            **vars(config),
-        )
-        click.echo(format_summary(metrics))
+        click.echo(format_summary(evaluate_run(opened, groups=groups, **vars(config))))
         return
+    from cxr_cache.jobs.others import evaluate_on_store  # may need the encoder, and imports torch
+
     evaluation = evaluate_on_store(
         opened,
         store,

@@ -98,7 +98,7 @@ def explain(
     opened = Run.open(run)
     names = parse_findings(opened, findings)
     encoder = load_encoder_of_run(opened, model, device)
-    from cxr_cache.report.plots import write_explanations
+    from cxr_cache.report.explanations import write_explanations
 
     maps = explain_images(opened, paths, names, encoder, **vars(config))
     n_written, failures = write_explanations(maps, out, raw=raw)

@@ -10,7 +10,7 @@ from cxr_cache.config import EncoderOptions, EvaluateConfig
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.evaluation.evaluate import Evaluation, evaluate_predictions
 from cxr_cache.evaluation.zero_shot import ZeroShot
-from cxr_cache.jobs.runs import refresh_report
+from cxr_cache.jobs.scoring import refresh_report
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run
 from cxr_cache.store.feature_store import FeatureStore

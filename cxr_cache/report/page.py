@@ -54,7 +54,7 @@ def render_page(
         Data address by image id; None leaves the cases out.
     maps
         Where the first run looked in its cases, as
-        :func:`cxr_cache.report.cases.draw_maps` returns.
+        :func:`cxr_cache.report.pictures.draw_maps` returns.
     problems
         What was wrong with images that have no picture.
     """

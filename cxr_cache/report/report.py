@@ -12,9 +12,10 @@ from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models.run import Run
-from cxr_cache.report.cases import PER_KIND, draw_thumbnails, find_cases
+from cxr_cache.report.cases import PER_KIND, find_cases
 from cxr_cache.report.model_card import render_card
 from cxr_cache.report.page import MAX_RUNS, render_page
+from cxr_cache.report.pictures import draw_maps, draw_thumbnails
 from cxr_cache.report.plots import draw_plots
 from cxr_cache.report.views import collect_differences, read_view
 
@@ -72,8 +73,6 @@ def write_report(
     view = read_view(run)  # fails before anything is drawn
     shown = {} if image_dir is None else _show_cases([run], image_dir)
     if image_dir is not None and encoder is not None:
-        from cxr_cache.report.cases import draw_maps  # torch takes seconds to import
-
         cases = shown["cases"][0]
         shown["maps"] = draw_maps(run, cases, image_dir, encoder, on_progress=on_progress)
     draw_plots(run)

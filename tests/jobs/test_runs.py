@@ -19,7 +19,8 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, JobStopped, RunError, TableError, TrainingError
 from cxr_cache.jobs import runs
 from cxr_cache.jobs.others import evaluate_on_store
-from cxr_cache.jobs.runs import evaluate_run, refresh_report, train_head
+from cxr_cache.jobs.runs import train_head
+from cxr_cache.jobs.scoring import evaluate_run, refresh_report
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from tests import synthetic

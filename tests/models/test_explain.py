@@ -38,8 +38,9 @@ from cxr_cache.models.export_onnx import plain_heads
 from cxr_cache.models.predict import predict_images
 from cxr_cache.models.run import Run
 from cxr_cache.models.tuned import TailAndHead
-from cxr_cache.report.cases import Case, draw_maps
-from cxr_cache.report.plots import write_explanations
+from cxr_cache.report.cases import Case
+from cxr_cache.report.explanations import write_explanations
+from cxr_cache.report.pictures import draw_maps
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.train import fit_run

@@ -11,7 +11,8 @@ from PIL import Image
 
 from cxr_cache.errors import ConfigError
 from cxr_cache.evaluation.scored import ScoredImages
-from cxr_cache.report.cases import EDGE_PX, MAX_FINDINGS, PER_KIND, draw_thumbnails, find_cases
+from cxr_cache.report.cases import MAX_FINDINGS, PER_KIND, find_cases
+from cxr_cache.report.pictures import EDGE_PX, draw_thumbnails
 
 
 def make_images(targets: np.ndarray, probabilities: np.ndarray) -> ScoredImages:

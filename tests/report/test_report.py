@@ -22,7 +22,7 @@ from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.evaluation.zero_shot import name_prompts, tabulate_areas
-from cxr_cache.jobs import runs as jobs
+from cxr_cache.jobs import scoring as jobs
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.models.run import Run
 from cxr_cache.report.model_card import read_card, render_card
