@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.cohort import Cohort
@@ -128,8 +129,8 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
         was not looked up.
     """
     labelled = ~np.isnan(cohort.targets)
-    patients = set(cohort.patient_ids.tolist()) - {""}
-    images_of_study = Counter(cohort.study_uids.tolist())
+    patients = set(cohort.images["patient_id"].tolist()) - {""}
+    images_of_study = Counter(cohort.images["study_uid"].tolist())
     findings = _count_findings(cohort)
     n_as_published = None
     if cohort.findings == FINDINGS and len(cohort) == PUBLISHED_IMAGES:
@@ -140,7 +141,7 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
         n_studies=len(images_of_study),
         n_patients=len(patients) or None,
         n_unlabelled=int((~labelled.any(axis=1)).sum()),
-        projections=dict(sorted(Counter(cohort.projections.tolist()).items())),
+        projections=dict(sorted(Counter(cohort.images["projection"].tolist()).items())),
         images_per_study=dict(sorted(Counter(images_of_study.values()).items())),
         missing=None if missing is None else tuple(missing),
         n_as_published=n_as_published,
@@ -149,6 +150,7 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
 
 def _count_findings(cohort: Cohort) -> tuple[FindingCount, ...]:
     counts = []
+    study_of_image, _ = pd.factorize(cohort.images["study_uid"])
     for column, finding in enumerate(cohort.findings):
         targets = cohort.targets[:, column]
         present = targets == 1
@@ -157,7 +159,7 @@ def _count_findings(cohort: Cohort) -> tuple[FindingCount, ...]:
             FindingCount(
                 finding=finding,
                 images=int(present.sum()),
-                studies=len(np.unique(cohort.study_uids[present])),
+                studies=int(np.count_nonzero(np.bincount(study_of_image[present]))),
                 prevalence=float(present.sum()) / n_labelled if n_labelled else None,
             )
         )

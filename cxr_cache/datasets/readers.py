@@ -98,4 +98,4 @@ def _annotate(cohort: Cohort, why: str) -> Cohort:
     notes = tuple(dict.fromkeys([*reading.notes, *note_patients(cohort.images)]))
     for note in notes:
         logger.warning(note)
-    return replace(cohort, reading=replace(reading, why=why, notes=notes))
+    return cohort.with_reading(replace(reading, why=why, notes=notes))
