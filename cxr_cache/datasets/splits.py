@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from cxr_cache.errors import ConfigError
 
@@ -141,7 +143,10 @@ def split_test(
 ) -> NDArray[np.bool_]:
     """Choose whole groups as test rows, with about `test_fraction` of every finding.
 
-    Parameters and balance are those of :func:`assign_folds`.
+    The choice stays put when images are added: a group is drawn by a hash of its name and the seed,
+    and what the rest of the data changes is only how high a draw may be; see :func:`_draw_groups`.
+
+    Parameters are those of :func:`assign_folds`.
 
     Returns
     -------
@@ -154,9 +159,11 @@ def split_test(
         `test_fraction` is not between 0 and 1, or there is a single group.
     """
     _require_fraction(test_fraction)
-    shares = np.array([test_fraction, 1 - test_fraction])
-    part = _assign_groups(targets, groups, shares, seed, "parts (test and train)")
-    return np.asarray(part == 0)
+    names, group_of_row = np.unique(groups, return_inverse=True)
+    _require_groups(len(names), 2, "parts (test and train)")
+    counts = _count_positives(targets, group_of_row, len(names))  # (G, F + 1)
+    is_test = _draw_groups(counts, _hash_names(names, seed), test_fraction)
+    return np.asarray(is_test[group_of_row])
 
 
 def split_test_by_image(
@@ -236,11 +243,7 @@ def _assign_groups(
     """
     group_names, group_of_row = np.unique(groups, return_inverse=True)
     shares = np.asarray(shares)  # (S,)
-    if len(group_names) < len(shares):
-        raise ConfigError(
-            f"{len(shares)} {parts} need as many groups (patients or studies), "
-            f"but there are only {len(group_names)}. Use fewer folds, or more data."
-        )
+    _require_groups(len(group_names), len(shares), parts)
     counts = _count_positives(targets, group_of_row, len(group_names))  # (G, F + 1)
     totals = counts.sum(axis=0)
     weighted = counts / totals  # c / total, where E is share * total
@@ -263,6 +266,100 @@ def _assign_groups(
         lacking[part] -= counts[group]
         is_empty[part] = False
     return part_of_group[group_of_row]
+
+
+# -- a choice that stays put ---------------------------------------------------------------
+
+_SHARPNESS: Final = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+"""Widths of the soft threshold, in units of a draw, that lead to a sharp one step by step."""
+_LEAST_GAIN: Final = 0.01
+"""Fall of chi-square that is worth a move, since each move may differ after one image more."""
+
+
+def _hash_names(names: NDArray[Any], seed: int) -> NDArray[np.float64]:
+    """Draw a number in [0, 1) for each name, which depends on it and the seed alone, ``(G,)``."""
+    digests = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in names]
+    return np.frombuffer(b"".join(digests), ">u8") / 2.0**64
+
+
+def _draw_groups(
+    counts: NDArray[np.float64], draws: NDArray[np.float64], share: float
+) -> NDArray[np.bool_]:
+    """Choose the groups whose draws lie below their thresholds, and even out what is left.
+
+    The threshold of a group is `share`, and for each of its positive images more or less by the
+    price of the finding, so that every finding gets its share. One image more changes prices, and
+    so the choice, by little. The few images that single thresholds cannot even out are left to
+    moves of single groups, each the one by which chi-square (see :func:`_assign_groups`) falls
+    most.
+
+    Parameters
+    ----------
+    counts
+        Positive images of each finding, and last all images, ``(G, F + 1)``.
+    draws
+        Numbers in [0, 1), ``(G,)``.
+    share
+        Of every finding and of the images.
+    """
+    wanted = share * counts.sum(axis=0)
+    heights = _price_findings(counts, draws, share)
+    is_chosen = heights > 0
+    is_chosen[heights.argmax()], is_chosen[heights.argmin()] = True, False  # neither side is empty
+    while True:
+        lacking = wanted - counts[is_chosen].sum(axis=0)
+        change = np.where(is_chosen, -1, 1)[:, None] * counts
+        gains = (change * (2 * lacking - change) / wanted).sum(axis=1)
+        for side in (is_chosen, ~is_chosen):
+            if side.sum() == 1:
+                gains[side] = -np.inf
+        best = gains.round(9).argmax()  # ties are equal on every processor
+        if gains[best] <= _LEAST_GAIN:
+            return is_chosen
+        is_chosen[best] ^= True
+
+
+def _price_findings(
+    counts: NDArray[np.float64], draws: NDArray[np.float64], share: float
+) -> NDArray[np.float64]:
+    """Tell how far each group's threshold lies above its draw, ``(G,)``.
+
+    The prices are the minimum of a convex function of F + 1 numbers, whose gradient is what is
+    chosen too much of every finding. Newton's method finds it for a soft threshold, which is made
+    sharper step by step.
+    """
+    sizes, totals = counts[:, -1], counts.sum(axis=0)
+    rates = counts / sizes[:, None]  # findings per image
+    prices = np.zeros(len(totals))
+    ridge = np.diag(1e-6 * totals)  # findings that always occur together share their price
+
+    for width in _SHARPNESS:
+
+        def excess(prices: NDArray[np.float64], width: float = width) -> float:
+            softened = np.logaddexp(0, (share - draws + rates @ prices) / width)
+            return float(width * (sizes @ softened) - share * totals @ prices)
+
+        for _ in range(30):
+            inside = expit((share - draws + rates @ prices) / width)  # 0 to 1, (G,)
+            gradient = counts.T @ inside - share * totals
+            if np.abs(gradient).max() < 0.02:  # images
+                break
+            curvature = (rates * (sizes * inside * (1 - inside) / width)[:, None]).T @ rates
+            step = np.linalg.solve(curvature + ridge, gradient)
+            before, length = excess(prices), 1.0
+            while length > 1e-6 and excess(prices - length * step) > before:
+                length /= 2
+            prices -= length * step
+    heights: NDArray[np.float64] = share - draws + rates @ prices
+    return heights
+
+
+def _require_groups(n_groups: int, n_parts: int, parts: str) -> None:
+    if n_groups < n_parts:
+        raise ConfigError(
+            f"{n_parts} {parts} need as many groups (patients or studies), "
+            f"but there are only {n_groups}. Use fewer folds, or more data."
+        )
 
 
 def _count_positives(
