@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
+from cxr_cache.common.wording import count, list_names
+from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, Unit, name_unit
 from cxr_cache.errors import ConfigError
 
 TEST = -1
@@ -28,12 +30,19 @@ class Split:
     fold
         Fold that holds the row out, 0 to K - 1, and -1 for test rows; shape ``(N,)``, int64.
     by
-        What was kept whole: ``"study"`` (patients, where they are known), or ``"image"``.
+        What was kept whole: ``"study"`` (patients, where they are known), or ``"image"``. Of a
+        split that was given, this is said of the folds alone.
+    whose
+        Who made the split, in words; blank where it is a new one.
+    notes
+        What was made of a given split, in sentences.
     """
 
     is_test: NDArray[np.bool_]
     fold: NDArray[np.int64]
     by: Literal["study", "image"] = "study"
+    whose: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert np.array_equal(self.is_test, self.fold == TEST), "test rows, and only they, have -1"
@@ -95,6 +104,156 @@ def make_split(
     fold = np.full(len(targets), TEST, np.int64)
     fold[~is_test] = assign_folds(targets[~is_test], groups[~is_test], n_folds, seed)
     return Split(is_test, fold, by)
+
+
+def has_given_split(cohort: Cohort) -> bool:
+    """Tell whether any image came with a place in a split, or with a fold."""
+    return any((_given(cohort, name) != "").any() for name in GIVEN)
+
+
+def take_given_split(
+    cohort: Cohort,
+    *,
+    by: Literal["study", "image"] = "study",
+    n_folds: int = 5,
+    test_fraction: float = 0.2,
+    seed: int = 42,
+) -> Split:
+    """Use the test images and folds that a data set came with, and make what it lacks.
+
+    Images marked val are train images, as the folds take their part; where no image is marked test,
+    they are the test images. Folds that are not given are made inside the train images, of whole
+    groups. The notes of the split say what was done.
+
+    Parameters
+    ----------
+    cohort
+        With a column ``given_split``, ``given_fold`` or both.
+    by, n_folds, test_fraction, seed
+        As in :func:`make_split`, for what is not given.
+
+    Raises
+    ------
+    ConfigError
+        No image is left to train on, or there are fewer groups than folds.
+    """
+    reading = cohort.reading
+    whose = (reading.split if reading else "") or "the image table"
+    is_test, notes = _take_test(cohort)
+    if is_test is None:
+        is_test = split_test(cohort.targets, cohort.groups, test_fraction, seed)
+    if is_test.all():
+        raise ConfigError(
+            f"The split given by {whose} has {count(len(cohort), 'test image')} and nothing to "
+            "train on. Make another one with --split new."
+        )
+    rows = np.flatnonzero(~is_test)
+    groups = cohort.groups if by == "study" else np.arange(len(cohort))
+    fold = np.full(len(cohort), TEST, np.int64)
+    given, more = _take_folds(_given(cohort, "given_fold")[rows], groups[rows], n_folds)
+    if given is None:
+        given = assign_folds(cohort.targets[rows], groups[rows], n_folds, seed)
+    fold[rows] = given
+    notes += more
+    if by == "image":
+        notes.append("As the test split is given, --split-by image acts on the folds alone.")
+    return Split(is_test, fold, by, whose, (*notes, *_note_shared(cohort, fold)))
+
+
+def _given(cohort: Cohort, name: str) -> NDArray[np.str_]:
+    """A column of the image table, blank where there is none."""
+    cells = cohort.images.get(name)
+    return np.full(len(cohort), "") if cells is None else np.asarray(cells.tolist(), np.str_)
+
+
+def _take_test(cohort: Cohort) -> tuple[NDArray[np.bool_] | None, list[str]]:
+    """The given test rows, None where a new test split has to be made, and what was done."""
+    words = _given(cohort, "given_split")
+    n_val, n_blank = int((words == "val").sum()), int((words == "").sum())
+    if not np.isin(words, ("val", "test")).any():
+        return None, ["No test images are given, so a new test split was made."]
+    if not (words == "test").any():
+        is_test, notes = (
+            words == "val",
+            [f"No test images are given: the {n_val:,} marked val are."],
+        )
+    else:
+        is_test, notes = words == "test", []
+        if n_val:
+            notes.append(
+                f"{count(n_val, 'image')} marked val {'is' if n_val == 1 else 'are'} trained on: "
+                "folds inside train and val take the part of val."
+            )
+    if n_blank:
+        groups, blank = cohort.groups, words == ""
+        others = groups[~is_test & ~blank]
+        follows = blank & np.isin(groups, groups[is_test]) & ~np.isin(groups, others)
+        is_test = is_test | follows
+        notes.append(
+            f"{count(n_blank, 'image')} {'has' if n_blank == 1 else 'have'} no place in the given "
+            f"split: {int(follows.sum()):,} joined the test images, where the same "
+            f"{name_unit(cohort.patient_ids)} is, and {n_blank - int(follows.sum()):,} the train "
+            "images."
+        )
+    return is_test, notes
+
+
+def _take_folds(
+    labels: NDArray[np.str_], groups: NDArray[Any], n_folds: int
+) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """The given folds of train rows, None where they have to be made, and what was done."""
+    names = sorted({*labels.tolist()} - {""}, key=lambda name: (len(name), name))
+    if not names:
+        return None, []
+    if len(names) == 1:
+        return None, [f"A single fold is given, {names[0]}, so {n_folds} new ones were made."]
+    notes = []
+    if len(names) != n_folds:
+        notes.append(f"{len(names)} folds are given and used, where --folds says {n_folds}.")
+    blank = np.flatnonzero(labels == "")
+    if len(blank):
+        known = labels != ""
+        of_group = dict(zip(groups[known].tolist(), labels[known].tolist(), strict=True))
+        new = sorted({*groups[blank].tolist()} - of_group.keys())
+        of_group |= {group: names[i % len(names)] for i, group in enumerate(new)}
+        labels = labels.astype(object)
+        labels[blank] = [of_group[group] for group in groups[blank].tolist()]
+        notes.append(
+            f"{count(len(blank), 'train image')} without a given fold joined the others of their "
+            "patient or study, or were dealt out."
+        )
+    place = {name: k for k, name in enumerate(names)}
+    return np.array([place[label] for label in labels.tolist()], np.int64), notes
+
+
+def _note_shared(cohort: Cohort, fold: NDArray[np.int64]) -> list[str]:
+    """Name who is on both sides of a given split, and who is in several folds."""
+    unit, is_test, notes = name_unit(cohort.patient_ids), fold == TEST, []
+    shared = find_shared(is_test, cohort.groups)
+    if shared:
+        n_images = int(np.isin(cohort.groups[is_test], shared).sum())
+        notes.append(
+            f"{_count_units(shared, unit)} on both sides of the given split, with {n_images:,} of "
+            f"{count(int(is_test.sum()), 'test image')}: {_name_groups(shared)}. Figures on test "
+            "are therefore too good. --split new makes a split that keeps them whole."
+        )
+    pairs = np.unique(np.stack([cohort.groups[~is_test], fold[~is_test].astype(str)]), axis=1)
+    names, n_folds = np.unique(pairs[0], return_counts=True)
+    if several := names[n_folds > 1].tolist():
+        notes.append(
+            f"{_count_units(several, unit)} in more than one fold: {_name_groups(several)}. The "
+            "scores of the folds, and thresholds chosen on them, are therefore too good."
+        )
+    return notes
+
+
+def _count_units(groups: Sequence[str], unit: Unit) -> str:
+    return f"1 {unit} is" if len(groups) == 1 else f"{len(groups):,} {UNITS[unit]} are"
+
+
+def _name_groups(groups: Sequence[str]) -> str:
+    """The first three, by the names that the table has for them."""
+    return list_names([name.removeprefix("patient ").removeprefix("study ") for name in groups], 3)
 
 
 def assign_folds(
@@ -223,8 +382,13 @@ def split_test_by_image(
 
 
 def count_shared_studies(is_test: NDArray[np.bool_], study_uids: NDArray[Any]) -> int:
-    """Count test images that have another image of the same study in train."""
+    """Count test images that have another image of the same study, or other group, in train."""
     return int(np.isin(study_uids[is_test], study_uids[~is_test]).sum())
+
+
+def find_shared(is_test: NDArray[np.bool_], groups: NDArray[Any]) -> list[str]:
+    """Name the groups that have images both in test and in train, in order."""
+    return [str(name) for name in np.intersect1d(groups[is_test], groups[~is_test])]
 
 
 def _assign_groups(
@@ -278,8 +442,12 @@ _LEAST_GAIN: Final = 0.01
 
 def _hash_names(names: NDArray[Any], seed: int) -> NDArray[np.float64]:
     """Draw a number in [0, 1) for each name, which depends on it and the seed alone, ``(G,)``."""
-    digests = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in names]
-    return np.frombuffer(b"".join(digests), ">u8") / 2.0**64
+    digests = [
+        # Once the first patient of a table is known, its other groups are called "study ...".
+        hashlib.blake2b(f"{seed} {str(name).removeprefix('study ')}".encode(), digest_size=8)
+        for name in names
+    ]
+    return np.frombuffer(b"".join(one.digest() for one in digests), ">u8") / 2.0**64
 
 
 def _draw_groups(

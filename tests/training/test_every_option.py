@@ -43,6 +43,7 @@ OF_ANY_RECIPE: dict[str, Any] = {
     "epochs": (3,),
     "n_folds": 3,
     "test_fraction": 0.4,
+    "split": "new",
     "split_by": "image",
     "final": "ensemble",
     "seed": 7,
@@ -84,7 +85,7 @@ OF_A_TAIL = OF_ANY_RECIPE | {
 }
 WHERE_THE_LOSS_STALLS = {"patience": 9, "early_stopping": 1}
 OF_THE_PROTOCOL = {
-    *("epochs", "n_folds", "test_fraction", "split_by", "final", "seed"),
+    *("epochs", "n_folds", "test_fraction", "split", "split_by", "final", "seed"),
     *("threshold_rule", "calibration", "half"),
 }
 OF_PIXELS = {"flip", "augmentation", "source", "num_workers"}
@@ -231,7 +232,7 @@ def test_other_blocks_than_are_cached_are_refused(tokens, tmp_path):
 # -- fine-tuning that goes on from a frozen run -------------------------------------------
 
 TAKEN_OVER = {
-    *("n_folds", "test_fraction", "split_by", "seed"),
+    *("n_folds", "test_fraction", "split", "split_by", "seed"),
     *("hidden", "dropout", "norm", "input_norm"),
     *("loss", "alpha", "gamma", "threshold_rule", "calibration"),
 }
