@@ -173,10 +173,8 @@ def _take_test(cohort: Cohort) -> tuple[NDArray[np.bool_] | None, list[str]]:
     if not np.isin(words, ("val", "test")).any():
         return None, ["No test images are given, so a new test split was made."]
     if not (words == "test").any():
-        is_test, notes = (
-            words == "val",
-            [f"No test images are given: the {n_val:,} marked val are."],
-        )
+        is_test, notes = words == "val", []
+        notes.append(f"No images are marked test, so the {n_val:,} marked val are the test images.")
     else:
         is_test, notes = words == "test", []
         if n_val:

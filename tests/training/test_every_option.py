@@ -43,7 +43,6 @@ OF_ANY_RECIPE: dict[str, Any] = {
     "epochs": (3,),
     "n_folds": 3,
     "test_fraction": 0.4,
-    "split": "new",
     "split_by": "image",
     "final": "ensemble",
     "seed": 7,
@@ -85,9 +84,11 @@ OF_A_TAIL = OF_ANY_RECIPE | {
 }
 WHERE_THE_LOSS_STALLS = {"patience": 9, "early_stopping": 1}
 OF_THE_PROTOCOL = {
-    *("epochs", "n_folds", "test_fraction", "split", "split_by", "final", "seed"),
+    *("epochs", "n_folds", "test_fraction", "split_by", "final", "seed"),
     *("threshold_rule", "calibration", "half"),
 }
+OF_GIVEN_SPLITS = {"split"}
+"""tests/training/test_given_split.py has it: it needs a split that was given."""
 OF_PIXELS = {"flip", "augmentation", "source", "num_workers"}
 """tests/training/test_finetune.py has these: they need images."""
 
@@ -121,8 +122,13 @@ def outcome(run: Run) -> dict[str, float]:
 
 def test_the_lists_of_this_file_are_whole():
     """Whoever adds an option says here what it changes."""
-    assert {f.name for f in fields(TrainConfig)} == {*OF_A_HEAD, *WHERE_AND_HOW_FAST}
+    assert {f.name for f in fields(TrainConfig)} == {
+        *OF_A_HEAD,
+        *WHERE_AND_HOW_FAST,
+        *OF_GIVEN_SPLITS,
+    }
     elsewhere = {"device", "tokens_in", "grad_checkpointing", "unfreeze_layers"} | OF_PIXELS
+    elsewhere |= OF_GIVEN_SPLITS
     assert {f.name for f in fields(FinetuneConfig)} == {
         *OF_A_TAIL,
         *WHERE_THE_LOSS_STALLS,
@@ -232,7 +238,7 @@ def test_other_blocks_than_are_cached_are_refused(tokens, tmp_path):
 # -- fine-tuning that goes on from a frozen run -------------------------------------------
 
 TAKEN_OVER = {
-    *("n_folds", "test_fraction", "split", "split_by", "seed"),
+    *("n_folds", "test_fraction", "split_by", "seed"),
     *("hidden", "dropout", "norm", "input_norm"),
     *("loss", "alpha", "gamma", "threshold_rule", "calibration"),
 }
