@@ -23,16 +23,20 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
+    COMPRESSION,
     PHOTOMETRIC_INTERPRETATION,
     SAMPLEFORMAT,
+    STRIPBYTECOUNTS,
     TiffImageFile,
 )
 
 from cxr_cache.common.wording import count, list_names
+from cxr_cache.datasets.dicom import codestream_size, decode_dicom, is_dicom, largest_value
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
 from cxr_cache.errors import ConfigError, ImageError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "JPEG2000", "WEBP")
+"""What Pillow reads; DICOM is pydicom's."""
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 1024**2
 MAX_TEXT_BYTES = 64 * 1024**2
@@ -70,17 +74,18 @@ _READ_AS = {
 
 # How the files that are read begin, and others that lie in image folders (offset and bytes).
 _BEGINNINGS = (
-    (b"\x89PNG", "a PNG"),
-    (b"\xff\xd8", "a JPEG"),
-    (b"II*\0", "a TIFF"),
-    (b"MM\0*", "a TIFF"),
-    (b"BM", "a BMP"),
+    (0, b"\x89PNG", "a PNG"),
+    (0, b"\xff\xd8", "a JPEG"),
+    (0, b"II*\0", "a TIFF"),
+    (0, b"MM\0*", "a TIFF"),
+    (0, b"BM", "a BMP"),
+    (4, b"jP  ", "a JPEG 2000 image"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (8, b"WEBP", "a WebP image"),
 )
 _OTHER_KINDS = (
-    (128, b"DICM", "a DICOM file"),
     (0, b"GIF8", "a GIF"),
-    (8, b"WEBP", "a WebP image"),
-    (4, b"jP  ", "a JPEG 2000 image"),
+    (0, b"\x08\0\x05\0", "a DICOM object without its file header (128 bytes and DICM)"),
     (0, b"%PDF", "a PDF document"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"\x1f\x8b", "a gzip file"),
@@ -349,6 +354,10 @@ def _strict_pillow() -> Iterator[None]:
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
     """The upright image in mode L, RGB or F (grey on the scale 0..255), at full size."""
+    if is_dicom(data):
+        bits_stored = preprocessing.bits_stored
+        grey = decode_dicom(data, bits_stored, lambda size: _require_size(size, preprocessing))
+        return Image.fromarray(grey)
     image = _open_header(data)
     _require_size(image.size, preprocessing)
     _require_one_frame(image)
@@ -356,7 +365,7 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
     _require_whole(image, data)
     image = _open_header(data)  # checking used the first one up
     image.load()
-    picture = _to_grey_or_rgb(image, preprocessing.bits_stored)
+    picture = _to_grey_or_rgb(image, _bits_per_sample(image, data), preprocessing.bits_stored)
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return picture if turn is None else picture.transpose(turn)
 
@@ -366,18 +375,26 @@ def _open_header(data: bytes) -> ImageFile.ImageFile:
         return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(_describe_beginning(data)) from error
+    except OSError as error:
+        if not data.startswith(b"WEBP", 8):
+            raise
+        # Pillow hands the whole file to the decoder at once, which says no more than that
+        cut = len(data) < 8 + int.from_bytes(data[4:8], "little")
+        raise ImageError(_TRUNCATED if cut else _describe_beginning(data)) from error
+    except KeyError as error:  # Pillow was built without the library for this format
+        raise ImageError(f"this machine's Pillow cannot read {error.args[0]} files") from error
 
 
 def _describe_beginning(data: bytes) -> str:
     """Why Pillow recognises no image in these bytes."""
     start = data[:512]
-    for beginning, kind in _BEGINNINGS:
-        if start.startswith(beginning):
+    for offset, beginning, kind in _BEGINNINGS:
+        if start.startswith(beginning, offset):
             return (
                 f"the file begins like {kind}, but its header is damaged, cut off or of a rare "
                 "kind that is not read"
             )
-    kinds = f"an image that can be read ({', '.join(FORMATS)})"
+    kinds = f"an image that can be read ({', '.join(FORMATS)}, DICOM)"
     for offset, beginning, kind in _OTHER_KINDS:
         if start.startswith(beginning, offset):
             return f"the file is not {kinds} but {kind}"
@@ -423,10 +440,21 @@ def _require_faithful(image: ImageFile.ImageFile, data: bytes) -> None:
     bits = _bits_per_sample(image, data)
     if image.mode not in _WIDE_GREY and bits > 8:
         raise ImageError(f"the colours have {bits} bits, of which only 8 could be read; {remedy}")
+    if image.format == "JPEG2000" and not 8 <= bits <= 16:
+        kind = "signed pixels" if bits < 0 else f"{bits} bits per pixel"
+        raise ImageError(f"the JPEG 2000 has {kind}; {remedy}")
     if not isinstance(image, TiffImageFile):
         return
-    if bits not in (1, 2, 4, 8, 16, 32):
+    if bits not in (1, 2, 4, 8, 12, 16, 32):
         raise ImageError(f"the TIFF has {bits} bits per pixel; {remedy}")
+    if bits == 12 and image.tag_v2.get(COMPRESSION, 1) == 1:  # Pillow takes any bytes for these
+        width, height = image.size
+        stated = sum(image.tag_v2.get(STRIPBYTECOUNTS, ()))
+        if stated != (expected := -(-width * 12 // 8) * height):
+            raise ImageError(
+                f"the TIFF has 12 bits per pixel, but states {stated} bytes of pixels where "
+                f"{width} x {height} take {expected}; {remedy}"
+            )
     if bits > 8 and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
         raise ImageError(f"the TIFF stores white as 0 in {bits} bits; {remedy} with black as 0")
     if bits <= 8 and max(image.tag_v2.get(SAMPLEFORMAT, (1,))) != 1:
@@ -445,6 +473,8 @@ def _require_whole(image: ImageFile.ImageFile, data: bytes) -> None:
     elif image.format == "JPEG":
         assert image.fp is not None
         whole = data.find(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
+    elif image.format == "JPEG2000":
+        whole = b"\xff\xd9" in data[-64:]
     else:
         whole = True
     if not whole:
@@ -456,12 +486,15 @@ def _bits_per_sample(image: ImageFile.ImageFile, data: bytes) -> int:
         return int(max(image.tag_v2.get(BITSPERSAMPLE, (1,))))
     if image.format == "PNG":
         return data[24]  # signature 8, length 4, "IHDR" 4, width 4, height 4
+    if image.format == "JPEG2000":
+        stated = codestream_size(data)
+        return stated[3] if stated else 0
     return 8
 
 
-def _to_grey_or_rgb(image: Image.Image, bits_stored: int | None) -> Image.Image:
+def _to_grey_or_rgb(image: Image.Image, n_bits: int, bits_stored: int | None) -> Image.Image:
     if image.mode in _WIDE_GREY:
-        return _scale_wide_grey(image, bits_stored)
+        return _scale_wide_grey(image, n_bits, bits_stored)
     if image.mode not in _READ_AS:
         raise ImageError(f"the pixels are of a kind that is not read (Pillow's mode {image.mode})")
     mode = "RGBA" if image.has_transparency_data else _READ_AS[image.mode]
@@ -473,12 +506,17 @@ def _to_grey_or_rgb(image: Image.Image, bits_stored: int | None) -> Image.Image:
     return black
 
 
-def _scale_wide_grey(image: Image.Image, bits_stored: int | None) -> Image.Image:
-    """Grey of more than 8 bits on the scale 0..255 in float32, so that no level is lost yet."""
+def _scale_wide_grey(image: Image.Image, stated: int, bits_stored: int | None) -> Image.Image:
+    """Grey of more than 8 bits on the scale 0..255 in float32, so that no level is lost yet.
+
+    The file states its own bits where it is a TIFF or JPEG 2000 of fewer than 16.
+    """
     values = np.asarray(image)
+    if image.format == "JPEG2000":
+        values = values >> (16 - stated)  # Pillow has filled up the 16 bits
     if "transparency" in image.info:
         values = np.where(values == image.info["transparency"], 0, values)
-    n_bits = 16 if bits_stored is None else bits_stored
+    n_bits = min(stated, 16 if bits_stored is None else bits_stored)
     full_scale = 2**n_bits - 1
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest > full_scale:
