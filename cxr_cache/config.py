@@ -679,6 +679,11 @@ class ReadConfig(Config):
     keep_ids: bool = option(
         False, "Keep the ids of patients and studies in DICOM headers as they are, not hashed."
     )
+    id_key: str | None = option(
+        None,
+        "File with the secret that ids in DICOM headers are hashed with.",
+        shown="~/.config/cxr-cache/id_key, made when first needed",
+    )
 
 
 # -- extraction ---------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class CohortDescription:
 
     def to_text(self) -> str:
         """Return one screen of text: the cohort's size and views, then a row per finding."""
-        width = max(len("finding"), *(len(count.finding) for count in self.findings))
+        width = max(len("finding"), 0, *(len(count.finding) for count in self.findings))
         header = f"{'finding':<{width}}  {'images':>7}  {'studies':>7}  {'prevalence':>10}"
         rows = [
             f"{count.finding:<{width}}  {count.images:>7,}  {count.studies:>7,}  "

@@ -13,7 +13,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,7 @@ from PIL.TiffImagePlugin import (
 )
 
 from cxr_cache.common.wording import count, list_names
-from cxr_cache.datasets.dicom import codestream_size, decode_dicom, is_dicom, largest_value
+from cxr_cache.datasets.dicom.pixels import codestream_size, decode_dicom, is_dicom, largest_value
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
 from cxr_cache.errors import ConfigError, ImageError
 
@@ -42,6 +42,8 @@ MAX_FILE_BYTES = 256 * 1024**2
 MAX_TEXT_BYTES = 64 * 1024**2
 """Of a PNG's colour profile and texts, unpacked; Pillow's own limit calls many scans damaged."""
 MIN_EDGE_PX = 16
+DARK_BITS = 14
+"""16-bit images of no larger values are taken to be of as many bits, unless bits are stated."""
 
 
 # What brings an image of each EXIF orientation upright; 1, and anything unknown, is upright.
@@ -266,6 +268,53 @@ def require_any_image(image_dir: str | Path, image_ids: Sequence[str] | NDArray[
     )
 
 
+def require_stated_bits(
+    image_dir: str | Path, image_ids: Sequence[str] | NDArray[np.str_], prep: Preprocessing
+) -> None:
+    """Raise ConfigError if 16-bit files hold values of fewer bits, and nobody has stated how many.
+
+    Tools that convert DICOM leave 12-bit values as they are, which on a scale of 16 bits are
+    nearly black. A sample of the images is looked at, and as soon as one needs more than
+    :data:`DARK_BITS`, all is well.
+    """
+    if prep.bits_stored is not None:
+        return
+    order = np.random.default_rng(0).permutation(len(image_ids))[:1000]
+    largest: list[int] = []
+    for row in order:
+        with suppress(ImageError):  # extraction tells which images cannot be used, and why
+            value = _largest_value(image_dir, str(image_ids[row]), prep)
+            largest += [] if value is None else [value]
+        if largest and (largest[-1] >= 2**DARK_BITS or len(largest) == 32):
+            break
+    if not largest or max(largest) >= 2**DARK_BITS:
+        return
+    n_bits = max(8, max(largest).bit_length() + max(largest).bit_length() % 2)
+    raise ConfigError(
+        f"No value above {max(largest)} occurs in {count(len(largest), '16-bit image')} that "
+        f"were looked at, of the 65535 that 16 bits can hold: they seem to be {n_bits}-bit images "
+        f"in 16-bit files, and would be nearly black. Give --bits-stored {n_bits} to scale them by "
+        "their own range, or --bits-stored 16 if they are meant to be this dark."
+    )
+
+
+def _largest_value(image_dir: str | Path, image_id: str, prep: Preprocessing) -> int | None:
+    """The largest value of a file that states no fewer than 16 bits; None for every other file."""
+    path = _locate(image_dir, image_id)
+    head = _read_file(path, 32)
+    if head.startswith(b"\xff\xd8") or (head.startswith(b"\x89PNG") and head[24:25] != b"\x10"):
+        return None  # quickly, since most files are of 8 bits
+    data = _read_file(path)
+    with _strict_pillow():
+        if is_dicom(data):
+            return largest_value(data, lambda size: _require_size(size, prep))
+        image = _open_header(data)
+        _require_size(image.size, prep)
+        if image.mode not in _WIDE_GREY or _bits_per_sample(image, data) < 16:
+            return None
+        return int(np.asarray(image).max())
+
+
 def _locate(image_dir: str | Path | None, image_id: str) -> str:
     """Absolute path of an image, which must lie in the folder once symbolic links are followed."""
     if image_dir is not None and PurePosixPath(image_id).is_absolute():
@@ -282,14 +331,14 @@ def _locate(image_dir: str | Path | None, image_id: str) -> str:
     return str(path)
 
 
-def _read_file(path: str) -> bytes:
-    """All bytes of a regular file, without ever waiting for a pipe or a device."""
+def _read_file(path: str, n_bytes: int = -1) -> bytes:
+    """The first or all bytes of a regular file, without waiting for a pipe or a device."""
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
         try:
             _require_regular(os.fstat(descriptor))
             with os.fdopen(descriptor, "rb", closefd=False) as file:
-                data = file.read()
+                data = file.read(n_bytes)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 from cxr_cache.common.wording import suggest
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.dicom.folder import read_dicom
 from cxr_cache.datasets.indiana import read_indiana
 from cxr_cache.errors import ConfigError
 
@@ -16,7 +17,7 @@ Reader: TypeAlias = Callable[[Path, ReadConfig, Path | None], Cohort]
 """Takes the path that the user gives, the options, and the folder with the images, if one is
 named."""
 
-READERS: Final[dict[str, Reader]] = {"indiana": read_indiana}
+READERS: Final[dict[str, Reader]] = {"indiana": read_indiana, "dicom": read_dicom}
 """Forms of data sets by name; whoever has another form adds a reader here."""
 
 AUTO: Final = "auto"
