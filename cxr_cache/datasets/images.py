@@ -31,7 +31,13 @@ from PIL.TiffImagePlugin import (
 )
 
 from cxr_cache.common.wording import count, list_names
-from cxr_cache.datasets.dicom.pixels import codestream_size, decode_dicom, is_dicom, largest_value
+from cxr_cache.datasets.dicom.pixels import (
+    codestream_size,
+    decode_dicom,
+    is_dicom,
+    largest_value,
+    to_levels,
+)
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
 from cxr_cache.errors import ConfigError, ImageError
 
@@ -172,7 +178,8 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     """
     with _strict_pillow():
         picture = _resize(_decode(data, preprocessing), preprocessing)
-    pixels = _to_channels(picture)  # (3, S, S)
+    values = np.asarray(picture)  # (S, S) or (S, S, 3)
+    pixels = _to_channels(to_levels(values) if is_dicom(data) else values)  # (3, S, S)
     if (pixels == pixels[:, :1, :1]).all():
         size = f"{preprocessing.image_size_px} x {preprocessing.image_size_px} pixels"
         raise ImageError(f"the image holds one grey value everywhere at {size}, so it is blank")
@@ -215,6 +222,8 @@ def decode_picture(data: bytes, bits_stored: int | None = None) -> NDArray[np.ui
     rule = Preprocessing(1, (0, 0, 0), (1, 1, 1), "bilinear", "squash", bits_stored)
     with _strict_pillow():
         values = np.asarray(_decode(data, rule))
+    if is_dicom(data):
+        return to_levels(values)
     return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
 
 
@@ -402,7 +411,10 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
-    """The upright image in mode L, RGB or F (grey on the scale 0..255), at full size."""
+    """The upright image in mode L, RGB or F (grey on the scale 0..255), at full size.
+
+    That of a DICOM file lies around 0, as :func:`decode_dicom` has it.
+    """
     if is_dicom(data):
         bits_stored = preprocessing.bits_stored
         grey = decode_dicom(data, bits_stored, lambda size: _require_size(size, preprocessing))
@@ -577,9 +589,8 @@ def _scale_wide_grey(image: Image.Image, stated: int, bits_stored: int | None) -
     return Image.fromarray(values.astype(np.float32) * np.float32(255 / full_scale))
 
 
-def _to_channels(picture: Image.Image) -> NDArray[np.uint8]:
+def _to_channels(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Pixels with the channels first; grey is resized once and repeated, not resized thrice."""
-    values = np.asarray(picture)  # (S, S) or (S, S, 3)
     if values.dtype == np.float32:  # bicubic interpolation overshoots at edges
         values = np.rint(values.clip(0, 255)).astype(np.uint8)
     if values.ndim == 2:

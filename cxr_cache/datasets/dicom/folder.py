@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import pandas as pd
 from cxr_cache.common.wording import count, list_names
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.cohort import Cohort, Reading
-from cxr_cache.datasets.dicom.pixels import import_pydicom, is_dicom
+from cxr_cache.datasets.dicom.pixels import import_pydicom, is_dicom, quiet_pydicom
 from cxr_cache.datasets.dicom.pseudonyms import hash_id, load_key
 from cxr_cache.errors import ConfigError, ImageError, TableError
 
@@ -178,8 +177,7 @@ def _read_headers(path: Path, root: Path, name: Callable[[str, str], str]) -> _F
             if not marked and file.suffix.lower() not in SUFFIXES:
                 found.n_foreign += 1
                 continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet_pydicom():
                 header = dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS])
                 if header.get("Rows") is None:
                     found.others[_kind(header)] += 1
