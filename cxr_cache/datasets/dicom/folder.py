@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ from cxr_cache.errors import ConfigError, ImageError, TableError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
-
-logger = logging.getLogger(__name__)
 
 MAX_AGE: Final = 120
 """In years; older patients are slips of the pen, or a birth date that was made up."""
@@ -124,8 +121,6 @@ def read_dicom(path: Path, config: ReadConfig, image_dir: Path | None = None) ->
         )
     images = pd.DataFrame(found.rows)
     notes = tuple(_notes(found, config.keep_ids))
-    for note in notes:
-        logger.warning("%s: %s", path, note)
     return Cohort(
         images,
         np.empty((len(images), 0), np.float32),
