@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from cxr_cache.common.wording import suggest
 from cxr_cache.config import ReadConfig
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.collections import catalogue
 from cxr_cache.datasets.indiana import read_indiana
+from cxr_cache.datasets.recognise import recognise
 from cxr_cache.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Reader: TypeAlias = Callable[[Path, ReadConfig, Path | None], Cohort]
 """Takes the path that the user gives, the options, and the folder with the images, if one is
 named."""
 
-READERS: Final[dict[str, Reader]] = {"indiana": read_indiana}
+READERS: Final[dict[str, Reader]] = {"indiana": read_indiana, **catalogue.READERS}
 """Forms of data sets by name; whoever has another form adds a reader here."""
 
 AUTO: Final = "auto"
@@ -66,5 +72,11 @@ def load_cohort(
             f"No reader is called {format!r}; format is one of {', '.join([AUTO, *READERS])}."
             f"{suggest(format, READERS)}"
         )
-    read = READERS["indiana" if format == AUTO else format]
-    return read(Path(path), config or ReadConfig(), None if image_dir is None else Path(image_dir))
+    path, why = Path(path), ""
+    if format == AUTO:
+        format, why = recognise(path)  # noqa: A001
+        logger.info("%s is read as %s: %s", path, format, why)
+    images = None if image_dir is None else Path(image_dir)
+    cohort = READERS[format](path, config or ReadConfig(), images)
+    reading = dataclasses.replace(cohort.reading or Reading(format), why=why)
+    return dataclasses.replace(cohort, reading=reading)
