@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -187,6 +188,12 @@ class Cohort:
     def take(self, rows: NDArray[Any] | slice) -> Cohort:
         """Return the images at `rows` (indices, mask or slice), in that order."""
         return dataclasses.replace(self, images=self.images.iloc[rows], targets=self.targets[rows])
+
+    def with_reading(self, reading: Reading) -> Cohort:
+        """Return the same cohort with another account of how it was read, not checked again."""
+        made = copy.copy(self)
+        object.__setattr__(made, "reading", reading)
+        return made
 
     def assign(self, **columns: Any) -> Cohort:
         """Return the same images with columns of the image table replaced or added.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -78,5 +78,4 @@ def load_cohort(
         logger.info("%s is read as %s: %s", path, format, why)
     images = None if image_dir is None else Path(image_dir)
     cohort = READERS[format](path, config or ReadConfig(), images)
-    reading = dataclasses.replace(cohort.reading or Reading(format), why=why)
-    return dataclasses.replace(cohort, reading=reading)
+    return cohort.with_reading(replace(cohort.reading or Reading(format), why=why))

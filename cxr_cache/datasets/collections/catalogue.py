@@ -89,7 +89,9 @@ FORMS: Final = (
     Form("brax", "BRAX", ("PngPath", "AccessionNumber", "No Finding"), chexpert.list_brax),
     Form("rsna", "RSNA Pneumonia", ("patientId", "Target"), kaggle.list_rsna),
     Form("siim", "SIIM-ACR Pneumothorax", ("ImageId", "EncodedPixels"), kaggle.list_siim),
-    Form("taix-ray", "TAIX-Ray", ("UID", "HeartSize", "PulmonaryCongestion"), taix_ray.list_taix_ray),
+    Form(
+        "taix-ray", "TAIX-Ray", ("UID", "HeartSize", "PulmonaryCongestion"), taix_ray.list_taix_ray
+    ),
 )
 """Published data sets that have tables; a new one is a line here and a function."""
 
@@ -127,7 +129,11 @@ def _fits(form: Form, head: pd.DataFrame) -> bool:
 
 
 def read_collection(
-    path: Path, config: ReadConfig, image_dir: Path | None, *, format: str  # noqa: A002
+    path: Path,
+    config: ReadConfig,
+    image_dir: Path | None,
+    *,
+    format: str,  # noqa: A002
 ) -> Cohort:
     """Read a published data set in one of its forms.
 
@@ -151,14 +157,17 @@ def read_collection(
             f"{path} holds {len(found.tables)} tables of {found.form.title}: {names}. They may "
             f"contradict each other; give the one that is meant, such as --data {found.tables[0]}."
         )
-    return make_cohort(found.form.read(list(found.tables), path, image_dir), format, config)
+    listing = found.form.read(list(found.tables), path, image_dir)
+    return make_cohort(listing, format, path, config, image_dir)
 
 
 def _reader(name: str, read: List | None = None) -> Reader:
     """The reader of a format: by its tables, or by a function that looks for other files."""
     if read is None:
         return partial(read_collection, format=name)
-    return lambda path, config, image_dir: make_cohort(read([], path, image_dir), name, config)
+    return lambda path, config, image_dir: make_cohort(
+        read([], path, image_dir), name, path, config, image_dir
+    )
 
 
 READERS: Final[dict[str, Reader]] = {

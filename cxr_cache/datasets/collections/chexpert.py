@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_csv
+from cxr_cache.common.tables import read_table
+from cxr_cache.datasets.codes import BLANK
 from cxr_cache.datasets.collections.listing import (
     CHEXPERT_FINDINGS,
-    NO_FINDING_BLANK,
+    CHEXPERT_NOTE,
+    CHEXPERT_POLICY,
     Listing,
-    code_columns,
+    read_chexpert_codes,
+    say_columns,
     take_columns,
 )
-from cxr_cache.datasets.collections.places import find_beside, locate_images
+from cxr_cache.datasets.collections.places import find_beside
+from cxr_cache.datasets.columns import SPLIT_WORDS, read_splits
 from cxr_cache.errors import TableError
 
-PATH: Final = r"(?:^|/)(?P<side>train|valid|test)/(?P<patient_id>patient\d+)/(?P<study>study\d+)/"
-_SIDES: Final = {"train": "train", "valid": "val", "test": "test"}
-_FACTS: Final = {"Sex": "sex", "Age": "age", "Frontal/Lateral": "projection", "AP/PA": "view_position"}
+PATH: Final = r"((train|valid|test)/((patient\d+)/study\d+)/[^/\n]+)$"
+"""How paths end: the image from there on, side of the split, study, and patient."""
+_FACTS: Final = {
+    "Sex": "sex",
+    "Age": "age",
+    "Frontal/Lateral": "projection",
+    "AP/PA": "view_position",
+}
+_PLUS_FACTS: Final = {
+    "frontal_lateral": "projection",
+    "ap_pa": "view_position",
+    "split": "given_split",
+    **{name: name for name in ("sex", "age", "race", "ethnicity")},
+}
+_BRAX_FACTS: Final = {
+    "PngPath": "image_id",
+    "PatientID": "patient_id",
+    "PatientSex": "sex",
+    "ViewPosition": "view_position",
+}
+_AS_FINDINGS: Final = dict.fromkeys(CHEXPERT_FINDINGS, "finding")
 
 
 def list_chexpert(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
@@ -30,36 +53,42 @@ def list_chexpert(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
 
     Patient, study and side of the split are in the path of each image.
     """
-    labels = [read_csv(file) for file in tables]
-    codes = [code_columns(t, CHEXPERT_FINDINGS, file) for t, file in zip(labels, tables)]
-    table = pd.concat(labels, ignore_index=True).fillna("")
-    parts = _parse_paths(table["Path"], tables[0])
-    images = take_columns(table, _FACTS)
-    given = parts["side"].map(_SIDES) if parts["side"].nunique() > 1 else ""
+    read = [read_table(file) for file in tables]
+    pairs = list(zip(read, tables, strict=True))
+    images = [_list_images(table, "Path", file) for table, file in pairs]
+    together = pd.concat(images, ignore_index=True).fillna("") if len(tables) > 1 else images[0]
+    if len(tables) == 1:
+        together["given_split"] = ""
     return Listing(
-        images.assign(
-            image_id=locate_images(table["Path"].tolist(), image_dir),
-            study_uid=parts["patient_id"] + "/" + parts["study"],
-            patient_id=parts["patient_id"],
-            given_split=given,
-        ),
-        pd.concat(codes, ignore_index=True),
+        together,
+        CHEXPERT_FINDINGS,
+        np.concatenate([read_chexpert_codes(table, file) for table, file in pairs]),
         files=tuple(tables),
-        blank="zeros",
-        split="CheXpert's folders train, valid and test" if parts["side"].nunique() > 1 else "",
-        notes=(NO_FINDING_BLANK,),
+        policy=CHEXPERT_POLICY,
+        split="CheXpert's folders train, valid and test" if len(tables) > 1 else "",
+        columns=say_columns({"Path": "image, patient, study and split"}, _FACTS, _AS_FINDINGS),
+        notes=(CHEXPERT_NOTE,),
     )
 
 
-def _parse_paths(paths: pd.Series[str], source: Path) -> pd.DataFrame:
-    parts = paths.str.extract(PATH)
-    strange = parts["patient_id"].isna().to_numpy()
-    if strange.any():
+def _list_images(table: pd.DataFrame, column: str, file: Path) -> pd.DataFrame:
+    """Facts of each image, from its row and from its path."""
+    found = re.findall(PATH, "\n".join(table[column]), re.MULTILINE)
+    if len(found) != len(table):
+        strange = table[column][~table[column].str.contains(PATH)]
         raise TableError(
-            f"{source}: the path {paths[strange].iloc[0]!r} is not of CheXpert's form "
-            "train/patient00001/study1/view1_frontal.jpg. Give --format table for other paths."
+            f"{file}, line {strange.index[0]}: the path {strange.iloc[0]!r} is not of CheXpert's "
+            "form, which is train/patient00001/study1/view1_frontal.jpg. Read tables with other "
+            "paths by --format table."
         )
-    return parts
+    parts = (pd.Series(part, dtype=object) for part in zip(*found, strict=True))
+    image_ids, sides, studies, patients = parts
+    return take_columns(table, _FACTS | _PLUS_FACTS).assign(
+        image_id=image_ids,
+        study_uid=studies,
+        patient_id=patients,
+        given_split=sides.map(SPLIT_WORDS),
+    )
 
 
 def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
@@ -68,7 +97,7 @@ def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -
     Three files of labels exist. Those of the impression come first, because CheXpert's own labels
     were taken from there.
     """
-    table = read_csv(tables[0])
+    table = read_table(tables[0])
     found = [
         file
         for section in ("impression", "report", "findings")
@@ -82,28 +111,19 @@ def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -
     lines = found[0].read_text("utf-8").splitlines()
     labels = pd.DataFrame.from_records([json.loads(line) for line in lines if line.strip()])
     row_of = pd.Index(labels["path_to_image"]).get_indexer(pd.Index(table["path_to_image"]))
-    codes = labels.reindex(columns=list(CHEXPERT_FINDINGS)).iloc[row_of].astype(np.float32)
-    unlabelled = row_of < 0
-    codes[unlabelled] = np.nan
-    parts = _parse_paths(table["path_to_image"], tables[0])
-    named = {
-        "frontal_lateral": "projection",
-        "ap_pa": "view_position",
-        "split": "given_split",
-        **{name: name for name in ("sex", "age", "race", "ethnicity")},
-    }
+    values = labels.reindex(columns=list(CHEXPERT_FINDINGS)).to_numpy(float)
+    codes = np.where(np.isnan(values), BLANK, values).astype(np.int8)
+    images = _list_images(table, "path_to_image", tables[0])
     return Listing(
-        take_columns(table, named).assign(
-            image_id=locate_images(table["path_to_image"].tolist(), image_dir),
-            study_uid=(parts["patient_id"] + "/" + parts["study"]).to_numpy(object),
-            patient_id=parts["patient_id"].to_numpy(object),
-        ),
-        codes.reset_index(drop=True),
+        images.assign(given_split=read_splits(table["split"], tables[0])),
+        CHEXPERT_FINDINGS,
+        codes[row_of],
         files=(tables[0], found[0]),
-        unlabelled=unlabelled,
-        blank="zeros",
+        unlabelled=row_of < 0,
+        policy=CHEXPERT_POLICY,
         split="the column split of CheXpert Plus",
-        notes=(NO_FINDING_BLANK, f"Labels are those of {found[0].name}."),
+        columns=say_columns({"path_to_image": "image, patient and study"}, _PLUS_FACTS),
+        notes=(CHEXPERT_NOTE, f"Findings are those of {found[0].name}."),
     )
 
 
@@ -113,21 +133,18 @@ def list_brax(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
     An accession number is taken with its patient, because nobody promises that it is the only one
     of its kind. Ages are in steps of five years.
     """
-    table = read_csv(tables[0])
-    named = {
-        "PatientID": "patient_id",
-        "PatientSex": "sex",
-        "PatientAge": "age",
-        "ViewPosition": "view_position",
-    }
-    pixels = "PngPath" if "PngPath" in table else "DicomPath"
+    table = read_table(tables[0])
     return Listing(
-        take_columns(table, named).assign(
-            image_id=locate_images(table[pixels].tolist(), image_dir),
+        take_columns(table, _BRAX_FACTS).assign(
             study_uid=(table["PatientID"] + "_" + table["AccessionNumber"]).to_numpy(object),
+            age=table["PatientAge"].str.extract(r"(\d+)")[0].fillna("").to_numpy(object),
         ),
-        code_columns(table, CHEXPERT_FINDINGS, tables[0]),
+        CHEXPERT_FINDINGS,
+        read_chexpert_codes(table, tables[0]),
         files=(tables[0],),
-        blank="zeros",
-        notes=(NO_FINDING_BLANK,),
+        policy=CHEXPERT_POLICY,
+        columns=say_columns(
+            _BRAX_FACTS, {"AccessionNumber": "study", "PatientAge": "age"}, _AS_FINDINGS
+        ),
+        notes=(CHEXPERT_NOTE,),
     )

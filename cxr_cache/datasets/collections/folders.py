@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_cache.datasets.collections.listing import Listing
-from cxr_cache.datasets.collections.places import walk_images
+from cxr_cache.datasets.locate import list_images as list_files
 from cxr_cache.errors import TableError
 
 _SIDES: Final = {
@@ -25,7 +25,8 @@ _MOST_CLASSES: Final = 50
 _BESIDE: Final = frozenset({"mask", "masks", "segmentation", "segmentations"})
 _BETWEEN: Final = frozenset({"image", "images", "img", "png", "jpg", "jpeg", "dicom"})
 _NO_CLASS: Final = re.compile(
-    r"(images?|img|png|jpe?g|dicom|dcm|part|batch|p|pa|patient|s|study|series|folder|[\d.]*)[-_ ]?\d*"
+    r"(images?|img|png|jpe?g|dicom|dcm|part|batch|p|patient|s|study|series|folder|[\d.]*)"
+    r"[-_ ]?\d*"
 )
 """Folders that only hold images, as images_001 or patient00001 do."""
 
@@ -102,8 +103,8 @@ def list_classes(tables: list[Path], path: Path, image_dir: Path | None) -> List
     rule, named = match_names(paths)
     return Listing(
         images.assign(study_uid=images["image_id"], **named),
-        pd.DataFrame({name: (of_class == name).astype(np.float32) for name in findings}),
-        files=(),
+        tuple(findings),
+        np.column_stack([of_class == name for name in findings]).astype(np.int8),
         split="the folders of the data set" if given else "",
         notes=(rule.note,) if rule else (),
     )
@@ -115,12 +116,13 @@ def list_images(tables: list[Path], path: Path, image_dir: Path | None) -> Listi
     if not paths:
         raise TableError(f"{image_dir or path} holds no image.")
     rule, named = match_names(paths)
-    present = named.pop("present", None)
-    findings = {rule.finding: np.array(present, np.float32)} if rule and present else {}
+    present = named.pop("present", [])
     return Listing(
         pd.DataFrame({"image_id": paths, "study_uid": paths, **named}),
-        pd.DataFrame(findings, index=range(len(paths))),
-        files=(),
+        (rule.finding,) if rule and present else (),
+        np.array(present, np.int8).reshape(len(paths), -1)
+        if present
+        else np.empty((len(paths), 0), np.int8),
         notes=(rule.note,) if rule else (),
     )
 
@@ -138,7 +140,7 @@ def list_image_files(folder: Path) -> list[str]:
         raise TableError(f"{folder} is not a folder; give the one with the images.")
     return [
         path
-        for path in walk_images(folder)
+        for path in list_files(folder)
         if _BESIDE.isdisjoint(part.lower() for part in PurePosixPath(path).parts[:-1])
     ]
 

@@ -9,9 +9,10 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_csv
+from cxr_cache.common.tables import read_table
+from cxr_cache.datasets.codes import read_codes
 from cxr_cache.datasets.collections.listing import Listing
-from cxr_cache.datasets.collections.places import find_beside, locate_images
+from cxr_cache.datasets.collections.places import find_beside
 
 _FROM_NIH: Final = (
     "These images come from NIH ChestX-ray14; beside that data set, the same patients would be in "
@@ -26,23 +27,28 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
     RSNA tell where they lie beside the table; the classes in ``stage_2_detailed_class_info.csv``
     become the fact ``image_class``.
     """
-    boxes = read_csv(tables[0])
-    targets = pd.to_numeric(boxes["Target"]).groupby(boxes["patientId"], sort=False).max()
+    boxes = read_table(tables[0])
+    targets = (
+        pd.Series(read_codes(boxes, ["Target"], tables[0])[:, 0], boxes.index)
+        .groupby(boxes["patientId"], sort=False)
+        .max()
+    )
     names = targets.index
     images = pd.DataFrame({"image_id": names, "study_uid": names})
     classes = find_beside(path, "*detailed_class_info.csv*")
     for file in classes[:1]:
-        table = read_csv(file).drop_duplicates("patientId").set_index("patientId")
+        table = read_table(file).drop_duplicates("patientId").set_index("patientId")
         images["image_class"] = table["class"].reindex(names).fillna("").to_numpy(object)
     mappings = find_beside(path, "*dataset-mappings*.json")
     for file in mappings[:1]:
         of_nih = {entry["subset_img_id"]: entry["img_id"] for entry in json.loads(file.read_text())}
         images["patient_id"] = [of_nih.get(name, "")[:8].lstrip("0") for name in names]
-    written = [f"stage_2_train_images/{name}.dcm" for name in names]
     return Listing(
-        images.assign(image_id=locate_images(written, image_dir)),
-        pd.DataFrame({"Pneumonia": targets.to_numpy(np.float32)}),
+        images.assign(image_id="stage_2_train_images/" + images["image_id"] + ".dcm"),
+        ("Pneumonia",),
+        targets.to_numpy(np.int8)[:, None],
         files=(tables[0], *classes[:1], *mappings[:1]),
+        columns={"patientId": "image", "Target": "finding Pneumonia", "x": "ignored: a box"},
         notes=(_FROM_NIH,),
     )
 
@@ -50,17 +56,15 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
 def list_siim(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
     """Read ``train-rle.csv``: a row per outline of a pneumothorax, -1 where there is none.
 
-    Images lie two folders deep, the first of which is the study.
+    Images lie in folders of study and series; each study has one.
     """
-    table = read_csv(tables[0])
+    table = read_table(tables[0])
     outlined = (table["EncodedPixels"] != "-1").groupby(table["ImageId"], sort=False).max()
-    written = [f"{name}.dcm" for name in outlined.index]
-    image_ids = locate_images(written, image_dir)
-    studies = [image_id.split("/")[-3] if image_id.count("/") > 1 else name
-               for image_id, name in zip(image_ids, outlined.index, strict=True)]
     return Listing(
-        pd.DataFrame({"image_id": image_ids, "study_uid": studies}),
-        pd.DataFrame({"Pneumothorax": outlined.to_numpy(np.float32)}),
+        pd.DataFrame({"image_id": outlined.index + ".dcm", "study_uid": outlined.index}),
+        ("Pneumothorax",),
+        outlined.to_numpy(np.int8)[:, None],
         files=(tables[0],),
+        columns={"ImageId": "image", "EncodedPixels": "finding Pneumothorax"},
         notes=(_FROM_NIH,),
     )

@@ -1,26 +1,31 @@
-"""What the tables of a published data set say, in one form, before any choice is made of it."""
+"""What the tables of a published data set say, in one form, and the choices that are made of it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
-from cxr_cache.common.wording import count, normalise_name, suggest
-from cxr_cache.config import BLANK_CHOICES, UNCERTAIN_CHOICES, ReadConfig, parse_policy
+from cxr_cache.common.wording import count
+from cxr_cache.config import ReadConfig
+from cxr_cache.datasets.codes import (
+    Policy,
+    apply_policy,
+    combine_rows,
+    count_codes,
+    pick_findings,
+    read_codes,
+)
 from cxr_cache.datasets.cohort import Cohort, Reading
-from cxr_cache.errors import ConfigError, TableError
-
-PRESENT: Final = 1.0
-UNCERTAIN: Final = -1.0
-BLANK: Final = np.nan
+from cxr_cache.datasets.collections.places import place_images
+from cxr_cache.datasets.columns import OPTIONS, read_ages, read_sexes, read_views
+from cxr_cache.errors import ConfigError
 
 CHEXPERT_FINDINGS: Final = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion"),
@@ -28,7 +33,10 @@ CHEXPERT_FINDINGS: Final = (
     *("Pleural Other", "Fracture", "Support Devices"),
 )
 """The 14 observations of CheXpert's labeller, which MIMIC-CXR-JPG and BRAX took over."""
-NO_FINDING_BLANK: Final = (
+CHEXPERT_POLICY: Final = Policy(uncertain="ignore", blank="zeros")
+"""Blank is negative in CheXpert's paper, which leaves the uncertain out or tries both (U-Ignore,
+U-Zeros, U-Ones)."""
+CHEXPERT_NOTE: Final = (
     "The labeller writes No Finding as 1 or leaves it blank, never 0; with --blank ignore it has "
     "positives only."
 )
@@ -38,22 +46,25 @@ _OTHER_NAMES: Final = {"Airspace Opacity": "Lung Opacity"}
 
 @dataclass(frozen=True)
 class Listing:
-    """N images with what is known of each, and each finding as it was coded.
+    """Rows of images with what is known of each, and each finding as it was coded.
 
     Attributes
     ----------
     images
-        Columns of the image table, cells as written, index 0 to N - 1.
-    codes
-        1 present, 0 absent, -1 uncertain, NaN blank; columns are the findings, float32.
+        Columns of the image table, cells as written, index 0 to N - 1. An image that several
+        readers labelled may have a row for each, where `several_readers` says so.
+    findings, codes
+        F names, and the codes of :mod:`cxr_cache.datasets.codes`, ``(N, F)``.
     files
         The files that were read.
     usual
         The findings that are taken unless others are named; None takes all.
     unlabelled
-        Images of which the tables say nothing, whatever is made of a blank; shape ``(N,)``.
-    uncertain, blank
-        What the authors make of these codes: ``"ignore"``, ``"zeros"`` or ``"ones"``.
+        Rows of which the tables say nothing, whatever is made of a blank cell; ``(N,)``.
+    policy
+        What the authors make of uncertain and blank cells.
+    columns
+        What columns of the tables were used as.
     split
         Whose split the column ``given_split`` has.
     notes
@@ -61,12 +72,14 @@ class Listing:
     """
 
     images: pd.DataFrame
-    codes: pd.DataFrame
-    files: tuple[Path, ...]
+    findings: tuple[str, ...]
+    codes: NDArray[np.int8]
+    files: tuple[Path, ...] = ()
     usual: tuple[str, ...] | None = None
     unlabelled: NDArray[np.bool_] | None = None
-    uncertain: str = "ignore"
-    blank: str = "ignore"
+    policy: Policy = field(default_factory=Policy)
+    several_readers: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
     notes: tuple[str, ...] = ()
 
@@ -78,167 +91,81 @@ def take_columns(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     )
 
 
-def code_columns(table: pd.DataFrame, findings: Sequence[str], path: Path) -> pd.DataFrame:
-    """Codes of columns that hold 1, 0, -1 or nothing, with or without decimals.
+def say_columns(*uses: Mapping[str, str]) -> dict[str, str]:
+    """What columns are used as, in words: ``patient_id`` is the patient."""
+    return {
+        column: use.removesuffix("_id").removesuffix("_uid").replace("_", " ")
+        for each in uses
+        for column, use in each.items()
+    }
+
+
+def read_chexpert_codes(table: pd.DataFrame, path: Path) -> NDArray[np.int8]:
+    """Codes of the columns of CheXpert's labeller, ``(N, 14)``."""
+    return read_codes(table.rename(columns=_OTHER_NAMES), CHEXPERT_FINDINGS, path)
+
+
+def make_cohort(
+    listing: Listing, form: str, path: Path, config: ReadConfig, image_dir: Path | None
+) -> Cohort:
+    """Take the findings that are wanted, make targets of their codes, and find the image files.
 
     Raises
     ------
+    ConfigError
+        A finding is not there, or an option names a column.
     TableError
-        A cell holds something else; the message has its line.
+        None of the images is in the folder that the user names.
     """
-    table = table.rename(columns=_OTHER_NAMES)
-    codes = {}
-    for finding in findings:
-        numbers = pd.to_numeric(table[finding], errors="coerce").to_numpy(np.float32)
-        strange = ~np.isin(numbers, (1, 0, -1)) & (table[finding] != "").to_numpy()
-        if strange.any():
-            row = int(strange.argmax())
-            raise TableError(
-                f"{path}, line {table.index[row]}: column {finding!r} holds "
-                f"{table[finding].iloc[row]!r}, but a finding is 1 (present), 0 (absent), -1 "
-                "(uncertain) or blank."
-            )
-        codes[finding] = numbers
-    return pd.DataFrame(codes)
-
-
-def code_lists(
-    cells: pd.Series[str], findings: Sequence[str], split_cell: Callable[[str], Iterable[str]]
-) -> tuple[pd.DataFrame, Counter[str]]:
-    """Codes of cells that list what is present; all else is absent, of a blank cell all is blank.
-
-    Returns
-    -------
-    codes
-        A column for each of `findings`.
-    unknown
-        Other names that the cells hold, with the number of their rows.
-    """
-    row_of, different = pd.factorize(cells)
-    n_rows = np.bincount(row_of, minlength=len(different))
-    column_of = {finding: column for column, finding in enumerate(findings)}
-    codes = np.zeros((len(different), len(findings)), np.float32)
-    unknown: Counter[str] = Counter()
-    for row, cell in enumerate(different):
-        names = set(split_cell(cell))
-        if not names:
-            codes[row] = BLANK
-        for name in names:
-            if name in column_of:
-                codes[row, column_of[name]] = PRESENT
-            else:
-                unknown[name] += int(n_rows[row])
-    return pd.DataFrame(codes[row_of], columns=list(findings)), unknown
-
-
-# -- a listing and the choices made of it -> the cohort -----------------------------------
-
-_FRONTAL: Final = frozenset({"PA", "AP", "FRONTAL"})
-_LATERAL: Final = frozenset({"LL", "RL", "L", "LAT", "LLAT", "LATERAL"})
-_VALUE: Final = {"ignore": np.nan, "zeros": 0.0, "ones": 1.0}
-OLDEST: Final = 120
-"""Years; NIH's first edition has ages up to 414."""
-
-
-def make_cohort(listing: Listing, format: str, config: ReadConfig) -> Cohort:  # noqa: A002
-    """Take the findings that are wanted, and make targets of their codes.
-
-    Several rows of one image, by several readers, become one.
-    """
-    findings = _choose_findings(listing, config)
-    codes = listing.codes[list(findings)]
-    uncertain = _policy(config.uncertain, UNCERTAIN_CHOICES, listing.uncertain, findings)
-    blank = _policy(config.blank, BLANK_CHOICES, listing.blank, findings)
-    values = codes.to_numpy(np.float32)
-    targets = np.where(values == UNCERTAIN, [_VALUE[choice] for choice in uncertain], values)
-    targets = np.where(np.isnan(values), [_VALUE[choice] for choice in blank], targets)
+    _require_no_column(config, form)
+    picked = pick_findings(listing.findings, config.findings or listing.usual)
+    findings, codes = tuple(listing.findings[i] for i in picked), listing.codes[:, picked]
+    policy = listing.policy.with_config(config, findings)
+    targets = apply_policy(codes, findings, policy)
     if listing.unlabelled is not None:
         targets[listing.unlabelled] = np.nan
-    images, notes = _tidy_facts(listing.images)
-    rows, targets = _join_readers(images["image_id"], targets.astype(np.float32), config.readers)
+    images = listing.images
+    if listing.several_readers:
+        image_of, names = pd.factorize(images["image_id"])
+        targets = combine_rows(targets, image_of, len(names), config.readers)
+        images = images[~images["image_id"].duplicated()]
+    images, fact_notes = _tidy_facts(images)
+    images["image_id"], image_notes = place_images(images["image_id"].tolist(), path, image_dir)
     return Cohort(
-        images.iloc[rows],
+        images,
         targets,
         findings,
         source={file.name: hash_file(file) for file in listing.files},
         reading=Reading(
-            format,
-            codes={finding: _count_codes(codes[finding]) for finding in findings},
-            policy=_say_policy(uncertain, blank, findings),
+            form,
+            columns=dict(listing.columns),
+            codes=count_codes(codes, findings),
+            policy=policy.to_text() if findings else "",
             split=listing.split,
-            notes=(*listing.notes, *notes),
+            notes=(*listing.notes, *fact_notes, *image_notes),
         ),
     )
 
 
-def _choose_findings(listing: Listing, config: ReadConfig) -> tuple[str, ...]:
-    if config.findings is None:
-        return listing.usual or tuple(listing.codes.columns)
-    known = {normalise_name(name): name for name in listing.codes.columns}
-    for name in config.findings:
-        if normalise_name(name) not in known:
-            raise ConfigError(
-                f"The data set has no finding {name!r}; its findings are "
-                f"{', '.join(known.values())}.{suggest(name, known.values())}"
-            )
-    return tuple(known[normalise_name(name)] for name in config.findings)
-
-
-def _policy(
-    text: str | None, choices: tuple[str, ...], default: str, findings: Sequence[str]
-) -> list[str]:
-    """The choice for each finding."""
-    for_all, for_some = (None, {}) if text is None else parse_policy(text, choices)
-    return [for_some.get(finding, for_all or default) for finding in findings]
-
-
-def _say_policy(uncertain: list[str], blank: list[str], findings: Sequence[str]) -> str:
-    words = []
-    for code, choices in (("uncertain", uncertain), ("blank", blank)):
-        usual = max(set(choices), key=choices.count)
-        others = [f"{f}={c}" for f, c in zip(findings, choices, strict=True) if c != usual]
-        words.append(f"{code}: {', '.join([usual, *others])}")
-    return "; ".join(words)
-
-
-def _count_codes(codes: pd.Series[Any]) -> dict[str, int]:
-    counts = {code: int((codes == float(code)).sum()) for code in ("1", "0", "-1")}
-    return {**counts, "blank": int(codes.isna().sum())}
+def _require_no_column(config: ReadConfig, form: str) -> None:
+    """A published data set has its own columns; an option that names another would be lost."""
+    named = [name for name in OPTIONS.values() if getattr(config, name) is not None]
+    if named:
+        problem = f"is for --format table; --format {form} knows the columns of its tables"
+        raise ConfigError(problems=[(name, problem) for name in named])
 
 
 def _tidy_facts(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Sex as F or M, age in years, views in capitals with their projection; and what was left out."""
+    """Views, sexes and ages as every reader gives them, and what is to be said of them."""
     tidy, notes = images.reset_index(drop=True), []
     if "view_position" in tidy:
-        tidy["view_position"] = views = tidy["view_position"].str.upper()
+        projections, tidy["view_position"] = read_views(tidy["view_position"])
         if "projection" not in tidy:
-            first = views.str.split("[ _]", n=1).str[0]
-            kinds = [first.isin(_FRONTAL), first.isin(_LATERAL) | views.str.contains("LATERAL")]
-            tidy["projection"] = np.select(kinds, ["Frontal", "Lateral"], "")
+            tidy["projection"] = projections
     if "sex" in tidy:
-        first = tidy["sex"].str[:1].str.upper()
-        tidy["sex"] = first.where(first.isin(["F", "M"]), "")
+        tidy["sex"] = read_sexes(tidy["sex"])
     if "age" in tidy:
-        age = pd.to_numeric(tidy["age"], errors="coerce")
-        impossible = (age < 0) | (age > OLDEST)
-        if impossible.any():
-            notes.append(f"{count(int(impossible.sum()), 'impossible age')} left blank.")
-        tidy["age"] = age.mask(impossible)
+        tidy["age"], n_impossible = read_ages(tidy["age"])
+        if n_impossible:
+            notes.append(f"{count(n_impossible, 'impossible age')} left blank.")
     return tidy, notes
-
-
-def _join_readers(
-    names: pd.Series[str], targets: NDArray[np.float32], rule: str
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """First row of each image, and its targets over all of its rows."""
-    if names.is_unique:
-        return np.arange(len(names)), targets
-    image_of, _ = pd.factorize(names)
-    share = pd.DataFrame(targets).groupby(image_of).mean().to_numpy()
-    rows = np.flatnonzero(~names.duplicated().to_numpy())
-    half = {"majority": np.nan, "mean": 1.0}.get(rule)
-    if half is None:
-        joined = share > 0 if rule == "any" else share == 1
-    else:
-        joined = np.where(share == 0.5, half, share > 0.5)
-    return rows, np.where(np.isnan(share), np.nan, joined).astype(np.float32)

@@ -9,9 +9,11 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_csv
-from cxr_cache.datasets.collections.listing import Listing, code_lists, take_columns
-from cxr_cache.datasets.collections.places import find_beside, locate_images
+from cxr_cache.common.tables import read_table
+from cxr_cache.common.wording import list_names
+from cxr_cache.datasets.codes import read_lists
+from cxr_cache.datasets.collections.listing import Listing, say_columns, take_columns
+from cxr_cache.datasets.collections.places import find_beside
 from cxr_cache.errors import TableError
 
 FINDINGS: Final = (
@@ -20,6 +22,7 @@ FINDINGS: Final = (
     "Hernia",
 )
 """The 14 findings, in the order of the paper (Wang et al. 2017)."""
+NO_FINDING: Final = "No Finding"
 _COLUMNS: Final = {
     "Image Index": "image_id",
     "Patient ID": "patient_id",
@@ -36,23 +39,25 @@ def list_nih(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
     Two of the headers hold a comma, and so make two columns each; nothing needs those. The
     follow-up number counts a patient's images.
     """
-    table = read_csv(tables[0])
-    codes, unknown = code_lists(
-        table["Finding Labels"], (*FINDINGS, "No Finding"), lambda cell: cell.split("|")
-    )
+    table = read_table(tables[0])
+    known = (*FINDINGS, NO_FINDING)
+    findings, codes = read_lists(table["Finding Labels"], tables[0], findings=known, separator="|")
+    listed = {name for cell in table["Finding Labels"].unique() for name in cell.split("|")}
+    unknown = sorted(listed - {*known, ""})
     images = take_columns(table, _COLUMNS)
     lists = {side: find_beside(path, pattern) for side, pattern in _LISTS.items()}
     return Listing(
         images.assign(
-            image_id=locate_images(images["image_id"].tolist(), image_dir),
             study_uid=(table["Patient ID"] + "_" + table["Follow-up #"]).to_numpy(object),
             given_split=_read_split(images["image_id"], lists),
         ),
+        findings,
         codes,
         files=(tables[0], *(file for files in lists.values() for file in files)),
         usual=FINDINGS,
         split="the official lists of NIH ChestX-ray14" if any(lists.values()) else "",
-        notes=(),
+        columns=say_columns(_COLUMNS, {"Finding Labels": "findings", "Follow-up #": "study"}),
+        notes=(f"Labels that are no finding here: {list_names(unknown)}.",) if unknown else (),
     )
 
 
@@ -61,9 +66,9 @@ def _read_split(names: pd.Series[str], lists: dict[str, list[Path]]) -> list[str
     sides = {}
     for side, files in lists.items():
         for file in files:
-            opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
-            with opened as lines:
-                sides[side] = names.isin({line.strip() for line in lines}).to_numpy()
+            content = file.read_bytes()
+            listed = gzip.decompress(content) if file.suffix == ".gz" else content
+            sides[side] = names.isin(listed.decode().split()).to_numpy()
     if not sides:
         return [""] * len(names)
     train = sides["train"] if "train" in sides else ~sides["test"]

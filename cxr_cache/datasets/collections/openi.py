@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 
+from cxr_cache.datasets.codes import BLANK
 from cxr_cache.datasets.collections.listing import Listing
-from cxr_cache.datasets.collections.places import locate_images
 from cxr_cache.datasets.labels import FINDINGS, assign_targets
 from cxr_cache.errors import TableError
 
-REPORTS: Final = ("ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "reports/ecgen-radiology", ".")
+REPORTS: Final = (
+    "ecgen-radiology",
+    "NLMCXR_reports/ecgen-radiology",
+    "reports/ecgen-radiology",
+    ".",
+)
 
 
 def find_reports(path: Path) -> list[Path]:
@@ -39,7 +45,9 @@ def list_openi(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
             raise TableError(f"{file} is not whole XML: {error}. Unpack it anew.") from error
         uid = report.find("uId")
         if uid is None:
-            raise TableError(f"{file} has no uId, which names the study, so it is no report of Open-i.")
+            raise TableError(
+                f"{file} has no uId, which names the study, so it is no report of Open-i."
+            )
         terms = ";".join((term.text or "").split("/")[0] for term in report.iterfind("MeSH/major"))
         for image in report.iter("parentImage"):
             images.append({"image_id": image.get("id", ""), "study_uid": uid.get("id", "")})
@@ -47,11 +55,10 @@ def list_openi(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     if not images:
         raise TableError(f"{path}: none of the {len(files):,} reports names an image.")
     table = pd.DataFrame(images)
-    written = [f"{name}.png" for name in table["image_id"]]
+    targets = assign_targets(problems)
     return Listing(
-        table.assign(
-            image_id=locate_images(written, image_dir), patient_id=table["study_uid"]
-        ),
-        pd.DataFrame(assign_targets(problems), columns=list(FINDINGS)),
-        files=(),
+        table.assign(image_id=table["image_id"] + ".png", patient_id=table["study_uid"]),
+        FINDINGS,
+        np.where(np.isnan(targets), BLANK, targets).astype(np.int8),
+        columns={"parentImage": "image", "uId": "study and patient", "MeSH/major": "findings"},
     )

@@ -8,13 +8,14 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_csv
-from cxr_cache.datasets.collections.listing import Listing, code_columns
-from cxr_cache.datasets.collections.places import locate_images
+from cxr_cache.common.tables import read_table
+from cxr_cache.datasets.codes import PRESENT, read_codes
+from cxr_cache.datasets.collections.listing import Listing, say_columns
 
 _NOT_FINDINGS: Final = frozenset({"image_id", "rad_id"})
 _OTHER_NAMES: Final = {"rad_ID": "rad_id", "Other disease": "Other diseases"}
 """What the tables of the test images call the same, and some editions of those for training."""
+_COLUMNS: Final = {"image_id": "image", "rad_id": "reader"}
 _NO_PATIENTS: Final = (
     "VinDr-CXR does not say which images are of one patient, so each image counts as one."
 )
@@ -26,25 +27,26 @@ def list_vindr(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     Images for training have a row for each of three readers, those for testing one row, on which
     five readers agreed.
     """
-    read = {file: read_csv(file).rename(columns=_OTHER_NAMES) for file in tables}
+    read = {file: read_table(file).rename(columns=_OTHER_NAMES) for file in tables}
     findings = [name for name in next(iter(read.values())) if name not in _NOT_FINDINGS]
-    codes = [code_columns(table, findings, file) for file, table in read.items()]
     side = {file: "train" if "rad_id" in table else "test" for file, table in read.items()}
     given = [side[file] for file, table in read.items() for _ in range(len(table))]
     names = pd.concat([table["image_id"] for table in read.values()]).tolist()
-    written = [f"{of}/{name}.dicom" for of, name in zip(given, names, strict=True)]
     both = len(set(given)) > 1
     return Listing(
         pd.DataFrame(
             {
-                "image_id": locate_images(written, image_dir),
+                "image_id": [f"{of}/{name}.dicom" for of, name in zip(given, names, strict=True)],
                 "study_uid": names,
                 "given_split": given if both else "",
             }
         ),
-        pd.concat(codes, ignore_index=True),
+        tuple(findings),
+        np.concatenate([read_codes(table, findings, file) for file, table in read.items()]),
         files=tuple(tables),
+        several_readers=True,
         split="VinDr-CXR's tables for training and testing" if both else "",
+        columns=say_columns(_COLUMNS, dict.fromkeys(findings, "finding")),
         notes=(_NO_PATIENTS,),
     )
 
@@ -54,25 +56,20 @@ def list_vinbigdata(tables: list[Path], path: Path, image_dir: Path | None) -> L
 
     What a reader drew no box of, is absent for that reader.
     """
-    table = read_csv(tables[0])
-    pairs = pd.factorize(table["image_id"] + "/" + table["rad_id"])
-    numbers = pd.to_numeric(table["class_id"])
-    findings = (
-        table.assign(number=numbers).drop_duplicates("number").sort_values("number")["class_name"]
-    )
-    columns = pd.Index(findings).get_indexer(pd.Index(table["class_name"]))
-    codes = np.zeros((len(pairs[1]), len(findings)), np.float32)
-    codes[pairs[0], columns] = 1
-    names = pd.Series(pairs[1]).str.partition("/")[0]
+    table = read_table(tables[0])
+    row_of, pairs = pd.factorize(table["image_id"] + "/" + table["rad_id"])
+    classes = table.assign(number=pd.to_numeric(table["class_id"])).drop_duplicates("class_id")
+    findings = tuple(classes.sort_values("number")["class_name"])
+    codes = np.zeros((len(pairs), len(findings)), np.int8)
+    codes[row_of, pd.Index(findings).get_indexer(pd.Index(table["class_name"]))] = PRESENT
+    names = pd.Series(pairs).str.partition("/")[0]
     return Listing(
-        pd.DataFrame(
-            {
-                "image_id": locate_images([f"train/{name}.dicom" for name in names], image_dir),
-                "study_uid": names,
-            }
-        ),
-        pd.DataFrame(codes, columns=findings.tolist()),
+        pd.DataFrame({"image_id": "train/" + names + ".dicom", "study_uid": names}),
+        findings,
+        codes,
         files=(tables[0],),
         usual=tuple(name for name in findings if name != "No finding"),
-        notes=(_NO_PATIENTS, "Class 14, No finding, marks images on which a reader drew no box."),
+        several_readers=True,
+        columns=say_columns(_COLUMNS, {"class_name": "finding", "class_id": "order of findings"}),
+        notes=(_NO_PATIENTS, "Class 14, No finding, says that a reader drew no box."),
     )
