@@ -12,8 +12,10 @@ from cxr_cache.common.wording import suggest
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.collections import catalogue
+from cxr_cache.datasets.columns import note_patients
 from cxr_cache.datasets.indiana import read_indiana
-from cxr_cache.datasets.recognise import recognise
+from cxr_cache.datasets.collections.recognise import recognise
+from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,11 @@ Reader: TypeAlias = Callable[[Path, ReadConfig, Path | None], Cohort]
 """Takes the path that the user gives, the options, and the folder with the images, if one is
 named."""
 
-READERS: Final[dict[str, Reader]] = {"indiana": read_indiana, **catalogue.READERS}
+READERS: Final[dict[str, Reader]] = {
+    "indiana": read_indiana,
+    **catalogue.READERS,
+    "table": read_own_table,
+}
 """Forms of data sets by name; whoever has another form adds a reader here."""
 
 AUTO: Final = "auto"
@@ -76,6 +82,15 @@ def load_cohort(
     if format == AUTO:
         format, why = recognise(path)  # noqa: A001
         logger.info("%s is read as %s: %s", path, format, why)
-    images = None if image_dir is None else Path(image_dir)
-    cohort = READERS[format](path, config or ReadConfig(), images)
-    return cohort.with_reading(replace(cohort.reading or Reading(format), why=why))
+    folder = None if image_dir is None else Path(image_dir)
+    cohort = READERS[format](path, config or ReadConfig(), folder)
+    return _annotate(cohort, why)
+
+
+def _annotate(cohort: Cohort, why: str) -> Cohort:
+    """Add what holds for every format: why it was taken for this, and what is odd of patients."""
+    reading = cohort.reading or Reading("")
+    notes = tuple(dict.fromkeys([*reading.notes, *note_patients(cohort.images)]))
+    for note in notes:
+        logger.warning(note)
+    return cohort.with_reading(replace(reading, why=why, notes=notes))
