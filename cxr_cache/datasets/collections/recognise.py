@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cxr_cache.common.tables import TABLE_SUFFIXES
 from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.collections.catalogue import find_forms
 from cxr_cache.datasets.collections.folders import (
@@ -28,8 +29,11 @@ def recognise(path: Path) -> tuple[str, str]:
     TableError
         They are of none.
     """
-    if not path.exists():
-        raise TableError(f"{path} is not there; give a folder of a data set or a table.")
+    if not path.exists() and not path.name.lower().endswith(TABLE_SUFFIXES):
+        raise TableError(
+            f"{path} is not a folder, and no table either; give the folder of a data set, a table "
+            f"({', '.join(TABLE_SUFFIXES)}) or a folder of images."
+        )
     known = _recognise_published(path)
     if len(known) > 1:
         (one, why), (other, why_other), *_ = known.items()
@@ -40,23 +44,22 @@ def recognise(path: Path) -> tuple[str, str]:
         )
     if known:
         return next(iter(known.items()))
-    tables = list_tables(path)
-    if len(tables) == 1:
-        return "table", f"{tables[0].name} is the only table, and of no published data set."
-    if path.is_dir() and (images := list_image_files(path)):
-        if all(name.lower().endswith((".dcm", ".dicom")) for name in images):
-            return "dicom", f"{path} holds DICOM files and no table of a known form."
-        folders = parse_class_folders(images)
-        if folders is not None and looks_like_classes(folders):
-            names = list_names(sorted(folders["class"].unique()), 5)
-            return "classes", f"the images lie in folders named {names}."
-        if not tables:
-            return "images", f"{path} holds images, and neither a table nor class folders."
-    names = list_names([file.name for file in tables], 5) or "neither a table nor an image"
-    raise TableError(
-        f"{path} is of no known form; it holds {names}. Give the table that is meant as --data, "
-        "or name the form with --format."
-    )
+    if tables := list_tables(path):
+        names = list_names([file.name for file in tables], 3)
+        return "table", f"{names} is of no published data set that is known here."
+    images = list_image_files(path)
+    if not images:
+        raise TableError(
+            f"{path} holds neither a table ({', '.join(TABLE_SUFFIXES)}) nor an image. Give the "
+            "folder of a data set, or name its form with --format."
+        )
+    if all(name.lower().endswith((".dcm", ".dicom")) for name in images):
+        return "dicom", "the folder holds DICOM files and no table."
+    folders = parse_class_folders(images)
+    if folders is not None and looks_like_classes(folders):
+        names = list_names(sorted(folders["class"].unique()), 5)
+        return "classes", f"there is no table, and the images lie in folders named {names}."
+    return "images", "there are images, and neither a table nor class folders."
 
 
 def _recognise_published(path: Path) -> dict[str, str]:
