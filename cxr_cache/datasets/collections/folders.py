@@ -53,7 +53,6 @@ NAME_RULES: Final = (
         "the tuberculosis sets of Shenzhen and Montgomery",
         re.compile(r"(?P<patient_id>(?:CHN|MCU)CXR_\d+)_(?P<present>[01])"),
         finding="Tuberculosis",
-        note="Each image is of another patient.",
     ),
     NameRule(
         "the COVID-19 Radiography Database",
@@ -106,7 +105,7 @@ def list_classes(tables: list[Path], path: Path, image_dir: Path | None) -> List
         tuple(findings),
         np.column_stack([of_class == name for name in findings]).astype(np.int8),
         split="the folders of the data set" if given else "",
-        notes=(rule.note,) if rule else (),
+        notes=(rule.note,) if rule and rule.note else (),
     )
 
 
@@ -123,7 +122,7 @@ def list_images(tables: list[Path], path: Path, image_dir: Path | None) -> Listi
         np.array(present, np.int8).reshape(len(paths), -1)
         if present
         else np.empty((len(paths), 0), np.int8),
-        notes=(rule.note,) if rule else (),
+        notes=(rule.note,) if rule and rule.note else (),
     )
 
 

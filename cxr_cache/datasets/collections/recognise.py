@@ -13,7 +13,7 @@ from cxr_cache.datasets.collections.folders import (
     parse_class_folders,
 )
 from cxr_cache.datasets.collections.openi import find_reports
-from cxr_cache.datasets.collections.places import list_tables
+from cxr_cache.datasets.collections.places import list_tables, peek
 from cxr_cache.errors import ConfigError, TableError
 
 
@@ -66,10 +66,11 @@ def _recognise_published(path: Path) -> dict[str, str]:
     """Formats whose files are there, and why."""
     known = {found.form.format: found.why for found in find_forms(path)}
     if path.is_dir():
-        indiana = [f for kind in ("reports", "projections") for f in path.glob(f"*{kind}*.csv")]
+        names = [f for kind in ("reports", "projections") for f in path.glob(f"*{kind}*.csv")]
+        indiana = [f for f in names if f.name.startswith("indiana_") or "uid" in peek(f)]
         if indiana:
-            names = list_names([file.name for file in sorted(indiana)])
-            known["indiana"] = f"{names}: files of these names are those of the Indiana collection."
+            listed = list_names([file.name for file in sorted(indiana)])
+            known["indiana"] = f"{listed}: such names are those of the Indiana collection."
         if reports := find_reports(path):
             known["openi"] = f"{reports[0].parent} holds reports in XML, as Open-i's original does."
     return known
