@@ -112,6 +112,7 @@ def test_growth_is_measured_step_by_step(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_resampling_is_measured_against_a_loop_over_scikit_learn(tmp_path):
     out = tmp_path / "statistics.json"
     script = REPOSITORY / "scripts" / "bench_statistics.py"
@@ -186,6 +187,7 @@ def test_the_gpu_check_starts_several_processes(tmp_path):
     assert [row["unit"] for row in sections["distributed"]["rows"]] == ["images/s"] * 2
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_is_reported_and_the_others_go_on(tmp_path):
     out = tmp_path / "gpu_check.json"
     script = REPOSITORY / "scripts" / "gpu_check.py"
@@ -233,6 +235,7 @@ def test_the_search_is_measured_against_the_plain_loop_and_the_floor(tmp_path):
     assert "plain/ours" in printed
 
 
+@pytest.mark.slow
 def test_all_measurements_make_one_table_and_one_picture(tmp_path):
     search = {"a search": {"seconds": 2.0, "plain": 50.0, "floor": 1.6}}
     (tmp_path / "search.json").write_text(json.dumps({"results": search}))

@@ -229,7 +229,8 @@ def _parse_plain(text: str, separator: str, path: Path) -> pd.DataFrame | None:
         io.StringIO(body),
         sep=separator,
         header=None,
-        dtype="category",
+        names=range(len(header)),
+        dtype=object,
         na_filter=False,
         quoting=csv.QUOTE_NONE,
         index_col=False,
@@ -237,11 +238,9 @@ def _parse_plain(text: str, separator: str, path: Path) -> pd.DataFrame | None:
         low_memory=False,
     )
     lines = pd.RangeIndex(2, len(parsed) + 2, name="line")
-    columns: list[NDArray[Any]] = []
-    for place in range(len(header)):
-        column = parsed[place].cat
-        known = np.array([*(str(name).strip() for name in column.categories), ""], object)
-        columns.append(known[column.codes])
+    columns = [parsed[place].to_numpy(object) for place in range(len(header))]
+    if _has_white_space(content, separator):
+        columns = [np.array([cell.strip() for cell in cells], object) for cells in columns]
     if header[0] == "":  # row numbers
         header, columns = header[1:], columns[1:]
     while header and not header[-1] and not columns[-1].any():
@@ -251,6 +250,16 @@ def _parse_plain(text: str, separator: str, path: Path) -> pd.DataFrame | None:
     table = pd.DataFrame(dict(zip(header, series, strict=True)))
     is_blank = (table == "").all(axis=1) if (table.iloc[:, 0] == "").any() else np.zeros(1, bool)
     return table[~is_blank] if is_blank.any() else table
+
+
+def _has_white_space(content: NDArray[np.uint8], separator: str) -> bool:
+    """Whether there may be some around cells; bytes outside ASCII may be some."""
+    kind = np.zeros(256, np.uint8)
+    kind[[9, 11, 12, 28, 29, 30, 31, 32, *range(128, 256)]] = 1
+    kind[[ord(separator), ord("\n")]] = 2
+    kinds = kind[content]
+    at_ends = kinds[0] == 1 or kinds[-1] == 1
+    return bool(at_ends or (kinds[:-1] + kinds[1:] == 3).any())
 
 
 def _parse_records(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:

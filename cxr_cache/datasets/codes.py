@@ -24,7 +24,6 @@ CODE_NAMES: Final = {PRESENT: "present", ABSENT: "absent", UNCERTAIN: "uncertain
 """Codes in words."""
 
 _WORDS: Final = {"": BLANK, "true": PRESENT, "false": ABSENT}
-_UNREADABLE: Final = 9
 
 
 def read_code(cell: str) -> int | None:
@@ -47,18 +46,12 @@ def read_code(cell: str) -> int | None:
     return int(number) if number in (PRESENT, ABSENT, UNCERTAIN) else None
 
 
-def try_codes(column: pd.Series[Any]) -> NDArray[np.int8]:
-    """Codes of a column, ``(N,)``; 9 where a cell is no code."""
+def try_codes(column: pd.Series[Any]) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
+    """Codes of a column, and which cells are no code; both ``(N,)``."""
     places, known = pd.factorize(column.to_numpy(object))
     codes = [read_code(cell) for cell in known]
-    table = np.array([_UNREADABLE if code is None else code for code in codes], np.int8)
-    return table[places]
-
-
-def is_code(codes: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Which cells :func:`try_codes` could read."""
-    readable: NDArray[np.bool_] = codes != _UNREADABLE
-    return readable
+    is_wrong = np.array([code is None for code in codes], bool)
+    return np.array([code or 0 for code in codes], np.int8)[places], is_wrong[places]
 
 
 def read_codes(
@@ -87,10 +80,9 @@ def read_codes(
     """
     codes = np.empty((len(table), len(findings)), np.int8)
     for place, finding in enumerate(findings):
-        codes[:, place] = try_codes(table[finding])
-        wrong = np.flatnonzero(~is_code(codes[:, place]))
-        if len(wrong):
-            row = wrong[0]
+        codes[:, place], is_wrong = try_codes(table[finding])
+        if is_wrong.any():
+            row = int(is_wrong.argmax())
             raise TableError(
                 f"{source}, line {table.index[row]}: column {finding!r} holds "
                 f"{table[finding].iloc[row]!r}, but a finding is 1 or true (present), 0 or false "

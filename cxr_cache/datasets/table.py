@@ -17,11 +17,11 @@ from cxr_cache.common.wording import count, list_names, normalise_name
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets import columns as cols
 from cxr_cache.datasets.codes import (
+    BLANK,
     Policy,
     apply_policy,
     combine_rows,
     count_codes,
-    is_code,
     pick_findings,
     read_codes,
     read_lists,
@@ -284,20 +284,19 @@ def _judge(column: pd.Series[Any], may_list: bool) -> str:
     """What a column without a role is: a finding, a list of names, or ignored, and why."""
     if cols.squeeze_name(str(column.name)) in cols.NEVER_FINDINGS:
         return "ignored"
-    filled = column[column.str.strip() != ""]
-    if filled.empty:
+    codes, is_wrong = try_codes(column)
+    n_filled, n_wrong = int((is_wrong | (codes != BLANK)).sum()), int(is_wrong.sum())
+    if not n_filled:
         return "ignored: all cells are blank"
-    readable = is_code(try_codes(filled))
-    if 2 * readable.sum() >= len(filled):
+    if 2 * n_wrong <= n_filled:
         return "finding"  # a cell that is none is an error, with its line
-    if may_list and filled.str.len().median() <= _LONG_NAME:
+    row = int(is_wrong.argmax())
+    if may_list and column[is_wrong].str.len().median() <= _LONG_NAME:
         return "names"
-    line = filled.index[int((~readable).argmax())]
-    return f"ignored: holds {_shorten(filled.loc[line])!r} (line {line})"
+    return f"ignored: holds {_shorten(column.iloc[row])!r} (line {column.index[row]})"
 
 
-def _shorten(cell: Any, width: int = 24) -> str:
-    text = str(cell.iloc[0]) if isinstance(cell, pd.Series) else str(cell)
+def _shorten(text: str, width: int = 24) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 

@@ -414,6 +414,7 @@ def test_imported_features_train_and_cannot_predict(data, tmp_path, undrawn):
     assert "cxr-cache evaluate" in refuse("predict", run, image)
 
 
+@pytest.mark.slow
 def test_the_demo_runs_twice(tmp_path, monkeypatch):
     """All its steps, with fewer of the epochs that make its figures worth looking at."""
     monkeypatch.setattr(demo, "FROZEN", replace(demo.FROZEN, epochs=(1, 2)))

@@ -106,6 +106,7 @@ def open_clips_tower(folder: Path) -> torch.nn.Module:
     return tower.eval()
 
 
+@pytest.mark.slow
 def test_full_size_embeddings_equal_open_clips_own_at_every_split(full_size, full_size_encoder):
     """The reason to trust a store: what is cached is what BiomedCLIP computes."""
     tower = open_clips_tower(full_size["safetensors"])

@@ -67,7 +67,13 @@ def chain_of_kills(folder: Path, n_kills: int, seed: int, *, tokens: bool) -> Vi
     return found
 
 
-@pytest.mark.parametrize("tokens", [False, True], ids=["embeddings", "tokens"])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        pytest.param(False, id="embeddings"),
+        pytest.param(True, id="tokens", marks=pytest.mark.faults),
+    ],
+)
 def test_random_kills(fast_path, seed, tokens):
     found = chain_of_kills(fast_path, 60, seed, tokens=tokens)
     assert found.total == 0, found

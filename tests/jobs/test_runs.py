@@ -134,7 +134,7 @@ def test_images_of_the_runs_own_are_warned_of(run, store, caplog):
     assert "80 of the 80 images belong to the run's own data" in caplog.text
 
 
-@pytest.mark.parametrize("wait_s", [0.3, 3])
+@pytest.mark.parametrize("wait_s", [0.3, pytest.param(3, marks=pytest.mark.slow)])
 def test_ctrl_c_in_an_ablation_says_that_it_continues_and_nothing_else(tmp_path, wait_s):
     """The signal goes to all processes, as a terminal sends it, while they start or work."""
     store = synthetic.make_store(tmp_path / "s.h5", synthetic.make_cohort(150))

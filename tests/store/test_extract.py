@@ -588,7 +588,10 @@ def test_a_table_without_rows_and_a_missing_folder_are_refused(phantoms, cohort,
         extract_embeddings(cohort, phantoms / "nowhere", tmp_path / "s.h5", encoder, QUICK)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_the_whole_group_is_one_message(tmp_path, signum, status):
     """Terminals and schedulers signal the decoding workers too; they must not die of it."""
     write_phantoms(tmp_path / "data", n_studies=100, image_size_px=96)

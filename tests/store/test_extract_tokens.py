@@ -138,6 +138,7 @@ def test_the_tail_of_the_tokens_gives_the_embeddings(whole, encoder):
     assert cosines(pooled.numpy(), whole.read_column("pooled")[:, 0]).min() > 0.99999
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_table(phantoms, cohort, encoder, tmp_path, monkeypatch):
     """Sixteen times the rows: hardly more memory, beside what their tokens take.
 

@@ -113,6 +113,7 @@ def test_workers_make_the_store_of_one_process(backend, phantoms, cohort, tmp_pa
     assert not path.with_name("s.h5.lock").exists()
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_that_loses_a_worker_makes_the_same_store(
     phantoms, cohort, tmp_path, reference, monkeypatch
 ):

@@ -60,7 +60,7 @@ def run(*arguments: object) -> str:
 def test_it_is_described(laid_out):
     _, folder, tree = laid_out
 
-    told = json.loads(run("describe", "--csv-dir", folder, "--json"))
+    told = json.loads(run("describe", "--data", folder, "--json"))
 
     assert told["images"] == tree.n_images
     assert told["patients"] == (tree.n_patients or None)
@@ -74,8 +74,17 @@ def test_it_is_extracted_and_trained_on(laid_out, tmp_path, monkeypatch):
     form, folder, tree = laid_out
     store, run_dir = tmp_path / "store.h5", tmp_path / "run"
 
-    data = ["--csv-dir", folder, "--image-dir", folder]
-    run("extract", *data, "--store", store, "--model", "random:test_vit", "--num-workers", 0)
+    run(
+        "extract",
+        "--data",
+        folder,
+        "--store",
+        store,
+        "--model",
+        "random:test_vit",
+        "--num-workers",
+        0,
+    )
     quick = ["--epochs", "1,2", "--folds", "2", "--batch-size", "4"]
     run("train", store, "--run-dir", run_dir, *quick)
 
