@@ -178,8 +178,8 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     """
     with _strict_pillow():
         picture = _resize(_decode(data, preprocessing), preprocessing)
-    values = np.asarray(picture)  # (S, S) or (S, S, 3)
-    pixels = _to_channels(to_levels(values) if is_dicom(data) else values)  # (3, S, S)
+    rounded = to_levels(np.asarray(picture)) if is_dicom(data) else picture
+    pixels = _to_channels(rounded)  # (3, S, S)
     if (pixels == pixels[:, :1, :1]).all():
         size = f"{preprocessing.image_size_px} x {preprocessing.image_size_px} pixels"
         raise ImageError(f"the image holds one grey value everywhere at {size}, so it is blank")
@@ -300,10 +300,11 @@ def require_stated_bits(
         return
     n_bits = max(8, max(largest).bit_length() + max(largest).bit_length() % 2)
     raise ConfigError(
-        f"No value above {max(largest)} occurs in {count(len(largest), '16-bit image')} that "
-        f"were looked at, of the 65535 that 16 bits can hold: they seem to be {n_bits}-bit images "
-        f"in 16-bit files, and would be nearly black. Give --bits-stored {n_bits} to scale them by "
-        "their own range, or --bits-stored 16 if they are meant to be this dark."
+        f"No value above {max(largest)} occurs in a sample of "
+        f"{count(len(largest), '16-bit image')}, where 16 bits hold up to 65535: they seem to be "
+        f"{n_bits}-bit images in 16-bit files, and would be nearly black. Give --bits-stored "
+        f"{n_bits} to scale them by their own range, or --bits-stored 16 if they are meant to be "
+        "this dark."
     )
 
 
@@ -317,8 +318,7 @@ def _largest_value(image_dir: str | Path, image_id: str, prep: Preprocessing) ->
     with _strict_pillow():
         if is_dicom(data):
             return largest_value(data, lambda size: _require_size(size, prep))
-        image = _open_header(data)
-        _require_size(image.size, prep)
+        image = _open_checked(data, prep)
         if image.mode not in _WIDE_GREY or _bits_per_sample(image, data) < 16:
             return None
         return int(np.asarray(image).max())
@@ -419,16 +419,21 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
         bits_stored = preprocessing.bits_stored
         grey = decode_dicom(data, bits_stored, lambda size: _require_size(size, preprocessing))
         return Image.fromarray(grey)
+    image = _open_checked(data, preprocessing)
+    image.load()
+    picture = _to_grey_or_rgb(image, _bits_per_sample(image, data), preprocessing.bits_stored)
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _open_checked(data: bytes, preprocessing: Preprocessing) -> ImageFile.ImageFile:
+    """The file, not yet decoded, once nothing but its pixels can still be wrong."""
     image = _open_header(data)
     _require_size(image.size, preprocessing)
     _require_one_frame(image)
     _require_faithful(image, data)
     _require_whole(image, data)
-    image = _open_header(data)  # checking used the first one up
-    image.load()
-    picture = _to_grey_or_rgb(image, _bits_per_sample(image, data), preprocessing.bits_stored)
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return picture if turn is None else picture.transpose(turn)
+    return _open_header(data)  # checking used the first one up
 
 
 def _open_header(data: bytes) -> ImageFile.ImageFile:
@@ -589,8 +594,9 @@ def _scale_wide_grey(image: Image.Image, stated: int, bits_stored: int | None) -
     return Image.fromarray(values.astype(np.float32) * np.float32(255 / full_scale))
 
 
-def _to_channels(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _to_channels(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pixels with the channels first; grey is resized once and repeated, not resized thrice."""
+    values = np.asarray(picture)  # (S, S) or (S, S, 3)
     if values.dtype == np.float32:  # bicubic interpolation overshoots at edges
         values = np.rint(values.clip(0, 255)).astype(np.uint8)
     if values.ndim == 2:

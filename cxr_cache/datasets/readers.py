@@ -14,7 +14,7 @@ from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.collections import catalogue
 from cxr_cache.datasets.collections.recognise import recognise
 from cxr_cache.datasets.columns import note_patients
-from cxr_cache.datasets.dicom.folder import read_dicom
+from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
 from cxr_cache.datasets.indiana import read_indiana
 from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
@@ -86,6 +86,8 @@ def load_cohort(
         logger.info("%s is read as %s: %s", path, format, why)
     folder = None if image_dir is None else Path(image_dir)
     cohort = READERS[format](path, config or ReadConfig(), folder)
+    if format == "table" and folder is not None:
+        cohort = add_header_facts(cohort, folder, config or ReadConfig())
     return _annotate(cohort, why)
 
 
