@@ -50,6 +50,8 @@ MAX_TEXT_BYTES = 64 * 1024**2
 MIN_EDGE_PX = 16
 DARK_BITS = 14
 """16-bit images of no larger values are taken to be of as many bits, unless bits are stated."""
+_N_LOOKED_AT = 1000  # files of a sample, of which most are of 8 bits, as their first bytes tell
+_N_DECODED = 32
 
 
 # What brings an image of each EXIF orientation upright; 1, and anything unknown, is upright.
@@ -282,33 +284,45 @@ def require_stated_bits(
 ) -> None:
     """Raise ConfigError if 16-bit files hold values of fewer bits, and nobody has stated how many.
 
+    The message names both remedies; :func:`find_unused_bits` looks.
+    """
+    if unused := find_unused_bits(image_dir, image_ids, prep):
+        n_bits, seen = unused
+        raise ConfigError(
+            f"{seen}: they seem to be {n_bits}-bit images in 16-bit files, and would be nearly "
+            f"black. Give --bits-stored {n_bits} to scale them by their own range, or "
+            "--bits-stored 16 if they are meant to be this dark."
+        )
+
+
+def find_unused_bits(
+    image_dir: str | Path | None, image_ids: Sequence[str] | NDArray[np.str_], prep: Preprocessing
+) -> tuple[int, str] | None:
+    """The bits that 16-bit files use if these are few and not stated, and what was seen, in words.
+
     Tools that convert DICOM leave 12-bit values as they are, which on a scale of 16 bits are
     nearly black. A sample of the images is looked at, and as soon as one needs more than
     :data:`DARK_BITS`, all is well.
     """
     if prep.bits_stored is not None:
-        return
-    order = np.random.default_rng(0).permutation(len(image_ids))[:1000]
+        return None
     largest: list[int] = []
-    for row in order:
-        with suppress(ImageError):  # extraction tells which images cannot be used, and why
+    for row in np.random.default_rng(0).permutation(len(image_ids))[:_N_LOOKED_AT]:
+        with suppress(ImageError):  # whoever reads them all tells which cannot be used, and why
             value = _largest_value(image_dir, str(image_ids[row]), prep)
             largest += [] if value is None else [value]
-        if largest and (largest[-1] >= 2**DARK_BITS or len(largest) == 32):
+        if largest and (largest[-1] >= 2**DARK_BITS or len(largest) == _N_DECODED):
             break
     if not largest or max(largest) >= 2**DARK_BITS:
-        return
-    n_bits = max(8, max(largest).bit_length() + max(largest).bit_length() % 2)
-    raise ConfigError(
+        return None
+    n_bits = max(largest).bit_length()
+    return max(8, n_bits + n_bits % 2), (  # devices have an even number
         f"No value above {max(largest)} occurs in a sample of "
-        f"{count(len(largest), '16-bit image')}, where 16 bits hold up to 65535: they seem to be "
-        f"{n_bits}-bit images in 16-bit files, and would be nearly black. Give --bits-stored "
-        f"{n_bits} to scale them by their own range, or --bits-stored 16 if they are meant to be "
-        "this dark."
+        f"{count(len(largest), '16-bit image')}, where 16 bits hold up to 65535"
     )
 
 
-def _largest_value(image_dir: str | Path, image_id: str, prep: Preprocessing) -> int | None:
+def _largest_value(image_dir: str | Path | None, image_id: str, prep: Preprocessing) -> int | None:
     """The largest value of a file that states no fewer than 16 bits; None for every other file."""
     path = _locate(image_dir, image_id)
     head = _read_file(path, 32)

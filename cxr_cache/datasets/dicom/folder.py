@@ -320,7 +320,8 @@ def _share_patients(table: pd.DataFrame) -> pd.Series[str]:
         )
     patient_of = dict(zip(known["study_uid"], known["patient_id"], strict=True))
     of_study = table["study_uid"].map(lambda study: patient_of.get(study, ""))
-    return table["patient_id"].where(table["patient_id"] != "", of_study)
+    patients: pd.Series[str] = table["patient_id"].where(table["patient_id"] != "", of_study)
+    return patients
 
 
 # -- in words -------------------------------------------------------------------------------
@@ -335,7 +336,9 @@ def _describe_columns(keep_ids: bool) -> dict[str, str]:
         "SOPInstanceUID": f"instance_uid{how}",
         "ViewPosition": "view, and projection by it",
         "PatientSex": "information (sex)",
-        "PatientAge": "information (age), else by birth and study date, which are not kept",
+        "PatientAge": "information (age)",
+        "PatientBirthDate": "used for the age where PatientAge is blank, and not kept",
+        "StudyDate": "used for the age where PatientAge is blank, and not kept",
     }
 
 

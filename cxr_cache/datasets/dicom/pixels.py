@@ -112,7 +112,8 @@ def to_levels(centred: NDArray[np.float32]) -> NDArray[np.uint8]:
     [0, 0, 126, 129, 152, 255]
     """
     steps = np.floor(np.abs(centred).clip(0, HALF_RANGE)).astype(np.int16)  # 0 to 127
-    return np.where(centred < 0, 127 - steps, 128 + steps).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.where(centred < 0, 127 - steps, 128 + steps).astype(np.uint8)
+    return levels
 
 
 def largest_value(data: bytes, require_size: Callable[[tuple[int, int]], None]) -> int | None:
@@ -383,7 +384,7 @@ def _has_voi(header: Dataset) -> bool:
 
 def _to_grey(header: Dataset, values: NDArray[np.int32], bits: int) -> NDArray[np.float32]:
     """What pydicom makes of each value, -127.5 to 127.5, ``(2**allocated,)``."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
     header.BitsStored = bits
     lowest, highest = (float(value) for value in _range(header, bits))
