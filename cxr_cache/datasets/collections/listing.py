@@ -91,13 +91,14 @@ def take_columns(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     )
 
 
-def say_columns(*uses: Mapping[str, str]) -> dict[str, str]:
-    """What columns are used as, in words: ``patient_id`` is the patient."""
-    return {
+def say_columns(table: pd.DataFrame, *uses: Mapping[str, str]) -> dict[str, str]:
+    """What each column of a table is used as, in words; the others are ignored."""
+    used = {
         column: use.removesuffix("_id").removesuffix("_uid").replace("_", " ")
         for each in uses
         for column, use in each.items()
     }
+    return {column: used.get(column, "ignored") for column in table.columns}
 
 
 def read_chexpert_codes(table: pd.DataFrame, path: Path) -> NDArray[np.int8]:
@@ -130,6 +131,8 @@ def make_cohort(
         targets = combine_rows(targets, image_of, len(names), config.readers)
         images = images[~images["image_id"].duplicated()]
     images, fact_notes = _tidy_facts(images)
+    if not listing.split:
+        images = images.drop(columns="given_split", errors="ignore")
     images["image_id"], image_notes = place_images(images["image_id"].tolist(), path, image_dir)
     return Cohort(
         images,

@@ -45,6 +45,7 @@ def list_padchest(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
         usual=tuple(name for name in names if name not in REMARKS),
         unlabelled=np.any([*unusable.values()], axis=0) if unusable else None,
         columns=say_columns(
+            table,
             {"ImageDir": "folder of the image", "ImageID": "image", "Labels": "findings"},
             {"PatientBirth": "age", "StudyDate_DICOM": "age"},
             _COLUMNS,
