@@ -83,12 +83,13 @@ def _list_images(table: pd.DataFrame, column: str, file: Path) -> pd.DataFrame:
         )
     parts = (pd.Series(part, dtype=object) for part in zip(*found, strict=True))
     image_ids, sides, studies, patients = parts
-    return take_columns(table, _FACTS | _PLUS_FACTS).assign(
+    facts: pd.DataFrame = take_columns(table, _FACTS | _PLUS_FACTS).assign(
         image_id=image_ids,
         study_uid=studies,
         patient_id=patients,
         given_split=sides.map(SPLIT_WORDS),
     )
+    return facts
 
 
 def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:

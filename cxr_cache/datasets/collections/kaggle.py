@@ -73,7 +73,7 @@ def list_siim(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
 def _one_target(names: pd.Series[str], present: NDArray[np.bool_], file: Path) -> pd.Series[bool]:
     """Whether the rows of each image say that something is there, on which they must agree."""
     of_image = pd.Series(present).groupby(names.to_numpy(object), sort=False)
-    targets = of_image.max()
+    targets: pd.Series[bool] = of_image.max()
     differ = targets != of_image.min()
     if differ.any():
         raise TableError(

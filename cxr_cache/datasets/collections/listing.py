@@ -86,9 +86,10 @@ class Listing:
 
 def take_columns(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     """The columns of a table that `names` knows and the table has, under their new names."""
-    return pd.DataFrame(
+    taken: pd.DataFrame = pd.DataFrame(
         {new: table[old].to_numpy(object) for old, new in names.items() if old in table}
     )
+    return taken
 
 
 def say_columns(table: pd.DataFrame, *uses: Mapping[str, str]) -> dict[str, str]:

@@ -82,4 +82,4 @@ def _read_split(names: pd.Series[str], lists: dict[str, list[Path]]) -> list[str
             f"{lists['train'][0]} and {lists['test'][0]} both list image {twice!r}; take the "
             "official lists, which share none."
         )
-    return np.select([train, test], ["train", "test"], "").tolist()
+    return [str(side) for side in np.select([train, test], ["train", "test"], "")]
