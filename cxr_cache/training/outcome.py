@@ -18,7 +18,7 @@ from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
-from cxr_cache.training.search import EpochSearch
+from cxr_cache.training.search import EpochSearch, horizons
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,9 @@ def _history_table(
     search: EpochSearch, final_history: list[dict[str, float]], config: Recipe
 ) -> pd.DataFrame:
     """Every epoch that was trained: of each fold up to the largest candidate, and of the final."""
-    longest = max(search.trajectories)
-    horizons = list(search.trajectories) if config.has_horizon else [longest]
     rows = [
         {"fold": str(k), "horizon": horizon, **row}
-        for horizon in horizons
+        for horizon in horizons(config)
         for k, trajectory in enumerate(search.trajectories[horizon], start=1)
         for row in trajectory.history
     ]

@@ -38,6 +38,11 @@ class EpochSearch:
     """Candidate with the best mean macro AUROC; of equal ones the smallest."""
 
 
+def horizons(config: Recipe) -> tuple[int, ...]:
+    """How far each fold is trained: once to the largest candidate, if none needs its own way."""
+    return config.epochs if config.has_horizon else config.epochs[-1:]
+
+
 def search_epochs(
     data: Rows,
     split: Split,
@@ -64,10 +69,7 @@ def search_epochs(
     """
     require_trainable_folds(data.targets, split, config)
     tasks = fold_tasks(split, config.seed)
-    n_done, n_total = (
-        0,
-        len(tasks) * sum(config.epochs if config.has_horizon else config.epochs[-1:]),
-    )
+    n_done, n_total = 0, len(tasks) * sum(horizons(config))
 
     def fit(tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]) -> list[Trajectory]:
         nonlocal n_done
@@ -92,7 +94,7 @@ FitTasks: TypeAlias = Callable[[Sequence[HeadTask], int, Collection[int]], list[
 def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> EpochSearch:
     """Score every candidate on every task's held-out rows, with any function that trains tasks."""
     trajectories: dict[int, list[Trajectory]] = {}
-    for horizon in config.epochs if config.has_horizon else config.epochs[-1:]:
+    for horizon in horizons(config):
         keep = (horizon,) if config.has_horizon else config.epochs
         trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
         logger.info("%s folds are trained for up to %s epochs", len(tasks), horizon)
