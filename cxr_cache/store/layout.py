@@ -64,6 +64,13 @@ class Header:
     """Further columns of the image table, in their order."""
 
     @property
+    def n_unfrozen(self) -> int | None:
+        """Blocks of the encoder that the tokens have before them; None without tokens."""
+        if self.boundary_block is None:
+            return None
+        return int(self.encoder["n_blocks"]) - self.boundary_block
+
+    @property
     def format_version(self) -> int:
         """The first version that has a place for all this."""
         return 2 if self.image_columns else 1

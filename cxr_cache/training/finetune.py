@@ -105,7 +105,7 @@ def choose_source(store: FeatureStore, config: FinetuneConfig, image_dir: Path |
             f"{store.path} has no tokens. Add them with the `cxr-cache extract` command that made "
             f"it and --tokens --unfreeze-layers {config.unfreeze_layers}."
         )
-    cached = int(store.header.encoder["n_blocks"]) - int(store.header.boundary_block or 0)
+    cached = store.header.n_unfrozen
     if cached != config.unfreeze_layers:
         raise StoreMismatchError(
             f"{store.path} holds tokens for other blocks than are to be trained:\n"
