@@ -30,18 +30,12 @@ class TailAndHead(nn.Module):
 
     Parameters
     ----------
-    encoder
-        Its last blocks train in place.
-    bank
-        One head.
-    n_unfrozen
-        How many blocks.
+    encoder, n_unfrozen, bank
+        The encoder whose last blocks train in place, how many of them, and a bank of one head.
     input_norm
         ``"l2"`` scales embeddings to length 1 before the head, ``"none"`` does not.
-    precision
-        What the blocks compute in; the head computes in float32.
-    keeps_activations
-        Off, the backward pass computes the blocks again.
+    precision, keeps_activations
+        As in :meth:`cxr_cache.encoders.encoder.Encoder.tail`; the head computes in float32.
     """
 
     def __init__(
