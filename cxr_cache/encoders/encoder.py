@@ -71,17 +71,8 @@ class Encoder(nn.Module):
     def stem(self, pixels: Tensor, n_unfrozen: int) -> Tensor:
         """Run the frozen part of the tower: everything before the last `n_unfrozen` blocks.
 
-        Parameters
-        ----------
-        pixels
-            Normalised images, float32, shape ``(B, 3, S, S)``.
-        n_unfrozen
-            Number of blocks left to :meth:`tail`, from 1 to all.
-
-        Returns
-        -------
-        Tensor
-            Tokens that enter the first unfrozen block, float32, shape ``(B, T, W)``.
+        Takes normalised images, float32, ``(B, 3, S, S)``, and gives the tokens that enter the
+        first unfrozen block, float32, ``(B, T, W)``.
 
         Raises
         ------
@@ -301,13 +292,6 @@ def trainable_parameter_names(encoder: Encoder, n_unfrozen: int) -> list[str]:
     """Name the parameters of the last `n_unfrozen` blocks, in the tower's order.
 
     Fine-tuning trains these blocks only; the final norm and the projection stay frozen.
-
-    Parameters
-    ----------
-    encoder
-        Encoder with a tower that can be split.
-    n_unfrozen
-        Number of blocks, counted from the end, from 1 to all.
 
     Raises
     ------

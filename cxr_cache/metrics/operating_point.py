@@ -251,10 +251,8 @@ def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") ->
 
     Parameters
     ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
-    probabilities
-        In [0, 1], shape ``(N, F)``.
+    targets, probabilities
+        As in :func:`fit_calibration`.
     rule
         A name among :data:`RULES`, with its target where it takes one: ``"f1"``, ``"ppv=0.5"``.
 
@@ -324,16 +322,8 @@ def choose_operating_point(
 ) -> OperatingPoint:
     """Fit the calibration, then choose thresholds on the calibrated probabilities.
 
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
-    probabilities
-        Predictions of models that have not seen the rows (out of fold), in [0, 1], ``(N, F)``.
-    rule
-        Threshold rule, as :func:`choose_thresholds` takes it.
-    calibration
-        Method of calibration, as :func:`fit_calibration` takes it.
+    The probabilities are those of models that have not seen the rows (out of fold). `calibration`
+    is the method of :func:`fit_calibration`, `rule` that of :func:`choose_thresholds`.
     """
     fitted = fit_calibration(targets, probabilities, calibration)
     calibrated = fitted.apply(np.asarray(probabilities, np.float64))

@@ -68,14 +68,8 @@ def find_labelled_rows(
 ) -> LabelledRows:
     """Find the rows of a store that can be trained on, and check their digests.
 
-    Parameters
-    ----------
-    store
-        An open store.
-    labels
-        CSV whose targets replace the store's.
-    allow_pending
-        Take what is there although extraction has not finished.
+    The targets of the CSV `labels` replace the store's. `allow_pending` takes what is there
+    although extraction has not finished.
 
     Raises
     ------
