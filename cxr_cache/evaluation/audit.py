@@ -393,7 +393,8 @@ def _describe_rows(outliers: pd.DataFrame, cohort: Cohort, sides: NDArray[np.str
         "projection": cohort.projections[rows],
         "split": sides[rows],
     }
-    return pd.concat([pd.DataFrame(described), outliers.drop(columns="row")], axis=1)
+    table: pd.DataFrame = outliers.drop(columns="row")
+    return table.assign(**described)[[*described, *table.columns]]
 
 
 def _first(table: pd.DataFrame, form: str) -> list[str]:

@@ -260,13 +260,8 @@ def _take_part(
             f"--part is {number}/{n_parts}, but there are only {len(cohort):,} images. Use fewer "
             "parts."
         )
-    described = {
-        "number": number,
-        "of": n_parts,
-        "first_row": first,
-        "n_rows_of_whole": len(cohort),
-    }
-    return cohort.take(slice(first, end)), described
+    place = {"first_row": first, "n_rows_of_whole": len(cohort)}
+    return cohort.take(slice(first, end)), {"number": number, "of": n_parts, **place}
 
 
 # -- filling it -------------------------------------------------------------------------
@@ -408,12 +403,8 @@ def _find_unusable(
 def _keep_embeddings(store: FeatureStore, batch: Batch, features: dict[str, NDArray[Any]]) -> None:
     """Put what rows without tokens hold in the place of what was computed again, bit for bit.
 
-    Where the image is another one by now, or the bytes are damaged, the row is written anew.
-
-    Raises
-    ------
-    StoreMismatchError
-        The same image gives other embeddings than those stored, so its tokens would not be theirs.
+    Where the image is another one by now, or the bytes are damaged, the row is written anew. If the
+    same image gives other embeddings, its tokens would not be theirs: StoreMismatchError.
     """
     lacking = batch.rows[store.read_rows("status", batch.rows) == WITHOUT_TOKENS]
     for rows, stored, intact in store.check_rows(lacking, WITHOUT_TOKENS):

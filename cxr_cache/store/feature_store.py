@@ -847,7 +847,7 @@ def _describe(
         boundary_block=boundary_block,
         part=None if part is None else dict(part),
         versions=package_versions(*_PACKAGES),
-        image_columns=tuple(name for name in cohort.images if name not in IMAGE_COLUMNS),
+        image_columns=tuple(name for name in cohort.images.columns if name not in IMAGE_COLUMNS),
     )
 
 

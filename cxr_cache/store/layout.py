@@ -159,18 +159,10 @@ def feature_dtype(name: str) -> np.dtype[Any]:
 def write_layout(
     fd: int, header: Header, columns: Mapping[str, Column], fixed: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write an HDF5 file that holds `fixed` and has a place for every row.
+    """Write an HDF5 file that has a place for every row, as :func:`plan_columns` plans it.
 
-    Parameters
-    ----------
-    fd
-        An empty file, open for reading and writing.
-    header
-        Becomes attributes of the root group.
-    columns
-        As :func:`plan_columns` gives them.
-    fixed
-        Values of the datasets that never change: the image table and the canaries.
+    The header becomes attributes of the root group. `fixed` holds the values of the datasets that
+    never change: the image table and the canaries. `fd` is an empty file, open for reading too.
     """
     view = _FileView(fd)
     with h5py.File(
@@ -269,14 +261,7 @@ def read_layout(fd: int, path: Path) -> Layout:
     """Find the datasets of a store, each checked to be plain bytes inside this very file.
 
     The file may be anything, made by anybody: nothing is followed out of it, and no memory is
-    taken on the word of a number in it.
-
-    Parameters
-    ----------
-    fd
-        The file, open for reading.
-    path
-        Its name, for messages.
+    taken on the word of a number in it. `path` is its name, for messages.
 
     Raises
     ------

@@ -45,15 +45,8 @@ def merge(
 ) -> MergeSummary:
     """Join all parts of an extraction, in any order given, into one store.
 
-    Parameters
-    ----------
-    part_paths
-        Every part, made by ``extract --part 1/N`` ... ``N/N`` from one image table. They are
-        read only; nobody may be writing to them.
-    store_path
-        The store to write.
-    overwrite
-        Replace a store that is there already.
+    They were made by ``extract --part 1/N`` ... ``N/N`` from one image table. They are read only;
+    nobody may be writing to them. `overwrite` replaces a store that is there already.
 
     Raises
     ------
@@ -89,7 +82,12 @@ def merge(
         first = parts[0]
         with FeatureStore.create(
             store_path,
-            _join([part.cohort for part in parts]),
+            Cohort(
+                pd.concat([part.cohort.images for part in parts]).fillna(""),
+                np.concatenate([part.cohort.targets for part in parts]),
+                first.findings,
+                first.header.cohort,
+            ),
             encoder=first.header.encoder,
             features=first.feature_shapes,
             canary=first.canary,
@@ -161,15 +159,6 @@ def _describe(part: FeatureStore) -> dict[str, Any]:
         "parts": (header.part or {}).get("of"),
         "rows of the whole": (header.part or {}).get("n_rows_of_whole"),
     }
-
-
-def _join(cohorts: Sequence[Cohort]) -> Cohort:
-    return Cohort(
-        pd.concat([cohort.images for cohort in cohorts]).fillna(""),
-        np.concatenate([cohort.targets for cohort in cohorts]),
-        cohorts[0].findings,
-        cohorts[0].source,
-    )
 
 
 def _copy(

@@ -123,17 +123,9 @@ def write_outcome(
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
-    Parameters
-    ----------
-    cohort, split, search
-        Of the N images.
-    predictions
-        Probabilities of the final model for all images, ``(N, F)``.
-    final_history
-        Its epochs; empty where a fold's model is the final one.
-    make_model
-        The model to save, given the threshold of each finding, which is chosen on out-of-fold
-        predictions.
+    Predictions are probabilities of the final model for all images, ``(N, F)``; its history is
+    empty where a fold's model is the final one. `make_model` makes the model to save, given the
+    threshold of each finding, which is chosen on out-of-fold predictions.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):

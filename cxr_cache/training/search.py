@@ -55,12 +55,8 @@ def search_epochs(
     If nothing in the recipe depends on how many epochs follow, each fold is trained once, up to the
     largest candidate. The smaller candidates are read off this trajectory, and are exactly what
     separate runs would give. With a schedule that has a horizon, each candidate is trained by
-    itself.
-
-    Parameters
-    ----------
-    on_progress
-        Called with the numbers of epochs that are trained and that are to be trained, of all folds.
+    itself. `on_progress` is called with the numbers of epochs that are trained and that are to be
+    trained, of all folds.
 
     Raises
     ------
@@ -189,14 +185,9 @@ def _choose(table: pd.DataFrame) -> int:
 def train_final(
     data: Rows, split: Split, search: EpochSearch, config: TrainConfig
 ) -> tuple[HeadBank, list[dict[str, float]]]:
-    """Make the model that test will see.
+    """Make the model that test will see: one head, or the folds' heads where they are averaged.
 
-    Returns
-    -------
-    bank
-        One head, or the folds' heads where they are averaged.
-    history
-        Its epochs; empty where heads of the folds are the final ones.
+    It comes with the history of its epochs; empty where heads of the folds are the final ones.
     """
     if config.final != "refit":
         stacked = stack_members(final_members(search, config), search.chosen)
@@ -257,12 +248,8 @@ def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[fl
     """Take the geometric mean over folds of each epoch's learning rate.
 
     A refit uses these rates, since it has no held-out rows to watch. Where folds stopped early, it
-    stops after their mean number of epochs.
-
-    Parameters
-    ----------
-    histories
-        The history of each fold's :class:`cxr_cache.training.fit.Trajectory`, one row per epoch.
+    stops after their mean number of epochs. The histories are those of the folds'
+    :class:`cxr_cache.training.fit.Trajectory`.
     """
     n_epochs = round(np.mean([len(history) for history in histories]))
     rates = [
