@@ -220,10 +220,8 @@ def tabulate_areas(
     """One row per finding, and the macro row, as :attr:`ZeroShot.table` describes them."""
     rows = []
     for f, finding in enumerate([*findings, MACRO]):
-        row: dict[str, object] = {
-            "finding": finding,
-            "n_positive": int(n_positive[f]) if finding != MACRO else int(n_positive.sum()),
-        }
+        chosen = n_positive if finding == MACRO else n_positive[f]
+        row: dict[str, object] = {"finding": finding, "n_positive": int(np.sum(chosen))}
         for name, area in areas.items():
             figure = area.macro() if f == len(findings) else area.of_finding(f)
             row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}

@@ -206,17 +206,8 @@ def roll_out(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
 
     (Chefer, Gur and Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and
     Encoder-Decoder Transformers", ICCV 2021, eq. 5 and 6). Blocks before the first one given are
-    taken as mixing nothing.
-
-    Parameters
-    ----------
-    attentions, gradients
-        One pair per block, first to last, ``(B, heads, T, T)``.
-
-    Returns
-    -------
-    Tensor
-        The class token's row of R without itself, not negative, ``(B, T - 1)``.
+    taken as mixing nothing. Given is one pair per block, first to last, ``(B, heads, T, T)``; the
+    result is the class token's row of R without itself, not negative, ``(B, T - 1)``.
     """
     B, _, T, _ = attentions[0].shape
     relevance = torch.eye(T, device=attentions[0].device).expand(B, T, T)

@@ -194,15 +194,11 @@ def _replacing(out: Path) -> Iterator[Path]:
         if former.exists() and not out.exists():
             former.rename(out)
         for path in (temporary, former):
-            _remove(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -105,12 +105,9 @@ class HeadFit:
 
     Parameters
     ----------
-    data
-        Embeddings and targets of all rows.
-    tasks
-        One per head.
-    configs
-        Recipe of each; they may differ in what :func:`can_share_a_bank` allows.
+    data, tasks, configs
+        Embeddings and targets of all rows, a task per head, and the recipe of each; they may differ
+        in what :func:`can_share_a_bank` allows.
     n_epochs
         Length of the trajectories.
     keep

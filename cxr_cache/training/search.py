@@ -95,7 +95,8 @@ def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> Epo
         trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
         logger.info("%s folds are trained for up to %s epochs", len(tasks), horizon)
     table = _tabulate(trajectories)
-    return EpochSearch(trajectories, table, _choose(table))
+    best = int(np.argmax(table["mean_auroc"].to_numpy()))
+    return EpochSearch(trajectories, table, int(table["epochs"].to_numpy()[best]))
 
 
 def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: Recipe) -> None:
@@ -172,11 +173,6 @@ def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
         )
     table: pd.DataFrame = pd.DataFrame(rows)
     return table
-
-
-def _choose(table: pd.DataFrame) -> int:
-    best = int(np.argmax(table["mean_auroc"].to_numpy()))
-    return int(table["epochs"].to_numpy()[best])
 
 
 # -- the final model --------------------------------------------------------------------
