@@ -28,10 +28,12 @@ from cxr_cache.cli.options import (
 )
 from cxr_cache.cli.progress import Progress, counting, progress
 from cxr_cache.config import (
+    FEATURES,
     AuditConfig,
     EncoderOptions,
     ExtractConfig,
     FinetuneConfig,
+    TrainConfig,
     VerifyConfig,
     WorkersConfig,
 )
@@ -296,6 +298,30 @@ def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
     from cxr_cache.store.merge import merge as run_merge
 
     click.echo(run_merge(parts, store, overwrite=overwrite).to_text())
+
+
+@click.command()
+@STORE
+@option(
+    "--out",
+    type=FILE,
+    required=True,
+    help="File that is written: .npz (which import reads back), .csv or .parquet, by its ending.",
+)
+@option(
+    "--features",
+    type=click.Choice(FEATURES),
+    default=TrainConfig.features,
+    help="Which of them: the projected embedding, the pooled features that it is projected from, "
+    "or the two side by side.",
+)
+def features(store: Path, out: Path, features: str) -> None:
+    """Write the features of a store, with ids and labels, for other programs."""
+    from cxr_cache.store.exporting import export_features
+    from cxr_cache.store.feature_store import FeatureStore
+
+    with FeatureStore.open(store) as opened:
+        click.echo(export_features(opened, out, features=features))
 
 
 def _image_progress(shown: Progress) -> Callable[[int, int, int], None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -119,6 +118,8 @@ def count(n: int, noun: str) -> str:
 @cache
 def package_versions(*packages: str) -> dict[str, str]:
     """Return the versions of those of the packages that are installed."""
+    import importlib.metadata  # a tenth of what `--help` takes
+
     found = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # used from its folder
