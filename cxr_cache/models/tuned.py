@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
@@ -147,6 +148,12 @@ def as_cached(tokens: Tensor, model: SavedModel) -> Tensor:
     """Tokens as the model was trained on them: rounded to float16 if those came from a store."""
     assert model.tail is not None, "a frozen run reads no tokens"
     return tokens.half() if model.tail["tokens"] == "float16" else tokens
+
+
+def name_blocks(parameters: Iterable[str]) -> list[str]:
+    """``visual.trunk.blocks.10.norm1.weight`` -> ``visual.trunk.blocks.10``, each block once."""
+    found = (re.match(r".*?\.\d+", name) for name in parameters)
+    return list(dict.fromkeys(match[0] for match in found if match))
 
 
 def copy_tail(encoder: Encoder, n_unfrozen: int) -> dict[str, Tensor]:

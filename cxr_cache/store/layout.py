@@ -131,7 +131,10 @@ def plan_columns(
         "error": (f"S{ERROR_WIDTH}", ()),
         "image_sha256": ("u1", (32,)),
         "row_digest": ("u1", (16,)),
-        **{name: (feature_dtype(name), tuple(shape)) for name, shape in features.items()},
+        **{
+            name: ("<f2" if name == "tokens" else "<f4", tuple(shape))
+            for name, shape in features.items()
+        },
     }
     fixed = {**table, _FIXED_DIGEST: np.zeros((1, 16), np.uint8)}
     if canary is not None:
@@ -146,11 +149,6 @@ def plan_columns(
             for name, (dtype, shape) in types.items()
         },
     }
-
-
-def feature_dtype(name: str) -> np.dtype[Any]:
-    """Type of a feature column: tokens are float16, everything else float32."""
-    return np.dtype("<f2" if name == "tokens" else "<f4")
 
 
 # -- writing ----------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from cxr_cache.errors import (
     TrainingError,
 )
 from cxr_cache.models.run import Run, SavedModel, require_free
-from cxr_cache.models.tuned import TailAndHead, copy_tail
+from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
 from cxr_cache.store.rows import LabelledRows, find_labelled_rows
@@ -241,10 +241,10 @@ def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -
     """What trains and what does not, by name and number, and what from."""
     n_tail = sum(p.numel() for p in model.tail.values())
     n_encoder = sum(p.numel() for p in model.encoder.parameters())
-    blocks = dict.fromkeys(_block_of(name) for name in model.tail)
     lines = [
-        f"Training {n_tail:,} parameters of {', '.join(blocks)} and {model.bank.n_parameters:,} "
-        f"of the head; {n_encoder - n_tail:,} of the encoder stay frozen.",
+        f"Training {n_tail:,} parameters of {', '.join(name_blocks(model.tail))} and "
+        f"{model.bank.n_parameters:,} of the head; {n_encoder - n_tail:,} of the encoder stay "
+        "frozen.",
         f"From {source.description}.",
     ]
     if config.source == "tokens" and (config.flip or config.augmentation.changes_pixels):
@@ -253,13 +253,6 @@ def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -
             "--tokens --flip` shows mirror images by itself."
         )
     return "\n".join(lines)
-
-
-def _block_of(name: str) -> str:
-    """``visual.trunk.blocks.10.norm1.weight`` -> ``visual.trunk.blocks.10``."""
-    words = name.split(".")
-    number = next(i for i, word in enumerate(words) if word.isdecimal())
-    return ".".join(words[: number + 1])
 
 
 def _require_images(cohort: Cohort, image_dir: Path | None) -> None:
