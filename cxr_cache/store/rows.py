@@ -68,14 +68,8 @@ def find_labelled_rows(
 ) -> LabelledRows:
     """Find the rows of a store that can be trained on, and check their digests.
 
-    Parameters
-    ----------
-    store
-        An open store.
-    labels
-        CSV whose targets replace the store's.
-    allow_pending
-        Take what is there although extraction has not finished.
+    The targets of the CSV `labels` replace the store's. `allow_pending` takes what is there
+    although extraction has not finished.
 
     Raises
     ------
@@ -149,13 +143,7 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
 
 
 def require_features(store: FeatureStore, config: TrainConfig) -> None:
-    """Raise unless a store holds what a head of this recipe reads.
-
-    Raises
-    ------
-    StoreFormatError
-        Naming what is there and what is not.
-    """
+    """Raise StoreFormatError unless a store holds what a head of this recipe reads."""
     if lacking := [name for name in FEATURES[config.features] if name not in store.feature_shapes]:
         raise StoreFormatError(
             f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
@@ -168,10 +156,7 @@ def read_features(
 ) -> NDArray[np.float32]:
     """Embeddings of some rows as a head of this recipe reads them, ``(V, N, D)``.
 
-    Raises
-    ------
-    StoreFormatError
-        The store lacks what `config.features` asks for.
+    Errors are those of :func:`require_features`.
     """
     require_features(store, config)
     columns = FEATURES[config.features]
