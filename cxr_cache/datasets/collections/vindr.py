@@ -63,8 +63,8 @@ def _require_one_row_per_reader(table: pd.DataFrame, file: Path) -> None:
         row = table[again].iloc[0]
         reader = f" by reader {row['rad_id']}" if "rad_id" in row else ""
         raise TableError(
-            f"{file}, line {row.name}: image {row['image_id']!r} is labelled twice{reader}. Keep one of the "
-            "rows."
+            f"{file}, line {row.name}: image {row['image_id']!r} is labelled twice{reader}. "
+            "Keep one of the rows."
         )
 
 
