@@ -342,21 +342,9 @@ def write_table(path: str | Path, table: pd.DataFrame, *, digits: int = 9) -> No
     """Write a table as CSV in UTF-8, so that readers see the old file or the whole new one.
 
     The bytes are those of :meth:`pandas.DataFrame.to_csv` without the index, in half the time, and
-    text that holds carriage returns comes back, too.
-
-    Parameters
-    ----------
-    path
-        File to write or replace.
-    table
-        What is missing is left blank.
-    digits
-        Significant digits of floats; nine are all of float32.
-
-    Raises
-    ------
-    DiskFullError, DiskError
-        As :func:`cxr_cache.common.files.replacing`.
+    text that holds carriage returns comes back, too. What is missing is left blank. Floats keep so
+    many significant digits; nine are all of float32. Errors are those of
+    :func:`cxr_cache.common.files.replacing`.
     """
     cells = {i: _cells(table.iloc[:, i], digits) for i in range(table.shape[1])}
     text = [cells[i] for i in cells if table.dtypes.iloc[i].kind not in "fiub"]

@@ -189,14 +189,8 @@ class Predictor:
     """A trained model with its weights in place: batches to probabilities, not calibrated.
 
     Loading takes longer than a batch, so keep one for all batches. The members of an ensemble are
-    averaged; a row whose input holds NaN or infinity becomes NaN.
-
-    Parameters
-    ----------
-    model
-        What a run saved.
-    encoder
-        The run's, as it is before fine-tuning, which it stays. Embeddings need none.
+    averaged; a row whose input holds NaN or infinity becomes NaN. `encoder` is the run's, as it is
+    before fine-tuning, which it stays; embeddings need none.
     """
 
     def __init__(self, model: SavedModel, encoder: Encoder | None = None) -> None:
@@ -226,13 +220,10 @@ class Predictor:
         return probabilities
 
     def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)``.
+        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
-        Parameters
-        ----------
-        outputs
-            Those of the encoder that the head reads, in the order of
-            :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings alone.
+        They come in the order of :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings
+        alone.
         """
         assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
@@ -251,14 +242,8 @@ def predict_store(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions of a run for the finished rows of a store, and their targets.
 
-    Parameters
-    ----------
-    run
-        A finished run.
-    store
-        With the run's findings; for a fine-tuned run also with tokens that enter its blocks.
-    encoder
-        The store's, for a fine-tuned run; a frozen one needs none.
+    The store has the run's findings. A fine-tuned run also needs tokens that enter its blocks, and
+    the store's `encoder`.
 
     Returns
     -------

@@ -152,9 +152,9 @@ def read_collection(
             f"there: {list_names(names, 5) if names else 'none'}."
         )
     if len(found.tables) > found.form.n_tables:
-        names = list_names([file.name for file in found.tables])
+        listed = list_names([file.name for file in found.tables])
         raise TableError(
-            f"{path} holds {len(found.tables)} tables of {found.form.title}: {names}. They may "
+            f"{path} holds {len(found.tables)} tables of {found.form.title}: {listed}. They may "
             f"contradict each other; give the one that is meant, such as --data {found.tables[0]}."
         )
     listing = found.form.read(list(found.tables), path, image_dir)

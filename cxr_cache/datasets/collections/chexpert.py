@@ -66,7 +66,7 @@ def list_chexpert(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
         files=tuple(tables),
         policy=CHEXPERT_POLICY,
         split="CheXpert's folders train, valid and test" if len(tables) > 1 else "",
-        columns=say_columns({"Path": "image, patient, study and split"}, _FACTS, _AS_FINDINGS),
+        columns=say_columns(read[0], {"Path": "image, patient, study"}, _FACTS, _AS_FINDINGS),
         notes=(CHEXPERT_NOTE,),
     )
 
@@ -83,12 +83,13 @@ def _list_images(table: pd.DataFrame, column: str, file: Path) -> pd.DataFrame:
         )
     parts = (pd.Series(part, dtype=object) for part in zip(*found, strict=True))
     image_ids, sides, studies, patients = parts
-    return take_columns(table, _FACTS | _PLUS_FACTS).assign(
+    facts: pd.DataFrame = take_columns(table, _FACTS | _PLUS_FACTS).assign(
         image_id=image_ids,
         study_uid=studies,
         patient_id=patients,
         given_split=sides.map(SPLIT_WORDS),
     )
+    return facts
 
 
 def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
@@ -122,7 +123,7 @@ def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -
         unlabelled=row_of < 0,
         policy=CHEXPERT_POLICY,
         split="the column split of CheXpert Plus",
-        columns=say_columns({"path_to_image": "image, patient and study"}, _PLUS_FACTS),
+        columns=say_columns(table, {"path_to_image": "image, patient, study"}, _PLUS_FACTS),
         notes=(CHEXPERT_NOTE, f"Findings are those of {found[0].name}."),
     )
 
@@ -144,7 +145,7 @@ def list_brax(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
         files=(tables[0],),
         policy=CHEXPERT_POLICY,
         columns=say_columns(
-            _BRAX_FACTS, {"AccessionNumber": "study", "PatientAge": "age"}, _AS_FINDINGS
+            table, _BRAX_FACTS, {"AccessionNumber": "study", "PatientAge": "age"}, _AS_FINDINGS
         ),
         notes=(CHEXPERT_NOTE,),
     )

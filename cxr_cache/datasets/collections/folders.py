@@ -79,7 +79,10 @@ def parse_class_folders(paths: Sequence[str]) -> pd.DataFrame | None:
     if not all(len(p) == 1 for p in parts) or len({p[0] for p in parts}) < 2:
         return None
     given = sides if all(sides) else ""
-    return pd.DataFrame({"image_id": paths, "given_split": given, "class": [p[0] for p in parts]})
+    table: pd.DataFrame = pd.DataFrame(
+        {"image_id": paths, "given_split": given, "class": [p[0] for p in parts]}
+    )
+    return table
 
 
 def list_classes(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:

@@ -8,11 +8,13 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from cxr_cache.common.tables import read_table
-from cxr_cache.datasets.codes import read_codes
-from cxr_cache.datasets.collections.listing import Listing
+from cxr_cache.datasets.codes import PRESENT, read_codes
+from cxr_cache.datasets.collections.listing import Listing, say_columns
 from cxr_cache.datasets.collections.places import find_beside
+from cxr_cache.errors import TableError
 
 _FROM_NIH: Final = (
     "These images come from NIH ChestX-ray14; beside that data set, the same patients would be in "
@@ -28,11 +30,8 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
     become the fact ``image_class``.
     """
     boxes = read_table(tables[0])
-    targets = (
-        pd.Series(read_codes(boxes, ["Target"], tables[0])[:, 0], boxes.index)
-        .groupby(boxes["patientId"], sort=False)
-        .max()
-    )
+    present = read_codes(boxes, ["Target"], tables[0])[:, 0] == PRESENT
+    targets = _one_target(boxes["patientId"], present, tables[0])
     names = targets.index
     images = pd.DataFrame({"image_id": names, "study_uid": names})
     classes = find_beside(path, "*detailed_class_info.csv*")
@@ -48,7 +47,7 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
         ("Pneumonia",),
         targets.to_numpy(np.int8)[:, None],
         files=(tables[0], *classes[:1], *mappings[:1]),
-        columns={"patientId": "image", "Target": "finding Pneumonia", "x": "ignored: a box"},
+        columns=say_columns(boxes, {"patientId": "image", "Target": "finding Pneumonia"}),
         notes=(_FROM_NIH,),
     )
 
@@ -59,12 +58,26 @@ def list_siim(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
     Images lie in folders of study and series; each study has one.
     """
     table = read_table(tables[0])
-    outlined = (table["EncodedPixels"] != "-1").groupby(table["ImageId"], sort=False).max()
+    present = (table["EncodedPixels"] != "-1").to_numpy()
+    outlined = _one_target(table["ImageId"], present, tables[0])
     return Listing(
         pd.DataFrame({"image_id": outlined.index + ".dcm", "study_uid": outlined.index}),
         ("Pneumothorax",),
         outlined.to_numpy(np.int8)[:, None],
         files=(tables[0],),
-        columns={"ImageId": "image", "EncodedPixels": "finding Pneumothorax"},
+        columns=say_columns(table, {"ImageId": "image", "EncodedPixels": "finding Pneumothorax"}),
         notes=(_FROM_NIH,),
     )
+
+
+def _one_target(names: pd.Series[str], present: NDArray[np.bool_], file: Path) -> pd.Series[bool]:
+    """Whether the rows of each image say that something is there, on which they must agree."""
+    of_image = pd.Series(present).groupby(names.to_numpy(object), sort=False)
+    targets: pd.Series[bool] = of_image.max()
+    differ = targets != of_image.min()
+    if differ.any():
+        raise TableError(
+            f"{file}: image {differ.idxmax()!r} has rows that say it has the finding and rows "
+            "that say it has not. Keep those of one kind."
+        )
+    return targets

@@ -86,18 +86,20 @@ class Listing:
 
 def take_columns(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     """The columns of a table that `names` knows and the table has, under their new names."""
-    return pd.DataFrame(
+    taken: pd.DataFrame = pd.DataFrame(
         {new: table[old].to_numpy(object) for old, new in names.items() if old in table}
     )
+    return taken
 
 
-def say_columns(*uses: Mapping[str, str]) -> dict[str, str]:
-    """What columns are used as, in words: ``patient_id`` is the patient."""
-    return {
+def say_columns(table: pd.DataFrame, *uses: Mapping[str, str]) -> dict[str, str]:
+    """What each column of a table is used as, in words; the others are ignored."""
+    used = {
         column: use.removesuffix("_id").removesuffix("_uid").replace("_", " ")
         for each in uses
         for column, use in each.items()
     }
+    return {column: used.get(column, "ignored") for column in table.columns}
 
 
 def read_chexpert_codes(table: pd.DataFrame, path: Path) -> NDArray[np.int8]:
@@ -130,6 +132,8 @@ def make_cohort(
         targets = combine_rows(targets, image_of, len(names), config.readers)
         images = images[~images["image_id"].duplicated()]
     images, fact_notes = _tidy_facts(images)
+    if not listing.split:
+        images = images.drop(columns="given_split", errors="ignore")
     images["image_id"], image_notes = place_images(images["image_id"].tolist(), path, image_dir)
     return Cohort(
         images,

@@ -76,6 +76,6 @@ def list_mimic(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
         unlabelled=unlabelled,
         policy=CHEXPERT_POLICY,
         split="the split of MIMIC-CXR-JPG" if splits else "",
-        columns=say_columns(_COLUMNS, {"dicom_id": "image", "split": "given_split"}),
+        columns=say_columns(table, _COLUMNS, {"dicom_id": "image", "split": "given_split"}),
         notes=tuple(notes),
     )

@@ -30,6 +30,7 @@ _COLUMNS: Final = {
     "Patient Gender": "sex",
     "Patient Age": "age",
 }
+_FURTHER: Final = {"Finding Labels": "findings", "Follow-up #": "study"}
 _LISTS: Final = {"train": "*train_val_list.txt*", "test": "*test_list.txt*"}
 
 
@@ -56,7 +57,9 @@ def list_nih(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
         files=(tables[0], *(file for files in lists.values() for file in files)),
         usual=FINDINGS,
         split="the official lists of NIH ChestX-ray14" if any(lists.values()) else "",
-        columns=say_columns(_COLUMNS, {"Finding Labels": "findings", "Follow-up #": "study"}),
+        columns=say_columns(
+            table, _COLUMNS, {"Finding Labels": "findings", "Follow-up #": "study"}
+        ),
         notes=(f"Labels that are no finding here: {list_names(unknown)}.",) if unknown else (),
     )
 
@@ -79,4 +82,4 @@ def _read_split(names: pd.Series[str], lists: dict[str, list[Path]]) -> list[str
             f"{lists['train'][0]} and {lists['test'][0]} both list image {twice!r}; take the "
             "official lists, which share none."
         )
-    return np.select([train, test], ["train", "test"], "").tolist()
+    return [str(side) for side in np.select([train, test], ["train", "test"], "")]

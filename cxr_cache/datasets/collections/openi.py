@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 
+from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.codes import BLANK
 from cxr_cache.datasets.collections.listing import Listing
-from cxr_cache.datasets.labels import FINDINGS, assign_targets
+from cxr_cache.datasets.labels import FINDINGS, assign_targets, count_unknown_tags
 from cxr_cache.errors import TableError
 
 REPORTS: Final = (
@@ -56,9 +57,11 @@ def list_openi(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
         raise TableError(f"{path}: none of the {len(files):,} reports names an image.")
     table = pd.DataFrame(images)
     targets = assign_targets(problems)
+    unknown = list_names([f"{tag!r}" for tag in count_unknown_tags(problems)], 5)
     return Listing(
         table.assign(image_id=table["image_id"] + ".png", patient_id=table["study_uid"]),
         FINDINGS,
         np.where(np.isnan(targets), BLANK, targets).astype(np.int8),
+        notes=(f"Terms that the rule for findings does not know: {unknown}.",) if unknown else (),
         columns={"parentImage": "image", "uId": "study and patient", "MeSH/major": "findings"},
     )

@@ -37,7 +37,7 @@ def list_padchest(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
     return Listing(
         take_columns(table, _COLUMNS).assign(
             image_id=(table["ImageDir"] + "/" + table["ImageID"]).to_numpy(object),
-            age=age.map(lambda years: "" if np.isnan(years) else f"{years:.0f}"),
+            age=["" if np.isnan(years) else f"{years:.0f}" for years in age],
         ),
         names,
         codes,
@@ -45,6 +45,7 @@ def list_padchest(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
         usual=tuple(name for name in names if name not in REMARKS),
         unlabelled=np.any([*unusable.values()], axis=0) if unusable else None,
         columns=say_columns(
+            table,
             {"ImageDir": "folder of the image", "ImageID": "image", "Labels": "findings"},
             {"PatientBirth": "age", "StudyDate_DICOM": "age"},
             _COLUMNS,

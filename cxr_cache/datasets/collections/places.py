@@ -54,8 +54,9 @@ def peek(path: Path) -> pd.DataFrame:
                 path, nrows=1, dtype=str, encoding_errors="replace", keep_default_na=False
             )
     except (OSError, ValueError, ImportError):  # whoever reads it whole says what is wrong
-        return pd.DataFrame()
-    return table.rename(columns=lambda name: str(name).strip())
+        table = pd.DataFrame()
+    head: pd.DataFrame = table.rename(columns=lambda name: str(name).strip())
+    return head
 
 
 def place_images(

@@ -73,7 +73,7 @@ def _recognise_published(path: Path) -> dict[str, str]:
         indiana = [f for f in names if f.name.startswith("indiana_") or "uid" in peek(f)]
         if indiana:
             listed = list_names([file.name for file in sorted(indiana)])
-            known["indiana"] = f"{listed}: such names are those of the Indiana collection."
+            known["indiana"] = f"it holds {listed}."
         if reports := find_reports(path):
             known["openi"] = f"{reports[0].parent} holds reports in XML, as Open-i's original does."
     return known

@@ -46,7 +46,7 @@ def list_taix_ray(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
         np.column_stack([steps[name].map(_STEPS) for name in FINDINGS]).astype(np.int8),
         files=(tables[0], *splits[:1]),
         split="TAIX-Ray's official split" if "given_split" in images else "",
-        columns=say_columns(_COLUMNS, {"UID": "image"}, dict.fromkeys(FINDINGS, "finding")),
+        columns=say_columns(table, _COLUMNS, {"UID": "image"}, dict.fromkeys(FINDINGS, "finding")),
         notes=(
             "Steps 2 to 4 are present; the step questionable (of the heart: borderline) is "
             "uncertain.",

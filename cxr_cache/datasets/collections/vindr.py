@@ -11,6 +11,7 @@ import pandas as pd
 from cxr_cache.common.tables import read_table
 from cxr_cache.datasets.codes import PRESENT, read_codes
 from cxr_cache.datasets.collections.listing import Listing, say_columns
+from cxr_cache.errors import TableError
 
 _NOT_FINDINGS: Final = frozenset({"image_id", "rad_id"})
 _OTHER_NAMES: Final = {"rad_ID": "rad_id", "Other disease": "Other diseases"}
@@ -28,7 +29,10 @@ def list_vindr(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     five readers agreed.
     """
     read = {file: read_table(file).rename(columns=_OTHER_NAMES) for file in tables}
-    findings = [name for name in next(iter(read.values())) if name not in _NOT_FINDINGS]
+    first = next(iter(read.values()))
+    findings = [name for name in first if name not in _NOT_FINDINGS]
+    for file, table in read.items():
+        _require_one_row_per_reader(table, file)
     side = {file: "train" if "rad_id" in table else "test" for file, table in read.items()}
     given = [side[file] for file, table in read.items() for _ in range(len(table))]
     names = pd.concat([table["image_id"] for table in read.values()]).tolist()
@@ -46,9 +50,22 @@ def list_vindr(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
         files=tuple(tables),
         several_readers=True,
         split="VinDr-CXR's tables for training and testing" if both else "",
-        columns=say_columns(_COLUMNS, dict.fromkeys(findings, "finding")),
+        columns=say_columns(
+            next(iter(read.values())), _COLUMNS, dict.fromkeys(findings, "finding")
+        ),
         notes=(_NO_PATIENTS,),
     )
+
+
+def _require_one_row_per_reader(table: pd.DataFrame, file: Path) -> None:
+    again = table.duplicated([name for name in ("image_id", "rad_id") if name in table])
+    if again.any():
+        row = table[again].iloc[0]
+        reader = f" by reader {row['rad_id']}" if "rad_id" in row else ""
+        raise TableError(
+            f"{file}, line {row.name}: image {row['image_id']!r} is labelled twice{reader}. "
+            "Keep one of the rows."
+        )
 
 
 def list_vinbigdata(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
@@ -70,6 +87,6 @@ def list_vinbigdata(tables: list[Path], path: Path, image_dir: Path | None) -> L
         files=(tables[0],),
         usual=tuple(name for name in findings if name != "No finding"),
         several_readers=True,
-        columns=say_columns(_COLUMNS, {"class_name": "finding", "class_id": "order of findings"}),
+        columns=say_columns(table, _COLUMNS, {"class_name": "finding", "class_id": "order"}),
         notes=(_NO_PATIENTS, "Class 14, No finding, says that a reader drew no box."),
     )
