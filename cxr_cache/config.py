@@ -239,8 +239,14 @@ class Recipe(Config):
     n_folds: int = option(5, "Number of cross-validation folds.", flag="--folds", check=at_least(2))
     test_fraction: float = option(
         0.2,
-        "Share of the data that is set aside for the test.",
+        "Share of the data that is set aside for the test, where a new split is made.",
         check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    )
+    split: Literal["given", "new"] = option(
+        "given",
+        "Which split is used. given takes the test images and folds that the data set came with, "
+        "and makes what it lacks; new makes them all. Images marked val are trained on: the folds "
+        "take their part.",
     )
     split_by: SplitBy = option(
         "study",
