@@ -280,8 +280,9 @@ MODEL_OF_STORE: Final = option(
 LABELS: Final = option(
     "--labels",
     type=FILE,
-    help="CSV file of labels to use instead of the store's: a column image_id and one for each "
-    "finding (1 present, 0 absent, blank unlabelled).",
+    help="Table of labels to use instead of the store's: a column image_id and one for each "
+    "finding (1 present, 0 absent, blank unlabelled). Columns with the patient and a given split "
+    "or fold are used too.",
 )
 GROUPS: Final = option(
     "--groups",

@@ -120,6 +120,22 @@ def find_roles(
     return roles
 
 
+def require_named(config: ReadConfig, tables: Mapping[Path, pd.DataFrame]) -> None:
+    """Raise TableError for a column that the user names and none of the tables has."""
+    for option in OPTIONS.values():
+        column = getattr(config, option)
+        if column is not None and not any(column in table for table in tables.values()):
+            path, table = next(iter(tables.items()))
+            require_columns(table, (column,), path)
+
+
+def restrict(config: ReadConfig, table: pd.DataFrame) -> ReadConfig:
+    """Leave out the columns that the user names and a table lacks: of several, each has some."""
+    named = {option: getattr(config, option) for option in OPTIONS.values()}
+    absent = {option: None for option, name in named.items() if name and name not in table}
+    return ReadConfig(**{**vars(config), **absent})
+
+
 def candidates(table: pd.DataFrame, role: str) -> list[str]:
     """All columns whose names fit a role, in the table's order."""
     return [name for name in table.columns if ROLE_OF_NAME.get(squeeze_name(name)) == role]

@@ -15,7 +15,7 @@ from cxr_cache.datasets.cohort import GIVEN, Cohort, Reading
 from cxr_cache.datasets.labels import FINDINGS, PUBLISHED_COUNTS, PUBLISHED_IMAGES
 
 CODES: Final = ("present", "absent", "uncertain", "blank")
-"""Codes of :attr:`cxr_cache.datasets.cohort.Reading.codes`, in the order in which they are shown."""
+"""Names of codes in :class:`cxr_cache.datasets.cohort.Reading`, in the order shown."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ class CohortDescription:
 
     def to_text(self) -> str:
         """Return one screen of text: the cohort's size and views, then a row per finding."""
-        head = [] if self.reading is None else [self.reading.to_text(), ""]
+        head = self._summary_lines()
+        if self.reading is not None:
+            head += ["", self.reading.to_text()]
         if not self.findings:
-            return "\n".join([*head, *self._summary_lines(), "", "no findings"])
+            return "\n".join([*head, "", "no findings"])
         width = max(len("finding"), *(len(count.finding) for count in self.findings))
         header = f"{'finding':<{width}}  {'images':>7}  {'studies':>7}  {'prevalence':>10}"
         codes = {} if self.reading is None else self.reading.codes
@@ -107,7 +109,7 @@ class CohortDescription:
             + "".join(f"  {codes.get(count.finding, {}).get(code, 0):>9,}" for code in written)
             for count in self.findings
         ]
-        return "\n".join([*head, *self._summary_lines(), "", header, *rows])
+        return "\n".join([*head, "", header, *rows])
 
     def _summary_lines(self) -> list[str]:
         patients = "" if self.n_patients is None else f" of {self.n_patients:,} patients"

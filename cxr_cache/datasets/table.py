@@ -113,12 +113,12 @@ def read_own_table(path: Path, config: ReadConfig, image_dir: Path | None) -> Co
     TableError
         A table is unreadable, contradicts itself or another, or names no image that is there.
     """
-    paths = find_tables(path)
-    sheets = []
-    for table_path in paths:
-        table = read_table(table_path)
-        own = config if len(paths) == 1 else _restrict(config, table)
-        sheets.append(read_sheet(table, table_path, own))
+    tables = {table_path: read_table(table_path) for table_path in find_tables(path)}
+    cols.require_named(config, tables)
+    sheets = [
+        read_sheet(table, table_path, cols.restrict(config, table))
+        for table_path, table in tables.items()
+    ]
     with_images = [sheet for sheet in sheets if "image" in sheet.facts]
     main = max(with_images, key=lambda sheet: len(sheet.facts), default=None)
     if main is None:
@@ -126,13 +126,6 @@ def read_own_table(path: Path, config: ReadConfig, image_dir: Path | None) -> Co
         sheets.append(main)
     others = [sheet for sheet in sheets if sheet is not main]
     return join_sheets(main, others, config, image_dir, path)
-
-
-def _restrict(config: ReadConfig, table: pd.DataFrame) -> ReadConfig:
-    """Of several tables, each has some of the columns that the user names."""
-    named = {o: getattr(config, o) for o in cols.OPTIONS.values()}
-    absent = {o: None for o, column in named.items() if column and column not in table}
-    return ReadConfig(**{**vars(config), **absent})
 
 
 # -- one table ----------------------------------------------------------------------------
@@ -172,7 +165,7 @@ def read_sheet(
         role = cols.ROLE_OF_NAME.get(cols.squeeze_name(column), "names")
         if role != "names" and column not in uses:
             uses[column] = f"ignored: the {role} is {roles.get(role, roles.get('view'))!r}"
-    facts, notes = _read_facts(table, roles, path)
+    facts, notes = read_facts(table, roles, path)
     found, codes = _read_findings(table, roles, path, config, uses, findings)
     for column in table.columns:
         uses.setdefault(column, "ignored")
@@ -181,7 +174,7 @@ def read_sheet(
     return Sheet(path, facts, found, codes, ordered, tuple(notes), reader, roles)
 
 
-def _read_facts(
+def read_facts(
     table: pd.DataFrame, roles: dict[str, str], path: Path
 ) -> tuple[pd.DataFrame, list[str]]:
     """Ids and facts as the image table has them, and what there is to say of them."""
@@ -245,7 +238,7 @@ def _read_findings(
     wanted = known if known is not None else _name_columns(free, config)
     listing = [name for name in cols.candidates(table, "names") if name in free]
     findings: list[str] = []
-    if wanted:
+    if wanted or known is not None:
         findings = list(wanted)
     else:
         for column in free:
@@ -304,7 +297,7 @@ def _shorten(text: str, width: int = 24) -> str:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """One row per image, study or patient, with the targets that its readers agree on."""
 
     keys: pd.Index[Any]
@@ -312,12 +305,12 @@ class _Rows:
     targets: NDArray[np.float32]
 
 
-def _collapse(sheet: Sheet, key: str, policy: Policy, rule: str) -> _Rows:
+def collapse(sheet: Sheet, key: str, policy: Policy, rule: str) -> Rows:
     """Make one row of the rows of each image, study or patient."""
     targets = apply_policy(sheet.codes, sheet.findings, policy)
     places, keys = pd.factorize(sheet.facts[key].to_numpy(object))
     if len(keys) == len(sheet.facts):
-        return _Rows(pd.Index(keys, dtype=object), sheet.facts, targets)
+        return Rows(pd.Index(keys, dtype=object), sheet.facts, targets)
     first = np.full(len(keys), len(places), np.intp)
     np.minimum.at(first, places, np.arange(len(places)))
     lines = sheet.facts.index
@@ -347,7 +340,7 @@ def _collapse(sheet: Sheet, key: str, policy: Policy, rule: str) -> _Rows:
                 f"line {lines[before]} and {cells[row]!r} on line {lines[row]}. Make them equal."
             )
     combined = combine_rows(targets, places, len(keys), rule)
-    return _Rows(pd.Index(keys, dtype=object), sheet.facts.iloc[first], combined)
+    return Rows(pd.Index(keys, dtype=object), sheet.facts.iloc[first], combined)
 
 
 # -- several tables -----------------------------------------------------------------------
@@ -387,7 +380,7 @@ def join_sheets(
     """
     names = list(dict.fromkeys(name for sheet in (main, *others) for name in sheet.findings))
     policy = (policy or Policy()).with_config(config, names)
-    rows = _collapse(main, "image", policy, config.readers)
+    rows = collapse(main, "image", policy, config.readers)
     facts = {column: rows.facts[column].to_numpy(object) for column in rows.facts.columns}
     targets = {f: rows.targets[:, i] for i, f in enumerate(main.findings)}
     origins = dict.fromkeys([*facts, *targets], main.path)
@@ -416,14 +409,15 @@ def join_sheets(
             if finding in picked
         },
         policy=policy.to_text() if picked else "",
-        split=_whose_split(sheets),
+        split=whose_split(sheets),
         notes=tuple(notes),
     )
     source = {sheet.path.name: hash_file(sheet.path) for sheet in sheets if sheet.path.is_file()}
     return Cohort(images, matrix.astype(np.float32), tuple(picked), source, reading)
 
 
-def _whose_split(sheets: Sequence[Sheet]) -> str:
+def whose_split(sheets: Sequence[Sheet]) -> str:
+    """Name the columns that tables have a split in; blank if none has one."""
     parts = [
         f"the column {sheet.roles[role]!r} of {sheet.path.name}"
         for sheet in sheets
@@ -448,7 +442,7 @@ def _join(
             f"{sheet.path.name} has no column in common with {origins['image'].name} (image, study "
             "or patient) and is not used."
         ]
-    rows = _collapse(sheet, key, policy, config.readers)
+    rows = collapse(sheet, key, policy, config.readers)
     place = rows.keys.get_indexer(pd.Index(facts[key], dtype=object))
     place[facts[key] == ""] = -1
     found = place >= 0

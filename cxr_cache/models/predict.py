@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import finding_table
-from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.images import find_unused_bits, read_image
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
@@ -27,6 +28,8 @@ from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
     predictor = Predictor(model, encoder)
+    if unused := find_unused_bits(None, [str(path) for path in paths], encoder.preprocessing):
+        logger.warning(
+            "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
+            "nearly black to it; write them with the full range of 16 bits",
+            unused[1],
+            unused[0],
+        )
     probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
     errors = [""] * len(paths)
     for start in range(0, len(paths), _IMAGES_AT_ONCE):
@@ -179,14 +189,8 @@ class Predictor:
     """A trained model with its weights in place: batches to probabilities, not calibrated.
 
     Loading takes longer than a batch, so keep one for all batches. The members of an ensemble are
-    averaged; a row whose input holds NaN or infinity becomes NaN.
-
-    Parameters
-    ----------
-    model
-        What a run saved.
-    encoder
-        The run's, as it is before fine-tuning, which it stays. Embeddings need none.
+    averaged; a row whose input holds NaN or infinity becomes NaN. `encoder` is the run's, as it is
+    before fine-tuning, which it stays; embeddings need none.
     """
 
     def __init__(self, model: SavedModel, encoder: Encoder | None = None) -> None:
@@ -216,13 +220,10 @@ class Predictor:
         return probabilities
 
     def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)``.
+        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
-        Parameters
-        ----------
-        outputs
-            Those of the encoder that the head reads, in the order of
-            :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings alone.
+        They come in the order of :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings
+        alone.
         """
         assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
@@ -241,14 +242,8 @@ def predict_store(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions of a run for the finished rows of a store, and their targets.
 
-    Parameters
-    ----------
-    run
-        A finished run.
-    store
-        With the run's findings; for a fine-tuned run also with tokens that enter its blocks.
-    encoder
-        The store's, for a fine-tuned run; a frozen one needs none.
+    The store has the run's findings. A fine-tuned run also needs tokens that enter its blocks, and
+    the store's `encoder`.
 
     Returns
     -------

@@ -67,6 +67,13 @@ class Header:
     written."""
 
     @property
+    def n_unfrozen(self) -> int | None:
+        """Blocks of the encoder that the tokens have before them; None without tokens."""
+        if self.boundary_block is None:
+            return None
+        return int(self.encoder["n_blocks"]) - self.boundary_block
+
+    @property
     def format_version(self) -> int:
         """The first version that has a place for all this."""
         return 2 if self.image_columns else 1
@@ -127,7 +134,10 @@ def plan_columns(
         "error": (f"S{ERROR_WIDTH}", ()),
         "image_sha256": ("u1", (32,)),
         "row_digest": ("u1", (16,)),
-        **{name: (feature_dtype(name), tuple(shape)) for name, shape in features.items()},
+        **{
+            name: ("<f2" if name == "tokens" else "<f4", tuple(shape))
+            for name, shape in features.items()
+        },
     }
     fixed = {**table, _FIXED_DIGEST: np.zeros((1, 16), np.uint8)}
     if canary is not None:
@@ -144,29 +154,16 @@ def plan_columns(
     }
 
 
-def feature_dtype(name: str) -> np.dtype[Any]:
-    """Type of a feature column: tokens are float16, everything else float32."""
-    return np.dtype("<f2" if name == "tokens" else "<f4")
-
-
 # -- writing ----------------------------------------------------------------------------
 
 
 def write_layout(
     fd: int, header: Header, columns: Mapping[str, Column], fixed: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write an HDF5 file that holds `fixed` and has a place for every row.
+    """Write an HDF5 file that has a place for every row, as :func:`plan_columns` plans it.
 
-    Parameters
-    ----------
-    fd
-        An empty file, open for reading and writing.
-    header
-        Becomes attributes of the root group.
-    columns
-        As :func:`plan_columns` gives them.
-    fixed
-        Values of the datasets that never change: the image table and the canaries.
+    The header becomes attributes of the root group. `fixed` holds the values of the datasets that
+    never change: the image table and the canaries. `fd` is an empty file, open for reading too.
     """
     view = _FileView(fd)
     with h5py.File(
@@ -267,14 +264,7 @@ def read_layout(fd: int, path: Path) -> Layout:
     """Find the datasets of a store, each checked to be plain bytes inside this very file.
 
     The file may be anything, made by anybody: nothing is followed out of it, and no memory is
-    taken on the word of a number in it.
-
-    Parameters
-    ----------
-    fd
-        The file, open for reading.
-    path
-        Its name, for messages.
+    taken on the word of a number in it. `path` is its name, for messages.
 
     Raises
     ------
@@ -424,6 +414,8 @@ def _read_column(file: h5py.File, name: str, path: Path) -> Column:
             "(chunked, compressed, external or virtual data); refused."
         )
     offset, shape = dataset.id.get_offset(), dataset.shape
+    if name == "targets" and shape[1:] == (0,):  # images without labels: nothing, so nowhere
+        offset = 0
     if not shape or offset is None:
         raise StoreFormatError(f"{path}: dataset '{name}' has no rows, or no place in the file.")
     return Column(name, dataset.dtype, shape[0], shape[1:], offset)
@@ -458,7 +450,9 @@ def _require_columns(path: Path, layout: Layout) -> None:
             column.dtype == np.dtype(dtype)
             and column.n_rows == (column.n_rows if n_rows is None else n_rows)
             and len(column.shape) == len(shape)
-            and all(m > 0 and n in (None, m) for m, n in zip(column.shape, shape, strict=True))
+            and all(
+                n == m or (n is None and m > 0) for m, n in zip(column.shape, shape, strict=True)
+            )
         )
         if not fits or column.n_rows < 1 or (name == "canary" and column.n_rows > _MAX_CANARIES):
             wanted = " x ".join("any" if n is None else str(n) for n in (n_rows, *shape))
