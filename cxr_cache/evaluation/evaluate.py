@@ -26,6 +26,7 @@ from cxr_cache.evaluation.figures import (
     tabulate_groups,
     to_number,
 )
+from cxr_cache.evaluation.group_differences import compare_groups, describe_differences
 from cxr_cache.evaluation.scored import ScoredImages, join_groups, parse_predictions
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
@@ -220,9 +221,13 @@ def score_run(
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
     if not len(raw):
         raise TableError("predictions: no image to evaluate.")
+    of_table = raw.groups
     if groups is not None:
         raw = join_groups(raw, groups)
     images = reading.calibrate(raw)
+    differences = compare_groups(
+        images, reading.point.thresholds, n_resamples=reading.n_resamples, seed=reading.seed
+    )
     studies = images.by_study()
     by_image, by_study = reading.estimate(images), reading.estimate(studies)
     subsets = [
@@ -237,6 +242,7 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "test_by_study": by_study.overall(),
         "test_by_projection": by_group.pop("projection"),
         "test_by_group": by_group,
+        "group_differences": describe_differences(differences),
         **_counts(images, by_image.figures["auroc"], reading.point.thresholds),
         "threshold_rule": reading.point.rule,
         "calibration": _describe_calibration(raw, images, reading.point.calibration),
@@ -248,13 +254,15 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         ),
         "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
         "subgroups": tabulate_groups(subsets, reading.point.thresholds),
+        "group_differences": differences,
         "curves": ranking_curves(images),
         "calibration": calibration_curves(
             raw, None if reading.point.calibration.method == "none" else images
         ),
     }
-    if images.groups:
-        tables["groups"] = pd.DataFrame({"image_id": images.image_ids, **images.groups})
+    given = {name: of for name, of in images.groups.items() if of is not of_table.get(name)}
+    if given:
+        tables["groups"] = pd.DataFrame({"image_id": images.image_ids, **given})
     return Evaluation(metrics, tables)
 
 
@@ -339,6 +347,7 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"{_with_interval(test['macro_sensitivity'])}, specificity "
         f"{_with_interval(test['macro_specificity'])}",
         *_describe_gain(metrics["calibration"]),
+        *_describe_groups(metrics),
     ]
     if boot["n_resamples"]:
         lines.append(
@@ -365,6 +374,27 @@ def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
     return [
         f"  calibration     {calibration['method']}: micro log loss {log_loss}, calibration error "
         f"{error}"
+    ]
+
+
+def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
+    """Which groups there are, and how many findings differ between them beyond luck."""
+    names = [*metrics["test_by_group"]]
+    if metrics["test_by_projection"]:
+        names.insert(0, "projection")
+    differences = metrics.get("group_differences", {})
+    if not names or not any(differences.get("n_tested", {}).values()):
+        return []
+    found = [row for row in differences["differing"] if row["measure"] == "auroc"]
+    n_tested = differences["n_tested"]["auroc"]
+    lines = [
+        f"  groups          {list_names(names)}: the AUROC of {len(found)} of "
+        f"{count(n_tested, 'comparison')} differs (Holm, 5 %)"
+    ]
+    return lines + [
+        f"    {row['finding']}, {row['group']} {row['value']} minus {row['against']}: "
+        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        for row in found
     ]
 
 
