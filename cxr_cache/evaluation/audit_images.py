@@ -142,16 +142,18 @@ N_NEIGHBOURS: Final = 10
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
-    """The nearest other images of every image, P of them, nearest first.
+    """The nearest other images of Q images, P of them, nearest first.
 
     Distances are 1 - cosine between embeddings less their mean. Without subtracting it, all
     radiographs look alike to most encoders.
     """
 
+    own: NDArray[np.intp]
+    """Rows of the images whose neighbours these are, ``(Q,)``."""
     rows: NDArray[np.intp]
-    """``(N, P)``."""
+    """``(Q, P)``."""
     distances: NDArray[np.float64]
-    """``(N, P)``, from 0 to 2."""
+    """``(Q, P)``, from 0 to 2."""
 
     @property
     def usual_distance(self) -> float:
@@ -175,8 +177,7 @@ class Neighbourhood:
 
     def pairs_within(self, distance: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Pairs closer than `distance`, and their distances; as :meth:`close_pairs`."""
-        own, n_each = np.arange(len(self.rows)), self.rows.shape[1]
-        pairs = np.stack([np.repeat(own, n_each), self.rows.ravel()], axis=1)
+        pairs = np.stack([np.repeat(self.own, self.rows.shape[1]), self.rows.ravel()], axis=1)
         distances = self.distances.ravel()
         is_close = distances < distance
         pairs, first = np.unique(np.sort(pairs[is_close], axis=1), axis=0, return_index=True)
@@ -185,13 +186,20 @@ class Neighbourhood:
         return pairs[order], distances[order]
 
 
-def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) -> Neighbourhood:
+def find_neighbours(
+    embeddings: NDArray[np.float32],
+    own: NDArray[np.intp] | None = None,
+    *,
+    less_mean: bool = True,
+) -> Neighbourhood:
     """Look up the nearest others of every image, exactly.
 
     Parameters
     ----------
     embeddings
         Encoder scale, shape ``(N, D)``, finite, N at least 3.
+    own
+        Rows of the images whose neighbours are wanted; None takes all.
     less_mean
         Subtract the mean over images first. Without it, distances are 1 - cosine of what is given.
 
@@ -204,12 +212,14 @@ def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) 
     centred = to_unit_length(embeddings - mean if less_mean else embeddings)
     n_wanted = min(N_NEIGHBOURS + 1, len(centred))
     search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")
-    squares, rows = search.fit(centred).kneighbors(centred)
+    own = np.arange(len(centred)) if own is None else own
+    squares, rows = search.fit(centred).kneighbors(centred[own])
     # An image is among its own neighbours, but behind its copies it need not come first.
-    is_self = rows == np.arange(len(rows))[:, None]
+    is_self = rows == own[:, None]
     is_self[~is_self.any(axis=1), -1] = True
     others = (len(rows), n_wanted - 1)
-    return Neighbourhood(rows[~is_self].reshape(others), squares[~is_self].reshape(others) / 2)
+    distances = squares[~is_self].reshape(others) / 2
+    return Neighbourhood(own, rows[~is_self].reshape(others), distances)
 
 
 def find_same_digests(digests: NDArray[np.uint8]) -> NDArray[np.intp]:

@@ -91,9 +91,15 @@ def describe_differences(table: pd.DataFrame) -> dict[str, Any]:
         "level": LEVEL,
         "min_clusters": MIN_CLUSTERS,
         "n_tested": {name: int((tested["measure"] == name).sum()) for name in COMPARED},
-        "macro": _to_records(table[is_macro]),
+        "macro": _to_records(table.assign(n_findings=_count_findings(table))[is_macro]),
         "differing": _to_records(tested[tested["p_holm"] < 1 - LEVEL]),
     }
+
+
+def _count_findings(table: pd.DataFrame) -> pd.Series[int]:
+    """Over how many findings the mean of each row's comparison is."""
+    keys = [table[name] for name in ("group", "value", "measure")]
+    return (table["finding"] != MACRO).groupby(keys).transform("sum")
 
 
 def _to_records(table: pd.DataFrame) -> list[dict[str, Any]]:

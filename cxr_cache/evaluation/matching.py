@@ -162,6 +162,16 @@ def name_data_set(findings: Sequence[str], reading: Mapping[str, Any] | None = N
     return "indiana" if tuple(findings) == FINDINGS else ""
 
 
+def require_scored(matching: Matching, run: Path, labelled_by: str | Path) -> None:
+    """Raise TableError where no finding of the run can be scored."""
+    if not matching.scored:
+        raise TableError(
+            f"{labelled_by} labels none of the findings of {run}.\n{matching.to_text()}\n"
+            "Give labels with --labels, say with --map which names belong together, or take more "
+            "than the same with --relations."
+        )
+
+
 class _Pair(NamedTuple):
     name: str
     relation: str

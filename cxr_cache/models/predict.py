@@ -239,14 +239,14 @@ class Predictor:
 def predict_store(
     run: Run, store: FeatureStore, encoder: Encoder | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predictions of a run for the finished rows of a store, and their targets.
+    """Predictions of a run for the finished rows of a store, and the store's own targets.
 
     Parameters
     ----------
     run
         A finished run.
     store
-        With the run's findings; for a fine-tuned run also with tokens that enter its blocks.
+        With any findings; for a fine-tuned run with tokens that enter its blocks.
     encoder
         The store's, for a fine-tuned run; a frozen one needs none.
 
@@ -255,27 +255,19 @@ def predict_store(
     predictions
         The columns of the image table and one probability per finding, not calibrated.
     targets
-        Columns image_id and one target per finding of the run.
+        Columns image_id and one target per finding of the store, whatever the run predicts.
 
     Raises
     ------
     StoreMismatchError
-        The store's embeddings come from another encoder, or it lacks a finding of the run.
+        The store's embeddings come from another encoder.
     StoreIncompleteError, StoreFormatError
         Rows are pending or damaged; see :func:`cxr_cache.store.rows.find_done_rows`.
     """
     model = run.load_model()
     _require_same_features(run, model, store)
-    missing = [finding for finding in model.findings if finding not in store.findings]
-    if missing:
-        raise StoreMismatchError(
-            f"{store.path} has no targets for {missing}, which {run.path} predicts. Evaluate on a "
-            "store with the run's findings."
-        )
     rows = find_done_rows(store)
     cohort = store.cohort.take(rows)
-    columns = [store.findings.index(finding) for finding in model.findings]
-    cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
     if model.tail is None:
         outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
         probabilities = Predictor(model).from_embeddings(*outputs)
@@ -283,8 +275,11 @@ def predict_store(
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)
         probabilities = _predict_cached(model, encoder, store, rows)
+    predicted = replace(
+        cohort, targets=np.full_like(probabilities, np.nan), findings=model.findings
+    )
     return (
-        finding_table(cohort, probabilities),
+        finding_table(predicted, probabilities),
         finding_table(cohort, cohort.targets, ("image_id",)),
     )
 
