@@ -178,9 +178,10 @@ def _read(value: Any, kind: Kind) -> Any:
     if value is None and kind.is_optional:
         return None
     if kind.is_many:
-        values = (value,) if isinstance(value, Real) else value
-        if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise ValueError(f"must be whole numbers such as (5, 10), not {value!r}")
+        values = (value,) if isinstance(value, Real | str) else value
+        if not hasattr(values, "__iter__") or (isinstance(value, str) and kind.type is not str):
+            such = "text such as ('Edema', 'Mass')" if kind.type is str else ""
+            raise ValueError(f"must be {such or 'whole numbers such as (5, 10)'}, not {value!r}")
         return tuple(_read(number, Kind(kind.type)) for number in values)
     if getattr(value, "ndim", None) == 0:  # numpy's and torch's numbers
         value = value.item()
@@ -574,6 +575,111 @@ class AblateConfig(WorkersConfig):
     )
     refit: bool = option(
         False, "Train the best setting as a run in OUT/best, which is tested once."
+    )
+
+
+# -- reading a data set -------------------------------------------------------------------
+
+
+def parse_policy(text: str, choices: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
+    """Split what is made of a label code into the choice for all findings and those for some.
+
+    Examples
+    --------
+    >>> parse_policy("ignore,Edema=ones", ("ignore", "zeros", "ones"))
+    ('ignore', {'Edema': 'ones'})
+    >>> parse_policy("Edema=ones", ("ignore", "zeros", "ones"))  # the others as the authors have it
+    (None, {'Edema': 'ones'})
+
+    Raises
+    ------
+    ValueError
+        The text is of another form; the message says of which.
+    """
+    for_all: str | None = None
+    for_some: dict[str, str] = {}
+    for part in text.split(","):
+        finding, is_one, choice = (piece.strip() for piece in part.rpartition("="))
+        if choice not in choices or bool(finding) != bool(is_one):
+            raise ValueError(f"is made of {', '.join(choices)} and such as Edema={choices[-1]}")
+        if is_one:
+            for_some[finding] = choice
+        elif for_all is None:
+            for_all = choice
+        else:
+            raise ValueError("names two choices for all findings")
+    return for_all, for_some
+
+
+UNCERTAIN_CHOICES: Final = ("ignore", "zeros", "ones")
+BLANK_CHOICES: Final = ("ignore", "zeros")
+
+
+def _is_policy(choices: tuple[str, ...]) -> Check:
+    def check(value: str) -> str:
+        try:
+            parse_policy(value, choices)
+        except ValueError as error:
+            return f"must be another text: {value!r} is wrong, as it {error}"
+        return ""
+
+    return check
+
+
+@dataclass(frozen=True)
+class ReadConfig(Config):
+    """How the tables of a data set are read; what is not said is recognised.
+
+    Examples
+    --------
+    >>> ReadConfig(patient_column="MRN", uncertain="ignore,Edema=ones").readers
+    'majority'
+    """
+
+    image_column: str | None = option(
+        None, "Column with the paths or names of the image files.", shown="recognised by its name"
+    )
+    patient_column: str | None = option(
+        None, "Column with the patient of each row.", shown="recognised by its name"
+    )
+    study_column: str | None = option(
+        None, "Column with the examination of each row.", shown="recognised by its name"
+    )
+    view_column: str | None = option(
+        None, "Column with the view, such as PA, AP or lateral.", shown="recognised by its name"
+    )
+    split_column: str | None = option(
+        None,
+        "Column with the words train, val and test (or valid, validate, dev ...).",
+        shown="recognised by its name",
+    )
+    fold_column: str | None = option(
+        None, "Column with the number of each row's fold.", shown="recognised by its name"
+    )
+    findings: tuple[str, ...] | None = option(
+        None, "Findings to take, with commas between.", shown="all that the data set has"
+    )
+    uncertain: str | None = option(
+        None,
+        "What is made of findings that are marked uncertain (-1): ignore, zeros or ones, for all "
+        "or for some, such as ignore,Edema=ones.",
+        shown="as the data set's authors have it, else ignore",
+        check=_is_policy(UNCERTAIN_CHOICES),
+    )
+    blank: str | None = option(
+        None,
+        "What is made of blank cells of findings: ignore leaves them unlabelled, zeros makes them "
+        "absent, for all or for some, such as ignore,Edema=zeros.",
+        shown="as the data set's authors have it, else ignore",
+        check=_is_policy(BLANK_CHOICES),
+    )
+    readers: Literal["majority", "any", "all", "mean"] = option(
+        "majority",
+        "How several rows of one image, of several readers, become one label. majority needs more "
+        "than half of them and leaves a tie unlabelled; mean counts a tie as present.",
+    )
+    keep_ids: bool = option(
+        False, "Keep the ids of patients and studies in DICOM headers as they are, not hashed."
     )
 
 

@@ -16,7 +16,8 @@ from cxr_cache.common.tables import (
     require_filled,
     require_unique,
 )
-from cxr_cache.datasets.cohort import FACTS, Cohort
+from cxr_cache.config import ReadConfig
+from cxr_cache.datasets.cohort import FACTS, Cohort, Reading
 from cxr_cache.datasets.labels import FINDINGS, assign_targets, parse_labels, take_or_nan
 from cxr_cache.errors import TableError
 
@@ -26,7 +27,9 @@ PROJECTIONS = {"frontal": "Frontal", "lateral": "Lateral", "": ""}
 """How a projection may be written (in any case), and how the cohort writes it."""
 
 
-def read_indiana(csv_dir: Path) -> Cohort:
+def read_indiana(
+    csv_dir: Path, config: ReadConfig | None = None, image_dir: Path | None = None
+) -> Cohort:
     """Read a data set in the form of the Indiana collection: two CSV files in one folder.
 
     ``indiana_reports.csv`` has one row per study with the columns ``uid`` and
@@ -50,6 +53,8 @@ def read_indiana(csv_dir: Path) -> Cohort:
     csv_dir
         Folder with the two files, or with one ``*reports*.csv`` and one
         ``*projections*.csv``.
+    config, image_dir
+        As every reader takes them.
 
     Returns
     -------
@@ -91,6 +96,7 @@ def read_indiana(csv_dir: Path) -> Cohort:
         _parse_targets(images, reports, report_of_image, images_path, reports_path),
         FINDINGS,
         source={path.name: hash_file(path) for path in (reports_path, images_path)},
+        reading=Reading("indiana"),
     )
 
 

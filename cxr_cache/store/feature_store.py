@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import glob
 import itertools
+import json
 import math
 import mmap
 import os
@@ -43,7 +44,7 @@ from cxr_cache.common.files import (
     write_at,
 )
 from cxr_cache.common.wording import count, list_names, package_versions
-from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort, Reading
 from cxr_cache.errors import (
     ConfigError,
     DiskError,
@@ -74,6 +75,7 @@ STATUS_NAMES: Final = {
 EMBEDDED: Final = (DONE, WITHOUT_TOKENS)
 """States of rows that hold an embedding."""
 _PACKAGES: Final = ("cxr-cache", "torch", "open-clip-torch", "timm", "h5py", "numpy", "Pillow")
+_MAX_READING_BYTES: Final = 60_000  # HDF5 keeps no attribute of more than 64 KiB
 _BYTES_AT_ONCE: Final = 1 << 22  # of many rows that are checked or copied
 
 
@@ -209,6 +211,7 @@ class FeatureStore:
             part=None if part is None else dict(part),
             versions=package_versions(*_PACKAGES),
             image_columns=_further_columns(cohort),
+            reading=_reading(cohort),
         )
         try:
             require_absent(path, overwrite=overwrite)
@@ -451,6 +454,7 @@ class FeatureStore:
             np.array(self.read_column("targets")),
             self.findings,
             self.header.cohort,
+            None if self.header.reading is None else Reading.of_dict(self.header.reading),
         )
 
     def to_frame(self, features: Sequence[str] = ()) -> pd.DataFrame:
@@ -649,6 +653,7 @@ class FeatureStore:
                 "part": None if part is None else dict(part),
                 "versions": package_versions(*_PACKAGES),
                 "image_columns": _further_columns(cohort),
+                "reading": _reading(cohort),
             }
         )
         taken = np.flatnonzero(rows >= 0)
@@ -839,6 +844,17 @@ def _remove_abandoned(path: Path) -> None:
     target = Path(os.path.realpath(path))
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp*"):
         left.unlink()
+
+
+def _reading(cohort: Cohort) -> dict[str, Any] | None:
+    """How the data set was read, without the longest lists where HDF5 has no place for them."""
+    if cohort.reading is None:
+        return None
+    values = cohort.reading.to_dict()
+    for name in ("codes", "columns"):
+        if len(json.dumps(values)) > _MAX_READING_BYTES:
+            values[name] = {}
+    return values
 
 
 def _further_columns(cohort: Cohort) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import read_at, write_at
-from cxr_cache.datasets.cohort import IMAGE_COLUMNS
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Reading
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import StoreFormatError
 
@@ -62,6 +62,9 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     image_columns: tuple[str, ...] = ()
     """Further columns of the image table, in their order."""
+    reading: dict[str, Any] | None = None
+    """How the data set's tables were understood; stores of before have none, and none is
+    written."""
 
     @property
     def format_version(self) -> int:
@@ -172,6 +175,8 @@ def write_layout(
         described = {**vars(header), "format_version": header.format_version}
         if not header.image_columns:
             del described["image_columns"]
+        if header.reading is None:
+            del described["reading"]
         for key, value in described.items():
             file.attrs[key] = np.bytes_(json.dumps(value).encode())
         for name, column in columns.items():
@@ -324,8 +329,14 @@ def _read_header(file: h5py.File, path: Path) -> Header:
             f"{' or '.join(map(str, FORMAT_VERSIONS))} in this cxr-cache\n"
             "Use the version of cxr-cache that wrote it."
         )
-    keys = [key for key in Header.__dataclass_fields__ if key != "image_columns" or version > 1]
-    values = {"image_columns": [], **{key: _read_attribute(file, key, path) for key in keys}}
+    absent = {"image_columns"} if version == 1 else set()
+    absent |= set() if h5py.h5a.exists(file.id, b"reading") else {"reading"}
+    keys = [key for key in Header.__dataclass_fields__ if key not in absent]
+    values = {
+        "image_columns": [],
+        "reading": None,
+        **{key: _read_attribute(file, key, path) for key in keys},
+    }
     part = values["part"]
     sound = (
         all(isinstance(values[key], dict) for key in ("encoder", "cohort", "versions"))
@@ -345,11 +356,20 @@ def _read_header(file: h5py.File, path: Path) -> Header:
         and isinstance(values["boundary_block"], int | None)
         and (part is None or (isinstance(part, dict) and part.keys() == PART_FIELDS))
         and all(isinstance(number, int) for number in (part or {}).values())
+        and (values["reading"] is None or _is_reading(values["reading"]))
     )
     if not sound:
         raise StoreFormatError(f"{path}: its description is not that of a feature store; refused.")
     lists = {name: tuple(values[name]) for name in ("findings", "image_columns")}
     return Header(**{**values, **lists, "encoder": number_decode_rule(values["encoder"])})
+
+
+def _is_reading(values: Any) -> bool:
+    try:
+        Reading.of_dict(values)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _read_attribute(file: h5py.File, key: str, path: Path) -> Any:

@@ -188,6 +188,7 @@ def _join(cohorts: Sequence[Cohort]) -> Cohort:
         np.concatenate([cohort.targets for cohort in cohorts]),
         cohorts[0].findings,
         cohorts[0].source,
+        cohorts[0].reading,
     )
 
 
