@@ -383,7 +383,7 @@ def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
     if metrics["test_by_projection"]:
         names.insert(0, "projection")
     differences = metrics.get("group_differences", {})
-    if not names or not any(differences.get("n_tested", {}).values()):
+    if not differences.get("n_tested", {}).get("auroc"):
         return []
     found = [row for row in differences["differing"] if row["measure"] == "auroc"]
     n_tested = differences["n_tested"]["auroc"]

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.wording import first_lines
+from cxr_cache.common.wording import count, first_lines
 from cxr_cache.config import EvaluateConfig
 from cxr_cache.evaluation.evaluate import Evaluation, evaluate_predictions, format_summary
 from cxr_cache.evaluation.figures import Estimates, estimate
@@ -46,28 +46,35 @@ class ExternalEvaluation(Evaluation):
         external, here = self.metrics["external"], self.metrics["test"]
         own, anew = external["own_test"], external["recalibrated"]
         table = self.per_finding
-        width = max(len(name) for name in [*table["finding"], "mean over findings"])
+        width = max(len(name) for name in table["finding"])
         shown = ("prevalence_train", "prevalence_test", "auroc_own_test", "auroc")
         lines = [
             f"  {'':<{width}}  prevalence        AUROC",
-            f"  {'':<{width}}  train  here       own test  here",
+            f"  {'':<{width}}  train   here      own test  here",
         ]
         for row in table.to_dict("records"):
-            train, prevalence, before, now = (_fixed(row[name]) for name in shown)
-            lines.append(
-                f"  {row['finding']:<{width}}  {train}  {prevalence}      {before}     {now}"
-            )
+            train, now, own_area, area = (_fixed(row[name]) for name in shown)
+            line = f"  {row['finding']:<{width}}  {train:<6}  {now:<8}  {own_area:<8}  {area}"
+            lines.append(line)
         for name, words in (
-            ("macro_sensitivity", "macro sensitivity"),
-            ("macro_specificity", "macro specificity"),
-            ("micro_calibration_error", "calibration error"),
+            ("sensitivity", "macro sensitivity"),
+            ("specificity", "macro specificity"),
+            ("calibration_error", "macro calibration error"),
         ):
+            before, carried, chosen = (
+                self._mean(figures[f"macro_{name}"]) for figures in (own, here, anew)
+            )
             lines.append(
-                f"  {words}: {_fixed(own[name]['value'])} in the run's own test, "
-                f"{_fixed(here[name]['value'])} here, {_fixed(anew[name]['value'])} with "
+                f"  {words}: {before} in the run's own test; here {carried}, and {chosen} with "
                 "thresholds and calibration chosen here (optimistic)"
             )
         return lines
+
+    def _mean(self, entry: Mapping[str, Any]) -> str:
+        """A mean over findings, and over how many where not over all that are scored."""
+        is_whole = entry["value"] is None or entry["n_findings"] == len(self.per_finding)
+        of = "" if is_whole else f" (over {count(entry['n_findings'], 'finding')})"
+        return f"{_fixed(entry['value'])}{of}"
 
 
 def score_external(
@@ -226,5 +233,5 @@ def _recalibrated_columns(estimates: Estimates, thresholds: FloatArray) -> dict[
     return {f"{name}_recalibrated": values for name, values in columns.items()}
 
 
-def _fixed(value: Any) -> str:
-    return f"{'–':<5}" if value is None or np.isnan(value) else f"{value:.3f}"
+def _fixed(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.3f}"

@@ -57,14 +57,14 @@ class Overlap:
             n_train = known.loc[known["run_split"] == "train", "image_id"].nunique()
             by_name = f", {n_named:,} of them by their names alone" if n_named else ""
             yield (
-                f"{n:,} {of} belong to the run's own data{by_name}: {n_train:,} to its train split "
+                f"{n:,} {of} {'belongs' if n == 1 else 'belong'} to the run's own data{by_name}: {n_train:,} to its train split "
                 f"and {n - n_train:,} to its test split; {_TOO_GOOD}."
             )
         if n := self.count(CLOSE):
             yield (
-                f"{n:,} {of} are near-identical to images of the run's own data by their "
-                "embeddings (not verified as pictures); overlap.csv names them. If they are the "
-                f"same, {_TOO_GOOD}."
+                f"{n:,} {of} {'is' if n == 1 else 'are'} near-identical to images of the run's own "
+                "data by their embeddings (not verified as pictures); overlap.csv names "
+                f"{'it' if n == 1 else 'them'}. If they are the same, {_TOO_GOOD}."
             )
         if self.n_patients:
             yield (

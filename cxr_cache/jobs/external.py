@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Final, get_args
 
 import pandas as pd
 
@@ -93,7 +92,7 @@ def evaluate_on_store(
     with FeatureStore.open(store_path) as features:
         own_labels = None if labels is None else _read_labels(features, labels)
         names = features.findings if own_labels is None else own_labels.columns[1:]
-        data_set = "" if labels else name_data_set(features.findings, _read_reading(features))
+        data_set = "" if labels else name_data_set(features.findings, features.header.reading)
         matching = match_findings(
             run.config["findings"],
             list(map(str, names)),
@@ -142,17 +141,11 @@ def _read_labels(store: FeatureStore, labels: str | Path) -> pd.DataFrame:
     return table
 
 
-def _read_reading(store: FeatureStore) -> Mapping[str, Any] | None:
-    """How the image table was read, where the store says."""
-    reading: Mapping[str, Any] | None = getattr(store.header, "reading", None)
-    return reading
-
-
 def _name_own_data_set(run: Run) -> str:
     """Where the run's findings come from; ``""`` where a table of labels named them."""
     if run.config.get("labels"):
         return ""
-    return name_data_set(run.config["findings"], run.config["store"].get("reading"))
+    return name_data_set(run.config["findings"], run.config.get("reading"))
 
 
 def _is_json(out: str | Path) -> bool:
