@@ -57,8 +57,8 @@ class Overlap:
             n_train = known.loc[known["run_split"] == "train", "image_id"].nunique()
             by_name = f", {n_named:,} of them by their names alone" if n_named else ""
             yield (
-                f"{n:,} {of} {'belongs' if n == 1 else 'belong'} to the run's own data{by_name}: {n_train:,} to its train split "
-                f"and {n - n_train:,} to its test split; {_TOO_GOOD}."
+                f"{n:,} {of} {'belongs' if n == 1 else 'belong'} to the run's own data{by_name}: "
+                f"{n_train:,} to its train split and {n - n_train:,} to its test split; {_TOO_GOOD}."
             )
         if n := self.count(CLOSE):
             yield (
