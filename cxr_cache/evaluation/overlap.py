@@ -58,7 +58,7 @@ class Overlap:
             by_name = f", {n_named:,} of them by their names alone" if n_named else ""
             yield (
                 f"{n:,} {of} {'belongs' if n == 1 else 'belong'} to the run's own data{by_name}: "
-                f"{n_train:,} to its train split and {n - n_train:,} to its test split; {_TOO_GOOD}."
+                f"{n_train:,} to its train split, {n - n_train:,} to its test split; {_TOO_GOOD}."
             )
         if n := self.count(CLOSE):
             yield (
