@@ -83,7 +83,7 @@ def compare_groups(
 
 
 def describe_differences(table: pd.DataFrame) -> dict[str, Any]:
-    """What metrics.json says of them: the means, and the findings that differ beyond luck."""
+    """What metrics.json says: the means, and findings that differ beyond luck, clearest first."""
     is_macro = table["finding"] == MACRO
     tested = table[~is_macro & table["p_holm"].notna()]
     return {
@@ -92,7 +92,9 @@ def describe_differences(table: pd.DataFrame) -> dict[str, Any]:
         "min_clusters": MIN_CLUSTERS,
         "n_tested": {name: int((tested["measure"] == name).sum()) for name in COMPARED},
         "macro": _to_records(table.assign(n_findings=_count_findings(table))[is_macro]),
-        "differing": _to_records(tested[tested["p_holm"] < 1 - LEVEL]),
+        "differing": _to_records(
+            tested[tested["p_holm"] < 1 - LEVEL].sort_values("p", kind="stable")
+        ),
     }
 
 

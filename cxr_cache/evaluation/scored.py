@@ -207,12 +207,24 @@ def parse_predictions(
         targets=wanted,
         probabilities=probabilities,
         findings=findings,
-        groups=_find_groups(predictions),
     )
 
 
-def _find_groups(predictions: pd.DataFrame) -> dict[str, NDArray[np.object_]]:
-    """Sex and band of age, where the image table has told them of any image."""
+def find_groups(predictions: pd.DataFrame) -> dict[str, NDArray[np.object_]]:
+    """Find groups that need no table of their own: sex and age, where the image table has them.
+
+    Parameters
+    ----------
+    predictions
+        As :func:`parse_predictions` takes them; columns ``sex`` and ``age``, in years, if there are
+        any.
+
+    Returns
+    -------
+    dict[str, NDArray[np.object_]]
+        ``sex`` as written and ``age_band``, ``(N,)`` each, ``""`` where unknown; without those that
+        are unknown of every image.
+    """
     groups: dict[str, NDArray[np.object_]] = {}
     if "sex" in predictions:
         sexes = predictions["sex"].fillna("").astype(str).to_numpy(object)
