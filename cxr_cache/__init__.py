@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cxr_cache.models.predict import predict_images as predict_images
     from cxr_cache.models.run import Run as Run
     from cxr_cache.report.report import write_report as write_report
+    from cxr_cache.store.exporting import export_features as export_features
     from cxr_cache.store.extract import extract_embeddings as extract_embeddings
     from cxr_cache.store.feature_store import FeatureStore as FeatureStore
     from cxr_cache.store.importing import import_embeddings as import_embeddings
@@ -63,6 +64,7 @@ _HOMES: Final = {
     "evaluate_predictions": "evaluation.evaluate",
     "evaluate_run": "jobs.scoring",
     "explain_images": "models.explain",
+    "export_features": "store.exporting",
     "export_run": "models.export",
     "extract_embeddings": "store.extract",
     "finetune_tail": "jobs.runs",

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from typing import Any, Final
 
@@ -131,11 +131,6 @@ def _require_sensible(name: str, n_workers: int, scheduler: str | None) -> None:
 
 
 @contextmanager
-def _open_loky(_n_workers: int, _scheduler: None) -> Iterator[dict[str, Any]]:
-    yield {}
-
-
-@contextmanager
 def _open_dask(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]]:
     distributed = _import(_PACKAGES["dask"], "dask")
     with ExitStack() as stack:
@@ -191,7 +186,7 @@ def _open_ray(n_workers: int, scheduler: str | None) -> Iterator[dict[str, Any]]
 
 
 _OPENERS: Final[dict[str, Callable[[int, Any], AbstractContextManager[dict[str, Any]]]]] = {
-    "loky": _open_loky,
+    "loky": lambda _n_workers, _scheduler: nullcontext({}),
     "dask": _open_dask,
     "ray": _open_ray,
 }

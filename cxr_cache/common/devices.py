@@ -81,12 +81,7 @@ def free_ram_bytes(root: Path = Path("/")) -> int:
     """Return the memory that can be had without swapping, within every limit set on this process.
 
     Batch systems and containers limit the control group of a job, or one above it; the kernel ends
-    a process that takes more, however much the machine has.
-
-    Parameters
-    ----------
-    root
-        Where ``proc`` and ``sys`` lie.
+    a process that takes more, however much the machine has. ``proc`` and ``sys`` lie in `root`.
     """
     free = 2**30  # where nobody knows
     with contextlib.suppress(OSError, AttributeError, ValueError):  # macOS has no /proc

@@ -22,15 +22,8 @@ from cxr_cache.errors import ConfigError
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """Join the other processes that torchrun started, if any, while the block runs.
 
-    Parameters
-    ----------
-    device
-        Device that the user asked for.
-
-    Yields
-    ------
-    torch.device
-        Device on which this process computes. Of several GPUs it is the one with its local rank.
+    Given the device that the user asked for, it gives the one on which this process computes: of
+    several GPUs the one with its local rank.
 
     Raises
     ------

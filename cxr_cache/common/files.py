@@ -121,13 +121,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise unless the file system of `path` has `needed` bytes free.
-
-    Raises
-    ------
-    DiskFullError
-        With both numbers.
-    """
+    """Raise DiskFullError, with both numbers, unless `path` has `needed` bytes free."""
     free = free_bytes(path.parent)
     if free is not None and needed > free:
         raise _disk_full(path, needed)
@@ -137,12 +131,7 @@ def require_space(path: Path, needed: int) -> None:
 def disk_errors_named(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn what the system says about a failed write into a message about `path`.
 
-    Parameters
-    ----------
-    path
-        The file that is being written.
-    needed
-        Bytes that were to be written; None where that is not known.
+    `needed` is the number of bytes that were to be written; None where that is not known.
 
     Raises
     ------
@@ -187,13 +176,7 @@ def _disk_full(path: Path, needed: int | None) -> DiskFullError:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or the whole new one.
-
-    Raises
-    ------
-    DiskFullError, DiskError
-        As :func:`replacing`.
-    """
+    """Write a file as :func:`replacing` does: readers see the old one or the whole new one."""
     with replacing(path) as file:
         file.write(content)
 
@@ -313,15 +296,8 @@ class WriterLock:
 def hold_folder(folder: Path, owner: object) -> Callable[[], object]:
     """Keep other processes from writing to a folder for as long as `owner` lives.
 
-    Returns
-    -------
-    Callable
-        Lets the next writer in, before `owner` is gone; calling it again does nothing.
-
-    Raises
-    ------
-    StoreBusyError, DiskError
-        As :meth:`WriterLock.acquire`.
+    What it gives lets the next writer in, before `owner` is gone; calling it again does nothing.
+    Errors are those of :meth:`WriterLock.acquire`.
     """
     return weakref.finalize(owner, WriterLock.acquire(folder).release)
 

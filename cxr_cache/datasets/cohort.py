@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +49,34 @@ class Reading:
     """Whose split the column ``given_split`` is; blank without one."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know, in sentences."""
+
+    def to_text(self) -> str:
+        """Say in a short table what the data set was taken for and what each column was used as.
+
+        Notes are left out: they are warnings when the data set is read.
+        """
+        names_of: dict[str, list[str]] = {}
+        for column, use in self.columns.items():
+            kind, _, why = use.partition(": ")
+            names_of.setdefault(kind, []).append(f"{column} ({why})" if why else column)
+        if "finding" in names_of:  # at the end, as there are many
+            names = names_of.pop("finding")
+            names_of[count(len(names), "finding")] = names
+        if "ignored" in names_of:
+            names_of["ignored"] = names_of.pop("ignored")
+        lines = [f"read as {self.format}{self.why and f': {self.why}'}"]
+        for kind, names in names_of.items():
+            first = f"  {kind + ':':<20} "
+            lines.append(
+                textwrap.fill(
+                    list_names(names), 80, initial_indent=first, subsequent_indent=" " * len(first)
+                )
+            )
+        if self.policy:
+            lines.append(f"  {'label codes:':<20} {self.policy}")
+        if self.split:
+            lines.append(f"  {'split of:':<20} {self.split}")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as JSON-able values."""
@@ -187,6 +217,12 @@ class Cohort:
     def take(self, rows: NDArray[Any] | slice) -> Cohort:
         """Return the images at `rows` (indices, mask or slice), in that order."""
         return dataclasses.replace(self, images=self.images.iloc[rows], targets=self.targets[rows])
+
+    def with_reading(self, reading: Reading) -> Cohort:
+        """Return the same images with another account of how they were read."""
+        same = copy.copy(self)  # checked before
+        object.__setattr__(same, "reading", reading)
+        return same
 
     def assign(self, **columns: Any) -> Cohort:
         """Return the same images with columns of the image table replaced or added.

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from cxr_cache.common.wording import suggest
+from cxr_cache.common.tables import TABLE_SUFFIXES
+from cxr_cache.common.wording import list_names, suggest
 from cxr_cache.config import ReadConfig
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.columns import note_patients
 from cxr_cache.datasets.indiana import read_indiana
+from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Reader: TypeAlias = Callable[[Path, ReadConfig, Path | None], Cohort]
 """Takes the path that the user gives, the options, and the folder with the images, if one is
 named."""
 
-READERS: Final[dict[str, Reader]] = {"indiana": read_indiana}
+READERS: Final[dict[str, Reader]] = {"indiana": read_indiana, "table": read_own_table}
 """Forms of data sets by name; whoever has another form adds a reader here."""
 
 AUTO: Final = "auto"
@@ -66,5 +73,29 @@ def load_cohort(
             f"No reader is called {format!r}; format is one of {', '.join([AUTO, *READERS])}."
             f"{suggest(format, READERS)}"
         )
-    read = READERS["indiana" if format == AUTO else format]
-    return read(Path(path), config or ReadConfig(), None if image_dir is None else Path(image_dir))
+    path, why = Path(path), ""
+    if format == AUTO:
+        format, why = recognise(path)  # noqa: A001
+    folder = None if image_dir is None else Path(image_dir)
+    cohort = READERS[format](path, config or ReadConfig(), folder)
+    return _annotate(cohort, why)
+
+
+def recognise(path: Path) -> tuple[str, str]:
+    """Tell the format of a data set, and in a sentence why it is that."""
+    if path.is_file() or path.name.lower().endswith(TABLE_SUFFIXES):
+        return "table", f"{path.name} is a table of its own."
+    names = [found.name for found in path.glob("*")] if path.is_dir() else []
+    tables = [name for name in names if name.lower().endswith(TABLE_SUFFIXES)]
+    if not tables or any("reports" in name or "projections" in name for name in tables):
+        return "indiana", "It holds tables of reports and projections."
+    return "table", f"It holds {list_names(tables, 3)}."
+
+
+def _annotate(cohort: Cohort, why: str) -> Cohort:
+    """Add what holds for every format: why it was taken for this, and what is odd of patients."""
+    reading = cohort.reading or Reading("")
+    notes = tuple(dict.fromkeys([*reading.notes, *note_patients(cohort.images)]))
+    for note in notes:
+        logger.warning(note)
+    return cohort.with_reading(replace(reading, why=why, notes=notes))

@@ -71,17 +71,8 @@ class Encoder(nn.Module):
     def stem(self, pixels: Tensor, n_unfrozen: int) -> Tensor:
         """Run the frozen part of the tower: everything before the last `n_unfrozen` blocks.
 
-        Parameters
-        ----------
-        pixels
-            Normalised images, float32, shape ``(B, 3, S, S)``.
-        n_unfrozen
-            Number of blocks left to :meth:`tail`, from 1 to all.
-
-        Returns
-        -------
-        Tensor
-            Tokens that enter the first unfrozen block, float32, shape ``(B, T, W)``.
+        Takes normalised images, float32, ``(B, 3, S, S)``, and gives the tokens that enter the
+        first unfrozen block, float32, ``(B, T, W)``.
 
         Raises
         ------
@@ -107,10 +98,8 @@ class Encoder(nn.Module):
 
         Parameters
         ----------
-        tokens
-            Output of :meth:`stem` for the same `n_unfrozen`, any float type.
-        n_unfrozen
-            Number of blocks to run, from 1 to all.
+        tokens, n_unfrozen
+            Output of :meth:`stem` for as many blocks, any float type.
         precision
             Precision of matrix products; None for the encoder's own.
         keeps_activations
@@ -118,11 +107,9 @@ class Encoder(nn.Module):
 
         Returns
         -------
-        pooled
-            Output before the projection, float32, shape ``(B, P)``.
-        embedding
-            Output of the projection, float32, shape ``(B, D)``, in the encoder's scale, not
-            normalised.
+        pooled, embedding
+            Outputs before and of the projection, float32, ``(B, P)`` and ``(B, D)``, in the
+            encoder's scale, not normalised.
 
         Raises
         ------
@@ -138,14 +125,8 @@ class Encoder(nn.Module):
     def tail_with_attention(self, tokens: Tensor, n_unfrozen: int) -> tuple[Tensor, list[Tensor]]:
         """Compute the embedding of :meth:`tail` in float32, with the attention of every block.
 
-        Anything that is computed from the embedding has gradients for the attention, too.
-
-        Parameters
-        ----------
-        tokens
-            As :meth:`tail` takes them. They must ask for gradients if no parameter does.
-        n_unfrozen
-            Number of blocks, counted from the end, from 1 to all.
+        Anything that is computed from the embedding has gradients for the attention, too. The
+        tokens must ask for gradients if no parameter does.
 
         Returns
         -------
@@ -180,19 +161,10 @@ class Encoder(nn.Module):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute pooled output and embedding of images, as the tower's own library does.
 
-        Parameters
-        ----------
-        pixels
-            Images as :func:`cxr_cache.datasets.images.read_image` gives them, uint8, shape
-            ``(B, 3, S, S)``. They are normalised here, on the encoder's device.
-
-        Returns
-        -------
-        pooled
-            float32, shape ``(B, P)``, on the encoder's device. It equals the embedding if the tower
-            does not keep the two apart.
-        embedding
-            float32, shape ``(B, D)``, not normalised.
+        Images are uint8, ``(B, 3, S, S)``, as :func:`cxr_cache.datasets.images.read_image` gives
+        them, and are normalised here, on the encoder's device. There the outputs are, too: pooled
+        ``(B, P)`` and embedding ``(B, D)``, float32, not normalised. They are equal if the tower
+        does not keep the two apart.
         """
         if self.is_splittable:
             return self.encode_with_tokens(pixels, 1)[1:]
@@ -301,13 +273,6 @@ def trainable_parameter_names(encoder: Encoder, n_unfrozen: int) -> list[str]:
     """Name the parameters of the last `n_unfrozen` blocks, in the tower's order.
 
     Fine-tuning trains these blocks only; the final norm and the projection stay frozen.
-
-    Parameters
-    ----------
-    encoder
-        Encoder with a tower that can be split.
-    n_unfrozen
-        Number of blocks, counted from the end, from 1 to all.
 
     Raises
     ------

@@ -22,24 +22,12 @@ from cxr_cache.errors import EncoderError
 def encode_views(
     encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool, n_unfrozen: int | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Compute every feature column of some images.
+    """Compute every feature column of some images, uint8 pixels ``(B, 3, S, S)``.
 
-    Parameters
-    ----------
-    encoder
-        The encoder that computes them.
-    pixels
-        ``(B, 3, S, S)``, uint8.
-    flip
-        Also encode the mirror images, as a second view.
-    n_unfrozen
-        Also return the tokens that enter the first of the last `n_unfrozen` blocks.
-
-    Returns
-    -------
-    dict
-        ``embeddings`` ``(B, V, D)`` and ``pooled`` ``(B, V, P)``, float32. With `n_unfrozen` also
-        ``tokens`` ``(B, V, T, W)``, float16, infinite where a value does not fit into that type.
+    With `flip`, the mirror images are a second view. Gives ``embeddings`` ``(B, V, D)`` and
+    ``pooled`` ``(B, V, P)``, float32. With `n_unfrozen` also ``tokens`` ``(B, V, T, W)``, which
+    enter the first of so many last blocks: float16, infinite where a value does not fit into that
+    type.
     """
     views = _split_views(pixels, flip)
     if encoder.device.type == "cuda":  # a copy from pinned memory does not block its thread

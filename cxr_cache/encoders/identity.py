@@ -82,13 +82,8 @@ def compare_encoders(
     """What keeps features of two encoders apart: field -> (recorded, here); empty if nothing does.
 
     A second import of embeddings has another digest even if the same network made them, so of
-    those only the widths can be compared.
-
-    Parameters
-    ----------
-    recorded, here
-        What stores and runs record of their encoder: :meth:`EncoderIdentity.to_dict`, or where
-        embeddings were imported, from what.
+    those only the widths can be compared. Given is what stores and runs record of their encoder:
+    :meth:`EncoderIdentity.to_dict`, or where embeddings were imported, from what.
     """
     if recorded.get("imported") or here.get("imported"):
         keys = ("imported", "embedding_width")
@@ -132,12 +127,7 @@ def require_not_imported(
 ) -> None:
     """Raise where embeddings were imported, so that there is no encoder to compute more of them.
 
-    Parameters
-    ----------
-    recorded
-        As for :func:`compare_encoders`.
-    owner, consequence
-        Beginning and end of the message: ``"s.h5 holds"``, ``"there is no encoder to ..."``.
+    The message begins with `owner` ("s.h5 holds") and ends with the consequence.
     """
     if recorded.get("imported"):
         raise error(f"{owner} embeddings imported from {recorded['name']}; {consequence}")

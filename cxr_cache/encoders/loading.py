@@ -116,19 +116,8 @@ def reload_encoder(
 ) -> Encoder:
     """Load the encoder that a store or a run says it was made with.
 
-    Parameters
-    ----------
-    recorded
-        An encoder's identity as :meth:`EncoderIdentity.to_dict` gives it.
-    model
-        Its name, where it lies elsewhere now; None takes the recorded one.
-    device
-        As for :func:`cxr_cache.encoders.loading.load_encoder`.
-
-    Returns
-    -------
-    Encoder
-        It may still differ in its weights: compare the identities.
+    `model` is its name where it lies elsewhere now; None takes the recorded one. It may still
+    differ in its weights: compare the identities.
 
     Raises
     ------

@@ -56,16 +56,10 @@ class TextEncoder:
 
 
 def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
-    """Load the text tower of an encoder.
+    """Load the text tower of an encoder, named as for :func:`load_encoder` of ``loading.py``.
 
-    Parameters
-    ----------
-    name
-        As for :func:`cxr_cache.encoders.loading.load_encoder`. A folder
-        (``local-dir:``) needs no network if it also holds the tokenizer's files, as the
-        repository does.
-    device
-        As torch names it.
+    A folder (``local-dir:``) needs no network if it also holds the tokenizer's files, as the
+    repository does. The device is as torch names it.
 
     Raises
     ------

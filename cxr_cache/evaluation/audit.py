@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -211,9 +211,9 @@ def audit_store(
     >>> print(found.to_text())  # doctest: +SKIP
     """
     config = config or AuditConfig()
-    if with_leakage and run is None:
-        raise ConfigError("--leakage trains the head of a run. Give one with --run-dir.")
-    if with_leakage and run is not None:
+    if with_leakage:
+        if run is None:
+            raise ConfigError("--leakage trains the head of a run. Give one with --run-dir.")
         recipe_of(run)  # refuses before the long work
     rows = store.embedded_rows
     if len(rows) < _MIN_ROWS:
@@ -351,7 +351,9 @@ def _find_split_groups(cohort: Cohort, sides: NDArray[np.str_]) -> pd.DataFrame:
         known = (ids != "") & (sides != "")
         images: pd.DataFrame = pd.DataFrame({"id": ids[known], "side": sides[known]})
         by_id = images.groupby("id")["side"]
-        table = pd.DataFrame({"n_images": by_id.size(), "sides": by_id.agg(_join_names)})
+        table = pd.DataFrame(
+            {"n_images": by_id.size(), "sides": by_id.agg(lambda s: _AND.join(sorted(set(s))))}
+        )
         table = table[table["sides"].str.contains(_AND)].reset_index()
         table.insert(0, "kind", kind)
         tables.append(table)
@@ -385,21 +387,14 @@ def _describe_pairs(pairs: pd.DataFrame, cohort: Cohort, sides: NDArray[np.str_]
 
 def _describe_rows(outliers: pd.DataFrame, cohort: Cohort, sides: NDArray[np.str_]) -> pd.DataFrame:
     rows = outliers["row"].to_numpy(np.intp)
+    described = {
+        "image_id": cohort.image_ids[rows],
+        "study_uid": cohort.study_uids[rows],
+        "projection": cohort.projections[rows],
+        "split": sides[rows],
+    }
     table: pd.DataFrame = outliers.drop(columns="row")
-    for place, (name, values) in enumerate(
-        (
-            ("image_id", cohort.image_ids),
-            ("study_uid", cohort.study_uids),
-            ("projection", cohort.projections),
-            ("split", sides),
-        )
-    ):
-        table.insert(place, name, values[rows])
-    return table
-
-
-def _join_names(names: Any) -> str:
-    return _AND.join(sorted(set(names)))
+    return table.assign(**described)[[*described, *table.columns]]
 
 
 def _first(table: pd.DataFrame, form: str) -> list[str]:

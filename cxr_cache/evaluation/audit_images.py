@@ -52,12 +52,7 @@ def examine_pictures(
 ) -> Generator[PictureFacts | ImageError, None, None]:
     """Facts about files, in their order; where a file cannot be decoded, the reason.
 
-    Parameters
-    ----------
-    image_dir, image_ids, bits_stored
-        As in :func:`cxr_cache.datasets.images.read_picture`.
-    n_jobs
-        Processes that decode.
+    `n_jobs` processes decode, as :func:`cxr_cache.datasets.images.read_picture` does.
     """
     parts = [
         image_ids[start : start + _FILES_AT_ONCE]
@@ -91,7 +86,8 @@ def describe_picture(picture: NDArray[np.uint8]) -> PictureFacts:
     digest = hashlib.sha256(str(picture.shape).encode())
     digest.update(picture.tobytes())
     grey = picture if picture.ndim == 2 else picture.mean(axis=2)
-    small = _thin_out(grey)
+    step = max(1, max(grey.shape) // _SMALLER_PX)
+    small = grey[::step, ::step]  # so that percentiles are quick
     low, high = np.percentile(small, (1, 99))
     return PictureFacts(
         pixel_sha256=digest.digest(),
@@ -112,12 +108,6 @@ def shrink(grey: NDArray[Any], size_px: int) -> NDArray[np.float64]:
     sums = np.add.reduceat(sums, edges[1][:-1], axis=1)
     means: NDArray[np.float64] = sums / np.outer(*map(np.diff, edges))
     return means
-
-
-def _thin_out(grey: NDArray[Any]) -> NDArray[Any]:
-    """Every n-th row and column, so that percentiles are quick."""
-    step = max(1, max(grey.shape) // _SMALLER_PX)
-    return grey[::step, ::step]
 
 
 def _measure_frame(grey: NDArray[Any]) -> float:
@@ -165,18 +155,14 @@ class Neighbourhood:
 
         What is close depends on the encoder: the median image's nearest neighbour lies at a cosine
         of 0.6 for one and 0.97 for another. So the data set itself says what is usual.
-
-        Returns
-        -------
-        pairs
-            ``(n, 2)``, the smaller row first, each pair once, nearest first.
-        distances
-            ``(n,)``.
         """
         return self.pairs_within(closeness * self.usual_distance)
 
     def pairs_within(self, distance: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Pairs closer than `distance`, and their distances; as :meth:`close_pairs`."""
+        """Pairs closer than `distance`, ``(n, 2)``, and their distances, ``(n,)``.
+
+        The smaller row comes first, each pair once, the nearest pair first.
+        """
         pairs = np.stack([np.repeat(self.own, self.rows.shape[1]), self.rows.ravel()], axis=1)
         distances = self.distances.ravel()
         is_close = distances < distance
@@ -192,21 +178,12 @@ def find_neighbours(
     *,
     less_mean: bool = True,
 ) -> Neighbourhood:
-    """Look up the nearest others of every image, exactly.
+    """Look up the nearest others of every image, exactly, by embeddings in the encoder's scale.
 
-    Parameters
-    ----------
-    embeddings
-        Encoder scale, shape ``(N, D)``, finite, N at least 3.
-    own
-        Rows of the images whose neighbours are wanted; None takes all.
-    less_mean
-        Subtract the mean over images first. Without it, distances are 1 - cosine of what is given.
-
-    Notes
-    -----
-    scikit-learn compares block by block and keeps the nearest only: memory grows with N, time with
-    its square.
+    They are finite, ``(N, D)``, N at least 3; `own` are the rows whose neighbours are wanted, None
+    all. `less_mean` subtracts their mean first; without it, distances are 1 - cosine of what is
+    given. scikit-learn compares block by block and keeps the nearest only: memory grows with N,
+    time with its square.
     """
     mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = to_unit_length(embeddings - mean if less_mean else embeddings)
@@ -263,12 +240,8 @@ def find_embedding_outliers(distances: NDArray[np.float64]) -> pd.DataFrame:
     """Images far from all others, ``(N, P)`` distances to their neighbours.
 
     The distance to the last neighbour is compared on a log scale with its median over the data set,
-    in units of a standard deviation estimated from the quartiles.
-
-    Returns
-    -------
-    pd.DataFrame
-        Columns :data:`COLUMNS`; `value` is the distance over the usual one.
+    in units of a standard deviation estimated from the quartiles. Gives :data:`COLUMNS`, where
+    `value` is the distance over the usual one.
     """
     last = np.maximum(distances[:, -1], np.finfo(np.float32).eps)
     logs = np.log(last)
@@ -284,20 +257,9 @@ def find_pixel_outliers(
     """Pictures that are blank, coloured, mostly frame, inverted, turned or unlike the others.
 
     The last three by correlation with the usual picture of the same projection, which is the median
-    over all thumbnails after each was scaled to mean 0 and length 1.
-
-    Parameters
-    ----------
-    facts
-        By row number.
-    projections
-        Of all rows.
-
-    Returns
-    -------
-    pd.DataFrame
-        Columns :data:`COLUMNS`: the row, what is odd, its value and what is usual. A row may have
-        several.
+    over all thumbnails after each was scaled to mean 0 and length 1. `facts` come by row number,
+    `projections` are those of all rows. Gives :data:`COLUMNS`: the row, what is odd, its value and
+    what is usual; a row may have several.
     """
     if not facts:
         return _table(np.empty(0, np.intp), "", np.empty(0), 0.0)

@@ -36,7 +36,13 @@ from cxr_cache.evaluation.scored import (
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
 from cxr_cache.metrics.resampled import METHOD
-from cxr_cache.metrics.scores import NEVER, FloatArray, has_both_classes, macro_mean
+from cxr_cache.metrics.scores import (
+    NEVER,
+    FloatArray,
+    drop_positives_only,
+    has_both_classes,
+    macro_mean,
+)
 from cxr_cache.models.run import Run, TableName
 
 FEW_POSITIVES: Final = 10
@@ -316,11 +322,12 @@ def _describe_calibration(
     """The map, and what it did on these images."""
 
     def errors(images: ScoredImages) -> dict[str, Entry]:
-        cells = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
+        targets = drop_positives_only(images.targets)
+        cells = targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
         return {
             f"{kind}_{name}": {"value": to_number(macro_mean(values))}
             for kind, arrays in (
-                ("macro", (images.targets, images.probabilities)),
+                ("macro", (targets, images.probabilities)),
                 ("micro", cells),
             )
             for name, values in probability_errors(*arrays).items()

@@ -211,7 +211,8 @@ def _complete(table: pd.DataFrame, matching: Matching, images: ScoredImages) -> 
     table.insert(2, "n_studies", images.count_studies(present))
     names = [";".join(matching.scored[finding]) for finding in table["finding"]]
     relations = rows["relation"].groupby(level=0).first().loc[table["finding"]].to_numpy()
-    return table.assign(store_finding=names, relation=relations)
+    completed: pd.DataFrame = table.assign(store_finding=names, relation=relations)
+    return completed
 
 
 def _own_columns(own: ScoredImages, estimates: Estimates) -> dict[str, FloatArray]:

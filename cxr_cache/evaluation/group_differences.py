@@ -73,7 +73,8 @@ def compare_groups(
         ]
     )
     if not parts:
-        return pd.DataFrame(columns=list(COLUMNS))
+        empty: pd.DataFrame = pd.DataFrame(columns=list(COLUMNS))
+        return empty
     table = pd.concat(parts, ignore_index=True)
     table = table[table["difference"].notna()].reset_index(drop=True)
     kinds = [table["measure"], table["finding"] == MACRO]

@@ -108,19 +108,11 @@ def measure_leakage(
     Two test splits hold different images, so two more heads are tested on the images of the split
     by image: one trained without any study (or patient) of theirs, one with their studies, on as
     many images, drawn at random. Only the leak is between these two. One training differs from the
-    next by more than most leaks, so each is repeated.
+    next by more than most leaks, so each is repeated: with other initial weights, order and
+    dropout.
 
-    Parameters
-    ----------
-    store
-        The run's.
-    run
-        Of `cxr-cache train`: gives recipe, number of epochs, learning rate of every epoch, findings
-        and targets.
-    n_repeats
-        Trainings of each head, which differ in initial weights, order and dropout.
-    n_resamples, seed
-        Of the bootstrap.
+    The run, of `cxr-cache train` on this store, gives recipe, number of epochs, learning rate of
+    every epoch, findings and targets. `n_resamples` and `seed` are those of the bootstrap.
 
     Raises
     ------
@@ -198,17 +190,11 @@ def _train(
     tasks = [
         HeadTask(train, np.empty(0, np.int64), config.seed + 1000 * k) for train, _, k in heads
     ]
-    trained = fit_heads(
-        data,
-        tasks,
-        config,
-        n_epochs=len(rates),
-        keep=[len(rates)],
-        learning_rates=rates,
-    )
+    n = len(rates)
+    trained = fit_heads(data, tasks, config, n_epochs=n, keep=[n], learning_rates=rates)
     return [
         predict_probabilities(
-            HeadBank.from_snapshot(trajectory.weights[len(rates)]),
+            HeadBank.from_snapshot(trajectory.weights[n]),
             torch.from_numpy(data.embeddings[0, test]),
         ).numpy()
         for trajectory, (_, test, _) in zip(trained, heads, strict=True)

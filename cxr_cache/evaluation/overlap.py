@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -87,7 +87,7 @@ class Overlap:
         }
 
 
-def find_overlap(run: Run, store: FeatureStore, image_ids: Sequence[str]) -> Overlap:
+def find_overlap(run: Run, store: FeatureStore, images: pd.DataFrame) -> Overlap:
     """Compare images of a store with those of a run, as far as the run's own store is there.
 
     Bytes are compared by the SHA-256 that stores keep. Embeddings are compared as ``audit`` does
@@ -99,12 +99,12 @@ def find_overlap(run: Run, store: FeatureStore, image_ids: Sequence[str]) -> Ove
         A finished run.
     store
         Of the same encoder.
-    image_ids
-        Those of its images that are scored, N of them.
+    images
+        Columns image_id and patient_id of those of its images that are scored, N of them.
     """
     known = run.read_table("predictions").set_index("image_id")
-    rows = pd.Index(store.image_ids).get_indexer(pd.Index(image_ids))
-    patients = pd.Series(store.cohort.patient_ids[rows])
+    rows = pd.Index(store.image_ids).get_indexer(pd.Index(images["image_id"]))
+    patients = images["patient_id"]
     is_known = (patients != "") & patients.isin(set(known.get("patient_id", ())))
     theirs, note = _read_files(store, rows), ""
     ours = _Files(known.index.to_numpy(str), np.full(len(known), "", object), None)
@@ -168,8 +168,9 @@ def _find_pairs(theirs: _Files, ours: _Files) -> pd.DataFrame:
     if ours.embeddings is not None and theirs.embeddings is not None:
         found.append(_find_close(theirs, ours))
     columns = ["image_id", "run_image_id", "evidence", "distance"]
-    table: pd.DataFrame = pd.concat([part[columns] for part in found], ignore_index=True)
-    return table.drop_duplicates("image_id", ignore_index=True)
+    every = pd.concat([part[columns] for part in found], ignore_index=True)
+    table: pd.DataFrame = every.drop_duplicates("image_id", ignore_index=True)
+    return table
 
 
 def _find_close(theirs: _Files, ours: _Files) -> pd.DataFrame:

@@ -360,8 +360,9 @@ def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:
 
 def _to_years(ages: pd.Series[str]) -> pd.Series[float]:
     """Numbers, NaN where it is none that a person can reach."""
-    years = pd.Series(pd.to_numeric(ages.to_numpy(object), errors="coerce"), ages.index)
-    return years.where(years.between(0, OLDEST))
+    numbers = pd.to_numeric(ages.to_numpy(object), errors="coerce").astype(float)
+    is_age = (numbers >= 0) & (numbers <= OLDEST)
+    return pd.Series(np.where(is_age, numbers, np.nan), ages.index)
 
 
 def _name_bands(years: pd.Series[float]) -> NDArray[np.object_]:

@@ -83,19 +83,8 @@ def score_prompts(
     pathologies from unannotated chest X-ray images via self-supervised learning" (CheXzero, 2022).
     Of several sentences the embeddings are averaged (Radford et al. 2021, section 3.1.4).
 
-    Parameters
-    ----------
-    embeddings
-        Projected image features, encoder scale, ``(N, D)``.
-    text_encoder
-        Of the same checkpoint.
-    prompts
-        One pair per finding, F of them.
-
-    Returns
-    -------
-    NDArray[np.float32]
-        ``(N, F)``.
+    Takes projected image features, encoder scale, ``(N, D)``, the text encoder of the same
+    checkpoint, and a pair of prompts for each of F findings; gives ``(N, F)``.
     """
     directions = torch.stack(
         [
@@ -104,8 +93,7 @@ def score_prompts(
         ]
     )  # (F, D)
     images = F.normalize(torch.from_numpy(embeddings), dim=-1)
-    logits: NDArray[np.float32] = (text_encoder.logit_scale * images @ directions.T).numpy()
-    return logits
+    return (text_encoder.logit_scale * images @ directions.T).numpy()
 
 
 def _average(text_encoder: TextEncoder, sentences: Sequence[str]) -> torch.Tensor:
@@ -186,12 +174,9 @@ def score_zero_shot(
 
 
 def require_text_tower_of(store: FeatureStore, encoder: EncoderIdentity) -> None:
-    """Raise unless the images were embedded by the checkpoint whose texts are to be compared.
+    """Raise StoreMismatchError unless the images were embedded by the texts' own checkpoint.
 
-    Raises
-    ------
-    StoreMismatchError
-        It is another encoder; texts of another model lie elsewhere.
+    Texts of another model lie elsewhere.
     """
     require_same_encoder(
         store.header.encoder,
@@ -235,10 +220,8 @@ def tabulate_areas(
     """One row per finding, and the macro row, as :attr:`ZeroShot.table` describes them."""
     rows = []
     for f, finding in enumerate([*findings, MACRO]):
-        row: dict[str, object] = {
-            "finding": finding,
-            "n_positive": int(n_positive[f]) if finding != MACRO else int(n_positive.sum()),
-        }
+        chosen = n_positive if finding == MACRO else n_positive[f]
+        row: dict[str, object] = {"finding": finding, "n_positive": int(np.sum(chosen))}
         for name, area in areas.items():
             figure = area.macro() if f == len(findings) else area.of_finding(f)
             row |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}

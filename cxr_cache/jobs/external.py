@@ -7,11 +7,9 @@ import logging
 from pathlib import Path
 from typing import Final, get_args
 
-import pandas as pd
-
 from cxr_cache.common.files import disk_errors_named, write_whole
 from cxr_cache.config import EncoderOptions, EvaluateConfig, ExternalConfig, parse_relations
-from cxr_cache.datasets.labels import load_labels
+from cxr_cache.datasets.labels import read_labels
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.external import ExternalEvaluation, score_external
@@ -55,7 +53,8 @@ def evaluate_on_store(
     store_path
         Feature store of the same encoder.
     labels
-        CSV whose targets replace the store's.
+        Table whose targets replace the store's; see
+        :func:`cxr_cache.datasets.labels.read_labels`.
     name_map
         CSV that says which finding of the other data set stands for which of the run's; see
         :func:`cxr_cache.evaluation.matching.match_findings`.
@@ -90,12 +89,11 @@ def evaluate_on_store(
     wanted = parse_relations(relations)
     folder = None if out is None or _is_json(out) else _require_free(Path(out))
     with FeatureStore.open(store_path) as features:
-        own_labels = None if labels is None else _read_labels(features, labels)
-        names = features.findings if own_labels is None else own_labels.columns[1:]
+        cohort = features.cohort if labels is None else read_labels(labels, features.cohort)
         data_set = "" if labels else name_data_set(features.findings, features.header.reading)
         matching = match_findings(
             run.config["findings"],
-            list(map(str, names)),
+            cohort.findings,
             our_data_set=_name_own_data_set(run),
             their_data_set=data_set,
             own=name_map,
@@ -105,14 +103,14 @@ def evaluate_on_store(
         encoder = None
         if run.load_model().tail is not None and not features.header.encoder.get("imported"):
             encoder = reload_encoder(features.header.encoder, model=model, device=device)
-        predictions, targets = predict_store(run, features, encoder)
-        overlap = find_overlap(run, features, predictions["image_id"].tolist())
+        predictions, targets = predict_store(run, features, encoder, cohort)
+        overlap = find_overlap(run, features, predictions)
     for warning in overlap.warnings:
         logger.warning("%s", warning)
     evaluation = score_external(
         run,
         predictions,
-        targets if own_labels is None else own_labels,
+        targets,
         matching,
         overlap,
         described={
@@ -131,14 +129,6 @@ def evaluate_on_store(
     elif out is not None:
         write_whole(Path(out), json.dumps(evaluation.metrics, indent=2).encode())
     return evaluation
-
-
-def _read_labels(store: FeatureStore, labels: str | Path) -> pd.DataFrame:
-    """Column image_id and one target per finding of a table, for all images of a store."""
-    findings, targets = load_labels(labels, store.image_ids)
-    table: pd.DataFrame = pd.DataFrame(targets, columns=list(findings))
-    table.insert(0, "image_id", store.image_ids)
-    return table
 
 
 def _name_own_data_set(run: Run) -> str:

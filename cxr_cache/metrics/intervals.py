@@ -51,17 +51,8 @@ Bounded: TypeAlias = tuple[Array, Interval]
 def standard_errors(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
     """Compute standard deviations over resamples, corrected for the number of clusters.
 
-    Parameters
-    ----------
-    resampled
-        Shape ``(R, ...)``, NaN where a resample leaves a figure undefined.
-    n_clusters
-        Number of clusters on which each figure rests, shape ``(...)``.
-
-    Returns
-    -------
-    FloatArray
-        Shape ``(...)``; NaN with fewer than two clusters.
+    `resampled`, ``(R, ...)``, is NaN where a resample leaves a figure undefined; `n_clusters`,
+    ``(...)``, is the number of clusters on which each figure rests. NaN with fewer than two.
     """
     errors: FloatArray = _deviations(resampled, n_clusters).std(axis=0)
     return errors
@@ -109,16 +100,9 @@ def macro_interval(
 ) -> Interval:
     """Compute the interval of a mean over findings that share their clusters.
 
-    Parameters
-    ----------
-    estimates
-        One figure per finding, NaN where undefined, shape ``(F,)``.
-    resampled
-        These figures on resampled clusters, shape ``(R, F)``.
-    n_clusters
-        Number of clusters on which each finding's figure rests, shape ``(F,)``.
-    scale, level
-        As in :func:`student_interval`.
+    Takes one figure per finding, ``(F,)``, NaN where undefined; these figures on resampled
+    clusters, ``(R, F)``; and the number of clusters on which each rests, ``(F,)``. `scale` and
+    `level` are those of :func:`student_interval`.
     """
     mean, spread = macro_mean(estimates), macro_error(resampled, n_clusters)
     if scale == "logit" and mean in (0, 1):  # take the number of the finding with most clusters
@@ -161,14 +145,8 @@ def pool_clusters(variances: Array, n_clusters: Array) -> float:
 
     This is Satterthwaite's number of degrees of freedom ("An approximate distribution of estimates
     of variance components", 1946) plus one, since a variance from n clusters has n - 1 of them.
-    Infinite without variance.
-
-    Parameters
-    ----------
-    variances
-        Variances of the terms, ``(F,)``; their covariances are left out.
-    n_clusters
-        Number of clusters behind each variance, more than one, ``(F,)``.
+    Infinite without variance. Variances are those of the terms, ``(F,)``, their covariances left
+    out; behind each is more than one cluster.
     """
     scatter = float((np.square(variances) / (np.asarray(n_clusters) - 1)).sum())
     return float(np.square(np.sum(variances))) / scatter + 1 if scatter > 0 else math.inf
@@ -191,17 +169,7 @@ def interval_of_mean(estimate: Array, first: Bounded, second: Bounded) -> Interv
 def count_rarer_class(targets: Array, clusters: Array) -> FloatArray:
     """Count each finding's clusters with a positive, or with a negative where those are fewer.
 
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, ``(N, F)``.
-    clusters
-        Cluster of every row, ``(N,)``.
-
-    Returns
-    -------
-    FloatArray
-        Whole numbers, shape ``(F,)``.
+    Targets ``(N, F)`` and the cluster of every row, ``(N,)``, to whole numbers, ``(F,)``.
     """
     counts = [
         min(len(np.unique(clusters[target == value])) for value in (0, 1)) for target in targets.T
@@ -213,14 +181,7 @@ def auroc_influence(targets: Array, scores: Array) -> FloatArray:
     """Compute the influence of every row on each finding's AUROC, ``(N, F)``.
 
     The influence of a row is how much the AUROC changes with the row's weight (DeLong, DeLong and
-    Clarke-Pearson 1988). A column sums to zero.
-
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, ``(N, F)``.
-    scores
-        Finite, ``(N, F)``; ties count half.
+    Clarke-Pearson 1988). A column sums to zero. Scores are finite, and ties count half.
     """
     influence = np.zeros(targets.shape)
     for f, (target, score) in enumerate(zip(targets.T, scores.T, strict=True)):
@@ -242,16 +203,10 @@ def clustered_error(
 ) -> MeanError:
     """Compute the standard error of a sum of figures, whose clusters were sampled as a whole.
 
-    Parameters
-    ----------
-    influence
-        Influence of every row on each figure, ``(N, F)``. For differences of two figures, the
-        differences of their influences.
-    groups
-        Cluster of every row, ``(N,)``.
-    n_clusters
-        Number n of clusters on which each figure rests, ``(F,)``. Sums of squares are divided by
-        n - 1. A figure of fewer than two clusters shows no variance.
+    Takes the influence of every row on each figure, ``(N, F)`` (for differences of two figures, the
+    differences of their influences), and the cluster of every row, ``(N,)``. Sums of squares are
+    divided by n - 1, with n the number of clusters on which each figure rests, ``(F,)``. A figure
+    of fewer than two clusters shows no variance.
     """
     _, codes = np.unique(groups, return_inverse=True)
     sums = np.zeros((codes.max(initial=-1) + 1, influence.shape[1]))

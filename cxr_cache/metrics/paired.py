@@ -22,21 +22,14 @@ from cxr_cache.metrics.scores import Array, FloatArray, macro_mean
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Scores that one model gives to n of the N rows.
-
-    Attributes
-    ----------
-    rows
-        Numbers of these rows, ``(n,)``.
-    targets
-        1 present, 0 absent, NaN unlabelled, ``(n, F)``.
-    scores
-        Logits or probabilities, finite, ``(n, F)``.
-    """
+    """Scores that one model gives to n of the N rows."""
 
     rows: NDArray[np.intp]
+    """Numbers of these rows, ``(n,)``."""
     targets: Array
+    """1 present, 0 absent, NaN unlabelled, ``(n, F)``."""
     scores: Array
+    """Logits or probabilities, finite, ``(n, F)``."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +101,8 @@ def score_jointly(
     """Score models on joint resamples of all clusters, so that differences have intervals too.
 
     The models need not have been scored on the same rows. A cluster that two models share has the
-    same weight for both.
-
-    Parameters
-    ----------
-    models
-        The scored rows of each model, by its name.
-    clusters
-        Patient (or study) of each of the N rows.
-    n_resamples, seed
-        As in :func:`cxr_cache.metrics.resampled.bootstrap`.
+    same weight for both: `clusters` are the patients (or studies) of the N rows. `n_resamples` and
+    `seed` are those of :func:`cxr_cache.metrics.resampled.bootstrap`.
     """
     ranked = {name: RankedScores(m.targets, m.scores) for name, m in models.items()}
 

@@ -79,19 +79,9 @@ def bootstrap(
 def draw_weights(
     codes: NDArray[np.intp], n_groups: int, resamples: range, seed: int
 ) -> NDArray[np.float32]:
-    """Draw the weights of :func:`bootstrap` for rows whose groups are numbered.
+    """Draw the weights of :func:`bootstrap` for rows whose groups are numbered, ``(N,)``.
 
-    Parameters
-    ----------
-    codes
-        Number of the group of every row, below `n_groups`, shape ``(N,)``.
-    resamples, seed
-        Numbers of the resamples, and the seed.
-
-    Returns
-    -------
-    NDArray[np.float32]
-        Positive, shape ``(R, N)``, equal for all rows of a group.
+    They are positive, ``(R, N)``, and equal for all rows of a group.
     """
     drawn = np.empty((n_groups, len(resamples)), dtype=np.float32)
     for column, resample in enumerate(resamples):
@@ -136,20 +126,12 @@ class RankedScores:
         self._rankings = [_rank(*column, n_rows=N) for column in columns]
 
     def auroc_and_ap(self, weights: Array) -> tuple[FloatArray, FloatArray]:
-        """Compute AUROC and AP as if every row occurred as often as its weight says.
+        """Compute AUROC and AP, ``(R, F)`` each, as if rows occurred as often as weights say.
 
         AP is the mean, over positives, of the precision among the rows that score at least as high.
-
-        Parameters
-        ----------
-        weights
-            Not negative, shape ``(R, N)``. Quickest in the memory layout of :func:`bootstrap`.
-
-        Returns
-        -------
-        tuple[FloatArray, FloatArray]
-            Both of shape ``(R, F)``, NaN where :func:`cxr_cache.metrics.scores.auroc` would be.
-            Tied scores are handled exactly, as in scikit-learn.
+        Both are NaN where :func:`cxr_cache.metrics.scores.auroc` would be; tied scores are handled
+        exactly, as in scikit-learn. Weights, ``(R, N)``, are not negative, and quickest in the
+        memory layout of :func:`bootstrap`.
         """
         by_row = np.ascontiguousarray(weights.T, dtype=np.float64)
         pairs = [_auroc_and_ap(ranking, by_row) for ranking in self._rankings]

@@ -121,13 +121,7 @@ def _mean_ranks(ordered: Array) -> FloatArray:
 
 
 def _per_matrix(statistic: Callable[[Array], FloatArray], scores: Array) -> FloatArray:
-    """Apply ``(N, F) -> (F,)`` to each matrix by itself, which is quicker and takes less memory.
-
-    Raises
-    ------
-    ValueError
-        A score is NaN or infinite.
-    """
+    """Apply ``(N, F) -> (F,)`` to each matrix by itself, which is quicker and takes less memory."""
     require_finite(scores)
     *leading, N, F = scores.shape
     matrices = scores.reshape(math.prod(leading), N, F)
@@ -150,17 +144,7 @@ def average_precision_of_chance(n_positive: Array, n_labelled: Array) -> FloatAr
     At place k the precision of a positive counts the positive itself and the share of positives
     among the k - 1 rows before it; every place k is equally likely. The result lies above the
     prevalence, and far above it where positives are few: one positive among N rows has H(N) / N,
-    the harmonic number over N, not 1 / N.
-
-    Parameters
-    ----------
-    n_positive, n_labelled
-        Shape ``(...)``.
-
-    Returns
-    -------
-    FloatArray
-        Shape ``(...)``; NaN without a positive.
+    the harmonic number over N, not 1 / N. All shapes are ``(...)``; NaN without a positive.
     """
     positive, n = np.asarray(n_positive, np.float64), np.asarray(n_labelled)
     # SciPy has harmonic numbers too, but every process that trains would have to import it.
@@ -197,21 +181,9 @@ def confusion_counts(
 ) -> FloatArray:
     """Count true and false calls of every finding, over its labelled rows.
 
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
-    decisions
-        Where a finding is called present, shape ``(N, F)``.
-    weights
-        How often each row counts, one weighting per resample, shape ``(R, N)``; None counts each
-        row once.
-
-    Returns
-    -------
-    FloatArray
-        Whole numbers, columns as :data:`CONFUSION_COLUMNS`, shape ``(F, 4)``, with weights
-        ``(R, F, 4)``.
+    Decisions, ``(N, F)``, say where a finding is called present; weights are those of
+    :func:`weighted_mean`. Gives whole numbers, columns as :data:`CONFUSION_COLUMNS`, ``(F, 4)``,
+    with weights ``(R, F, 4)``.
     """
     present, absent = targets == 1, targets == 0
     cells = (present & decisions, absent & decisions, present & ~decisions, absent & ~decisions)
@@ -237,11 +209,8 @@ class Rates(NamedTuple):
 def rates(confusion: FloatArray) -> Rates:
     """Derive F1, sensitivity, specificity, PPV, NPV and balanced accuracy from counts.
 
-    Parameters
-    ----------
-    confusion
-        Counts as :func:`confusion_counts` gives them, shape ``(..., 4)``: of single findings, or
-        summed over findings for micro averages.
+    Counts, ``(..., 4)``, are as :func:`confusion_counts` gives them: of single findings, or summed
+    over findings for micro averages.
     """
     tp, fp, fn, tn = np.moveaxis(confusion, -1, 0)
     sensitivity, specificity = divide(tp, tp + fn), divide(tn, tn + fp)
@@ -330,16 +299,9 @@ class Reliability:
 
 
 def reliability(targets: Array, probabilities: Array, n_bins: int = N_BINS) -> Reliability:
-    """Sort cells into bins of equal width over [0, 1]; an edge belongs to the bin below it.
+    """Sort cells, ``(N, F)``, into bins of equal width over [0, 1], `n_bins` of them.
 
-    Parameters
-    ----------
-    targets
-        1 present, 0 absent, NaN unlabelled, shape ``(N, F)``.
-    probabilities
-        In [0, 1], shape ``(N, F)``.
-    n_bins
-        Number of bins, B.
+    An edge belongs to the bin below it.
     """
     edges = np.linspace(0, 1, n_bins + 1)[1:-1]
     sums = np.zeros((3, targets.shape[1], n_bins))
@@ -361,12 +323,7 @@ def expected_calibration_error(
 
     The gaps of the bins of :func:`reliability` are averaged, weighted by their numbers of rows (Guo
     et al., "On Calibration of Modern Neural Networks", 2017). The result is biased upwards where
-    bins hold few rows.
-
-    Returns
-    -------
-    FloatArray
-        In [0, 1], shape ``(F,)``; NaN for a finding without labels.
+    bins hold few rows. The result, ``(F,)``, lies in [0, 1]; NaN for a finding without labels.
     """
     bins = reliability(targets, probabilities, n_bins)
     gaps = np.nan_to_num(np.abs(bins.mean_probability - bins.observed))
@@ -377,19 +334,10 @@ def expected_calibration_error(
 
 
 def weighted_mean(values: Array, weights: Array | None = None) -> FloatArray:
-    """Average over rows, leaving NaN out.
+    """Average over rows, leaving NaN out: ``(N, ...)`` with at most one further axis -> ``(...)``.
 
-    Parameters
-    ----------
-    values
-        Shape ``(N, ...)`` with at most one further axis.
-    weights
-        How often each row counts, shape ``(R, N)``; None counts each row once.
-
-    Returns
-    -------
-    FloatArray
-        Shape ``(...)``, with weights ``(R, ...)``; NaN where no row counts.
+    Weights, ``(R, N)``, say how often each row counts, and give ``(R, ...)``; None counts each row
+    once. NaN where no row counts.
     """
     counted = ~np.isnan(values)
     row_weights = np.ones(len(values)) if weights is None else weights
@@ -411,6 +359,16 @@ def has_both_classes(targets: Array) -> NDArray[np.bool_]:
     """Tell which findings have a labelled positive and a labelled negative, shape ``(F,)``."""
     both: NDArray[np.bool_] = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
     return both
+
+
+def drop_positives_only(targets: Array) -> Array:
+    """Leave findings unlabelled that have a labelled positive and no negative, ``(N, F)``.
+
+    Nothing can be said of them: calling them present is never wrong. CheXpert's "No Finding" is 1
+    or blank.
+    """
+    undefined = (targets == 1).any(axis=0) & ~(targets == 0).any(axis=0)
+    return np.where(undefined, np.nan, targets) if undefined.any() else targets
 
 
 def require_finite(scores: Array) -> Array:

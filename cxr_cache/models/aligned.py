@@ -35,16 +35,9 @@ class AlignedImages:
 def align_run(
     run: Run, cohort: Cohort, store_path: Path, *, only_test: bool = False
 ) -> AlignedImages:
-    """Find the images of a run among those of a store.
+    """Find the images of a run, or its test images alone, in the cohort of a store.
 
-    Parameters
-    ----------
-    run
-        A finished run.
-    cohort
-        The N images that can be used, of the store at `store_path`.
-    only_test
-        Look for the test images of the run alone.
+    The cohort holds those N images that can be used, of the store at `store_path`.
 
     Raises
     ------

@@ -152,12 +152,8 @@ def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
 class TraceableModel:
     """A trained model whose answers can be followed back into its encoder.
 
-    Parameters
-    ----------
-    model
-        What a run saved, frozen or fine-tuned; it reads the projected embedding.
-    encoder
-        The run's, as it is before fine-tuning, which it stays.
+    It reads the projected embedding. `encoder` is the run's, as it is before fine-tuning, which it
+    stays.
     """
 
     def __init__(self, model: SavedModel, encoder: Encoder) -> None:
@@ -176,24 +172,9 @@ class TraceableModel:
     ) -> Tensor:
         """Where in the images the logits of some findings come from, averaged over the members.
 
-        Parameters
-        ----------
-        pixels
-            As :meth:`Encoder.encode` takes them, ``(B, 3, S, S)``.
-        findings
-            Their columns, n of them.
-        n_blocks
-            Last blocks that are followed back; None for those that were fine-tuned, or two.
-
-        Returns
-        -------
-        Tensor
-            Not negative, in no unit, ``(n, B, rows, columns)`` of patches, on the CPU.
-
-        Raises
-        ------
-        EncoderError
-            The tower does not pool its class token alone, cannot be split, or has fewer blocks.
+        Takes pixels ``(B, 3, S, S)`` as :meth:`Encoder.encode` does, and the columns of n findings;
+        `n_blocks` and errors are those of :func:`explain_images`. Gives ``(n, B, rows, columns)``
+        of patches, not negative, in no unit, on the CPU.
         """
         n_blocks = n_blocks or self._n_blocks
         maps = []
@@ -225,17 +206,8 @@ def roll_out(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
 
     (Chefer, Gur and Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and
     Encoder-Decoder Transformers", ICCV 2021, eq. 5 and 6). Blocks before the first one given are
-    taken as mixing nothing.
-
-    Parameters
-    ----------
-    attentions, gradients
-        One pair per block, first to last, ``(B, heads, T, T)``.
-
-    Returns
-    -------
-    Tensor
-        The class token's row of R without itself, not negative, ``(B, T - 1)``.
+    taken as mixing nothing. Given is one pair per block, first to last, ``(B, heads, T, T)``; the
+    result is the class token's row of R without itself, not negative, ``(B, T - 1)``.
     """
     B, _, T, _ = attentions[0].shape
     relevance = torch.eye(T, device=attentions[0].device).expand(B, T, T)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from cxr_cache.models.export_onnx import require_onnx, write_onnx
 from cxr_cache.models.export_open_clip import HEAD_FILE, require_one_checkpoint, write_open_clip
 from cxr_cache.models.predict import require_encoder_of_run
 from cxr_cache.models.run import Run, SavedModel
+from cxr_cache.models.tuned import name_blocks
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,6 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
     if model.encoder["is_random"]:
         notice += " The encoder has RANDOM WEIGHTS: results have no medical meaning."
     preprocessing = model.encoder["preprocessing"]
-    blocks = [match[0] for name in model.tail_tensors if (match := re.match(r".*?\.\d+", name))]
     return {
         "notice": notice,
         "findings": list(model.findings),
@@ -133,7 +132,7 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "hidden": list(model.head["hidden"]),
         "norm": model.head["norm"],
         "n_members": model.n_members,
-        "fine_tuned_blocks": list(dict.fromkeys(blocks)),
+        "fine_tuned_blocks": name_blocks(model.tail_tensors),
         "encoder": model.encoder,
         "precision": _describe_precision(model),
         "run": {"name": run.path.resolve().name}
@@ -194,15 +193,11 @@ def _replacing(out: Path) -> Iterator[Path]:
         if former.exists() and not out.exists():
             former.rename(out)
         for path in (temporary, former):
-            _remove(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

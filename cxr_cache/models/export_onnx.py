@@ -71,21 +71,9 @@ def write_onnx(
 ) -> tuple[str, ...]:
     """Write the file, check it, and compare it with torch on generated images.
 
-    Parameters
-    ----------
-    model
-        Frozen or fine-tuned; the members of an ensemble are averaged inside the file.
-    encoder
-        The run's, computing in float32.
-    description
-        Goes into the file's ``metadata_props``; what is not text, as JSON.
-    path
-        Written only here.
-
-    Returns
-    -------
-    tuple
-        How far the probabilities are from torch's.
+    The members of an ensemble are averaged inside the file; the encoder computes in float32. The
+    description goes into the file's ``metadata_props``; what is not text, as JSON. Gives a sentence
+    on how far the probabilities are from torch's.
 
     Raises
     ------
@@ -104,7 +92,11 @@ def write_onnx(
         try:
             _convert(whole, images, exporter, texts, path)
             difference = float(np.abs(_run_file(path, images) - expected).max())
-            _require_equal(difference)
+            if not difference <= MAX_DIFFERENCE:  # NaN is not
+                raise ExportError(
+                    f"its probabilities differ from torch's by {difference:.2g}, more than "
+                    f"{MAX_DIFFERENCE:g}"
+                )
         except Exception as error:  # converters raise anything
             reasons.append(f"{type(error).__name__}: {first_line(error)}")
             continue
@@ -127,14 +119,6 @@ def _require_size(whole: nn.Module) -> None:
         raise ExportError(
             f"The model has {n_bytes / 1e9:.1f} GB of weights, and an ONNX file holds at most "
             f"{_MAX_BYTES / 1e9:.0f} GB. Use --format open-clip, or a run with fewer members."
-        )
-
-
-def _require_equal(difference: float) -> None:
-    if not difference <= MAX_DIFFERENCE:  # NaN is not
-        raise ExportError(
-            f"its probabilities differ from torch's by {difference:.2g}, more than "
-            f"{MAX_DIFFERENCE:g}"
         )
 
 
@@ -207,18 +191,9 @@ def _plain_attention() -> Iterator[None]:
 def build_whole_model(model: SavedModel, encoder: Encoder) -> nn.Module:
     """The module that gives what :func:`cxr_cache.models.predict.predict_images` gives.
 
-    Parameters
-    ----------
-    model
-        What a run saved, frozen or fine-tuned.
-    encoder
-        The run's, as it is before fine-tuning, which it stays.
-
-    Returns
-    -------
-    nn.Module
-        In evaluation mode and without gradients: uint8 pixels ``(B, 3, S, S)`` to probabilities
-        ``(B, F)``, the members averaged, then calibrated. Plain layers only, for exporters.
+    In evaluation mode and without gradients: uint8 pixels ``(B, 3, S, S)`` to probabilities
+    ``(B, F)``, the members averaged, then calibrated. Plain layers only, for exporters. `encoder`
+    is the run's, as it is before fine-tuning, which it stays.
     """
     build = _FrozenModel if model.tail is None else _TunedModel
     return build(model, encoder).eval().requires_grad_(False)

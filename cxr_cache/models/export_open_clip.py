@@ -52,10 +52,7 @@ _COPIED_FILES: Final = (  # what Hugging Face tokenizers are made of; open_clip 
 def require_one_checkpoint(run: Run, model: SavedModel) -> None:
     """Raise ExportError unless one image tower stands for the run, and a text tower goes with it.
 
-    Raises
-    ------
-    ExportError
-        The encoder's weights are random, or the members have towers of their own.
+    Random weights come without the one, and fine-tuned members have towers of their own.
     """
     if model.encoder["is_random"]:
         raise ExportError(
@@ -85,21 +82,9 @@ def write_open_clip(
     Tensors that were not trained are copied as the checkpoint holds them, text tower included;
     they are mapped rather than loaded, and no text tower is built.
 
-    Parameters
-    ----------
-    model
-        With at most one set of fine-tuned blocks.
-    encoder
-        The run's, loaded from a checkpoint.
-    description
-        Goes into ``head.json``.
-    folder
-        Made here.
-
-    Returns
-    -------
-    tuple
-        What a user of the folder has to know.
+    The model has at most one set of fine-tuned blocks, and the encoder was loaded from a
+    checkpoint. The description goes into ``head.json``. Gives what a user of the folder has to
+    know.
 
     Raises
     ------

@@ -150,17 +150,9 @@ class HeadBank(nn.Module):
         return self.flat.shape[1]
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Logits of every head, each on its own batch.
+        """Logits of every head, each on its own batch, ``(H, B, D)`` -> ``(H, B, F)``.
 
-        Parameters
-        ----------
-        embeddings
-            ``(H, B, D)``, or ``(B, D)`` for the same batch in every head.
-
-        Returns
-        -------
-        Tensor
-            ``(H, B, F)``.
+        With ``(B, D)``, every head has the same batch.
         """
         x = embeddings.expand(self.n_heads, *embeddings.shape[-2:])
         for i in range(self.n_hidden):
@@ -296,10 +288,7 @@ def find_norm(state: Mapping[str, Tensor]) -> str:
 def predict_probabilities(bank: HeadBank, embeddings: Tensor, *, batch_size: int = 8192) -> Tensor:
     """Probabilities of every row in evaluation mode, averaged over the heads, ``(N, F)``.
 
-    Parameters
-    ----------
-    embeddings
-        ``(N, D)``, prepared as for training (see :func:`cxr_cache.store.rows.prepare_features`).
+    Embeddings, ``(N, D)``, are prepared as by :func:`cxr_cache.store.rows.prepare_features`.
     """
     was_training = bank.training
     bank.eval()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.wording import count, describe_differences, find_differences
-from cxr_cache.datasets.cohort import finding_table
+from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
@@ -179,14 +179,8 @@ class Predictor:
     """A trained model with its weights in place: batches to probabilities, not calibrated.
 
     Loading takes longer than a batch, so keep one for all batches. The members of an ensemble are
-    averaged; a row whose input holds NaN or infinity becomes NaN.
-
-    Parameters
-    ----------
-    model
-        What a run saved.
-    encoder
-        The run's, as it is before fine-tuning, which it stays. Embeddings need none.
+    averaged; a row whose input holds NaN or infinity becomes NaN. `encoder` is the run's, as it is
+    before fine-tuning, which it stays; embeddings need none.
     """
 
     def __init__(self, model: SavedModel, encoder: Encoder | None = None) -> None:
@@ -216,13 +210,10 @@ class Predictor:
         return probabilities
 
     def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)``.
+        """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
-        Parameters
-        ----------
-        outputs
-            Those of the encoder that the head reads, in the order of
-            :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings alone.
+        They come in the order of :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings
+        alone.
         """
         assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
@@ -237,25 +228,23 @@ class Predictor:
 
 
 def predict_store(
-    run: Run, store: FeatureStore, encoder: Encoder | None = None
+    run: Run,
+    store: FeatureStore,
+    encoder: Encoder | None = None,
+    cohort: Cohort | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions of a run for the finished rows of a store, and the store's own targets.
 
-    Parameters
-    ----------
-    run
-        A finished run.
-    store
-        With any findings; for a fine-tuned run with tokens that enter its blocks.
-    encoder
-        The store's, for a fine-tuned run; a frozen one needs none.
+    The store may have any findings. A fine-tuned run also needs tokens that enter its blocks, and
+    the store's `encoder`. `cohort` describes and labels the store's images otherwise than the store
+    does, as a table of the user's own may.
 
     Returns
     -------
     predictions
         The columns of the image table and one probability per finding, not calibrated.
     targets
-        Columns image_id and one target per finding of the store, whatever the run predicts.
+        Columns image_id and one target per finding of the cohort, whatever the run predicts.
 
     Raises
     ------
@@ -267,7 +256,7 @@ def predict_store(
     model = run.load_model()
     _require_same_features(run, model, store)
     rows = find_done_rows(store)
-    cohort = store.cohort.take(rows)
+    cohort = (store.cohort if cohort is None else cohort).take(rows)
     if model.tail is None:
         outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
         probabilities = Predictor(model).from_embeddings(*outputs)

@@ -414,16 +414,8 @@ class Run:
 
         ``metrics.json`` is removed first and written last, so that whoever finds it finds the
         tables of the same evaluation; after an interruption there is none, and
-        :meth:`read_metrics` says what to do.
-
-        Parameters
-        ----------
-        metrics
-            What is undefined must be None, not NaN.
-        tables
-            CSV files by name.
-        point
-            Thresholds and calibration that the model is to keep from now on; None changes neither.
+        :meth:`read_metrics` says what to do. What is undefined must be None, not NaN. With `point`,
+        the model keeps its thresholds and calibration from now on; None changes neither.
         """
         _dump_metrics(metrics)  # what cannot be written fails before anything is removed
         model = None if point is None else self.load_model().read_at(point)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
@@ -30,18 +31,12 @@ class TailAndHead(nn.Module):
 
     Parameters
     ----------
-    encoder
-        Its last blocks train in place.
-    bank
-        One head.
-    n_unfrozen
-        How many blocks.
+    encoder, n_unfrozen, bank
+        The encoder whose last blocks train in place, how many of them, and a bank of one head.
     input_norm
         ``"l2"`` scales embeddings to length 1 before the head, ``"none"`` does not.
-    precision
-        What the blocks compute in; the head computes in float32.
-    keeps_activations
-        Off, the backward pass computes the blocks again.
+    precision, keeps_activations
+        As in :meth:`cxr_cache.encoders.encoder.Encoder.tail`; the head computes in float32.
     """
 
     def __init__(
@@ -153,6 +148,12 @@ def as_cached(tokens: Tensor, model: SavedModel) -> Tensor:
     """Tokens as the model was trained on them: rounded to float16 if those came from a store."""
     assert model.tail is not None, "a frozen run reads no tokens"
     return tokens.half() if model.tail["tokens"] == "float16" else tokens
+
+
+def name_blocks(parameters: Iterable[str]) -> list[str]:
+    """``visual.trunk.blocks.10.norm1.weight`` -> ``visual.trunk.blocks.10``, each block once."""
+    found = (re.match(r".*?\.\d+", name) for name in parameters)
+    return list(dict.fromkeys(match[0] for match in found if match))
 
 
 def copy_tail(encoder: Encoder, n_unfrozen: int) -> dict[str, Tensor]:

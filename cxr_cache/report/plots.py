@@ -68,10 +68,7 @@ _AUROC_LABEL: Final = "AUROC on the test images"
 def draw_plots(run: Run) -> dict[str, Path]:
     """Draw every plot of a run that has been evaluated, into its ``plots`` folder.
 
-    Returns
-    -------
-    dict[str, Path]
-        PNG file by the plot's name; ``curves`` only where the evaluation kept them.
+    Gives PNG files by the plots' names; ``curves`` only where the evaluation kept them.
     """
     paths = {name: run.plot_path(name) for name in PLOTS_OF_TRAINING}
     search, chosen_epochs = run.read_table("epoch_search"), run.config["chosen_epochs"]
@@ -210,14 +207,7 @@ def draw_class_distribution(
 ) -> None:
     """Bars of how many images and studies have each finding, on a log scale, most frequent first.
 
-    Parameters
-    ----------
-    findings
-        Names, in any order.
-    images, studies
-        How many images and how many studies have each finding.
-    path
-        PNG file to write; its folder exists.
+    Findings may come in any order; the folder of the PNG file exists.
     """
     table = pd.DataFrame(dict(zip(_CLASS_COLUMNS, (findings, images, studies), strict=True)))
     table = table.sort_values("n_images", kind="stable")
@@ -354,14 +344,8 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     """Draw the AUROC difference of every run and finding, with its interval, as a PNG.
 
     Findings whose difference is beyond luck after Holm's correction are filled markers; the mean
-    over findings is the top row. Intervals of very few studies run out of the frame.
-
-    Parameters
-    ----------
-    comparison
-        Of two or more runs.
-    path
-        File to write; its folder exists.
+    over findings is the top row. Intervals of very few studies run out of the frame. The folder of
+    the file exists.
     """
     table = comparison.table
     table = table[(table["rows"] == "images") & (table["measure"] == "auroc")]
@@ -413,13 +397,8 @@ def _draw_differences(
 def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
     """Draw every setting's folds, their mean, and the baselines, best on top, as a PNG.
 
-    Parameters
-    ----------
-    table
-        Of :class:`cxr_cache.training.ablate.Ablation`; the best forty settings and
-        all baselines are drawn.
-    path
-        File to write; its folder exists.
+    Of the table of :class:`cxr_cache.training.ablate.Ablation`, the best forty settings and all
+    baselines are drawn. The folder of the file exists.
     """
     path = Path(path)
     n_before = (table["kind"] == "head").cumsum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,6 @@ from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run, TableName
-
-if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
-    pass
-
 
 POINTS_OF_ALL_CURVES: Final = 30_000
 """What a page draws at most: about 0.7 MB, however many findings and runs there are."""
@@ -115,15 +111,9 @@ class RunView:
 
 
 def read_view(run: Run, name: str | None = None) -> RunView:
-    """Read what the page of an evaluated run shows.
+    """Read what the page shows of an evaluated run, which it calls `name`, or as its folder.
 
-    Parameters
-    ----------
-    run
-        A run with ``metrics.json`` and ``per_finding.csv``. Those evaluated before curves were
-        kept are read without them.
-    name
-        What the page calls it; None is the name of its folder.
+    Runs that were evaluated before curves were kept are read without them.
 
     Raises
     ------
@@ -223,21 +213,13 @@ def collect_differences(comparison: Comparison) -> dict[str, dict[str, dict[str,
 
 
 def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
-    """What the page's own program draws, ready for JSON.
+    """What the page's own program draws of runs with the same findings, ready for JSON.
 
-    Parameters
-    ----------
-    views
-        Runs with the same findings.
-
-    Returns
-    -------
-    dict[str, Any]
-        ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one
-        for all cells pooled; ``curves``, ``calibration``, ``points``, ``groups`` and ``zero_shot``
-        hold a list per run with one entry per finding, in that order, None where there is nothing
-        to draw; what is unknown of a point is None. ``measures`` names those of the figures of a
-        point that a table shows, with their labels.
+    ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one for
+    all cells pooled; ``curves``, ``calibration``, ``points``, ``groups`` and ``zero_shot`` hold a
+    list per run with one entry per finding, in that order, None where there is nothing to draw;
+    what is unknown of a point is None. ``measures`` names those of the figures of a point that a
+    table shows, with their labels.
     """
     findings = [*views[0].per_finding, POOLED]
     n_points = POINTS_OF_ALL_CURVES // (len(findings) * len(views))

@@ -35,6 +35,7 @@ from cxr_cache.store.feature_store import (
     FAILED,
     WITHOUT_TOKENS,
     FeatureStore,
+    RowCounts,
     Space,
     are_finite,
 )
@@ -52,18 +53,11 @@ def resolve_for(config: ExtractConfig, device: torch.device) -> ExtractConfig:
     return replace(config, **missing)
 
 
-@dataclass
-class ExtractSummary:
-    """What an extraction did, and where its time went."""
+@dataclass(kw_only=True)
+class ExtractSummary(RowCounts):
+    """What an extraction did, how many rows are in which state since, and where its time went."""
 
     store_path: Path
-    n_images: int = 0
-    n_done: int = 0
-    n_failed: int = 0
-    n_pending: int = 0
-    """Rows still to do, those without tokens among them."""
-    n_without_tokens: int = 0
-    """Pending rows that hold an embedding and lack only their tokens."""
     n_tried: int = 0
     """Rows whose image was read by this call; the others were there already."""
     n_computed: int = 0
@@ -97,12 +91,7 @@ class ExtractSummary:
 
     def to_text(self) -> str:
         """Closing lines for a terminal: the count, the failures by reason, speed and its limit."""
-        lines = [
-            f"{self.store_path}: {count(self.n_images, 'image')} = {self.n_done:,} done + "
-            f"{self.n_failed:,} failed + {self.n_pending:,} pending"
-        ]
-        if self.n_without_tokens:
-            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
+        lines = self.describe(self.store_path)
         if self.n_taken_over:
             lines.append(f"  {self.n_taken_over:,} rows taken over from the store as it was")
         if self.n_damaged:
@@ -232,7 +221,7 @@ def run_extraction(
         trainable_parameter_names(encoder, config.unfreeze_layers)  # raises where there are none
     cohort, part = _take_part(cohort, config.part)
     require_any_image(image_dir, [] if store_path.exists() else cohort.image_ids)
-    summary = ExtractSummary(store_path)
+    summary = ExtractSummary(store_path=store_path)
     started = time.perf_counter()
     resumed = open_or_create(
         store_path,
@@ -271,13 +260,8 @@ def _take_part(
             f"--part is {number}/{n_parts}, but there are only {len(cohort):,} images. Use fewer "
             "parts."
         )
-    described = {
-        "number": number,
-        "of": n_parts,
-        "first_row": first,
-        "n_rows_of_whole": len(cohort),
-    }
-    return cohort.take(slice(first, end)), described
+    place = {"first_row": first, "n_rows_of_whole": len(cohort)}
+    return cohort.take(slice(first, end)), {"number": number, "of": n_parts, **place}
 
 
 # -- filling it -------------------------------------------------------------------------
@@ -419,12 +403,8 @@ def _find_unusable(
 def _keep_embeddings(store: FeatureStore, batch: Batch, features: dict[str, NDArray[Any]]) -> None:
     """Put what rows without tokens hold in the place of what was computed again, bit for bit.
 
-    Where the image is another one by now, or the bytes are damaged, the row is written anew.
-
-    Raises
-    ------
-    StoreMismatchError
-        The same image gives other embeddings than those stored, so its tokens would not be theirs.
+    Where the image is another one by now, or the bytes are damaged, the row is written anew. If the
+    same image gives other embeddings, its tokens would not be theirs: StoreMismatchError.
     """
     lacking = batch.rows[store.read_rows("status", batch.rows) == WITHOUT_TOKENS]
     for rows, stored, intact in store.check_rows(lacking, WITHOUT_TOKENS):

@@ -11,7 +11,6 @@ open while anything runs. The protocol, and what it withstands, are in ``docs/re
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import itertools
 import json
@@ -97,17 +96,30 @@ class Space:
         return f"{self.path} takes {_in_words(self.n_bytes)}{tokens}{free}."
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowCounts:
     """How many rows of a store are in which state; done, failed and pending are all there are."""
 
-    n_images: int
-    n_done: int
-    n_failed: int
-    n_pending: int
+    n_images: int = 0
+    n_done: int = 0
+    n_failed: int = 0
+    n_pending: int = 0
     """Rows still to do, those without tokens among them."""
-    n_without_tokens: int
+    n_without_tokens: int = 0
     """Pending rows that hold an embedding and lack only their tokens."""
+
+    def __str__(self) -> str:
+        return (
+            f"{count(self.n_images, 'image')} = {self.n_done:,} done + {self.n_failed:,} failed + "
+            f"{self.n_pending:,} pending"
+        )
+
+    def describe(self, path: Path) -> list[str]:
+        """Lines for a terminal: what the store at `path` holds, and how much lacks only tokens."""
+        lines = [f"{path}: {self}"]
+        if self.n_without_tokens:
+            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
+        return lines
 
 
 class FeatureStore:
@@ -203,16 +215,7 @@ class FeatureStore:
         """
         path = Path(path)
         lock = WriterLock.acquire(path)
-        header = Header(
-            encoder=dict(encoder),
-            findings=cohort.findings,
-            cohort=dict(cohort.source),
-            boundary_block=boundary_block,
-            part=None if part is None else dict(part),
-            versions=package_versions(*_PACKAGES),
-            image_columns=_further_columns(cohort),
-            reading=_reading(cohort),
-        )
+        header = _describe(cohort, encoder, boundary_block, part)
         try:
             require_absent(path, overwrite=overwrite)
             _remove_abandoned(path)
@@ -300,11 +303,9 @@ class FeatureStore:
         return self.n_images
 
     def __repr__(self) -> str:
-        rows = self.count_rows()
         shapes = (f"{name} {shape}" for name, shape in self.feature_shapes.items())
         return (
-            f"FeatureStore {self.path}: {count(len(self), 'image')} = {rows.n_done:,} done + "
-            f"{rows.n_failed:,} failed + {rows.n_pending:,} pending\n"
+            f"FeatureStore {self.path}: {self.count_rows()}\n"
             f"  {count(len(self.findings), 'finding')}: {list_names(self.findings, 5)}\n"
             f"  encoder: {self.header.encoder['name']}\n"
             f"  one row: {', '.join(shapes)}"
@@ -644,18 +645,7 @@ class FeatureStore:
         """
         lock, self._lock = self._lock, None
         assert lock is not None, "only a store opened for writing is replaced"
-        header = Header(
-            **{
-                **vars(self.header),
-                "findings": cohort.findings,
-                "cohort": dict(cohort.source),
-                "boundary_block": boundary_block,
-                "part": None if part is None else dict(part),
-                "versions": package_versions(*_PACKAGES),
-                "image_columns": _further_columns(cohort),
-                "reading": _reading(cohort),
-            }
-        )
+        header = _describe(cohort, self.header.encoder, boundary_block, part)
         taken = np.flatnonzero(rows >= 0)
         try:
             _publish(
@@ -689,8 +679,8 @@ class FeatureStore:
         DiskFullError
             With the bytes needed and those free.
         """
-        header = dataclasses.replace(self.header, image_columns=_further_columns(cohort))
-        columns = plan_columns(_encode_table(cohort, header), features, self.canary)
+        table = _encode_table(cohort, _describe(cohort, self.header.encoder))
+        columns = plan_columns(table, features, self.canary)
         _require_space(self.path, columns, on_space)
 
     def copy_rows(
@@ -846,7 +836,26 @@ def _remove_abandoned(path: Path) -> None:
         left.unlink()
 
 
-def _reading(cohort: Cohort) -> dict[str, Any] | None:
+def _describe(
+    cohort: Cohort,
+    encoder: Mapping[str, Any],
+    boundary_block: int | None = None,
+    part: Mapping[str, int] | None = None,
+) -> Header:
+    """What a new store says of itself."""
+    return Header(
+        encoder=dict(encoder),
+        findings=cohort.findings,
+        cohort=dict(cohort.source),
+        boundary_block=boundary_block,
+        part=None if part is None else dict(part),
+        versions=package_versions(*_PACKAGES),
+        image_columns=tuple(name for name in cohort.images.columns if name not in IMAGE_COLUMNS),
+        reading=_describe_reading(cohort),
+    )
+
+
+def _describe_reading(cohort: Cohort) -> dict[str, Any] | None:
     """How the data set was read, without the longest lists where HDF5 has no place for them."""
     if cohort.reading is None:
         return None
@@ -855,10 +864,6 @@ def _reading(cohort: Cohort) -> dict[str, Any] | None:
         if len(json.dumps(values)) > _MAX_READING_BYTES:
             values[name] = {}
     return values
-
-
-def _further_columns(cohort: Cohort) -> tuple[str, ...]:
-    return tuple(name for name in cohort.images.columns if name not in IMAGE_COLUMNS)
 
 
 def _encode_table(cohort: Cohort, header: Header) -> dict[str, NDArray[Any]]:

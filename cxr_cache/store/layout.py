@@ -67,6 +67,13 @@ class Header:
     written."""
 
     @property
+    def n_unfrozen(self) -> int | None:
+        """Blocks of the encoder that the tokens have before them; None without tokens."""
+        if self.boundary_block is None:
+            return None
+        return int(self.encoder["n_blocks"]) - self.boundary_block
+
+    @property
     def format_version(self) -> int:
         """The first version that has a place for all this."""
         return 2 if self.image_columns else 1
@@ -127,7 +134,10 @@ def plan_columns(
         "error": (f"S{ERROR_WIDTH}", ()),
         "image_sha256": ("u1", (32,)),
         "row_digest": ("u1", (16,)),
-        **{name: (feature_dtype(name), tuple(shape)) for name, shape in features.items()},
+        **{
+            name: ("<f2" if name == "tokens" else "<f4", tuple(shape))
+            for name, shape in features.items()
+        },
     }
     fixed = {**table, _FIXED_DIGEST: np.zeros((1, 16), np.uint8)}
     if canary is not None:
@@ -144,29 +154,16 @@ def plan_columns(
     }
 
 
-def feature_dtype(name: str) -> np.dtype[Any]:
-    """Type of a feature column: tokens are float16, everything else float32."""
-    return np.dtype("<f2" if name == "tokens" else "<f4")
-
-
 # -- writing ----------------------------------------------------------------------------
 
 
 def write_layout(
     fd: int, header: Header, columns: Mapping[str, Column], fixed: Mapping[str, NDArray[Any]]
 ) -> None:
-    """Write an HDF5 file that holds `fixed` and has a place for every row.
+    """Write an HDF5 file that has a place for every row, as :func:`plan_columns` plans it.
 
-    Parameters
-    ----------
-    fd
-        An empty file, open for reading and writing.
-    header
-        Becomes attributes of the root group.
-    columns
-        As :func:`plan_columns` gives them.
-    fixed
-        Values of the datasets that never change: the image table and the canaries.
+    The header becomes attributes of the root group. `fixed` holds the values of the datasets that
+    never change: the image table and the canaries. `fd` is an empty file, open for reading too.
     """
     view = _FileView(fd)
     with h5py.File(
@@ -267,14 +264,7 @@ def read_layout(fd: int, path: Path) -> Layout:
     """Find the datasets of a store, each checked to be plain bytes inside this very file.
 
     The file may be anything, made by anybody: nothing is followed out of it, and no memory is
-    taken on the word of a number in it.
-
-    Parameters
-    ----------
-    fd
-        The file, open for reading.
-    path
-        Its name, for messages.
+    taken on the word of a number in it. `path` is its name, for messages.
 
     Raises
     ------

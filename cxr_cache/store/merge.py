@@ -17,34 +17,22 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines
 from cxr_cache.encoders.identity import compare_encoders
 from cxr_cache.errors import ConfigError, StoreIncompleteError, StoreMismatchError
-from cxr_cache.store.feature_store import EMBEDDED, FAILED, FeatureStore, require_absent
+from cxr_cache.store.feature_store import EMBEDDED, FAILED, FeatureStore, RowCounts, require_absent
 
 
-@dataclass(frozen=True)
-class MergeSummary:
-    """What a merge did."""
+@dataclass(kw_only=True)
+class MergeSummary(RowCounts):
+    """What a merge did, and how many rows of the whole are in which state."""
 
     store_path: Path
     n_parts: int
-    n_done: int
-    n_failed: int
-    n_pending: int
-    """Rows still to do, those without tokens among them."""
-    n_without_tokens: int
-    """Pending rows that hold an embedding and lack only their tokens."""
     n_damaged: int
     """Rows whose bytes did not match their digest; they are pending now."""
 
     def to_text(self) -> str:
         """Closing lines for a terminal."""
-        n_images = self.n_done + self.n_failed + self.n_pending
-        lines = [
-            f"{self.store_path}: {count(n_images, 'image')} of {count(self.n_parts, 'part')} = "
-            f"{self.n_done:,} "
-            f"done + {self.n_failed:,} failed + {self.n_pending:,} pending"
-        ]
-        if self.n_without_tokens:
-            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
+        first, *lines = self.describe(self.store_path)
+        lines.insert(0, first.replace(" = ", f" of {count(self.n_parts, 'part')} = "))
         if self.n_damaged:
             lines.append(f"  {self.n_damaged:,} rows were damaged in their part; they are pending")
         if self.n_pending:
@@ -57,15 +45,8 @@ def merge(
 ) -> MergeSummary:
     """Join all parts of an extraction, in any order given, into one store.
 
-    Parameters
-    ----------
-    part_paths
-        Every part, made by ``extract --part 1/N`` ... ``N/N`` from one image table. They are
-        read only; nobody may be writing to them.
-    store_path
-        The store to write.
-    overwrite
-        Replace a store that is there already.
+    They were made by ``extract --part 1/N`` ... ``N/N`` from one image table. They are read only;
+    nobody may be writing to them. `overwrite` replaces a store that is there already.
 
     Raises
     ------
@@ -101,7 +82,12 @@ def merge(
         first = parts[0]
         with FeatureStore.create(
             store_path,
-            _join([part.cohort for part in parts]),
+            Cohort(
+                pd.concat([part.cohort.images for part in parts]).fillna(""),
+                np.concatenate([part.cohort.targets for part in parts]),
+                first.findings,
+                first.header.cohort,
+            ),
             encoder=first.header.encoder,
             features=first.feature_shapes,
             canary=first.canary,
@@ -109,16 +95,9 @@ def merge(
             fill=lambda whole: _copy(whole, parts, damaged),
             overwrite=overwrite,
         ) as whole:
-            counts = whole.count_rows()
-    return MergeSummary(
-        store_path,
-        n_parts=len(parts),
-        n_done=counts.n_done,
-        n_failed=counts.n_failed,
-        n_pending=counts.n_pending,
-        n_without_tokens=counts.n_without_tokens,
-        n_damaged=sum(map(len, damaged)),
-    )
+            counts = vars(whole.count_rows())
+    n_damaged = sum(map(len, damaged))
+    return MergeSummary(store_path=store_path, n_parts=len(parts), n_damaged=n_damaged, **counts)
 
 
 def _in_order(parts: Sequence[FeatureStore]) -> list[FeatureStore]:
@@ -180,16 +159,6 @@ def _describe(part: FeatureStore) -> dict[str, Any]:
         "parts": (header.part or {}).get("of"),
         "rows of the whole": (header.part or {}).get("n_rows_of_whole"),
     }
-
-
-def _join(cohorts: Sequence[Cohort]) -> Cohort:
-    return Cohort(
-        pd.concat([cohort.images for cohort in cohorts]).fillna(""),
-        np.concatenate([cohort.targets for cohort in cohorts]),
-        cohorts[0].findings,
-        cohorts[0].source,
-        cohorts[0].reading,
-    )
 
 
 def _copy(

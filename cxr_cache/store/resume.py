@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,23 +157,19 @@ def _require_same_shape(
     store: FeatureStore, wanted: _Features, part: Mapping[str, int] | None
 ) -> None:
     """Raise unless the store holds what is wanted, or lacks nothing of it but the tokens."""
-    stored_part, wanted_part = dict(store.header.part or {}), dict(part or {})
-    boundary, n_blocks = store.header.boundary_block, store.header.encoder["n_blocks"]
-    n_unfrozen = None if boundary is None or n_blocks is None else n_blocks - boundary
-    there: dict[str, Any] = {
-        "features": list(store.features),
-        "unfreeze_layers": n_unfrozen,
-        "views": store.columns["embeddings"].shape[0],
-        "part": stored_part.get("number"),
-        "parts": stored_part.get("of"),
-    }
-    here = {
-        "features": list(wanted.shapes),
-        "unfreeze_layers": wanted.n_unfrozen,
-        "views": wanted.shapes["embeddings"][0],
-        "part": wanted_part.get("number"),
-        "parts": wanted_part.get("of"),
-    }
+    there, here = (
+        {
+            "features": list(shapes),
+            "unfreeze_layers": n_unfrozen,
+            "views": shapes["embeddings"][0],
+            "part": (its_part or {}).get("number"),
+            "parts": (its_part or {}).get("of"),
+        }
+        for shapes, n_unfrozen, its_part in (
+            (store.feature_shapes, store.header.n_unfrozen, store.header.part),
+            (wanted.shapes, wanted.n_unfrozen, part),
+        )
+    )
     if _lacks_tokens(store, wanted):
         there |= {name: here[name] for name in ("features", "unfreeze_layers")}
     if differences := find_differences(there, here):

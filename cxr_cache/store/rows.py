@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.labels import load_labels
+from cxr_cache.datasets.labels import read_labels
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.store.feature_store import FeatureStore
 
@@ -68,14 +68,8 @@ def find_labelled_rows(
 ) -> LabelledRows:
     """Find the rows of a store that can be trained on, and check their digests.
 
-    Parameters
-    ----------
-    store
-        An open store.
-    labels
-        CSV whose targets replace the store's.
-    allow_pending
-        Take what is there although extraction has not finished.
+    The targets of the CSV `labels` replace the store's. `allow_pending` takes what is there
+    although extraction has not finished.
 
     Raises
     ------
@@ -91,8 +85,7 @@ def find_labelled_rows(
     done = find_done_rows(store, allow_pending=allow_pending)
     cohort = store.cohort
     if labels is not None:
-        findings, targets = load_labels(labels, cohort.image_ids)
-        cohort = replace(cohort, findings=findings, targets=targets)
+        cohort = read_labels(labels, cohort)
     labelled = ~np.isnan(cohort.targets[done]).all(axis=1)
     if not labelled.any():
         raise TrainingError(
@@ -106,12 +99,14 @@ def find_labelled_rows(
         "were still pending": len(store) - len(done) - n_failed,
         "have no label": int((~labelled).sum()),
     }
-    notes = tuple(
+    notes = [
         f"{n:,} of {len(store):,} images {why} and are left out."
         for why, n in left_out.items()
         if n
-    )
-    return LabelledRows(rows, cohort.take(rows), notes)
+    ]
+    if labels is not None and cohort.reading is not None:
+        notes += cohort.reading.notes
+    return LabelledRows(rows, cohort.take(rows), tuple(notes))
 
 
 def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArray[np.intp]:
@@ -148,13 +143,7 @@ def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArr
 
 
 def require_features(store: FeatureStore, config: TrainConfig) -> None:
-    """Raise unless a store holds what a head of this recipe reads.
-
-    Raises
-    ------
-    StoreFormatError
-        Naming what is there and what is not.
-    """
+    """Raise StoreFormatError unless a store holds what a head of this recipe reads."""
     if lacking := [name for name in FEATURES[config.features] if name not in store.feature_shapes]:
         raise StoreFormatError(
             f"{store.path} holds no {lacking[0]!r}, which --features {config.features} reads; it "
@@ -167,10 +156,7 @@ def read_features(
 ) -> NDArray[np.float32]:
     """Embeddings of some rows as a head of this recipe reads them, ``(V, N, D)``.
 
-    Raises
-    ------
-    StoreFormatError
-        The store lacks what `config.features` asks for.
+    Errors are those of :func:`require_features`.
     """
     require_features(store, config)
     columns = FEATURES[config.features]

@@ -39,17 +39,10 @@ class TokenSource(Protocol):
     def batches(
         self, rows: Tensor, views: Tensor, batch_size: int, *, seeds: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """Tokens of some images, in the order given.
+        """Tokens of some images, in the order given, B at a time; the last batch may be smaller.
 
-        Parameters
-        ----------
-        rows, views
-            Which image, and which view of it, ``(n,)`` int64 each.
-        batch_size
-            B; the last batch may be smaller.
-        seeds
-            Of the random changes to each image's pixels, ``(n,)``; None makes none. Cached tokens
-            have no pixels.
+        Of `rows`, `views` says which view is wanted, and `seeds` from which seed its pixels are
+        changed at random (None: not at all; cached tokens have no pixels), ``(n,)`` int64 each.
 
         Yields
         ------
@@ -61,15 +54,10 @@ class TokenSource(Protocol):
 
 
 class ResidentTokens:
-    """Tokens in memory, on whatever device they are.
+    """Tokens ``(N, V, T, W)`` in memory, on whatever device they are.
 
-    Parameters
-    ----------
-    tokens
-        ``(N, V, T, W)``.
-    pins
-        A thread puts batches into page-locked memory, from which they get to a GPU while that is
-        at work on another.
+    With `pins`, a thread puts batches into page-locked memory, from which they get to a GPU while
+    that is at work on another.
     """
 
     def __init__(self, tokens: Tensor, *, pins: bool = False) -> None:
@@ -120,16 +108,9 @@ class ResidentTokens:
 
 
 class StoredTokens:
-    """Tokens that stay in the store's file; a thread reads ahead.
+    """Tokens of N rows that stay in the file of a store, which stays open; a thread reads ahead.
 
-    Parameters
-    ----------
-    store
-        Open as long as this is used.
-    store_rows
-        Row of the store of each of the N images.
-    pins
-        As in :class:`ResidentTokens`.
+    `pins` is that of :class:`ResidentTokens`.
     """
 
     def __init__(
@@ -172,24 +153,11 @@ class StoredTokens:
 
 
 class ImageTokens:
-    """Images decoded anew each time and run through the frozen stem.
+    """Images of N rows of a store, decoded anew each time and run through the frozen stem.
 
-    Parameters
-    ----------
-    encoder
-        Its stem makes the tokens, in the encoder's own precision, without gradient.
-    n_unfrozen
-        Blocks that are left to the tail.
-    store, store_rows
-        Which images: the N rows of a store that holds their embeddings.
-    image_dir
-        Folder that the image ids are relative to.
-    flip
-        Offer the mirror image as a second view.
-    augmentation
-        Random changes where a seed asks for them.
-    num_workers
-        Decoding processes.
+    The stem leaves `n_unfrozen` blocks to the tail, and computes in the encoder's own precision and
+    without gradient. With `flip`, the mirror image is a second view; `augmentation` changes pixels
+    where a seed asks for it.
     """
 
     def __init__(
@@ -273,29 +241,17 @@ class ImageTokens:
 def open_tokens(
     store: FeatureStore, store_rows: NDArray[np.intp], device: torch.device, place: str
 ) -> ResidentTokens | StoredTokens:
-    """The cached tokens of some rows, in the fastest place that they fit into.
+    """The cached tokens of N rows of a store, for a training that computes on `device`.
 
-    Parameters
-    ----------
-    store
-        A store with tokens.
-    store_rows
-        Row of each of the N images.
-    device
-        Where the training computes.
-    place
-        ``"device"``, ``"ram"``, ``"disk"``, or ``"auto"``.
+    `place` is ``"device"``, ``"ram"``, ``"disk"``, or ``"auto"``: the fastest that they fit into.
     """
     if place == "auto":
         place = _choose_place(len(store_rows) * store.columns["tokens"].row_bytes, device)
     travels = device.type == "cuda" and place != "device"
     if place == "disk":
         return StoredTokens(store, store_rows, pins=travels)
-    where = device if place == "device" else _CPU
+    where = device if place == "device" else torch.device("cpu")
     return ResidentTokens.load(store, store_rows, where, pins=travels)
-
-
-_CPU: Final = torch.device("cpu")
 
 
 def _choose_place(n_bytes: int, device: torch.device) -> str:

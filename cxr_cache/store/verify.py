@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.images import require_any_image
 from cxr_cache.errors import ImageError, StoreMismatchError
-from cxr_cache.store.feature_store import DONE, EMBEDDED, FAILED, FeatureStore, are_finite
+from cxr_cache.store.feature_store import (
+    DONE,
+    EMBEDDED,
+    FAILED,
+    FeatureStore,
+    RowCounts,
+    are_finite,
+)
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
@@ -34,18 +41,11 @@ class BadRow:
     reason: str
 
 
-@dataclass
-class Verification:
-    """What a check of a store found."""
+@dataclass(kw_only=True)
+class Verification(RowCounts):
+    """What a check of a store found, and how many of its rows are in which state."""
 
     path: Path
-    n_images: int = 0
-    n_done: int = 0
-    n_failed: int = 0
-    n_pending: int = 0
-    """Rows still to do, those without tokens among them."""
-    n_without_tokens: int = 0
-    """Pending rows that hold an embedding and lack only their tokens."""
     bad_rows: list[BadRow] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     """Pairs of images with equal embeddings though their files differ."""
@@ -92,12 +92,7 @@ class Verification:
 
     def to_text(self) -> str:
         """Counts, every bad row, and what to do, for a terminal."""
-        lines = [
-            f"{self.path}: {count(self.n_images, 'image')} = {self.n_done:,} done + "
-            f"{self.n_failed:,} failed + {self.n_pending:,} pending"
-        ]
-        if self.n_without_tokens:
-            lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
+        lines = self.describe(self.path)
         lines += [f"  row {bad.row}, {bad.image_id}: {bad.reason}" for bad in self.bad_rows]
         for first, second in self.duplicates[:10]:
             lines.append(f"  note: {first} and {second} are different files of equal embeddings")
@@ -177,7 +172,7 @@ def verify(
     >>> print(found.to_text())  # doctest: +SKIP
     """
     with FeatureStore.open(store_path, "r+" if repair else "r") as store:
-        found = Verification(store.path)
+        found = Verification(path=store.path)
         if store.header.encoder.get("imported"):
             found.redo = "cxr-cache import --overwrite"
         if image_dir is not None:  # else sound rows would be called bad, and forgotten by repair
@@ -266,14 +261,14 @@ def _compare(
     except StoreMismatchError as error:
         found.mismatch = str(error)
         return []
-    bad = []
-    for start in range(0, len(rows), _IMAGES_AT_ONCE):
+    found.n_compared = len(rows)
+    return [
+        BadRow(row, str(store.image_ids[row]), reason)
+        for start in range(0, len(rows), _IMAGES_AT_ONCE)
         for row, reason in _compare_batch(
             store, rows[start : start + _IMAGES_AT_ONCE], image_dir, encoder
-        ):
-            bad.append(BadRow(row, str(store.image_ids[row]), reason))
-    found.n_compared = len(rows)
-    return bad
+        )
+    ]
 
 
 def _compare_batch(
@@ -290,23 +285,18 @@ def _compare_batch(
             bad.append((row, f"its image cannot be read any more: {error}"))
             continue
         stored = store.read_column("image_sha256")[row].tobytes()
-        if image.sha256 != stored:
-            bad.append(
-                (
-                    row,
-                    f"its image has changed: sha256 {stored.hex()[:12]}… in the store, "
-                    f"{image.sha256.hex()[:12]}… now",
-                )
-            )
-            continue
-        pixels[row] = image.pixels
+        if image.sha256 == stored:
+            pixels[row] = image.pixels
+        else:
+            digests = f"{stored.hex()[:12]}… in the store, {image.sha256.hex()[:12]}… now"
+            bad.append((row, f"its image has changed: sha256 {digests}"))
     if not pixels:
         return bad
     features = encode_views(
         encoder,
         np.stack(list(pixels.values())),
         flip=store.columns["embeddings"].shape[0] == 2,
-        n_unfrozen=_count_unfrozen(store, encoder),
+        n_unfrozen=store.header.n_unfrozen,
     )
     chosen = np.array(list(pixels))
     has_tokens = store.read_rows("status", chosen) == DONE
@@ -321,11 +311,3 @@ def _compare_batch(
             if not value >= MIN_COSINE
         ]
     return bad
-
-
-def _count_unfrozen(store: FeatureStore, encoder: Encoder) -> int | None:
-    """Blocks behind the store's tokens; None where it has none to compare."""
-    boundary, n_blocks = store.header.boundary_block, encoder.identity.n_blocks
-    if "tokens" not in store.features or boundary is None or n_blocks is None:
-        return None
-    return n_blocks - boundary

@@ -108,15 +108,8 @@ def extract_on_workers(
     Rows still to do are cut into parts, written in ``STORE.parts/`` beside the store. A part that
     is finished is copied into the store, read back, and removed. When a worker is lost, another
     goes on with its part; when the driver is, the next call begins with the parts that are there.
-
-    Parameters
-    ----------
-    cohort, image_dir, store_path, config, on_progress, on_space
-        As there; `on_progress` is called after each part. All paths mean the same on every worker.
-    encoder
-        What each worker loads, and the driver for the canaries and to compare identities.
-    workers
-        Where the parts are made.
+    `on_progress` is called after each part. All paths mean the same on every worker. Each worker
+    loads the encoder, and so does the driver, for the canaries and to compare identities.
 
     Raises
     ------

@@ -296,16 +296,9 @@ def make_settings(
 ) -> list[Setting]:
     """Every combination of the options' values, the first values first, or a sample of them.
 
-    Parameters
-    ----------
-    base
-        Everything that the options do not name.
-    options
-        ``NAME=VALUE,VALUE...``; widths and epoch candidates are joined by ``x``.
-    n_sampled
-        Take so many at random, the first among them; None takes all.
-    seed
-        Of the sample.
+    Options are ``NAME=VALUE,VALUE...``, with widths and epoch candidates joined by ``x``; `base`
+    has everything that they do not name. `n_sampled` takes so many at random by `seed`, the first
+    among them; None takes all.
 
     Raises
     ------

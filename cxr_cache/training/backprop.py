@@ -17,13 +17,10 @@ from cxr_cache.models.heads import BATCH_NORM_MOMENTUM, NORM_EPS, HeadBank
 
 
 class Backprop:
-    """Training steps of a bank of heads: :meth:`forward`, then :meth:`backward`.
+    """Training steps of a bank of heads with batch norm: :meth:`forward`, then :meth:`backward`.
 
-    Parameters
-    ----------
-    bank
-        Heads with batch norm. Their running statistics are updated as by the bank's own forward
-        pass, and their gradients are written into ``bank.flat_grad``.
+    Running statistics are updated as by the bank's own forward pass, and gradients are written into
+    ``bank.flat_grad``.
     """
 
     def __init__(self, bank: HeadBank) -> None:
@@ -38,15 +35,10 @@ class Backprop:
 
     @torch.no_grad()
     def forward(self, x: Tensor, keep: Sequence[Tensor], *, out: Tensor) -> None:
-        """Write the logits of every head on its own batch into `out`, ``(H, B, F)``.
+        """Write the logits of every head on its own batch ``(H, B, D)`` into `out`, ``(H, B, F)``.
 
-        Parameters
-        ----------
-        x
-            Inputs, ``(H, B, D)``.
-        keep
-            Factors of dropout for each hidden layer, ``(H, B, C)`` each, as :func:`draw_dropout`
-            draws them; empty for no dropout.
+        `keep` holds the factors of dropout for each hidden layer, ``(H, B, C)`` each, as
+        :func:`draw_dropout` draws them; it is empty for no dropout.
         """
         self._inputs, self._passed, self._keep = [x], [], keep
         H, B, _ = x.shape

@@ -36,7 +36,7 @@ from cxr_cache.errors import (
     TrainingError,
 )
 from cxr_cache.models.run import Run, SavedModel, require_free
-from cxr_cache.models.tuned import TailAndHead, copy_tail
+from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
 from cxr_cache.store.rows import LabelledRows, find_labelled_rows
@@ -55,6 +55,7 @@ from cxr_cache.training.search import (
     final_members,
     final_task,
     fold_tasks,
+    horizons,
     replay_rates,
     require_trainable_folds,
     search_with,
@@ -104,7 +105,7 @@ def choose_source(store: FeatureStore, config: FinetuneConfig, image_dir: Path |
             f"{store.path} has no tokens. Add them with the `cxr-cache extract` command that made "
             f"it and --tokens --unfreeze-layers {config.unfreeze_layers}."
         )
-    cached = int(store.header.encoder["n_blocks"]) - int(store.header.boundary_block or 0)
+    cached = store.header.n_unfrozen
     if cached != config.unfreeze_layers:
         raise StoreMismatchError(
             f"{store.path} holds tokens for other blocks than are to be trained:\n"
@@ -179,46 +180,9 @@ def tune_run(
 ) -> TrainResult:
     """Fine-tune the last blocks with a head by the protocol of ``train``, and write the run folder.
 
-    Interrupted, the same call continues after the last finished epoch and ends with the same
-    weights. Under torchrun the processes share every batch; the result is that of one process.
-
-    Parameters
-    ----------
-    store_path
-        Feature store, with tokens unless `image_dir` is given.
-    run_dir
-        Folder to write; it may not hold a finished run unless `overwrite`.
-    config
-        Recipe and protocol.
-    image_dir
-        Folder with the images, to train end to end.
-    from_run
-        A run of ``train`` on the same store: its split, and heads to begin with.
-    labels
-        CSV whose targets replace the store's.
-    model
-        The store's encoder, where it has moved; None takes the recorded name.
-    allow_pending
-        Train although extraction has not finished.
-    overwrite
-        Replace a finished run, or start an unfinished one anew.
-    echo
-        Takes a line that says what trains.
-    on_progress
-        Called with (epochs trained, epochs to train), of all folds and the final model.
-
-    Raises
-    ------
-    RunError
-        `run_dir` holds a finished run, other files, or an unfinished run of other options or of
-        another store; `from_run` does not fit.
-    StoreMismatchError, StoreIncompleteError, StoreFormatError
-        The store cannot be trained on; see :func:`choose_source` and
-        :func:`cxr_cache.store.rows.find_labelled_rows`.
-    EncoderError
-        The encoder cannot be loaded or split.
-    TrainingError
-        The loss diverged, an image has changed, or no AUROC is defined in some fold.
+    Parameters and errors are those of :func:`cxr_cache.jobs.runs.finetune_tail`, which calls this
+    and then evaluates the run. A run that goes on after an interruption ends with the same weights
+    as one that was not interrupted, and one of several processes with those of a single one.
     """
     config = config or FinetuneConfig()
     run_dir, store_path = Path(run_dir), Path(store_path)
@@ -277,10 +241,10 @@ def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -
     """What trains and what does not, by name and number, and what from."""
     n_tail = sum(p.numel() for p in model.tail.values())
     n_encoder = sum(p.numel() for p in model.encoder.parameters())
-    blocks = dict.fromkeys(_block_of(name) for name in model.tail)
     lines = [
-        f"Training {n_tail:,} parameters of {', '.join(blocks)} and {model.bank.n_parameters:,} "
-        f"of the head; {n_encoder - n_tail:,} of the encoder stay frozen.",
+        f"Training {n_tail:,} parameters of {', '.join(name_blocks(model.tail))} and "
+        f"{model.bank.n_parameters:,} of the head; {n_encoder - n_tail:,} of the encoder stay "
+        "frozen.",
         f"From {source.description}.",
     ]
     if config.source == "tokens" and (config.flip or config.augmentation.changes_pixels):
@@ -289,13 +253,6 @@ def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -
             "--tokens --flip` shows mirror images by itself."
         )
     return "\n".join(lines)
-
-
-def _block_of(name: str) -> str:
-    """``visual.trunk.blocks.10.norm1.weight`` -> ``visual.trunk.blocks.10``."""
-    words = name.split(".")
-    number = next(i for i, word in enumerate(words) if word.isdecimal())
-    return ".".join(words[: number + 1])
 
 
 def _require_images(cohort: Cohort, image_dir: Path | None) -> None:
@@ -410,8 +367,7 @@ class _Job:
         tasks = fold_tasks(split, config.seed)
         one_will_do = not config.searches and config.final == "refit"  # for the thresholds
         self.tasks = tasks[:1] if one_will_do else tasks
-        horizons = config.epochs if config.has_horizon else config.epochs[-1:]
-        self._n_epochs_in_all = sum(horizons) * len(self.tasks)
+        self._n_epochs_in_all = sum(horizons(config)) * len(self.tasks)
         if config.final == "refit":
             self._n_epochs_in_all += config.epochs[-1]  # at most
         self._n_epochs_done = 0

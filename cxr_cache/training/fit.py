@@ -85,28 +85,13 @@ class Trajectory:
 
 
 def fit_heads(
-    data: Rows,
-    tasks: Sequence[HeadTask],
-    config: TrainConfig,
-    *,
-    n_epochs: int,
-    keep: Collection[int],
-    n_steps: int | None = None,
-    learning_rates: Sequence[float] | None = None,
+    data: Rows, tasks: Sequence[HeadTask], config: TrainConfig, **options: Any
 ) -> list[Trajectory]:
     """Train one head per task, all in one bank, and keep each at the epochs asked for.
 
-    Parameters and errors are those of :class:`HeadFit`.
+    Further options, and errors, are those of :class:`HeadFit`.
     """
-    fit = HeadFit(
-        data,
-        tasks,
-        [config] * len(tasks),
-        n_epochs=n_epochs,
-        keep=keep,
-        n_steps=n_steps,
-        learning_rates=learning_rates,
-    )
+    fit = HeadFit(data, tasks, [config] * len(tasks), **options)
     fit.run()
     return fit.trajectories
 
@@ -120,12 +105,9 @@ class HeadFit:
 
     Parameters
     ----------
-    data
-        Embeddings and targets of all rows.
-    tasks
-        One per head.
-    configs
-        Recipe of each; they may differ in what :func:`can_share_a_bank` allows.
+    data, tasks, configs
+        Embeddings and targets of all rows, a task per head, and the recipe of each; they may differ
+        in what :func:`can_share_a_bank` allows.
     n_epochs
         Length of the trajectories.
     keep

@@ -41,11 +41,7 @@ def fit_on_cores(
     one core idle for a sixth of the time, so heads take turns: those furthest behind go on for some
     of their epochs, on whichever core, and come out the same to the bit. One core, and little
     work, train all heads as one bank, whose products round otherwise: a last digit of float32.
-
-    Parameters
-    ----------
-    on_epochs
-        Called with the epochs done so far, over all heads.
+    `on_epochs` is called with the epochs done so far, over all heads.
     """
     n_steps, n_told = count_steps(tasks, config.batch_size), [0] * len(tasks)
     options: dict[str, Any] = {"n_epochs": n_epochs, "n_steps": n_steps, "keep": keep}

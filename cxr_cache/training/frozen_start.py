@@ -47,12 +47,7 @@ class Start:
 def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
     """Options for fine-tuning on from a frozen run: its folds, head, epochs, rule and calibration.
 
-    Parameters
-    ----------
-    run
-        A run of ``train``.
-    given
-        Options that the user chose; they go before the run's.
+    Options that the user has `given` go before the run's.
     """
     _require_frozen(run)
     taken = {name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]}

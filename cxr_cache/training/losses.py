@@ -28,16 +28,8 @@ def asymmetric_loss(
 
     Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification", eq. 6 and 7, with
     unfocused positives: negatives are scaled down by ``p_m ** gamma``, where ``p_m`` is their
-    probability less `margin`, and count for nothing below it.
-
-    Parameters
-    ----------
-    logits, targets
-        As :class:`WeightedFocal` takes them.
-    gamma
-        Focusing strength of the negatives, at least 0.
-    margin
-        Probability that a negative may have for nothing.
+    probability less `margin`, and count for nothing below it. `gamma` is at least 0; logits and
+    targets are as :class:`WeightedFocal` takes them.
     """
     excess = (torch.sigmoid(logits) - margin).clamp(min=0)  # p_m
     negatives = -torch.log1p(-excess) * excess**gamma
@@ -46,19 +38,10 @@ def asymmetric_loss(
 
 
 def balance_positives(targets: Tensor, *, largest: float = 100.0) -> Tensor:
-    """Weight per finding at which its positives count as much as its negatives.
+    """Weight per finding at which its positives count as much as its negatives, ``(F,)``.
 
-    Parameters
-    ----------
-    targets
-        ``(N, F)``, 1 present, 0 absent, NaN unlabelled.
-    largest
-        Bound on the weight: two positives in thousands must not carry the whole loss.
-
-    Returns
-    -------
-    Tensor
-        Negatives per positive, shape ``(F,)``, in ``[1 / largest, largest]``.
+    It is the number of negatives per positive, in ``[1 / largest, largest]``: two positives in
+    thousands must not carry the whole loss.
     """
     n_positive = (targets == 1).sum(dim=0)
     n_negative = (targets == 0).sum(dim=0)
@@ -66,15 +49,10 @@ def balance_positives(targets: Tensor, *, largest: float = 100.0) -> Tensor:
 
 
 def class_balance(targets: Tensor, *, beta: float = 0.9999) -> tuple[Tensor, Tensor]:
-    """Weights of positives and negatives of each finding by their effective numbers.
+    """Weights of positives and negatives of each finding by their effective numbers, ``(F,)`` each.
 
     Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", eq. 6: ``n``
-    samples count as ``(1 - beta ** n) / (1 - beta)``, and weigh the inverse.
-
-    Returns
-    -------
-    tuple of Tensor
-        Of positives and of negatives, ``(F,)`` each; the two sum to 2.
+    samples count as ``(1 - beta ** n) / (1 - beta)``, and weigh the inverse. The two sum to 2.
     """
     counts = torch.stack([(targets == 1).sum(dim=0), (targets == 0).sum(dim=0)])
     inverse = 1 / (1 - beta ** counts.clamp(min=1).double())

@@ -21,10 +21,10 @@ class BankOptimizer:
     with a learning rate, moments, clipping and schedule of its own. Heads with equal rate and decay
     are updated in one call.
 
+    Gradients are read from ``bank.flat_grad``.
+
     Parameters
     ----------
-    bank
-        The heads; their gradients are read from ``bank.flat_grad``.
     learning_rate, weight_decay
         Learning rate and weight decay of AdamW (Loshchilov & Hutter 2019). Like `schedule` and
         `patience`, each is one value for all heads, or one value per head.

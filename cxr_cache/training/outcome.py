@@ -18,7 +18,7 @@ from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split, count_shared_studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
-from cxr_cache.training.search import EpochSearch
+from cxr_cache.training.search import EpochSearch, horizons
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,9 @@ def write_outcome(
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
-    Parameters
-    ----------
-    cohort, split, search
-        Of the N images.
-    predictions
-        Probabilities of the final model for all images, ``(N, F)``.
-    final_history
-        Its epochs; empty where a fold's model is the final one.
-    make_model
-        The model to save, given the threshold of each finding, which is chosen on out-of-fold
-        predictions.
+    Predictions are probabilities of the final model for all images, ``(N, F)``; its history is
+    empty where a fold's model is the final one. `make_model` makes the model to save, given the
+    threshold of each finding, which is chosen on out-of-fold predictions.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -184,11 +176,9 @@ def _history_table(
     search: EpochSearch, final_history: list[dict[str, float]], config: Recipe
 ) -> pd.DataFrame:
     """Every epoch that was trained: of each fold up to the largest candidate, and of the final."""
-    longest = max(search.trajectories)
-    horizons = list(search.trajectories) if config.has_horizon else [longest]
     rows = [
         {"fold": str(k), "horizon": horizon, **row}
-        for horizon in horizons
+        for horizon in horizons(config)
         for k, trajectory in enumerate(search.trajectories[horizon], start=1)
         for row in trajectory.history
     ]

@@ -38,6 +38,11 @@ class EpochSearch:
     """Candidate with the best mean macro AUROC; of equal ones the smallest."""
 
 
+def horizons(config: Recipe) -> tuple[int, ...]:
+    """How far each fold is trained: once to the largest candidate, if none needs its own way."""
+    return config.epochs if config.has_horizon else config.epochs[-1:]
+
+
 def search_epochs(
     data: Rows,
     split: Split,
@@ -50,12 +55,8 @@ def search_epochs(
     If nothing in the recipe depends on how many epochs follow, each fold is trained once, up to the
     largest candidate. The smaller candidates are read off this trajectory, and are exactly what
     separate runs would give. With a schedule that has a horizon, each candidate is trained by
-    itself.
-
-    Parameters
-    ----------
-    on_progress
-        Called with the numbers of epochs that are trained and that are to be trained, of all folds.
+    itself. `on_progress` is called with the numbers of epochs that are trained and that are to be
+    trained, of all folds.
 
     Raises
     ------
@@ -64,10 +65,7 @@ def search_epochs(
     """
     require_trainable_folds(data.targets, split, config)
     tasks = fold_tasks(split, config.seed)
-    n_done, n_total = (
-        0,
-        len(tasks) * sum(config.epochs if config.has_horizon else config.epochs[-1:]),
-    )
+    n_done, n_total = 0, len(tasks) * sum(horizons(config))
 
     def fit(tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]) -> list[Trajectory]:
         nonlocal n_done
@@ -92,12 +90,13 @@ FitTasks: TypeAlias = Callable[[Sequence[HeadTask], int, Collection[int]], list[
 def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> EpochSearch:
     """Score every candidate on every task's held-out rows, with any function that trains tasks."""
     trajectories: dict[int, list[Trajectory]] = {}
-    for horizon in config.epochs if config.has_horizon else config.epochs[-1:]:
+    for horizon in horizons(config):
         keep = (horizon,) if config.has_horizon else config.epochs
         trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
         logger.info("%s folds are trained for up to %s epochs", len(tasks), horizon)
     table = _tabulate(trajectories)
-    return EpochSearch(trajectories, table, _choose(table))
+    best = int(np.argmax(table["mean_auroc"].to_numpy()))
+    return EpochSearch(trajectories, table, int(table["epochs"].to_numpy()[best]))
 
 
 def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: Recipe) -> None:
@@ -176,25 +175,15 @@ def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
     return table
 
 
-def _choose(table: pd.DataFrame) -> int:
-    best = int(np.argmax(table["mean_auroc"].to_numpy()))
-    return int(table["epochs"].to_numpy()[best])
-
-
 # -- the final model --------------------------------------------------------------------
 
 
 def train_final(
     data: Rows, split: Split, search: EpochSearch, config: TrainConfig
 ) -> tuple[HeadBank, list[dict[str, float]]]:
-    """Make the model that test will see.
+    """Make the model that test will see: one head, or the folds' heads where they are averaged.
 
-    Returns
-    -------
-    bank
-        One head, or the folds' heads where they are averaged.
-    history
-        Its epochs; empty where heads of the folds are the final ones.
+    It comes with the history of its epochs; empty where heads of the folds are the final ones.
     """
     if config.final != "refit":
         stacked = stack_members(final_members(search, config), search.chosen)
@@ -255,12 +244,8 @@ def average_rates(histories: Sequence[Sequence[Mapping[str, float]]]) -> list[fl
     """Take the geometric mean over folds of each epoch's learning rate.
 
     A refit uses these rates, since it has no held-out rows to watch. Where folds stopped early, it
-    stops after their mean number of epochs.
-
-    Parameters
-    ----------
-    histories
-        The history of each fold's :class:`cxr_cache.training.fit.Trajectory`, one row per epoch.
+    stops after their mean number of epochs. The histories are those of the folds'
+    :class:`cxr_cache.training.fit.Trajectory`.
     """
     n_epochs = round(np.mean([len(history) for history in histories]))
     rates = [

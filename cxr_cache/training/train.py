@@ -45,35 +45,8 @@ def fit_run(
 ) -> TrainResult:
     """Split, search the number of epochs, train the final head and write the run folder.
 
-    Test rows take part in nothing but the final predictions; thresholds come from out-of-fold
-    predictions. :func:`cxr_cache.evaluation.evaluate.score_run` then scores the run.
-
-    Parameters
-    ----------
-    store_path
-        Feature store with embeddings.
-    run_dir
-        Folder to write; it may not hold a finished run unless `overwrite`.
-    config
-        Recipe and protocol; the reference's by default.
-    labels
-        CSV whose targets replace the store's.
-    allow_pending
-        Train although extraction has not finished.
-    overwrite
-        Replace a finished run.
-    on_progress
-        Called with (epochs trained, epochs to train), over all folds.
-
-    Raises
-    ------
-    RunError
-        `run_dir` holds a finished run, or other files.
-    StoreIncompleteError, StoreFormatError
-        The store cannot be trained on; see
-        :func:`cxr_cache.store.rows.find_labelled_rows`.
-    TrainingError
-        The loss diverged, or no AUROC is defined in some fold.
+    Parameters and errors are those of :func:`cxr_cache.jobs.runs.train_head`, which calls this and
+    then evaluates the run. Test rows take part in nothing but the final predictions.
     """
     config = config or TrainConfig()
     run_dir = Path(run_dir)

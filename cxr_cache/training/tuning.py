@@ -101,27 +101,15 @@ def tune(
 
     Parameters
     ----------
-    data
-        Encoder, tokens and targets.
-    task
-        Which rows.
-    config
-        Recipe.
-    n_epochs
-        Length of the trajectory.
-    keep
-        Epochs, counted from 1, after which probabilities are kept; after a stop, those of the
-        last epoch.
+    n_epochs, keep, learning_rates
+        As in :class:`cxr_cache.training.fit.HeadFit`. The rates are those of the blocks; the head's
+        stays in proportion.
     keep_weights
-        Keep the weights at these epochs too.
+        Keep not only probabilities at the epochs of `keep`, but the weights too.
     head
         Where the head begins, as :meth:`HeadBank.snapshot` gives it; None draws one.
-    learning_rates
-        The blocks' rate of every epoch, in place of the schedule; the head's stays in proportion.
-    keeper
-        Keeps the state after every epoch.
-    on_epoch
-        Called after every epoch.
+    keeper, on_epoch
+        What keeps the state after every epoch, and what is called then.
 
     Raises
     ------
@@ -205,8 +193,8 @@ class _Trainer:
         rate = float(self.optimizer.param_groups[0]["lr"])
         train_loss = self._train(epoch)
         val_loss, probabilities = self._score()
-        weights = self.model.tail.values()
-        if not (np.isfinite([train_loss, val_loss]).all() and all(map(_is_finite, weights))):
+        are_finite = all(bool(tensor.isfinite().all()) for tensor in self.model.tail.values())
+        if not (are_finite and np.isfinite([train_loss, val_loss]).all()):
             raise TrainingError(
                 f"The loss or the weights are no longer finite in epoch {epoch}. Use a smaller "
                 "--lr or --head-lr, some --warmup-steps, or --precision fp32."
@@ -229,16 +217,20 @@ class _Trainer:
         self.model.bank.generators[0].manual_seed(_seed(self.task.seed, epoch, "dropout"))
         total = torch.zeros((), device=self.targets.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
+        n_each = self.config.accumulate
+        n_steps = -(-self.n_batches // n_each)
         for i, tokens in enumerate(self._own_batches(order, views, seeds)):
-            group = _accumulated(i, self.n_batches, self.config.accumulate)
-            with self._syncing(is_last=group.is_last):
+            step = i // n_each
+            n_averaged = min(n_each, self.n_batches - step * n_each)  # the last may have fewer
+            is_last = i == step * n_each + n_averaged - 1
+            with self._syncing(is_last=is_last):
                 loss = self.loss(self.parallel(tokens), self.targets[rows[i]])
-                (loss / group.size).backward()  # type: ignore[no-untyped-call]
+                (loss / n_averaged).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-            if group.is_last:
-                self._step((epoch - 1) * self._n_steps + i // self.config.accumulate + 1, rates)
-        for group_, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group_["lr"] = rate
+            if is_last:
+                self._step((epoch - 1) * n_steps + step + 1, rates)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         return float(total) / self.n_batches
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,12 +252,7 @@ class _Trainer:
         """Processes exchange gradients once a step, not once a batch."""
         if is_last or not isinstance(self.parallel, DistributedDataParallel):
             return contextlib.nullcontext()
-        waiting: contextlib.AbstractContextManager[None] = self.parallel.no_sync()
-        return waiting
-
-    @property
-    def _n_steps(self) -> int:
-        return -(-self.n_batches // self.config.accumulate)
+        return self.parallel.no_sync()
 
     def _step(self, step: int, rates: Sequence[float]) -> None:
         """Clip, warm up, update."""
@@ -321,24 +308,6 @@ def group_parameters(model: TailAndHead, config: FinetuneConfig) -> list[dict[st
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     """Neither norm nor bias: of an encoder's block by its axes, of a head's stack by its name."""
     return name.startswith("weight_") or (name.startswith("visual.") and parameter.ndim >= 2)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The batches that one step averages."""
-
-    size: int
-    is_last: bool
-
-
-def _accumulated(i: int, n_batches: int, accumulate: int) -> _Group:
-    first = i // accumulate * accumulate
-    size = min(accumulate, n_batches - first)
-    return _Group(size, is_last=i == first + size - 1)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _seed(seed: int, epoch: int, purpose: str) -> int:

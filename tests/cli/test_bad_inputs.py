@@ -458,7 +458,7 @@ TABLE_KINDS: dict[str, tuple[str, str | bytes, str | None]] = {
         "'file_name' be renamed",
     ),
     "no labels": ("reports", "uid,text\n00012,a\nNA,b\n", "no column 'Problems'"),
-    "no image_id": ("labels", "image,Edema\n00000.png,1\n", "has no column 'image_id'"),
+    "no image_id": ("labels", "picture,Edema\n00000.png,1\n", "has no column 'image_id'"),
     "UTF-16 without a mark": ("images", IMAGES.encode("utf-16-le"), "it holds NUL bytes"),
     "NUL in UTF-16": ("images", IMAGES.replace("NA.", "\0").encode("utf-16"), "NUL characters"),
     "no encoding at all": ("reports", REPORTS.encode() + b"3,\x81\n", "line 4: byte 0x81 belongs"),
