@@ -33,6 +33,8 @@ THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", 
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
 all rules."""
 CALIBRATIONS: Final = ("none", "temperature", "platt")
+RELATIONS: Final = ("same", "narrower", "broader", "differs")
+"""What a finding of another data set holds, compared with the finding of a run."""
 SplitBy: TypeAlias = Literal["study", "image"]
 FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
@@ -832,6 +834,39 @@ class EvaluateConfig(CompareConfig):
         "findings, or Platt's slope and intercept for each.",
         shown="as stored",
     )
+
+
+def parse_relations(relations: str) -> tuple[str, ...]:
+    """Split ``"same,broader"`` into its relations.
+
+    Raises
+    ------
+    ConfigError
+        One of them is none.
+    """
+    names = tuple(name.strip() for name in relations.split(","))
+    if unknown := [name for name in names if name not in RELATIONS]:
+        problem = f"takes {', '.join(RELATIONS)}, with commas between, not {unknown[0]!r}"
+        raise ConfigError(problems=[("relations", problem)])
+    return names
+
+
+@dataclass(frozen=True)
+class ExternalConfig(Config):
+    """How a run is tested on another data set."""
+
+    relations: str = option(
+        RELATIONS[0],
+        "With --store: which findings of the other data set are scored, by what they hold "
+        f"compared with the run's: {', '.join(RELATIONS)}, with commas between.",
+    )
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._find_problems()
+        try:
+            parse_relations(str(self.relations))
+        except ConfigError as error:
+            yield from error.problems
 
 
 @dataclass(frozen=True)

@@ -314,6 +314,7 @@ def _decisive(
             "cohort": store.header.cohort,
             "rows_sha256": hashlib.sha256(row_digests.data).hexdigest(),
         },
+        "reading": store.header.reading,
         "labels": describe_labels(labels),
         "from_run": None
         if start is None
