@@ -25,13 +25,16 @@ LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-b
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
-FEATURES: Final = ("projected", "pooled", "both")
+Features: TypeAlias = Literal["projected", "pooled", "both"]
+FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
 all rules."""
 CALIBRATIONS: Final = ("none", "temperature", "platt")
+RELATIONS: Final = ("same", "narrower", "broader", "differs")
+"""What a finding of another data set holds, compared with the finding of a run."""
 SplitBy: TypeAlias = Literal["study", "image"]
 FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
@@ -176,9 +179,10 @@ def _read(value: Any, kind: Kind) -> Any:
     if value is None and kind.is_optional:
         return None
     if kind.is_many:
-        values = (value,) if isinstance(value, Real) else value
-        if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise ValueError(f"must be whole numbers such as (5, 10), not {value!r}")
+        values = (value,) if isinstance(value, Real | str) else value
+        if not hasattr(values, "__iter__") or (isinstance(value, str) and kind.type is not str):
+            such = "text such as ('Edema', 'Mass')" if kind.type is str else ""
+            raise ValueError(f"must be {such or 'whole numbers such as (5, 10)'}, not {value!r}")
         return tuple(_read(number, Kind(kind.type)) for number in values)
     if getattr(value, "ndim", None) == 0:  # numpy's and torch's numbers
         value = value.item()
@@ -237,8 +241,14 @@ class Recipe(Config):
     n_folds: int = option(5, "Number of cross-validation folds.", flag="--folds", check=at_least(2))
     test_fraction: float = option(
         0.2,
-        "Share of the data that is set aside for the test.",
+        "Share of the data that is set aside for the test, where a new split is made.",
         check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    )
+    split: Literal["given", "new"] = option(
+        "given",
+        "Which split is used. given takes the test images and folds that the data set came with, "
+        "and makes what it lacks; new makes them all. Images marked val are trained on: the folds "
+        "take their part.",
     )
     split_by: SplitBy = option(
         "study",
@@ -370,7 +380,7 @@ class TrainConfig(Recipe):
     batch_size: int = _other("batch_size", 64)
     learning_rate: float = _other("learning_rate", 1e-3)
     final: FinalModel = _other("final", "ensemble")
-    features: Literal["projected", "pooled", "both"] = option(
+    features: Features = option(
         "projected",
         "What the head reads: the projected embedding, the pooled features that it is projected "
         "from, or both.",
@@ -575,6 +585,116 @@ class AblateConfig(WorkersConfig):
     )
 
 
+# -- reading a data set -------------------------------------------------------------------
+
+
+def parse_policy(text: str, choices: tuple[str, ...]) -> tuple[str | None, dict[str, str]]:
+    """Split what is made of a label code into the choice for all findings and those for some.
+
+    Examples
+    --------
+    >>> parse_policy("ignore,Edema=ones", ("ignore", "zeros", "ones"))
+    ('ignore', {'Edema': 'ones'})
+    >>> parse_policy("Edema=ones", ("ignore", "zeros", "ones"))  # the others as the authors have it
+    (None, {'Edema': 'ones'})
+
+    Raises
+    ------
+    ValueError
+        The text is of another form; the message says of which.
+    """
+    for_all: str | None = None
+    for_some: dict[str, str] = {}
+    for part in text.split(","):
+        finding, is_one, choice = (piece.strip() for piece in part.rpartition("="))
+        if choice not in choices or bool(finding) != bool(is_one):
+            raise ValueError(f"is made of {', '.join(choices)} and such as Edema={choices[-1]}")
+        if is_one:
+            for_some[finding] = choice
+        elif for_all is None:
+            for_all = choice
+        else:
+            raise ValueError("names two choices for all findings")
+    return for_all, for_some
+
+
+UNCERTAIN_CHOICES: Final = ("ignore", "zeros", "ones")
+BLANK_CHOICES: Final = ("ignore", "zeros")
+
+
+def _is_policy(choices: tuple[str, ...]) -> Check:
+    def check(value: str) -> str:
+        try:
+            parse_policy(value, choices)
+        except ValueError as error:
+            return f"must be another text: {value!r} is wrong, as it {error}"
+        return ""
+
+    return check
+
+
+@dataclass(frozen=True)
+class ReadConfig(Config):
+    """How the tables of a data set are read; what is not said is recognised.
+
+    Examples
+    --------
+    >>> ReadConfig(patient_column="MRN", uncertain="ignore,Edema=ones").readers
+    'majority'
+    """
+
+    image_column: str | None = option(
+        None, "Column with the paths or names of the image files.", shown="recognised by its name"
+    )
+    patient_column: str | None = option(
+        None, "Column with the patient of each row.", shown="recognised by its name"
+    )
+    study_column: str | None = option(
+        None, "Column with the examination of each row.", shown="recognised by its name"
+    )
+    view_column: str | None = option(
+        None, "Column with the view, such as PA, AP or lateral.", shown="recognised by its name"
+    )
+    split_column: str | None = option(
+        None,
+        "Column with the words train, val and test (or valid, validate, dev ...).",
+        shown="recognised by its name",
+    )
+    fold_column: str | None = option(
+        None, "Column with the number of each row's fold.", shown="recognised by its name"
+    )
+    findings: tuple[str, ...] | None = option(
+        None, "Findings to take, with commas between.", shown="all that the data set has"
+    )
+    uncertain: str | None = option(
+        None,
+        "What is made of findings that are marked uncertain (-1): ignore, zeros or ones, for all "
+        "or for some, such as ignore,Edema=ones.",
+        shown="as the data set's authors have it, else ignore",
+        check=_is_policy(UNCERTAIN_CHOICES),
+    )
+    blank: str | None = option(
+        None,
+        "What is made of blank cells of findings: ignore leaves them unlabelled, zeros makes them "
+        "absent, for all or for some, such as ignore,Edema=zeros.",
+        shown="as the data set's authors have it, else ignore",
+        check=_is_policy(BLANK_CHOICES),
+    )
+    readers: Literal["majority", "any", "all", "mean"] = option(
+        "majority",
+        "How several rows of one image, of several readers, become one label. majority needs more "
+        "than half of them and leaves a tie unlabelled; mean counts a tie as present.",
+    )
+    keep_ids: bool = option(
+        False, "Keep the ids of patients and studies in DICOM headers as they are, not hashed."
+    )
+    id_key: str | None = option(
+        None,
+        "File with the secret that ids in DICOM headers are hashed with.",
+        shown="~/.config/cxr-cache/id_key, made when first needed",
+    )
+
+
 # -- extraction ---------------------------------------------------------------------------
 
 
@@ -714,6 +834,39 @@ class EvaluateConfig(CompareConfig):
         "findings, or Platt's slope and intercept for each.",
         shown="as stored",
     )
+
+
+def parse_relations(relations: str) -> tuple[str, ...]:
+    """Split ``"same,broader"`` into its relations.
+
+    Raises
+    ------
+    ConfigError
+        One of them is none.
+    """
+    names = tuple(name.strip() for name in relations.split(","))
+    if unknown := [name for name in names if name not in RELATIONS]:
+        problem = f"takes {', '.join(RELATIONS)}, with commas between, not {unknown[0]!r}"
+        raise ConfigError(problems=[("relations", problem)])
+    return names
+
+
+@dataclass(frozen=True)
+class ExternalConfig(Config):
+    """How a run is tested on another data set."""
+
+    relations: str = option(
+        RELATIONS[0],
+        "With --store: which findings of the other data set are scored, by what they hold "
+        f"compared with the run's: {', '.join(RELATIONS)}, with commas between.",
+    )
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._find_problems()
+        try:
+            parse_relations(str(self.relations))
+        except ConfigError as error:
+            yield from error.problems
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
@@ -100,6 +101,18 @@ class _Numbers(ParamType):
             self.fail(f"{value!r} is not numbers such as {example}.", param, ctx)
 
 
+class _Texts(ParamType):
+    """Texts with commas between; one that holds a comma itself stands in double quotes."""
+
+    name = "texts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = (
+            next(csv.reader([value], skipinitialspace=True)) if isinstance(value, str) else value
+        )
+        return tuple(part.strip() for part in parts if part.strip())
+
+
 class Names(ParamType):
     """Text that may be given several times; in an environment variable, with ; between."""
 
@@ -178,6 +191,8 @@ def _metavar(kind: Kind, separator: str) -> str | None:
     """How the help text shows the value, where click does not know."""
     if kind.choices:
         return f"[{'|'.join(kind.choices)}]"
+    if kind.is_many and kind.type is str:
+        return "NAME,NAME"
     return separator.join("IN" if separator == "/" else "NN") if kind.is_many else None
 
 
@@ -185,7 +200,7 @@ def _type_of(kind: Kind, separator: str) -> ParamType:
     plain = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
     inner: ParamType = plain[kind.type]
     if kind.is_many:
-        inner = _Numbers(separator)
+        inner = _Texts() if kind.type is str else _Numbers(separator)
     if kind.choices:
         inner = click.Choice(kind.choices)
     may_say_none = kind.is_optional and inner is not click.STRING and "none" not in kind.choices
@@ -265,14 +280,16 @@ MODEL_OF_STORE: Final = option(
 LABELS: Final = option(
     "--labels",
     type=FILE,
-    help="CSV file of labels to use instead of the store's: a column image_id and one for each "
-    "finding (1 present, 0 absent, blank unlabelled).",
+    help="Table of labels to use instead of the store's: a column image_id and one for each "
+    "finding (1 present, 0 absent, blank unlabelled). Columns with the patient and a given split "
+    "or fold are used too.",
 )
 GROUPS: Final = option(
     "--groups",
     type=FILE,
     help="CSV file with image_id or study_uid and columns such as sex and age. Figures are "
-    "computed for each group, and the table is kept with the run.",
+    "computed for each group, and the table is kept with the run. Sex and age that the data set "
+    "itself names need no such file.",
 )
 ALLOW_PENDING: Final = option(
     "--allow-pending",

@@ -32,7 +32,9 @@ from cxr_cache.config import (
     AuditConfig,
     EncoderOptions,
     ExtractConfig,
+    Features,
     FinetuneConfig,
+    ReadConfig,
     TrainConfig,
     VerifyConfig,
     WorkersConfig,
@@ -42,30 +44,38 @@ from cxr_cache.errors import StoreFormatError, StoreMismatchError
 if TYPE_CHECKING:
     from cxr_cache.datasets.cohort import Cohort
 
-_CSV_DIR: Final = option(
+_DATA: Final = option(
+    "--data",
     "--csv-dir",
+    "data",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder with the two CSV files of the data set, or what --format takes instead.",
+    help="Folder of a data set, table, or folder of images. --csv-dir is the older spelling.",
 )
 _FORMAT: Final = option(
     "--format",
     "data_format",
     default="auto",
-    help="Form of the data set. auto and indiana both read two CSV files such as Indiana's.",
+    help="Form of the data set, such as indiana or table. auto recognises it by files and columns.",
 )
 
 logger = logging.getLogger(__name__)
 
 
 @click.command()
-@_CSV_DIR
+@_DATA
 @_FORMAT
 @option("--image-dir", type=FOLDER, help="Folder with the images, to count those missing.")
+@options_of(ReadConfig)
 @option("--plot", type=FILE, help="PNG file to draw the class distribution into.")
 @AS_JSON
 def describe(
-    csv_dir: Path, data_format: str, image_dir: Path | None, plot: Path | None, as_json: bool
+    data: Path,
+    data_format: str,
+    image_dir: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    **reading: Any,
 ) -> None:
     """Show findings, counts, views and missing files of a data set."""
     from cxr_cache.datasets.describe import describe_cohort
@@ -75,7 +85,8 @@ def describe(
     for folder in (image_dir, plot.parent if plot is not None else None):
         if folder is not None:
             require_folder(folder)
-    cohort = load_cohort(csv_dir, data_format)
+    config = ReadConfig(**reading)
+    cohort = load_cohort(data, data_format, image_dir=image_dir, config=config)
     missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
     description = describe_cohort(cohort, missing)
     click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
@@ -190,9 +201,14 @@ def audit(
 
 
 @click.command()
-@_CSV_DIR
+@_DATA
 @_FORMAT
-@option("--image-dir", type=FOLDER, required=True, help="Folder with the images.")
+@option(
+    "--image-dir",
+    type=FOLDER,
+    help="Folder with the images.  [default: the folder images beside the tables, else theirs]",
+)
+@options_of(ReadConfig)
 @option("--store", type=FILE, required=True, help="HDF5 file that is written, or continued.")
 @options_of(EncoderOptions)
 @option(
@@ -208,9 +224,9 @@ def audit(
 )
 @options_of(WorkersConfig)
 def extract(
-    csv_dir: Path,
+    data: Path,
     data_format: str,
-    image_dir: Path,
+    image_dir: Path | None,
     store: Path,
     tokens: bool,
     limit: int | None,
@@ -226,7 +242,11 @@ def extract(
         raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
     if tokens and config.unfreeze_layers is None:
         config = replace(config, unfreeze_layers=FinetuneConfig.unfreeze_layers)
-    cohort = _load_cohort(csv_dir, data_format, limit)
+    from cxr_cache.datasets.locate import default_image_dir
+
+    if image_dir is None:
+        image_dir = default_image_dir(data)
+    cohort = _load_cohort(data, data_format, image_dir, pick(ReadConfig, given)).take(slice(limit))
     require_folder(image_dir)
     from cxr_cache.store.extract import extract_embeddings
     from cxr_cache.store.workers import Workers, extract_on_workers, load_once
@@ -274,17 +294,18 @@ def _encoder_options(store: Path, options: dict[str, Any]) -> EncoderOptions:
 
 @click.command("import")
 @click.argument("embeddings", type=FILE)
-@_CSV_DIR
+@_DATA
 @_FORMAT
+@options_of(ReadConfig)
 @option("--store", type=FILE, required=True, help="HDF5 file that is written.")
 @option("--overwrite", is_flag=True, help="Replace a store that is already there.")
 def import_(
-    embeddings: Path, csv_dir: Path, data_format: str, store: Path, overwrite: bool
+    embeddings: Path, data: Path, data_format: str, store: Path, overwrite: bool, **reading: Any
 ) -> None:
     """Make a store from an .npz file of features: arrays image_id and embeddings."""
     from cxr_cache.store.importing import import_embeddings
 
-    cohort = _load_cohort(csv_dir, data_format, None)
+    cohort = _load_cohort(data, data_format, None, reading)
     summary = import_embeddings(embeddings, cohort, store, overwrite=overwrite)
     click.echo(summary.to_text())
 
@@ -315,7 +336,7 @@ def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
     help="Which of them: the projected embedding, the pooled features that it is projected from, "
     "or the two side by side.",
 )
-def features(store: Path, out: Path, features: str) -> None:
+def features(store: Path, out: Path, features: Features) -> None:
     """Write the features of a store, with ids and labels, for other programs."""
     from cxr_cache.store.exporting import export_features
     from cxr_cache.store.feature_store import FeatureStore
@@ -332,7 +353,13 @@ def _image_progress(shown: Progress) -> Callable[[int, int, int], None]:
     return update
 
 
-def _load_cohort(csv_dir: Path, data_format: str, limit: int | None) -> Cohort:
+def _load_cohort(
+    data: Path, data_format: str, image_dir: Path | None, options: dict[str, Any]
+) -> Cohort:
+    """Read a data set, and say on stderr how it was understood."""
     from cxr_cache.datasets.readers import load_cohort
 
-    return load_cohort(csv_dir, data_format).take(slice(limit))
+    cohort = load_cohort(data, data_format, image_dir=image_dir, config=ReadConfig(**options))
+    if cohort.reading is not None:
+        click.echo(cohort.reading.to_text(), err=True)
+    return cohort

@@ -1,13 +1,16 @@
-"""Read CSV files as people write them, or say in one sentence where they are broken; write them."""
+"""Read tables as people write them, or say in one sentence where they are broken; write them."""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import hashlib
 import io
 import logging
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +26,67 @@ from cxr_cache.errors import TableError
 logger = logging.getLogger(__name__)
 
 SEPARATORS = (",", ";", "\t")
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".zip", ".parquet", ".xlsx")
+"""Endings of the names of files that :func:`read_table` takes."""
+_LIBRARIES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}
+"""What pandas reads a kind of file with."""
 _BYTES_AT_ONCE = 1 << 20
+_LONG_TEXT = 1 << 20  # characters of a CSV file from which on it is read by pandas
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read a table as text, whichever kind of file it is in; see :func:`read_csv`.
+
+    ``.parquet`` is read where pyarrow is installed, and the first sheet of an ``.xlsx`` file where
+    openpyxl is. Everything else is CSV, maybe compressed.
+
+    Raises
+    ------
+    TableError
+        As for CSV; or the library that reads this kind of file is missing.
+    """
+    path = Path(path)
+    library = _LIBRARIES.get(path.suffix.lower())
+    if library is None:
+        return read_csv(path)
+    try:
+        table = pd.read_parquet(path) if library == "pyarrow" else pd.read_excel(path, dtype=str)
+    except ImportError as error:
+        raise TableError(
+            f"{path} is read with {library}, which is not installed. Run `pip install {library}`, "
+            "or save the table as CSV."
+        ) from error
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # these libraries raise anything for a damaged file
+        raise TableError(f"{path} cannot be read by {library}: {error}") from error
+    table = table.reset_index(drop=True)
+    header = [str(name).strip() for name in table.columns]
+    _require_named_once(header, path)
+    if not len(table):
+        raise TableError(f"{path} has a header ({list_names(header)}) but no rows.")
+    lines = pd.RangeIndex(2, len(table) + 2, name="line")
+    cells = {name: _as_text(table.iloc[:, i]) for i, name in enumerate(header)}
+    return pd.DataFrame({name: pd.Series(cells[name], lines, object) for name in header})
+
+
+def _as_text(column: pd.Series[Any]) -> list[str]:
+    """Cells as they would be typed; a whole number that pandas made a float is whole again."""
+    cells = ["" if missing else cell for cell, missing in zip(column, column.isna(), strict=True)]
+    return [(f"{cell:.15g}" if isinstance(cell, float) else str(cell)).strip() for cell in cells]
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
     """Read a CSV file as text, or say in one sentence where it is broken.
 
+    Compressed files (``.gz``, or ``.zip`` of one table) are read as what is in them.
+
     Encodings: UTF-8 with or without a byte-order mark, UTF-16 with one, else
     Windows-1252 (logged as a warning). The separator (comma, semicolon or tab)
     is the one that divides the header most. White space around cells and
-    wholly blank lines are dropped; everything else stays as written, so that
-    ids such as ``NA`` and ``00012`` survive.
+    wholly blank lines are dropped, and blank columns without a name at the end;
+    everything else stays as written, so that ids such as ``NA`` and ``00012``
+    survive.
 
     Parameters
     ----------
@@ -61,7 +114,10 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     text = _decode(path)
-    records = list(_parse_records(text, _detect_separator(text), path))
+    separator = _detect_separator(text)
+    if len(text) >= _LONG_TEXT and (table := _parse_plain(text, separator, path)) is not None:
+        return table
+    records = list(_parse_records(text, separator, path))
     if not records:
         raise TableError(f"{path} is empty; it should hold a header and one row per entry.")
     (_, header), *rows = records
@@ -76,6 +132,8 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             )
     if header[0] == "":  # row numbers, as DataFrame.to_csv writes them
         header, rows = header[1:], [(line, cells[1:]) for line, cells in rows]
+    while header and not header[-1] and not any(cells[-1] for _, cells in rows):  # NIH's table
+        header, rows = header[:-1], [(line, cells[:-1]) for line, cells in rows]
     _require_named_once(header, path)
     table: pd.DataFrame = pd.DataFrame(
         [cells for _, cells in rows],
@@ -87,10 +145,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
 
 def _decode(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TableError(f"{path} cannot be read: {error.strerror or error}.") from error
+    content = _read_bytes(path)
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in content and not is_utf16:
         raise TableError(
@@ -104,6 +159,34 @@ def _decode(path: Path) -> str:
     if "\0" in text:
         raise TableError(f"{path} is not a text file: it holds NUL characters. Save it in UTF-8.")
     return text
+
+
+def _read_bytes(path: Path) -> bytes:
+    """What is in a file; of a compressed one, what is in that."""
+    try:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(path) as file:
+                return file.read()
+        if path.suffix.lower() == ".zip":
+            return _read_zip(path)
+        return path.read_bytes()
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        why = getattr(error, "strerror", None) or error
+        other = path.with_suffix("") if path.suffix == ".gz" else Path(f"{path}.gz")
+        hint = f" {other} is there." if not path.exists() and other.is_file() else ""
+        raise TableError(f"{path} cannot be read: {why}.{hint}") from error
+
+
+def _read_zip(path: Path) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.lower().endswith((".csv", ".tsv"))]
+        names = [name for name in names if not name.startswith("__MACOSX/")]
+        if len(names) != 1:
+            raise TableError(
+                f"{path} holds {len(names)} tables ({list_names(names, 3)}); it should hold one "
+                ".csv file. Unpack it, and give the folder or one of the files."
+            )
+        return archive.read(names[0])
 
 
 def _decode_windows_1252(content: bytes, path: Path) -> str:
@@ -123,6 +206,60 @@ def _detect_separator(text: str) -> str:
     header = next(iter(text.lstrip().splitlines()), "")
     unquoted = re.sub(r'"[^"]*("|$)', "", header)
     return max(SEPARATORS, key=unquoted.count)
+
+
+def _parse_plain(text: str, separator: str, path: Path) -> pd.DataFrame | None:
+    """Read a table without quotes, blank lines and rows of another length, quickly.
+
+    None where it has some: :func:`_parse_records` then reads it, or says what is wrong. The cells
+    are the same in both, and equal ones of a column are one object.
+    """
+    text = text.replace("\r\n", "\n").rstrip("\n")
+    if '"' in text or "\r" in text or "\n\n" in text or text.startswith("\n"):
+        return None
+    header_text, _, body = text.partition("\n")
+    header = [name.strip() for name in header_text.split(separator)]
+    content = np.frombuffer(text.encode(), np.uint8)
+    ends = np.append(np.flatnonzero(content == ord("\n")), len(content))
+    before = np.searchsorted(np.flatnonzero(content == ord(separator)), ends)
+    n_separators = np.diff(before, prepend=0)
+    if not body or len(header) < 2 or (n_separators != len(header) - 1).any():
+        return None
+    parsed = pd.read_csv(
+        io.StringIO(body),
+        sep=separator,
+        header=None,
+        names=range(len(header)),
+        dtype=object,
+        na_filter=False,
+        quoting=csv.QUOTE_NONE,
+        index_col=False,
+        skip_blank_lines=False,
+        low_memory=False,
+    )
+    lines = pd.RangeIndex(2, len(parsed) + 2, name="line")
+    columns = [parsed[place].to_numpy(object) for place in range(len(header))]
+    if _has_white_space(content, separator):
+        columns = [np.array([cell.strip() for cell in cells], object) for cells in columns]
+    if header[0] == "":  # row numbers
+        header, columns = header[1:], columns[1:]
+    while header and not header[-1] and not columns[-1].any():
+        header, columns = header[:-1], columns[:-1]
+    _require_named_once(header, path)
+    series = [pd.Series(cells, lines, object) for cells in columns]
+    table = pd.DataFrame(dict(zip(header, series, strict=True)))
+    is_blank = (table == "").all(axis=1) if (table.iloc[:, 0] == "").any() else np.zeros(1, bool)
+    return table[~is_blank] if is_blank.any() else table
+
+
+def _has_white_space(content: NDArray[np.uint8], separator: str) -> bool:
+    """Whether there may be some around cells; bytes outside ASCII may be some."""
+    kind = np.zeros(256, np.uint8)
+    kind[[9, 11, 12, 28, 29, 30, 31, 32, *range(128, 256)]] = 1
+    kind[[ord(separator), ord("\n")]] = 2
+    kinds = kind[content]
+    at_ends = kinds[0] == 1 or kinds[-1] == 1
+    return bool(at_ends or (kinds[:-1] + kinds[1:] == 3).any())
 
 
 def _parse_records(text: str, separator: str, path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,9 +23,89 @@ IMAGE_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection")
 """Columns that every image table has, in this order; further ones follow them."""
 FACTS: Final = ("sex", "age", "view_position")
 """Names of further columns, as readers give them where a data set has such facts about images."""
+GIVEN: Final = ("given_split", "given_fold")
+"""Names of further columns with the split that a data set comes with: ``"train"``, ``"val"``,
+``"test"`` or ``""``, and the number of the fold."""
 _OPTIONAL_COLUMNS: Final = ("patient_id", "projection")
 RESERVED_COLUMNS: Final = frozenset({"split", "fold", "status", "error"})
 """Columns that tables of runs and stores have beside those of the image table."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the tables of a data set were understood, for whoever describes or reports on it."""
+
+    format: str
+    """Name of the reader."""
+    why: str = ""
+    """Why ``auto`` took the data set for this; blank where the format was given."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What each column of the tables was used as, in words."""
+    codes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """How often each label code was written, by finding."""
+    policy: str = ""
+    """What was made of uncertain and blank cells, in words."""
+    split: str = ""
+    """Whose split the column ``given_split`` is; blank without one."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results should know, in sentences."""
+
+    def to_text(self) -> str:
+        """Say in a short table what the data set was taken for and what each column was used as.
+
+        Notes are left out: they are warnings when the data set is read.
+        """
+        names_of: dict[str, list[str]] = {}
+        for column, use in self.columns.items():
+            kind, _, why = use.partition(": ")
+            names_of.setdefault(kind, []).append(f"{column} ({why})" if why else column)
+        if "finding" in names_of:  # at the end, as there are many
+            names = names_of.pop("finding")
+            names_of[count(len(names), "finding")] = names
+        if "ignored" in names_of:
+            names_of["ignored"] = names_of.pop("ignored")
+        lines = [f"read as {self.format}{self.why and f': {self.why}'}"]
+        for kind, names in names_of.items():
+            first = f"  {kind + ':':<20} "
+            lines.append(
+                textwrap.fill(
+                    list_names(names), 80, initial_indent=first, subsequent_indent=" " * len(first)
+                )
+            )
+        if self.policy:
+            lines.append(f"  {'label codes:':<20} {self.policy}")
+        if self.split:
+            lines.append(f"  {'split of:':<20} {self.split}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the same as JSON-able values."""
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+
+    @classmethod
+    def of_dict(cls, values: Any) -> Reading:
+        """Make one of what :meth:`to_dict` gave, as JSON has it.
+
+        Raises
+        ------
+        ValueError
+            The values are of another form.
+        """
+        known = {of.name for of in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or not isinstance(values.get("format"), str):
+            raise ValueError("this is not how a data set was read")
+        made = cls(**{name: value for name, value in values.items() if name in known})
+        texts = (made.format, made.why, made.policy, made.split, *made.notes)
+        columns, codes = made.columns, made.codes
+        if not (
+            isinstance(columns, dict)
+            and isinstance(codes, dict)
+            and all(isinstance(of_finding, dict) for of_finding in codes.values())
+            and all(isinstance(text, str) for text in (*texts, *columns.values()))
+            and all(isinstance(n, int) for of in codes.values() for n in of.values())
+        ):
+            raise ValueError("this is not how a data set was read")
+        return dataclasses.replace(made, notes=tuple(made.notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +127,8 @@ class Cohort:
         Names of the F findings.
     source
         SHA-256 (hex) of each file that was read, by file name.
+    reading
+        How the data set's tables were understood; None where nobody has said so.
 
     Raises
     ------
@@ -64,6 +148,7 @@ class Cohort:
     targets: NDArray[np.float32]
     findings: tuple[str, ...]
     source: dict[str, str] = field(default_factory=dict)
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", _complete_table(self.images))
@@ -132,6 +217,12 @@ class Cohort:
     def take(self, rows: NDArray[Any] | slice) -> Cohort:
         """Return the images at `rows` (indices, mask or slice), in that order."""
         return dataclasses.replace(self, images=self.images.iloc[rows], targets=self.targets[rows])
+
+    def with_reading(self, reading: Reading) -> Cohort:
+        """Return the same images with another account of how they were read."""
+        same = copy.copy(self)  # checked before
+        object.__setattr__(same, "reading", reading)
+        return same
 
     def assign(self, **columns: Any) -> Cohort:
         """Return the same images with columns of the image table replaced or added.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 
 from cxr_cache.common.wording import count
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import GIVEN, Cohort, Reading
 from cxr_cache.datasets.labels import FINDINGS, PUBLISHED_COUNTS, PUBLISHED_IMAGES
+
+CODES: Final = ("present", "absent", "uncertain", "blank")
+"""Names of codes in :class:`cxr_cache.datasets.cohort.Reading`, in the order shown."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class CohortDescription:
     images_per_study: dict[int, int]
     missing: tuple[str, ...] | None
     n_as_published: int | None
+    given: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Images of each part of a given split, and of each given fold."""
+    reading: Reading | None = None
 
     @property
     def imbalance_ratio(self) -> float | None:
@@ -80,18 +87,29 @@ class CohortDescription:
             "imbalance_ratio": self.imbalance_ratio,
             "counts_as_published": self.n_as_published,
             "findings": [asdict(count) for count in self.findings],
+            **self.given,
+            "reading": None if self.reading is None else self.reading.to_dict(),
         }
 
     def to_text(self) -> str:
         """Return one screen of text: the cohort's size and views, then a row per finding."""
+        head = self._summary_lines()
+        if self.reading is not None:
+            head += ["", self.reading.to_text()]
+        if not self.findings:
+            return "\n".join([*head, "", "no findings"])
         width = max(len("finding"), *(len(count.finding) for count in self.findings))
         header = f"{'finding':<{width}}  {'images':>7}  {'studies':>7}  {'prevalence':>10}"
+        codes = {} if self.reading is None else self.reading.codes
+        written = [code for code in CODES if any(code in of for of in codes.values())]
+        header += "".join(f"  {code:>9}" for code in written)
         rows = [
             f"{count.finding:<{width}}  {count.images:>7,}  {count.studies:>7,}  "
             f"{_percent(count.prevalence):>10}"
+            + "".join(f"  {codes.get(count.finding, {}).get(code, 0):>9,}" for code in written)
             for count in self.findings
         ]
-        return "\n".join([*self._summary_lines(), "", header, *rows])
+        return "\n".join([*head, "", header, *rows])
 
     def _summary_lines(self) -> list[str]:
         patients = "" if self.n_patients is None else f" of {self.n_patients:,} patients"
@@ -103,6 +121,9 @@ class CohortDescription:
             f"images per study:  {', '.join(per_study)}",
             f"unlabelled images: {self.n_unlabelled:,}",
         ]
+        for name, parts in self.given.items():
+            shown = (f"{part or 'none'} {n:,}" for part, n in parts.items())
+            lines.append(f"{name.replace('_', ' ') + ':':<18} {', '.join(shown)}")
         if self.missing is not None:
             all_missing = len(self.missing) == self.n_images
             hint = "; none is there, so this may be the wrong folder" if all_missing else ""
@@ -128,8 +149,8 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
         was not looked up.
     """
     labelled = ~np.isnan(cohort.targets)
-    patients = set(cohort.patient_ids.tolist()) - {""}
-    images_of_study = Counter(cohort.study_uids.tolist())
+    patients = set(cohort.images["patient_id"].tolist()) - {""}
+    images_of_study = Counter(cohort.images["study_uid"].tolist())
     findings = _count_findings(cohort)
     n_as_published = None
     if cohort.findings == FINDINGS and len(cohort) == PUBLISHED_IMAGES:
@@ -140,15 +161,22 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
         n_studies=len(images_of_study),
         n_patients=len(patients) or None,
         n_unlabelled=int((~labelled.any(axis=1)).sum()),
-        projections=dict(sorted(Counter(cohort.projections.tolist()).items())),
+        projections=dict(sorted(Counter(cohort.images["projection"].tolist()).items())),
         images_per_study=dict(sorted(Counter(images_of_study.values()).items())),
         missing=None if missing is None else tuple(missing),
         n_as_published=n_as_published,
+        given={
+            name: dict(sorted(Counter(cohort.images[name].tolist()).items()))
+            for name in GIVEN
+            if name in cohort.images
+        },
+        reading=cohort.reading,
     )
 
 
 def _count_findings(cohort: Cohort) -> tuple[FindingCount, ...]:
     counts = []
+    study_of_image, _ = pd.factorize(cohort.images["study_uid"])
     for column, finding in enumerate(cohort.findings):
         targets = cohort.targets[:, column]
         present = targets == 1
@@ -157,7 +185,7 @@ def _count_findings(cohort: Cohort) -> tuple[FindingCount, ...]:
             FindingCount(
                 finding=finding,
                 images=int(present.sum()),
-                studies=len(np.unique(cohort.study_uids[present])),
+                studies=int(np.count_nonzero(np.bincount(study_of_image[present]))),
                 prevalence=float(present.sum()) / n_labelled if n_labelled else None,
             )
         )

@@ -6,7 +6,9 @@ Targets are float32: 1 present, 0 absent, NaN unlabelled.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import read_csv, require_columns, require_unique
-from cxr_cache.common.wording import list_names, nearest_names, normalise_name
-from cxr_cache.datasets.cohort import FACTS, IMAGE_COLUMNS, RESERVED_COLUMNS
+from cxr_cache.common.tables import read_table, require_columns, require_unique
+from cxr_cache.common.wording import count, list_names, nearest_names, normalise_name
+from cxr_cache.config import ReadConfig
+from cxr_cache.datasets.codes import BLANK, Policy, count_codes, read_codes
+from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.columns import candidates, find_roles, note_patients
+from cxr_cache.datasets.table import KEYS, Sheet, collapse, read_sheet, whose_split
 from cxr_cache.errors import TableError
 
 _DATA = files("cxr_cache.datasets") / "findings35.json"
@@ -39,15 +45,8 @@ for _column, _rule in enumerate(_RULES["findings"]):
     for _tag in _rule["tags"]:
         _COLUMNS_OF_TAG.setdefault(_tag, []).append(_column)
 
-TABLE_VALUES: dict[str, float] = {
-    **dict.fromkeys(("1", "1.0"), 1.0),
-    **dict.fromkeys(("0", "0.0"), 0.0),
-    **dict.fromkeys(("", "-1", "-1.0"), np.nan),  # CheXpert writes -1 where a report is uncertain
-}
-"""What a cell of a target table may hold, and the target that it stands for."""
-
-DESCRIPTIVE_COLUMNS = frozenset({*IMAGE_COLUMNS, *FACTS, *RESERVED_COLUMNS, "filename", "uid"})
-"""Columns of a target table that are never findings."""
+_TAGS_OF_NO_FINDING = frozenset(_RULES["tags_of_no_finding"])
+"""Tags of the complete collection that the rule knows, and maps to nothing."""
 
 
 def assign_targets(problems: Sequence[str]) -> NDArray[np.float32]:
@@ -57,7 +56,9 @@ def assign_targets(problems: Sequence[str]) -> NDArray[np.float32]:
     lower-cased and compared whole. A finding is present where one of its tags
     is; *Normal* where no other finding is, so it means "nothing mapped" and
     includes reports that were never indexed. A blank cell says nothing about
-    the image and leaves it unlabelled.
+    the image and leaves it unlabelled; so does one in which nothing is mapped,
+    ``normal`` is not said, and a tag is none of the collection's, see
+    :func:`count_unknown_tags`.
 
     Parameters
     ----------
@@ -79,12 +80,25 @@ def assign_targets(problems: Sequence[str]) -> NDArray[np.float32]:
     normal = FINDINGS.index(NORMAL)
     for row, cell in enumerate(problems):
         tags = _split_cell(cell)
-        if tags:
-            columns = [column for tag in tags for column in _COLUMNS_OF_TAG.get(tag, ())]
+        columns = [column for tag in tags for column in _COLUMNS_OF_TAG.get(tag, ())]
+        is_normal = "normal" in tags or (tags and tags <= _TAGS_OF_NO_FINDING)
+        if columns or is_normal:
             targets[row, columns or [normal]] = 1
         else:
             targets[row] = np.nan
     return targets
+
+
+def count_unknown_tags(problems: Sequence[str]) -> Counter[str]:
+    """Count the tags of the ``Problems`` column that the rule does not know, by cell.
+
+    Examples
+    --------
+    >>> count_unknown_tags(["Cardiomegally; Edema", "normal", "cardiomegally"])
+    Counter({'cardiomegally': 2})
+    """
+    known = _COLUMNS_OF_TAG.keys() | _TAGS_OF_NO_FINDING
+    return Counter(tag for cell in problems for tag in _split_cell(cell) if tag not in known)
 
 
 def parse_labels(
@@ -138,54 +152,6 @@ def parse_labels(
     return targets
 
 
-def parse_target_table(
-    table: pd.DataFrame, *, source: str = "the target table"
-) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Read a table with one column per finding.
-
-    Every column is a finding unless its name is in :data:`DESCRIPTIVE_COLUMNS`.
-    A cell holds 1 (present), 0 (absent), nothing (unlabelled) or -1
-    (uncertain, read as unlabelled).
-
-    Parameters
-    ----------
-    table
-        Strings, one row per image; the index tells the lines of the file.
-    source
-        Name of the file, for the error message.
-
-    Returns
-    -------
-    findings
-        Names of the F finding columns, in the table's order.
-    targets
-        Shape ``(N, F)``, float32.
-
-    Raises
-    ------
-    TableError
-        There is no finding column, or a cell holds another value.
-    """
-    findings = tuple(column for column in table.columns if column not in DESCRIPTIVE_COLUMNS)
-    if not findings:
-        raise TableError(
-            f"{source} has no finding: its columns are {list_names(list(table.columns))}. "
-            "Add one column per finding (1, 0, or blank where unlabelled)."
-        )
-    targets = np.empty((len(table), len(findings)), np.float32)
-    for column, finding in enumerate(findings):
-        cells = table[finding].str.strip()
-        unreadable = np.flatnonzero(~cells.isin(list(TABLE_VALUES)))
-        if len(unreadable):
-            row = unreadable[0]
-            raise TableError(
-                f"{source}, line {table.index[row]}: column {finding!r} holds {cells.iloc[row]!r}, "
-                "but a finding is 1 (present), 0 (absent), -1 (uncertain) or blank (unlabelled)."
-            )
-        targets[:, column] = cells.map(TABLE_VALUES).to_numpy(np.float32)
-    return findings, targets
-
-
 def _split_cell(cell: str) -> set[str]:
     return {normalise_name(name) for name in cell.split(";")} - {""}
 
@@ -196,22 +162,18 @@ def _suggest(name: str, findings: Sequence[str]) -> str:
 
 
 def load_labels(
-    path: str | Path, image_ids: NDArray[np.str_]
+    path: str | Path, image_ids: NDArray[np.str_], findings: Sequence[str] = FINDINGS
 ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Read the targets of given images from a CSV file of the user's own.
-
-    The file names images in a column ``image_id`` (or ``filename``). Findings
-    are either listed in a column ``label``, separated by ``;``, or have a
-    column each: 1 present, 0 absent, blank unlabelled, -1 uncertain (read as
-    unlabelled). Images that the file does not name are unlabelled; rows for
-    other images are ignored.
+    """Read the targets of given images from a table of the user's own.
 
     Parameters
     ----------
     path
-        CSV file, read by :func:`read_csv`.
+        Table, read as :func:`read_labels` does.
     image_ids
         The images wanted, shape ``(N,)``.
+    findings
+        What a column ``label`` may list.
 
     Returns
     -------
@@ -225,26 +187,149 @@ def load_labels(
     TableError
         The file cannot be read so, or names none of the images.
     """
+    images = pd.DataFrame({"image_id": image_ids, "study_uid": image_ids})
+    blank = np.full((len(images), len(findings)), np.nan, np.float32)
+    labelled = read_labels(path, Cohort(images, blank, tuple(findings)))
+    return labelled.findings, labelled.targets
+
+
+def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
+    """Give images the labels of a table of the user's own, and what else it says of them.
+
+    The table has a row per image, study or patient, and its columns are recognised as those of a
+    data set: see :mod:`cxr_cache.datasets.columns`. Findings have a column each, or one lists
+    them; a column ``label`` lists those of the cohort, or of the 35, separated by ``;``. Images
+    that the table does not name are unlabelled; rows for other images are ignored. Patients, given
+    splits and folds, and facts such as sex count where the cohort has none.
+
+    Parameters
+    ----------
+    path
+        Table, read by :func:`cxr_cache.common.tables.read_table`.
+    cohort
+        The images.
+
+    Returns
+    -------
+    Cohort
+        The same images; its ``reading`` tells how the table was understood.
+
+    Raises
+    ------
+    TableError
+        The file cannot be read so, names none of the images, or contradicts the cohort.
+    """
     path = Path(path)
-    table = read_csv(path)
-    key = "filename" if "filename" in table and "image_id" not in table else "image_id"
-    require_columns(table, (key,), path)
-    require_unique(table, key, path)
+    table = read_table(path)
+    images = cohort.images
+    key, column = _find_key(table, images, path)
+    if "reader" not in find_roles(table, path, ReadConfig(), may_choose=("image",)):
+        require_unique(table, column, path)
+    config = ReadConfig(**{f"{key}_column": column})
     if "label" in table:
-        findings = FINDINGS
-        targets = parse_labels(
-            table["label"].tolist(), source=str(path), lines=table.index.tolist()
-        )
+        findings, targets = _read_listed(table["label"], cohort.findings, path)
+        sheet = read_sheet(table.drop(columns="label"), path, config, findings=())
+        codes = np.where(np.isnan(targets), BLANK, targets).astype(np.int8)
+        uses = {**sheet.uses, "label": "list of findings"}
+        sheet = replace(sheet, findings=findings, codes=codes, uses=uses)
     else:
-        findings, targets = parse_target_table(table, source=str(path))
-    rows = pd.Index(table[key]).get_indexer(pd.Index(image_ids))  # (N,), -1 where not named
-    if (rows < 0).all():
+        sheet = read_sheet(table, path, config)
+    if not sheet.findings:
+        _explain_no_finding(table, sheet, path)
+    policy = Policy()
+    rows = collapse(sheet, key, policy, config.readers)
+    places = rows.keys.get_indexer(pd.Index(images[COLUMN_OF_KEY[key]], dtype=object))
+    if (places < 0).all():
         raise TableError(
-            f"{path} names none of the {len(image_ids)} images: its first {key} is "
-            f"{table[key].iloc[0]!r}, theirs {str(image_ids[0])!r}. "
+            f"{path} names none of the {len(images)} images: its first {column} is "
+            f"{table[column].iloc[0]!r}, theirs {images[COLUMN_OF_KEY[key]].iloc[0]!r}. "
             "Image ids are paths relative to the image folder."
         )
-    return findings, take_or_nan(targets, rows)
+    facts = {name: np.append(rows.facts[name], "")[places] for name in rows.facts if name != key}
+    changed, notes = _add_facts(images, facts, path)
+    reading = Reading(
+        format="" if cohort.reading is None else cohort.reading.format,
+        columns=sheet.uses,
+        codes=count_codes(sheet.codes, sheet.findings),
+        policy=policy.to_text(),
+        split=whose_split([sheet]) or ("" if cohort.reading is None else cohort.reading.split),
+        notes=(*sheet.notes, *notes, *note_patients(changed)),
+    )
+    targets = take_or_nan(rows.targets, places)
+    return Cohort(changed, targets, sheet.findings, cohort.source, reading)
+
+
+COLUMN_OF_KEY = {"image": "image_id", "study": "study_uid", "patient": "patient_id"}
+"""Columns of the image table by what rows of a table are of."""
+
+
+def _find_key(table: pd.DataFrame, images: pd.DataFrame, path: Path) -> tuple[str, str]:
+    """What the rows of a table of labels are of, and the column that says of which."""
+    for key in KEYS:
+        known = set(images[COLUMN_OF_KEY[key]]) - {""}
+        found = candidates(table, key)
+        n_known = {name: int(table[name].isin(known).sum()) for name in found}
+        best = max(found, key=lambda name: n_known[name], default=None)
+        if best is not None and (n_known[best] or key == "image"):
+            return key, best
+    require_columns(table, ("image_id",), path)
+    raise AssertionError("image_id is the name of an image column")
+
+
+def _read_listed(
+    column: pd.Series[Any], own: tuple[str, ...], path: Path
+) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """Read a column ``label``: of the cohort's findings if it has no other, else of the 35."""
+    listed = set[str]().union(*(_split_cell(cell) for cell in column.unique()))
+    findings = own if listed <= {normalise_name(name) for name in own} else FINDINGS
+    lines = column.index.tolist()
+    return findings, parse_labels(column.tolist(), findings, source=str(path), lines=lines)
+
+
+def _explain_no_finding(table: pd.DataFrame, sheet: Sheet, path: Path) -> None:
+    """Raise for a table without findings: for the first cell that is none, if a column has one."""
+    no_role = [name for name, use in sheet.uses.items() if use.startswith("ignored: holds")]
+    if no_role:
+        read_codes(table, no_role[:1], path)
+    raise TableError(
+        f"{path} has no finding: its columns are {list_names(list(table.columns))}. "
+        "Add one column per finding (1, 0, or blank where unlabelled)."
+    )
+
+
+_STATED = {"patient_id": "patient", "given_split": "given split", "given_fold": "given fold"}
+"""What a table of labels and the store must not contradict each other in, in words."""
+
+
+def _add_facts(
+    images: pd.DataFrame, facts: dict[str, NDArray[np.object_]], path: Path
+) -> tuple[pd.DataFrame, list[str]]:
+    """Fill what the image table does not know, and say what was filled and what was not."""
+    changed, notes, used = images.copy(), [], []
+    for name, new in facts.items():
+        if name == "study":
+            continue  # studies stay what they are
+        column = COLUMN_OF_KEY.get(name, name)
+        old = changed[column].to_numpy(object) if column in changed else np.full(len(new), "")
+        differs = (old != "") & (new != "") & (old != new)
+        if differs.any() and column in _STATED:
+            row = int(differs.argmax())
+            raise TableError(
+                f"{path} and the store contradict each other: the {_STATED[column]} of image "
+                f"{images['image_id'].iloc[row]!r} is {new[row]!r} in the table and {old[row]!r} "
+                "in the store. Correct one of them, or leave the column out of the table."
+            )
+        if differs.any():
+            notes.append(
+                f"{column} of {count(int(differs.sum()), 'image')} differs between {path.name} and "
+                "the store, and stays as the store has it."
+            )
+        if ((old == "") & (new != "")).any():
+            changed[column] = np.where(old == "", new, old)
+            used.append(_STATED.get(column, column))
+    if used:
+        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images, which is used.")
+    return changed, notes
 
 
 def take_or_nan(targets: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np.float32]:

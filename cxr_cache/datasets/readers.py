@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from cxr_cache.common.wording import suggest
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.config import ReadConfig
+from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.collections import catalogue
+from cxr_cache.datasets.collections.recognise import recognise
+from cxr_cache.datasets.columns import note_patients
+from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
 from cxr_cache.datasets.indiana import read_indiana
+from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
 
-READERS: Final[dict[str, Callable[[Path], Cohort]]] = {"indiana": read_indiana}
-"""Forms of data sets by name; a reader takes the path that the user gives."""
+logger = logging.getLogger(__name__)
+
+Reader: TypeAlias = Callable[[Path, ReadConfig, Path | None], Cohort]
+"""Takes the path that the user gives, the options, and the folder with the images, if one is
+named."""
+
+READERS: Final[dict[str, Reader]] = {
+    "indiana": read_indiana,
+    **catalogue.READERS,
+    "dicom": read_dicom,
+    "table": read_own_table,
+}
+"""Forms of data sets by name; whoever has another form adds a reader here."""
 
 AUTO: Final = "auto"
 
 
-def load_cohort(path: str | Path, format: str = AUTO) -> Cohort:  # noqa: A002
+def load_cohort(
+    path: str | Path,
+    format: str = AUTO,  # noqa: A002
+    *,
+    image_dir: str | Path | None = None,
+    config: ReadConfig | None = None,
+) -> Cohort:
     """Read which images a data set has, of which studies, and with which findings.
 
     Parameters
     ----------
     path
-        What the format's reader takes: for ``"indiana"`` the folder with its two CSV files, as
-        :func:`cxr_cache.datasets.indiana.read_indiana` describes them.
+        What the format's reader takes: a folder of a data set, a table, or a folder of images.
     format
-        A name among :data:`READERS`, or ``"auto"``: Indiana's, the only one so far.
+        A name among :data:`READERS`, or ``"auto"``, which recognises it by files and columns.
+    image_dir
+        Folder with the images, where they lie elsewhere.
+    config
+        Names of columns and what is made of label codes; None recognises and takes the defaults.
 
     Returns
     -------
     Cohort
-        Rows in the order of the data set's own table.
+        Rows in the order of the data set's own table; its attribute ``reading`` tells how the
+        tables were understood.
 
     Raises
     ------
@@ -51,4 +80,21 @@ def load_cohort(path: str | Path, format: str = AUTO) -> Cohort:  # noqa: A002
             f"No reader is called {format!r}; format is one of {', '.join([AUTO, *READERS])}."
             f"{suggest(format, READERS)}"
         )
-    return READERS["indiana" if format == AUTO else format](Path(path))
+    path, why = Path(path), ""
+    if format == AUTO:
+        format, why = recognise(path)  # noqa: A001
+        logger.info("%s is read as %s: %s", path, format, why)
+    folder = None if image_dir is None else Path(image_dir)
+    cohort = READERS[format](path, config or ReadConfig(), folder)
+    if format == "table" and folder is not None:
+        cohort = add_header_facts(cohort, folder, config or ReadConfig())
+    return _annotate(cohort, why)
+
+
+def _annotate(cohort: Cohort, why: str) -> Cohort:
+    """Add what holds for every format: why it was taken for this, and what is odd of patients."""
+    reading = cohort.reading or Reading("")
+    notes = tuple(dict.fromkeys([*reading.notes, *note_patients(cohort.images)]))
+    for note in notes:
+        logger.warning(note)
+    return cohort.with_reading(replace(reading, why=why, notes=notes))

@@ -393,8 +393,8 @@ def _describe_rows(outliers: pd.DataFrame, cohort: Cohort, sides: NDArray[np.str
         "projection": cohort.projections[rows],
         "split": sides[rows],
     }
-    found = outliers.drop(columns="row")
-    table: pd.DataFrame = found.assign(**described)[[*described, *found.columns]]
+    facts = outliers.drop(columns="row")
+    table: pd.DataFrame = facts.assign(**described)[[*described, *facts.columns]]
     return table
 
 

@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 
 from cxr_cache.evaluation.scored import ScoredImages
-from cxr_cache.metrics.scores import N_BINS, NEVER, Array, FloatArray, has_both_classes, reliability
+from cxr_cache.metrics.scores import (
+    N_BINS,
+    NEVER,
+    Array,
+    FloatArray,
+    drop_positives_only,
+    has_both_classes,
+    reliability,
+)
 
 MAX_POINTS: Final = 200
 """Of one finding's curve; a page for any number of images stays small."""
@@ -82,11 +90,12 @@ def calibration_curves(before: ScoredImages, after: ScoredImages | None) -> pd.D
 
 def _columns(images: ScoredImages) -> list[tuple[str, Array, FloatArray]]:
     """Each finding with its column of targets and of probabilities, then all pooled."""
+    targets = drop_positives_only(images.targets)
     columns = [
-        (finding, images.targets[:, [f]], images.probabilities[:, [f]])
+        (finding, targets[:, [f]], images.probabilities[:, [f]])
         for f, finding in enumerate(images.findings)
     ]
-    pooled = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
+    pooled = targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
     return [*columns, (POOLED, *pooled)]
 
 

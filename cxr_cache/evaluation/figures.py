@@ -29,6 +29,7 @@ from cxr_cache.metrics.scores import (
     average_precision_of_chance,
     confusion_counts,
     divide,
+    drop_positives_only,
     exact_matches,
     expected_calibration_error,
     f1_of_calling_all,
@@ -129,7 +130,7 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
     Callable
         Weights of the rows ``(R, N)`` to the figures under them.
     """
-    targets, probabilities = images.targets, images.probabilities
+    targets, probabilities = drop_positives_only(images.targets), images.probabilities
     decisions = probabilities >= thresholds
     ranked = RankedScores(targets, probabilities)
     pooled = RankedScores(targets, probabilities, pooled=True)
@@ -238,15 +239,16 @@ def estimate(
         n_clusters_of = _count_clusters(images, images.probabilities >= thresholds)
         intervals = _intervals(figures, resampled, n_clusters_of, len(np.unique(clusters)))
         n_undefined = {name: np.isnan(resampled[name]).sum(axis=0) for name in RESAMPLED}
-    errors = expected_calibration_error(images.targets, images.probabilities)
-    cells = images.targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
+    targets = drop_positives_only(images.targets)
+    errors = expected_calibration_error(targets, images.probabilities)
+    cells = targets.reshape(-1, 1), images.probabilities.reshape(-1, 1)
     return Estimates(
         figures,
         intervals,
         n_undefined,
         _by_chance(images, figures),
         errors,
-        float(support_mean(errors, (images.targets == 1).sum(axis=0))),
+        float(support_mean(errors, (targets == 1).sum(axis=0))),
         float(expected_calibration_error(*cells)[0]),
     )
 
@@ -335,7 +337,7 @@ def to_number(value: float | FloatArray | np.floating[Any]) -> float | None:
 
 def calibration_columns(raw: ScoredImages, calibration: Calibration) -> dict[str, FloatArray]:
     """Errors without calibration, and the map of each finding."""
-    errors = probability_errors(raw.targets, raw.probabilities)
+    errors = probability_errors(drop_positives_only(raw.targets), raw.probabilities)
     return {
         **{f"{name}_before": values for name, values in errors.items()},
         "calibration_slope": calibration.slope,

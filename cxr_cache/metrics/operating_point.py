@@ -21,6 +21,7 @@ from cxr_cache.metrics.scores import (
     NEVER,
     Array,
     FloatArray,
+    drop_positives_only,
     f1_score,
     has_both_classes,
     require_finite,
@@ -125,6 +126,7 @@ def _fit_temperature(targets: Array, logits: FloatArray) -> float:
     """Return 1 / T. Log loss is convex in 1 / T, so it has one minimum in its logarithm too."""
     from scipy.optimize import minimize_scalar  # takes half a second, which most runs can save
 
+    targets = drop_positives_only(targets)
     labelled = ~np.isnan(targets)
     if not (labelled & (targets == 1)).any() or not (targets == 0).any():
         return 1.0
@@ -178,8 +180,6 @@ class ThresholdRule(NamedTuple):
     highest threshold to the lowest, at which everything is called present."""
     example: float | None = None
     """Example of a target, for messages; None for a rule without a target."""
-    needs_negatives: bool = False
-    """Whether a finding without a labelled negative gets no threshold."""
 
 
 def _maximise_f1(tp: Counts, fp: Counts, _: float) -> int:
@@ -209,9 +209,9 @@ def _find_last(reaching: NDArray[np.bool_]) -> int | None:
 
 RULES: Final[dict[str, ThresholdRule]] = {
     "f1": ThresholdRule(_maximise_f1),
-    "youden": ThresholdRule(_maximise_youden, needs_negatives=True),
+    "youden": ThresholdRule(_maximise_youden),
     "sensitivity": ThresholdRule(_keep_sensitivity, 0.9),
-    "specificity": ThresholdRule(_keep_specificity, 0.9, needs_negatives=True),
+    "specificity": ThresholdRule(_keep_specificity, 0.9),
     "ppv": ThresholdRule(_keep_ppv, 0.5),
 }
 """``"f1"`` and ``"youden"`` maximise F1 and sensitivity + specificity - 1 (Youden, 1950); of equal
@@ -260,8 +260,7 @@ def choose_thresholds(targets: Array, probabilities: Array, rule: str = "f1") ->
     -------
     FloatArray
         Shape ``(F,)``. It is :data:`cxr_cache.metrics.scores.NEVER` where no threshold reaches the
-        target, for a finding without a labelled positive, and, if the rule looks at specificity,
-        for a finding without a labelled negative.
+        target, and for a finding without a labelled positive or without a labelled negative.
 
     Raises
     ------
@@ -284,7 +283,7 @@ def _choose_threshold(
     labelled = ~np.isnan(targets)
     order = np.argsort(-probabilities[labelled], kind="stable")
     present = targets[labelled][order] == 1
-    if not present.any() or (present.all() and rule.needs_negatives):
+    if not present.any() or present.all():
         return NEVER
     descending = probabilities[labelled][order]
     last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # row of each tie

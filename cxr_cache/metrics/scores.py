@@ -361,6 +361,16 @@ def has_both_classes(targets: Array) -> NDArray[np.bool_]:
     return both
 
 
+def drop_positives_only(targets: Array) -> Array:
+    """Leave findings unlabelled that have a labelled positive and no negative, ``(N, F)``.
+
+    Nothing can be said of them: calling them present is never wrong. CheXpert's "No Finding" is 1
+    or blank.
+    """
+    undefined = (targets == 1).any(axis=0) & ~(targets == 0).any(axis=0)
+    return np.where(undefined, np.nan, targets) if undefined.any() else targets
+
+
 def require_finite(scores: Array) -> Array:
     """Return the scores, or raise ValueError if some are NaN or infinite.
 

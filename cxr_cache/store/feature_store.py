@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
+import json
 import math
 import mmap
 import os
@@ -42,7 +43,7 @@ from cxr_cache.common.files import (
     write_at,
 )
 from cxr_cache.common.wording import count, list_names, package_versions
-from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Cohort, Reading
 from cxr_cache.errors import (
     ConfigError,
     DiskError,
@@ -73,6 +74,7 @@ STATUS_NAMES: Final = {
 EMBEDDED: Final = (DONE, WITHOUT_TOKENS)
 """States of rows that hold an embedding."""
 _PACKAGES: Final = ("cxr-cache", "torch", "open-clip-torch", "timm", "h5py", "numpy", "Pillow")
+_MAX_READING_BYTES: Final = 60_000  # HDF5 keeps no attribute of more than 64 KiB
 _BYTES_AT_ONCE: Final = 1 << 22  # of many rows that are checked or copied
 
 
@@ -450,6 +452,7 @@ class FeatureStore:
             np.array(self.read_column("targets")),
             self.findings,
             self.header.cohort,
+            None if self.header.reading is None else Reading.of_dict(self.header.reading),
         )
 
     def to_frame(self, features: Sequence[str] = ()) -> pd.DataFrame:
@@ -845,7 +848,19 @@ def _describe(
         part=None if part is None else dict(part),
         versions=package_versions(*_PACKAGES),
         image_columns=tuple(name for name in cohort.images.columns if name not in IMAGE_COLUMNS),
+        reading=_describe_reading(cohort),
     )
+
+
+def _describe_reading(cohort: Cohort) -> dict[str, Any] | None:
+    """How the data set was read, without the longest lists where HDF5 has no place for them."""
+    if cohort.reading is None:
+        return None
+    values = cohort.reading.to_dict()
+    for name in ("codes", "columns"):
+        if len(json.dumps(values)) > _MAX_READING_BYTES:
+            values[name] = {}
+    return values
 
 
 def _encode_table(cohort: Cohort, header: Header) -> dict[str, NDArray[Any]]:

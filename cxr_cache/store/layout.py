@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import read_at, write_at
-from cxr_cache.datasets.cohort import IMAGE_COLUMNS
+from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Reading
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import StoreFormatError
 
@@ -62,6 +62,9 @@ class Header:
     versions: dict[str, str] = field(default_factory=dict)
     image_columns: tuple[str, ...] = ()
     """Further columns of the image table, in their order."""
+    reading: dict[str, Any] | None = None
+    """How the data set's tables were understood; stores of before have none, and none is
+    written."""
 
     @property
     def n_unfrozen(self) -> int | None:
@@ -169,6 +172,8 @@ def write_layout(
         described = {**vars(header), "format_version": header.format_version}
         if not header.image_columns:
             del described["image_columns"]
+        if header.reading is None:
+            del described["reading"]
         for key, value in described.items():
             file.attrs[key] = np.bytes_(json.dumps(value).encode())
         for name, column in columns.items():
@@ -314,8 +319,14 @@ def _read_header(file: h5py.File, path: Path) -> Header:
             f"{' or '.join(map(str, FORMAT_VERSIONS))} in this cxr-cache\n"
             "Use the version of cxr-cache that wrote it."
         )
-    keys = [key for key in Header.__dataclass_fields__ if key != "image_columns" or version > 1]
-    values = {"image_columns": [], **{key: _read_attribute(file, key, path) for key in keys}}
+    absent = {"image_columns"} if version == 1 else set()
+    absent |= set() if h5py.h5a.exists(file.id, b"reading") else {"reading"}
+    keys = [key for key in Header.__dataclass_fields__ if key not in absent]
+    values = {
+        "image_columns": [],
+        "reading": None,
+        **{key: _read_attribute(file, key, path) for key in keys},
+    }
     part = values["part"]
     sound = (
         all(isinstance(values[key], dict) for key in ("encoder", "cohort", "versions"))
@@ -335,11 +346,20 @@ def _read_header(file: h5py.File, path: Path) -> Header:
         and isinstance(values["boundary_block"], int | None)
         and (part is None or (isinstance(part, dict) and part.keys() == PART_FIELDS))
         and all(isinstance(number, int) for number in (part or {}).values())
+        and (values["reading"] is None or _is_reading(values["reading"]))
     )
     if not sound:
         raise StoreFormatError(f"{path}: its description is not that of a feature store; refused.")
     lists = {name: tuple(values[name]) for name in ("findings", "image_columns")}
     return Header(**{**values, **lists, "encoder": number_decode_rule(values["encoder"])})
+
+
+def _is_reading(values: Any) -> bool:
+    try:
+        Reading.of_dict(values)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _read_attribute(file: h5py.File, key: str, path: Path) -> Any:
@@ -394,6 +414,8 @@ def _read_column(file: h5py.File, name: str, path: Path) -> Column:
             "(chunked, compressed, external or virtual data); refused."
         )
     offset, shape = dataset.id.get_offset(), dataset.shape
+    if name == "targets" and shape[1:] == (0,):  # images without labels: nothing, so nowhere
+        offset = 0
     if not shape or offset is None:
         raise StoreFormatError(f"{path}: dataset '{name}' has no rows, or no place in the file.")
     return Column(name, dataset.dtype, shape[0], shape[1:], offset)
@@ -428,7 +450,9 @@ def _require_columns(path: Path, layout: Layout) -> None:
             column.dtype == np.dtype(dtype)
             and column.n_rows == (column.n_rows if n_rows is None else n_rows)
             and len(column.shape) == len(shape)
-            and all(m > 0 and n in (None, m) for m, n in zip(column.shape, shape, strict=True))
+            and all(
+                n == m or (n is None and m > 0) for m, n in zip(column.shape, shape, strict=True)
+            )
         )
         if not fits or column.n_rows < 1 or (name == "canary" and column.n_rows > _MAX_CANARIES):
             wanted = " x ".join("any" if n is None else str(n) for n in (n_rows, *shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.labels import load_labels
+from cxr_cache.datasets.labels import read_labels
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.store.feature_store import FeatureStore
 
@@ -85,8 +85,7 @@ def find_labelled_rows(
     done = find_done_rows(store, allow_pending=allow_pending)
     cohort = store.cohort
     if labels is not None:
-        findings, targets = load_labels(labels, cohort.image_ids)
-        cohort = replace(cohort, findings=findings, targets=targets)
+        cohort = read_labels(labels, cohort)
     labelled = ~np.isnan(cohort.targets[done]).all(axis=1)
     if not labelled.any():
         raise TrainingError(
@@ -100,12 +99,14 @@ def find_labelled_rows(
         "were still pending": len(store) - len(done) - n_failed,
         "have no label": int((~labelled).sum()),
     }
-    notes = tuple(
+    notes = [
         f"{n:,} of {len(store):,} images {why} and are left out."
         for why, n in left_out.items()
         if n
-    )
-    return LabelledRows(rows, cohort.take(rows), notes)
+    ]
+    if labels is not None and cohort.reading is not None:
+        notes += cohort.reading.notes
+    return LabelledRows(rows, cohort.take(rows), tuple(notes))
 
 
 def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArray[np.intp]:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from cxr_cache.config import ReadConfig
+from cxr_cache.datasets.codes import Policy, apply_policy
 from cxr_cache.datasets.labels import (
     FINDINGS,
     PUBLISHED_COUNTS,
     PUBLISHED_IMAGES,
     assign_targets,
+    count_unknown_tags,
+    load_labels,
     parse_labels,
-    parse_target_table,
 )
 from cxr_cache.datasets.readers import load_cohort
+from cxr_cache.datasets.table import read_sheet
 from cxr_cache.errors import TableError
+
+
+def read_findings(table: pd.DataFrame, source: str = "the table"):
+    """Findings and targets of a table with a column for each."""
+    sheet = read_sheet(table, Path(source), ReadConfig())
+    return sheet.findings, apply_policy(sheet.codes, sheet.findings, Policy())
 
 
 def names_of(row: np.ndarray) -> set[str]:
@@ -61,9 +73,21 @@ def test_a_blank_cell_is_unlabelled_and_not_normal(cell):
 
 
 def test_every_image_of_the_rule_has_a_finding():
-    targets = assign_targets(["Cardiomegaly", "made-up tag", "normal"])
+    targets = assign_targets(
+        ["Cardiomegaly", "Aorta;Stents", "normal", "Cardiomegaly; made-up tag"]
+    )
     assert (targets.sum(axis=1) > 0).all()
     assert targets.dtype == np.float32
+
+
+def test_a_tag_that_no_rule_knows_is_reported_and_never_normal():
+    """Issue 12: a misspelt finding would otherwise be a normal image."""
+    targets = assign_targets(["made-up tag", "Aorta; made-up tag", "Cardiomegaly; made-up tag"])
+    assert np.isnan(targets[:2]).all()
+    assert names_of(targets[2]) == {"Cardiomegaly"}  # what is mapped is
+    assert count_unknown_tags(["made-up tag;Cardiomegaly", "Made-Up  Tag", "normal"]) == {
+        "made-up tag": 2
+    }
 
 
 def test_a_label_cell_lists_findings_in_any_case_and_spacing():
@@ -95,7 +119,7 @@ def test_a_target_table_reads_present_absent_uncertain_and_unlabelled():
         }
     )
 
-    findings, targets = parse_target_table(table)
+    findings, targets = read_findings(table)
 
     assert findings == ("Edema", "My own finding")
     nan = np.nan
@@ -107,9 +131,10 @@ def test_a_target_table_reads_present_absent_uncertain_and_unlabelled():
 def test_another_value_is_refused_with_its_line_column_and_value(value):
     table = pd.DataFrame({"image_id": ["a", "b"], "Edema": ["1", value]}, index=[2, 3])
     with pytest.raises(TableError, match=rf"own\.csv, line 3: column 'Edema' holds '{value}'"):
-        parse_target_table(table, source="own.csv")
+        read_findings(table, "own.csv")
 
 
-def test_a_target_table_without_findings_is_refused():
+def test_a_target_table_without_findings_is_refused(tmp_path):
+    (tmp_path / "own.csv").write_text("image_id,fold\na,0\n")
     with pytest.raises(TableError, match="no finding: its columns are image_id, fold"):
-        parse_target_table(pd.DataFrame({"image_id": ["a"], "fold": ["0"]}))
+        load_labels(tmp_path / "own.csv", np.array(["a"]))

@@ -436,8 +436,8 @@ def test_degenerate_tables_are_evaluated_without_a_figure_that_is_not_there(rows
     assert evaluation.per_finding["auroc"].isna().all()
     assert set(evaluation.tables["curves"]["finding"]) <= {""}
     if rows == "all positive":
-        assert evaluation.metrics["test"]["label_accuracy_all_negative"]["value"] == 0
-        assert evaluation.per_finding["sensitivity"].notna().all()
+        assert evaluation.metrics["test"]["label_accuracy_all_negative"]["value"] is None
+        assert evaluation.per_finding["sensitivity"].isna().all()  # so does everything else
     if rows == "all unlabelled":
         assert evaluation.metrics["test"]["label_accuracy"]["value"] is None
         assert evaluation.tables["calibration"].empty
