@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cxr_cache.evaluation.compare import compare_runs as compare_runs
     from cxr_cache.evaluation.evaluate import evaluate_predictions as evaluate_predictions
     from cxr_cache.evaluation.zero_shot import score_zero_shot as score_zero_shot
-    from cxr_cache.jobs.others import evaluate_on_store as evaluate_on_store
+    from cxr_cache.jobs.external import evaluate_on_store as evaluate_on_store
     from cxr_cache.jobs.runs import finetune_tail as finetune_tail
     from cxr_cache.jobs.runs import train_head as train_head
     from cxr_cache.jobs.scoring import evaluate_run as evaluate_run
@@ -60,7 +60,7 @@ _HOMES: Final = {
     "TrainConfig": "config",
     "audit_store": "evaluation.audit",
     "compare_runs": "evaluation.compare",
-    "evaluate_on_store": "jobs.others",
+    "evaluate_on_store": "jobs.external",
     "evaluate_predictions": "evaluation.evaluate",
     "evaluate_run": "jobs.scoring",
     "explain_images": "models.explain",

@@ -33,6 +33,8 @@ THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", 
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
 all rules."""
 CALIBRATIONS: Final = ("none", "temperature", "platt")
+RELATIONS: Final = ("same", "narrower", "broader", "differs")
+"""What a finding of another data set holds, compared with the finding of a run."""
 SplitBy: TypeAlias = Literal["study", "image"]
 FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
@@ -239,8 +241,14 @@ class Recipe(Config):
     n_folds: int = option(5, "Number of cross-validation folds.", flag="--folds", check=at_least(2))
     test_fraction: float = option(
         0.2,
-        "Share of the data that is set aside for the test.",
+        "Share of the data that is set aside for the test, where a new split is made.",
         check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    )
+    split: Literal["given", "new"] = option(
+        "given",
+        "Which split is used. given takes the test images and folds that the data set came with, "
+        "and makes what it lacks; new makes them all. Images marked val are trained on: the folds "
+        "take their part.",
     )
     split_by: SplitBy = option(
         "study",
@@ -680,6 +688,11 @@ class ReadConfig(Config):
     keep_ids: bool = option(
         False, "Keep the ids of patients and studies in DICOM headers as they are, not hashed."
     )
+    id_key: str | None = option(
+        None,
+        "File with the secret that ids in DICOM headers are hashed with.",
+        shown="~/.config/cxr-cache/id_key, made when first needed",
+    )
 
 
 # -- extraction ---------------------------------------------------------------------------
@@ -821,6 +834,39 @@ class EvaluateConfig(CompareConfig):
         "findings, or Platt's slope and intercept for each.",
         shown="as stored",
     )
+
+
+def parse_relations(relations: str) -> tuple[str, ...]:
+    """Split ``"same,broader"`` into its relations.
+
+    Raises
+    ------
+    ConfigError
+        One of them is none.
+    """
+    names = tuple(name.strip() for name in relations.split(","))
+    if unknown := [name for name in names if name not in RELATIONS]:
+        problem = f"takes {', '.join(RELATIONS)}, with commas between, not {unknown[0]!r}"
+        raise ConfigError(problems=[("relations", problem)])
+    return names
+
+
+@dataclass(frozen=True)
+class ExternalConfig(Config):
+    """How a run is tested on another data set."""
+
+    relations: str = option(
+        RELATIONS[0],
+        "With --store: which findings of the other data set are scored, by what they hold "
+        f"compared with the run's: {', '.join(RELATIONS)}, with commas between.",
+    )
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._find_problems()
+        try:
+            parse_relations(str(self.relations))
+        except ConfigError as error:
+            yield from error.problems
 
 
 @dataclass(frozen=True)

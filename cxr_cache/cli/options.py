@@ -288,7 +288,8 @@ GROUPS: Final = option(
     "--groups",
     type=FILE,
     help="CSV file with image_id or study_uid and columns such as sex and age. Figures are "
-    "computed for each group, and the table is kept with the run.",
+    "computed for each group, and the table is kept with the run. Sex and age that the data set "
+    "itself names need no such file.",
 )
 ALLOW_PENDING: Final = option(
     "--allow-pending",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -23,19 +22,35 @@ from cxr_cache.cli.options import (
     option,
     options_given,
     options_of,
+    pick,
     require_folder,
 )
 from cxr_cache.cli.progress import counting
-from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig
-
-if TYPE_CHECKING:
-    pass
+from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, ExternalConfig
 
 
 @click.command()
 @RUN
 @option("--store", type=FILE, help="Store of an external test set to score the run on.")
-@option("--out", type=FILE, help="With --store: JSON file that the metrics are written to.")
+@option(
+    "--labels",
+    type=FILE,
+    help="With --store: CSV file of labels to use instead of the store's, as `train` takes it.",
+)
+@option(
+    "--map",
+    "name_map",
+    type=FILE,
+    help="With --store: CSV file with the columns finding (the run's), store_finding and relation, "
+    "that says which findings belong together. Others are matched by their names.",
+)
+@options_of(ExternalConfig)
+@option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="With --store: folder for tables, metrics, plots and the page of this test; or a file "
+    "whose name ends in .json, for the metrics alone.",
+)
 @options_of(EvaluateConfig)
 @GROUPS
 @option(
@@ -44,28 +59,26 @@ if TYPE_CHECKING:
     "recorded]",
 )
 @DEVICE
-def evaluate(
-    run: Path,
-    store: Path | None,
-    out: Path | None,
-    groups: Path | None,
-    model: str | None,
-    device: str,
-    **options: Any,
-) -> None:
+def evaluate(run: Path, store: Path | None, groups: Path | None, **options: Any) -> None:
     """Score a run's predictions, with intervals; or the run on another store.
 
     --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
     stored with its model.
+
+    With --store, findings are matched by their names and by a table of names that mean the same, or
+    only look so. What is matched, what not and why is printed first.
     """
-    from cxr_cache.common.files import write_whole
     from cxr_cache.evaluation.evaluate import format_summary
     from cxr_cache.jobs.scoring import evaluate_run
     from cxr_cache.models.run import Run
 
-    if out is not None and store is None:
-        raise click.UsageError("--out goes with --store; a run keeps its own metrics.json.")
-    config = EvaluateConfig(**options)
+    of_external = ("out", "labels", "name_map", "relations")
+    given = options_given({name: options[name] for name in of_external})
+    if store is None and given:
+        flag = {"name_map": "map"}.get(name := min(given), name)
+        why = "; a run keeps its own metrics.json" if name == "out" else ""
+        raise click.UsageError(f"--{flag} goes with --store{why}.")
+    config = EvaluateConfig(**pick(EvaluateConfig, options))
     if store is not None and (config.threshold_rule or config.calibration):
         raise click.UsageError(
             "--threshold-rule and --calibration are chosen on the run's own out-of-fold "
@@ -75,7 +88,7 @@ def evaluate(
     if store is None:
         click.echo(format_summary(evaluate_run(opened, groups=groups, **vars(config))))
         return
-    from cxr_cache.jobs.others import evaluate_on_store  # may need the encoder, and imports torch
+    from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
     evaluation = evaluate_on_store(
         opened,
@@ -83,12 +96,12 @@ def evaluate(
         groups=groups,
         n_resamples=config.n_resamples,
         seed=config.seed,
-        model=model,
-        device=device,
+        **{name: options[name] for name in (*of_external, "model", "device")},
     )
-    click.echo(format_summary(evaluation.metrics))
-    if out is not None:
-        write_whole(out, json.dumps(evaluation.metrics, indent=2).encode())
+    click.echo(evaluation.to_text())
+    if (out := options["out"]) is not None:
+        is_folder = out.is_dir()
+        click.echo(f"Report: {out / 'report.html'}" if is_folder else f"{out} written")
 
 
 @click.command()
@@ -141,7 +154,7 @@ def zero_shot(
     from cxr_cache.common.tables import write_table
     from cxr_cache.encoders.text import load_prompts, load_text_encoder
     from cxr_cache.evaluation.zero_shot import require_text_tower_of, score_zero_shot
-    from cxr_cache.jobs.others import keep_zero_shot
+    from cxr_cache.jobs.zero_shot import keep_zero_shot
     from cxr_cache.models.run import Run
     from cxr_cache.store.feature_store import FeatureStore
 

@@ -198,10 +198,9 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
 
     The table has a row per image, study or patient, and its columns are recognised as those of a
     data set: see :mod:`cxr_cache.datasets.columns`. Findings have a column each, or one lists
-    them; a column ``label`` lists those of the cohort or the 35, separated by ``;``. Images that the
-    table
-    does not name are unlabelled; rows for other images are ignored. Patients, given splits and
-    folds, and facts such as sex count where the cohort has none.
+    them; a column ``label`` lists those of the cohort, or of the 35, separated by ``;``. Images
+    that the table does not name are unlabelled; rows for other images are ignored. Patients, given
+    splits and folds, and facts such as sex count where the cohort has none.
 
     Parameters
     ----------

@@ -15,6 +15,7 @@ from cxr_cache.datasets.collections import catalogue
 from cxr_cache.datasets.collections.indiana import read_indiana
 from cxr_cache.datasets.collections.recognise import recognise
 from cxr_cache.datasets.columns import note_patients
+from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
 from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
 
@@ -27,6 +28,7 @@ named."""
 READERS: Final[dict[str, Reader]] = {
     "indiana": read_indiana,
     **catalogue.READERS,
+    "dicom": read_dicom,
     "table": read_own_table,
 }
 """Forms of data sets by name; whoever has another form adds a reader here."""
@@ -84,6 +86,8 @@ def load_cohort(
         logger.info("%s is read as %s: %s", path, format, why)
     folder = None if image_dir is None else Path(image_dir)
     cohort = READERS[format](path, config or ReadConfig(), folder)
+    if format == "table" and folder is not None:
+        cohort = add_header_facts(cohort, folder, config or ReadConfig())
     return _annotate(cohort, why)
 
 

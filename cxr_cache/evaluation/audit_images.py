@@ -132,16 +132,18 @@ N_NEIGHBOURS: Final = 10
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhood:
-    """The nearest other images of every image, P of them, nearest first.
+    """The nearest other images of Q images, P of them, nearest first.
 
     Distances are 1 - cosine between embeddings less their mean. Without subtracting it, all
     radiographs look alike to most encoders.
     """
 
+    own: NDArray[np.intp]
+    """Rows of the images whose neighbours these are, ``(Q,)``."""
     rows: NDArray[np.intp]
-    """``(N, P)``."""
+    """``(Q, P)``."""
     distances: NDArray[np.float64]
-    """``(N, P)``, from 0 to 2."""
+    """``(Q, P)``, from 0 to 2."""
 
     @property
     def usual_distance(self) -> float:
@@ -161,8 +163,7 @@ class Neighbourhood:
 
         The smaller row comes first, each pair once, the nearest pair first.
         """
-        own, n_each = np.arange(len(self.rows)), self.rows.shape[1]
-        pairs = np.stack([np.repeat(own, n_each), self.rows.ravel()], axis=1)
+        pairs = np.stack([np.repeat(self.own, self.rows.shape[1]), self.rows.ravel()], axis=1)
         distances = self.distances.ravel()
         is_close = distances < distance
         pairs, first = np.unique(np.sort(pairs[is_close], axis=1), axis=0, return_index=True)
@@ -171,23 +172,31 @@ class Neighbourhood:
         return pairs[order], distances[order]
 
 
-def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) -> Neighbourhood:
+def find_neighbours(
+    embeddings: NDArray[np.float32],
+    own: NDArray[np.intp] | None = None,
+    *,
+    less_mean: bool = True,
+) -> Neighbourhood:
     """Look up the nearest others of every image, exactly, by embeddings in the encoder's scale.
 
-    They are finite, ``(N, D)``, N at least 3. `less_mean` subtracts their mean first; without it,
-    distances are 1 - cosine of what is given. scikit-learn compares block by block and keeps the
-    nearest only: memory grows with N, time with its square.
+    They are finite, ``(N, D)``, N at least 3; `own` are the rows whose neighbours are wanted, None
+    all. `less_mean` subtracts their mean first; without it, distances are 1 - cosine of what is
+    given. scikit-learn compares block by block and keeps the nearest only: memory grows with N,
+    time with its square.
     """
     mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = to_unit_length(embeddings - mean if less_mean else embeddings)
     n_wanted = min(N_NEIGHBOURS + 1, len(centred))
     search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")
-    squares, rows = search.fit(centred).kneighbors(centred)
+    own = np.arange(len(centred)) if own is None else own
+    squares, rows = search.fit(centred).kneighbors(centred[own])
     # An image is among its own neighbours, but behind its copies it need not come first.
-    is_self = rows == np.arange(len(rows))[:, None]
+    is_self = rows == own[:, None]
     is_self[~is_self.any(axis=1), -1] = True
     others = (len(rows), n_wanted - 1)
-    return Neighbourhood(rows[~is_self].reshape(others), squares[~is_self].reshape(others) / 2)
+    distances = squares[~is_self].reshape(others) / 2
+    return Neighbourhood(own, rows[~is_self].reshape(others), distances)
 
 
 def find_same_digests(digests: NDArray[np.uint8]) -> NDArray[np.intp]:

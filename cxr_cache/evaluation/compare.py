@@ -233,7 +233,7 @@ def _tabulate(
     for measure in COMPARED:
         estimates, resampled = scores.estimates[measure], scores.resampled[measure]
         of_runs = [
-            _difference(
+            tabulate_differences(
                 estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_clusters
             ).assign(run=names[k], finding=[*images[0].findings, MACRO])
             for k in range(1, len(names))
@@ -248,10 +248,20 @@ def _tabulate(
     return table
 
 
-def _difference(
+def tabulate_differences(
     first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: FloatArray
 ) -> pd.DataFrame:
-    """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows."""
+    """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows.
+
+    Parameters
+    ----------
+    first, second
+        Figures whose difference, second minus first, is asked for, ``(F,)``.
+    resampled
+        These differences on resampled clusters, ``(R, F)``.
+    n_clusters
+        Number of clusters on which each difference rests, ``(F,)``.
+    """
     n_undefined = np.isnan(resampled).sum(axis=0)
     of_macro = macro_error(resampled, n_clusters)
     error = np.append(standard_errors(resampled, n_clusters), of_macro.error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,13 @@ from cxr_cache.evaluation.figures import (
     tabulate_groups,
     to_number,
 )
-from cxr_cache.evaluation.scored import ScoredImages, join_groups, parse_predictions
+from cxr_cache.evaluation.group_differences import compare_groups, describe_differences
+from cxr_cache.evaluation.scored import (
+    ScoredImages,
+    find_groups,
+    join_groups,
+    parse_predictions,
+)
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
 from cxr_cache.metrics.resampled import METHOD
@@ -43,6 +49,8 @@ FEW_POSITIVES: Final = 10
 """Findings with fewer positives in test are scored, and named as hardly measurable."""
 
 
+_N_DIFFERENCES: Final = 5
+"""Between groups, that a summary names."""
 _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a {method} over {units} "
     "and the number of {units} that a figure rests on"
@@ -103,7 +111,8 @@ def evaluate_predictions(
     ----------
     predictions
         Columns image_id, study_uid, projection and one probability per finding, not calibrated;
-        patient_id, blank where unknown, if there is any: patients are then resampled.
+        patient_id, blank where unknown, if there is any: patients are then resampled. Columns sex
+        and age, in years, make groups.
     targets
         Columns image_id and one target per finding: 1, 0 or NaN.
     thresholds
@@ -140,6 +149,7 @@ def evaluate_predictions(
     >>> evaluation.per_finding[["finding", "auroc", "auroc_low", "auroc_high"]]  # doctest: +SKIP
     """
     raw = parse_predictions(predictions, targets, tuple(thresholds))
+    raw = replace(raw, groups=find_groups(predictions))
     cuts = np.array(list(thresholds.values()))
     point = OperatingPoint(calibration or Calibration.none(len(cuts)), cuts, rule)
     return _evaluate(raw, _Reading(point, n_resamples, seed), groups)
@@ -191,6 +201,7 @@ def score_run(
     findings, predictions = run.config["findings"], run.read_table("predictions")
     targets, point = run.read_table("targets"), run.operating_point
     images = parse_predictions(predictions, targets, findings)
+    images = replace(images, groups=find_groups(predictions))
     out_of_fold = parse_predictions(run.read_table("out_of_fold"), targets, findings)
     is_chosen_anew = threshold_rule is not None or calibration is not None
     if is_chosen_anew:
@@ -214,6 +225,7 @@ def score_run(
         "out_of_fold": reading.estimate(held_out, resample=False).overall(),
         "n_train_images": len(train),
         "n_train_studies": train.n_studies,
+        **{name: run.config[name] for name in ("split",) if name in run.config},  # whose it is
     }
     metrics["calibration"]["findings_uncalibrated"] = _named(images.findings, uncalibrated)
     present = images.targets == 1
@@ -226,9 +238,13 @@ def score_run(
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
     if not len(raw):
         raise TableError("predictions: no image to evaluate.")
+    of_table = raw.groups
     if groups is not None:
         raw = join_groups(raw, groups)
     images = reading.calibrate(raw)
+    differences = compare_groups(
+        images, reading.point.thresholds, n_resamples=reading.n_resamples, seed=reading.seed
+    )
     studies = images.by_study()
     by_image, by_study = reading.estimate(images), reading.estimate(studies)
     subsets = [
@@ -243,6 +259,7 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "test_by_study": by_study.overall(),
         "test_by_projection": by_group.pop("projection"),
         "test_by_group": by_group,
+        "group_differences": describe_differences(differences),
         **_counts(images, by_image.figures["auroc"], reading.point.thresholds),
         "threshold_rule": reading.point.rule,
         "calibration": _describe_calibration(raw, images, reading.point.calibration),
@@ -254,13 +271,15 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         ),
         "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
         "subgroups": tabulate_groups(subsets, reading.point.thresholds),
+        "group_differences": differences,
         "curves": ranking_curves(images),
         "calibration": calibration_curves(
             raw, None if reading.point.calibration.method == "none" else images
         ),
     }
-    if images.groups:
-        tables["groups"] = pd.DataFrame({"image_id": images.image_ids, **images.groups})
+    given = {name: of for name, of in images.groups.items() if of is not of_table.get(name)}
+    if given:
+        tables["groups"] = pd.DataFrame({"image_id": images.image_ids, **given})
     return Evaluation(metrics, tables)
 
 
@@ -346,6 +365,7 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"{_with_interval(test['macro_sensitivity'])}, specificity "
         f"{_with_interval(test['macro_specificity'])}",
         *_describe_gain(metrics["calibration"]),
+        *_describe_groups(metrics),
     ]
     if boot["n_resamples"]:
         lines.append(
@@ -372,6 +392,25 @@ def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
     return [
         f"  calibration     {calibration['method']}: micro log loss {log_loss}, calibration error "
         f"{error}"
+    ]
+
+
+def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
+    """Which groups there are, and how many findings differ between them beyond luck."""
+    differences = metrics.get("group_differences", {})
+    if not differences.get("n_tested", {}).get("auroc"):
+        return []
+    names = dict.fromkeys(row["group"] for row in differences["macro"])
+    found = [row for row in differences["differing"] if row["measure"] == "auroc"]
+    n_tested = differences["n_tested"]["auroc"]
+    lines = [
+        f"  groups          {list_names([*names])}: the AUROC of {len(found)} of "
+        f"{count(n_tested, 'comparison')} differs (Holm, 5 %)"
+    ]
+    return lines + [
+        f"    {row['finding']}, {row['group']} {row['value']} minus {row['against']}: "
+        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        for row in found[:_N_DIFFERENCES]
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,8 +25,12 @@ from cxr_cache.errors import TableError
 from cxr_cache.metrics.scores import Array, FloatArray
 from cxr_cache.models.run import Run
 
+logger = logging.getLogger(__name__)
+
 AGE_BANDS: Final = (0, 18, 40, 60, 80)
 """First year of each band; the last has no end."""
+OLDEST: Final = 120
+"""Years; more is a mistake of the data set, as NIH's 414 is."""
 MAX_GROUP_VALUES: Final = 20
 _KEYS_OF_GROUPS: Final = ("image_id", "study_uid")
 _CLASHES: Final = {
@@ -205,6 +210,44 @@ def parse_predictions(
     )
 
 
+def find_groups(predictions: pd.DataFrame) -> dict[str, NDArray[np.object_]]:
+    """Find groups that need no table of their own: sex and age, where the image table has them.
+
+    Parameters
+    ----------
+    predictions
+        As :func:`parse_predictions` takes them; columns ``sex`` and ``age``, in years, if there are
+        any.
+
+    Returns
+    -------
+    dict[str, NDArray[np.object_]]
+        ``sex`` as written and ``age_band``, ``(N,)`` each, ``""`` where unknown; without those that
+        are unknown of every image.
+    """
+    groups: dict[str, NDArray[np.object_]] = {}
+    if "sex" in predictions:
+        sexes = predictions["sex"].fillna("").astype(str).to_numpy(object)
+        groups["sex"] = sexes
+        if (n_values := len(set(sexes) - {""})) > MAX_GROUP_VALUES:
+            logger.warning(
+                "The column sex has %d values, so figures are not computed by sex.", n_values
+            )
+            del groups["sex"]
+    if "age" in predictions:
+        written = predictions["age"].fillna("").astype(str)
+        years = _to_years(written)
+        if n_strange := int(((written != "") & years.isna()).sum()):
+            logger.warning(
+                "%s of the column age are no number of years from 0 to %d; these images belong to "
+                "no age band.",
+                count(n_strange, "value"),
+                OLDEST,
+            )
+        groups["age_band"] = _name_bands(years)
+    return {name: values for name, values in groups.items() if (values != "").any()}
+
+
 def _parse_patient_ids(predictions: pd.DataFrame) -> NDArray[np.object_]:
     """As text, ``""`` where blank; runs of earlier versions lack the column."""
     if "patient_id" not in predictions:
@@ -270,7 +313,7 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
             f"{path} has no row for any of the {count(len(ids), 'image')}: its first {key} is "
             f"{table[key].iloc[0]!r}, the first of the images {ids[0]!r}."
         )
-    groups = {}
+    groups = dict(images.groups)
     for name in table.columns.drop([name for name in _KEYS_OF_GROUPS if name in table]):
         values = np.where(rows < 0, "", table[name].to_numpy(object)[rows])
         _require_few(values, name, path)
@@ -305,13 +348,25 @@ def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
 
 
 def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:
-    years = pd.Series(pd.to_numeric(ages.to_numpy(object), errors="coerce"), ages.index)
-    broken = ((ages != "") & ~np.isfinite(years)) | (years < 0)
+    years = _to_years(ages)
+    broken = (ages != "") & years.isna()
     if broken.any():
         first = int(broken.to_numpy().argmax())
         raise TableError(
             f"{path}, line {ages.index[first]}: age {ages.iloc[first]!r} is not a number of years."
         )
+    return _name_bands(years)
+
+
+def _to_years(ages: pd.Series[str]) -> pd.Series[float]:
+    """Numbers, NaN where it is none that a person can reach."""
+    numbers = pd.to_numeric(ages.to_numpy(object), errors="coerce").astype(float)
+    is_age = (numbers >= 0) & (numbers <= OLDEST)
+    return pd.Series(np.where(is_age, numbers, np.nan), ages.index)
+
+
+def _name_bands(years: pd.Series[float]) -> NDArray[np.object_]:
+    """Such as ``"40-59"``, ``""`` where the age is unknown."""
     ends = [f"-{end - 1}" for end in AGE_BANDS[1:]] + ["+"]
     labels = np.array([f"{first}{end}" for first, end in zip(AGE_BANDS, ends, strict=True)], object)
     bands = np.searchsorted(AGE_BANDS, years.fillna(0), side="right") - 1

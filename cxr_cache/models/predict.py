@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxr_cache.common.wording import count, describe_differences, find_differences
-from cxr_cache.datasets.cohort import finding_table
-from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.cohort import Cohort, finding_table
+from cxr_cache.datasets.images import find_unused_bits, read_image
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
@@ -27,6 +28,8 @@ from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
     predictor = Predictor(model, encoder)
+    if unused := find_unused_bits(None, [str(path) for path in paths], encoder.preprocessing):
+        logger.warning(
+            "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
+            "nearly black to it; write them with the full range of 16 bits",
+            unused[1],
+            unused[0],
+        )
     probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
     errors = [""] * len(paths)
     for start in range(0, len(paths), _IMAGES_AT_ONCE):
@@ -228,39 +238,35 @@ class Predictor:
 
 
 def predict_store(
-    run: Run, store: FeatureStore, encoder: Encoder | None = None
+    run: Run,
+    store: FeatureStore,
+    encoder: Encoder | None = None,
+    cohort: Cohort | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predictions of a run for the finished rows of a store, and their targets.
+    """Predictions of a run for the finished rows of a store, and the store's own targets.
 
-    The store has the run's findings. A fine-tuned run also needs tokens that enter its blocks, and
-    the store's `encoder`.
+    The store may have any findings. A fine-tuned run also needs tokens that enter its blocks, and
+    the store's `encoder`. `cohort` describes and labels the store's images otherwise than the store
+    does, as a table of the user's own may.
 
     Returns
     -------
     predictions
         The columns of the image table and one probability per finding, not calibrated.
     targets
-        Columns image_id and one target per finding of the run.
+        Columns image_id and one target per finding of the cohort, whatever the run predicts.
 
     Raises
     ------
     StoreMismatchError
-        The store's embeddings come from another encoder, or it lacks a finding of the run.
+        The store's embeddings come from another encoder.
     StoreIncompleteError, StoreFormatError
         Rows are pending or damaged; see :func:`cxr_cache.store.rows.find_done_rows`.
     """
     model = run.load_model()
     _require_same_features(run, model, store)
-    missing = [finding for finding in model.findings if finding not in store.findings]
-    if missing:
-        raise StoreMismatchError(
-            f"{store.path} has no targets for {missing}, which {run.path} predicts. Evaluate on a "
-            "store with the run's findings."
-        )
     rows = find_done_rows(store)
-    cohort = store.cohort.take(rows)
-    columns = [store.findings.index(finding) for finding in model.findings]
-    cohort = replace(cohort, targets=cohort.targets[:, columns], findings=model.findings)
+    cohort = (store.cohort if cohort is None else cohort).take(rows)
     if model.tail is None:
         outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
         probabilities = Predictor(model).from_embeddings(*outputs)
@@ -268,8 +274,11 @@ def predict_store(
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)
         probabilities = _predict_cached(model, encoder, store, rows)
+    predicted = replace(
+        cohort, targets=np.full_like(probabilities, np.nan), findings=model.findings
+    )
     return (
-        finding_table(cohort, probabilities),
+        finding_table(predicted, probabilities),
         finding_table(cohort, cohort.targets, ("image_id",)),
     )
 

@@ -49,9 +49,12 @@ TableName = Literal[
     "per_finding_by_study",
     "groups",
     "subgroups",
+    "group_differences",
     "curves",
     "calibration",
     "zero_shot",
+    "matching",
+    "overlap",
 ]
 
 FINAL_FOLD: Final = "final"
@@ -79,9 +82,12 @@ _ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
 _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
     "history": ("fold",),
-    "per_finding": ("finding",),
+    "per_finding": ("finding", "store_finding"),
     "per_finding_by_study": ("finding",),
     "subgroups": ("group", "value", "finding"),
+    "group_differences": ("group", "value", "against", "measure", "finding"),
+    "matching": ("finding", "store_finding", "relation", "why"),
+    "overlap": ("run_image_id", "run_split", "evidence"),
     "curves": ("finding",),
     "calibration": ("stage", "finding"),
     "zero_shot": ("finding", "present", "absent"),

@@ -48,6 +48,7 @@ PLOTS = (
     "confusion_matrices_six",
     "curves",
 )
+PLOTS_OF_TRAINING = PLOTS[:2]
 MAX_MATRICES = 35
 N_COMMON_MATRICES = 6
 _PANEL_MARGINS = 0.75, 0.15, 0.5, 0.35
@@ -69,13 +70,19 @@ def draw_plots(run: Run) -> dict[str, Path]:
 
     Gives PNG files by the plots' names; ``curves`` only where the evaluation kept them.
     """
-    per_finding = run.read_table("per_finding")
-    occurring = per_finding[per_finding["n_positive_test"] > 0]
-    common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
-    paths = {name: run.plot_path(name) for name in PLOTS}
+    paths = {name: run.plot_path(name) for name in PLOTS_OF_TRAINING}
     search, chosen_epochs = run.read_table("epoch_search"), run.config["chosen_epochs"]
     _draw_epoch_search(search, chosen_epochs, paths["epoch_search"])
     _draw_training_curves(run.read_table("history"), paths["training_curves"])
+    return paths | draw_test_plots(run)
+
+
+def draw_test_plots(run: Run) -> dict[str, Path]:
+    """Draw those plots that show how a test went; as :func:`draw_plots`."""
+    per_finding = run.read_table("per_finding")
+    occurring = per_finding[per_finding["n_positive_test"] > 0]
+    common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
+    paths = {name: run.plot_path(name) for name in PLOTS if name not in PLOTS_OF_TRAINING}
     _draw_per_finding(per_finding, paths["per_finding"])
     names, images, studies = (per_finding[key].tolist() for key in _CLASS_COLUMNS)
     draw_class_distribution(names, images, studies, paths["class_distribution"])

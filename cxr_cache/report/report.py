@@ -16,8 +16,8 @@ from cxr_cache.report.cases import PER_KIND, find_cases
 from cxr_cache.report.model_card import render_card
 from cxr_cache.report.page import MAX_RUNS, render_page
 from cxr_cache.report.pictures import draw_maps, draw_thumbnails
-from cxr_cache.report.plots import draw_plots
-from cxr_cache.report.views import collect_differences, read_view
+from cxr_cache.report.plots import draw_plots, draw_test_plots
+from cxr_cache.report.views import collect_differences, read_external_view, read_view
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
@@ -78,6 +78,24 @@ def write_report(
     draw_plots(run)
     run.write_model_card(render_card(view, license_id=license_id, dataset_id=dataset_id))
     return run.write_report(render_page([view], **shown))
+
+
+def write_external_report(test: Run) -> Path:
+    """Draw the plots of a test on another data set, and write its page into its folder.
+
+    Parameters
+    ----------
+    test
+        The folder with the tables and the metrics of the test, as a run.
+
+    Returns
+    -------
+    Path
+        ``report.html`` there.
+    """
+    view = read_external_view(test)
+    draw_test_plots(test)
+    return test.write_report(render_page([view]))
 
 
 def write_joint_report(

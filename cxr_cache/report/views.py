@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -77,6 +78,8 @@ class RunView:
     zero_shot: ZeroShotRows | None
     zero_shot_is_stale: bool
     """Whether ``zero_shot.csv`` is there and of other predictions than the figures."""
+    external: Record | None = None
+    """Of a test on another data set, what ``metrics.json`` says of it."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -117,17 +120,9 @@ def read_view(run: Run, name: str | None = None) -> RunView:
     RunError
         The run has not been evaluated, or a table is missing.
     """
-    metrics = run.read_metrics()
-    # A run that was evaluated before a measure came into use shows no value for it.
-    metrics["test"] = {
-        f"macro_{name}": {"value": None, "n_findings": 0} for name in MEASURES
-    } | metrics["test"]
+    metrics = _read_metrics(run)
     search = run.read_table("epoch_search")
-    tables = {"history": run.read_table("history")}
-    optional: tuple[TableName, ...] = ("curves", "calibration", "subgroups")
-    for table in optional:
-        if run.has_table(table):
-            tables[table] = run.read_table(table)
+    tables = {"history": run.read_table("history"), **_read_optional(run)}
     per_finding = {row["finding"]: row for row in to_records(run.read_table("per_finding"))}
     has_zero_shot = run.has_table("zero_shot")
     zero_shot = _read_zero_shot(run, per_finding) if has_zero_shot else None
@@ -142,6 +137,36 @@ def read_view(run: Run, name: str | None = None) -> RunView:
         zero_shot=zero_shot,
         zero_shot_is_stale=has_zero_shot and zero_shot is None,
     )
+
+
+def read_external_view(test: Run) -> RunView:
+    """Read what the page of a test on another data set shows, out of the test's folder."""
+    metrics = _read_metrics(test)
+    external = metrics["external"]
+    return RunView(
+        name=f"{Path(external['run']).resolve().name} on {Path(external['store']).stem}",
+        config=test.config,
+        metrics=metrics,
+        per_finding={row["finding"]: row for row in to_records(test.read_table("per_finding"))},
+        search=[],
+        n_folds=0,
+        tables=_read_optional(test),
+        zero_shot=None,
+        zero_shot_is_stale=False,
+        external=external,
+    )
+
+
+def _read_metrics(run: Run) -> Record:
+    """Its figures; one that was evaluated before a measure came into use has no value for it."""
+    metrics = run.read_metrics()
+    unknown = {f"macro_{name}": {"value": None, "n_findings": 0} for name in MEASURES}
+    return metrics | {"test": unknown | metrics["test"]}
+
+
+def _read_optional(run: Run) -> dict[str, pd.DataFrame]:
+    names: tuple[TableName, ...] = ("curves", "calibration", "subgroups")
+    return {name: run.read_table(name) for name in names if run.has_table(name)}
 
 
 def _read_zero_shot(run: Run, per_finding: Mapping[str, Record]) -> ZeroShotRows | None:
@@ -231,6 +256,8 @@ def _search(view: RunView) -> Record:
 
 def _history(view: RunView) -> list[Record]:
     """Epochs of every fold; where each candidate was trained by itself, of the longest."""
+    if "history" not in view.tables:
+        return []
     history = keep_longest(view.tables["history"])
     return [
         {

@@ -19,6 +19,7 @@ from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
     describe_labels,
+    describe_split,
     note_split,
     write_outcome,
 )
@@ -56,7 +57,7 @@ def fit_run(
     with FeatureStore.open(store_path) as store:
         data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
         encoder = store.header.encoder
-        cohort_source = store.header.cohort
+        cohort_source, reading = store.header.cohort, store.header.reading
     cohort = data.cohort
     logger.info("%s: %s images on %s, with %s", store_path, len(cohort), config.device, config)
     split = split_cohort(cohort, config)
@@ -70,8 +71,10 @@ def fit_run(
             "seed": config.seed,
             "findings": list(cohort.findings),
             "store": {"path": str(store_path), "encoder": encoder, "cohort": cohort_source},
+            "reading": reading,
             "labels": describe_labels(labels),
             "random_encoder": bool(encoder.get("is_random")),
+            "split": describe_split(split, cohort),
             "warnings": list(notes),
         },
         overwrite=overwrite,

@@ -18,7 +18,7 @@ from cxr_cache.cli.main import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, JobStopped, RunError, TableError, TrainingError
 from cxr_cache.jobs import runs
-from cxr_cache.jobs.others import evaluate_on_store
+from cxr_cache.jobs.external import evaluate_on_store
 from cxr_cache.jobs.runs import train_head
 from cxr_cache.jobs.scoring import evaluate_run, refresh_report
 from cxr_cache.models.run import Run

@@ -372,12 +372,17 @@ def test_an_extraction_with_other_weights_is_refused(run, images, cohort, tmp_pa
     refuse_store(run, path, StoreMismatchError, f"weights_sha256: '{sha256}' in the store")
 
 
-def test_a_store_without_a_finding_of_the_run_is_refused(imported_run, tmp_path):
+def test_a_store_without_a_finding_of_the_run_is_predicted_and_says_nothing_of_it(
+    imported_run, tmp_path
+):
     cohort = make_cohort(20)
     fewer = replace(cohort, targets=cohort.targets[:, :4], findings=FINDINGS[:4])
-    path = make_store(tmp_path / "few.h5", fewer)
 
-    refuse_store(imported_run, path, StoreMismatchError, r"no targets for \['Mass', 'Scoliosis'\]")
+    with FeatureStore.open(make_store(tmp_path / "few.h5", fewer)) as store:
+        predictions, targets = predict_store(imported_run, store)
+
+    assert predictions.columns.tolist()[-len(FINDINGS) :] == list(FINDINGS)
+    assert targets.columns.tolist() == ["image_id", *FINDINGS[:4]]
 
 
 def test_pending_rows_are_not_passed_over_in_silence(imported_run, tmp_path):

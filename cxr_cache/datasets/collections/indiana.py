@@ -55,7 +55,9 @@ def read_indiana(
     ``sex``, ``age``, ``view_position``, ``split``, ``fold`` (and other names of these)
         Further columns of the image table.
 
-    An image whose study has no report is kept as an unlabelled row, and the
+    Where neither file has ages, they are worked out from the birth and study dates in Open-i's
+    table of DICOM headers (``*dicom_metadata*.csv``, also packed as ``.csv.gz``), if it lies beside
+    the two. An image whose study has no report is kept as an unlabelled row, and the
     number of them is logged as a warning.
 
     Parameters
@@ -107,6 +109,10 @@ def read_indiana(
             if sheet is reports:
                 cells = np.append(cells, "")[report_of_image]  # -1 takes the blank at the end
             table.setdefault(name, cells.tolist())
+    headers_path = None if "age" in table else _find_headers(csv_dir)
+    if headers_path is not None:
+        table["age"] = images["uid"].map(_read_ages(headers_path)).fillna("").tolist()
+        uses |= {f"{headers_path.name}: {name}": "age" for name in _OF_HEADERS[1:]}
     if "label" not in images and "label" not in reports and "Problems" in reports:
         notes += _note_unknown_tags(reports["Problems"].tolist())
     picked = pick_findings(FINDINGS, config.findings)
@@ -116,7 +122,9 @@ def read_indiana(
         pd.DataFrame(table),
         targets[:, picked],
         tuple(FINDINGS[place] for place in picked),
-        source={path.name: hash_file(path) for path in (reports_path, images_path)},
+        source={
+            path.name: hash_file(path) for path in (reports_path, images_path, headers_path) if path
+        },
         reading=Reading(
             "indiana",
             columns=uses,
@@ -177,6 +185,47 @@ def _find_csv(csv_dir: Path, kind: str) -> Path:
     raise TableError(
         f"{csv_dir} needs indiana_{kind}.csv, or exactly one *{kind}*.csv; it holds: {present}."
     )
+
+
+_OF_HEADERS = ("imageid", "Patient's Birth Date", "Study Date")
+
+
+def _find_headers(csv_dir: Path) -> Path | None:
+    """The table of DICOM headers, where there is one."""
+    found = sorted(csv_dir.glob("*dicom_metadata*.csv*"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise TableError(f"{csv_dir} holds several tables of DICOM headers: {names}. Keep one.")
+    return found[0] if found else None
+
+
+def _read_ages(path: Path) -> dict[str, str]:
+    """Age in whole years by uid, out of DICOM headers; all images of a study name one date.
+
+    Open-i calls the images of study 57 ``CXR57_IM-...``. An age that nobody has is left out.
+    """
+    try:  # 170 columns, of which these are wanted
+        headers = pd.read_csv(path, dtype=str, usecols=list(_OF_HEADERS), keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise TableError(
+            f"{path} is no table of DICOM headers with the columns {', '.join(_OF_HEADERS)}: "
+            f"{error}. Put Open-i's table there, or take the file away."
+        ) from error
+    uids = headers["imageid"].str.extract(r"^CXR(\d+)_", expand=False)
+    born, studied = (
+        pd.to_numeric(headers[name], errors="coerce") for name in _OF_HEADERS[1:]
+    )  # 19550820 is the 20th of August
+    years = (studied - born) // 10_000
+    is_age = uids.notna() & years.between(0, 120)
+    if not is_age.all():
+        logger.warning(
+            "%s: %d of %d rows tell no age: no study, no dates, or impossible ones.",
+            path,
+            (~is_age).sum(),
+            len(is_age),
+        )
+    ages = years[is_age].astype(int).astype(str)
+    return dict(zip(uids[is_age], ages, strict=True))
 
 
 def _join(

@@ -14,6 +14,7 @@ from cxr_cache.datasets.collections.folders import (
 )
 from cxr_cache.datasets.collections.openi import find_reports
 from cxr_cache.datasets.collections.places import list_tables, peek
+from cxr_cache.datasets.dicom.folder import holds_dicom
 from cxr_cache.errors import ConfigError, TableError
 
 
@@ -48,6 +49,8 @@ def recognise(path: Path) -> tuple[str, str]:
         names = list_names([file.name for file in tables], 3)
         return "table", f"{names} is of no published data set that is known here."
     images = list_image_files(path)
+    if not images and holds_dicom(path):
+        return "dicom", "the folder holds DICOM files, whose names have no ending."
     if not images:
         raise TableError(
             f"{path} holds neither a table ({', '.join(TABLE_SUFFIXES)}) nor an image. Give the "
