@@ -247,6 +247,9 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
         )
     facts = {name: np.append(rows.facts[name], "")[places] for name in rows.facts if name != key}
     changed, notes = _add_facts(images, facts, path)
+    ignored = [name for name, use in sheet.uses.items() if use.startswith("ignored")]
+    if ignored:
+        notes.append(f"Not used of {path.name}: {list_names(ignored, 5)}.")
     reading = Reading(
         format="" if cohort.reading is None else cohort.reading.format,
         columns=sheet.uses,
@@ -328,7 +331,7 @@ def _add_facts(
             changed[column] = np.where(old == "", new, old)
             used.append(_STATED.get(column, column))
     if used:
-        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images, which is used.")
+        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images: it is used.")
     return changed, notes
 
 
