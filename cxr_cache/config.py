@@ -25,7 +25,8 @@ LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-b
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
-FEATURES: Final = ("projected", "pooled", "both")
+Features: TypeAlias = Literal["projected", "pooled", "both"]
+FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
@@ -240,8 +241,14 @@ class Recipe(Config):
     n_folds: int = option(5, "Number of cross-validation folds.", flag="--folds", check=at_least(2))
     test_fraction: float = option(
         0.2,
-        "Share of the data that is set aside for the test.",
+        "Share of the data that is set aside for the test, where a new split is made.",
         check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    )
+    split: Literal["given", "new"] = option(
+        "given",
+        "Which split is used. given takes the test images and folds that the data set came with, "
+        "and makes what it lacks; new makes them all. Images marked val are trained on: the folds "
+        "take their part.",
     )
     split_by: SplitBy = option(
         "study",
@@ -373,7 +380,7 @@ class TrainConfig(Recipe):
     batch_size: int = _other("batch_size", 64)
     learning_rate: float = _other("learning_rate", 1e-3)
     final: FinalModel = _other("final", "ensemble")
-    features: Literal["projected", "pooled", "both"] = option(
+    features: Features = option(
         "projected",
         "What the head reads: the projected embedding, the pooled features that it is projected "
         "from, or both.",
@@ -680,6 +687,11 @@ class ReadConfig(Config):
     )
     keep_ids: bool = option(
         False, "Keep the ids of patients and studies in DICOM headers as they are, not hashed."
+    )
+    id_key: str | None = option(
+        None,
+        "File with the secret that ids in DICOM headers are hashed with.",
+        shown="~/.config/cxr-cache/id_key, made when first needed",
     )
 
 

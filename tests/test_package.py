@@ -75,7 +75,9 @@ def test_the_house_has_few_files_in_a_room():
         assert len(files) < 16, f"{package} has {len(files)} files beside its __init__.py"
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "datasets.phantoms"])
+@pytest.mark.parametrize(
+    "package", [*PACKAGES, "datasets.phantoms", "datasets.collections", "datasets.dicom"]
+)
 def test_a_package_says_what_it_is_for_and_no_more(package):
     assert len(MODULES[package].read_text().splitlines()) == 1
 

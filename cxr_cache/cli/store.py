@@ -32,6 +32,7 @@ from cxr_cache.config import (
     AuditConfig,
     EncoderOptions,
     ExtractConfig,
+    Features,
     FinetuneConfig,
     ReadConfig,
     TrainConfig,
@@ -335,7 +336,7 @@ def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
     help="Which of them: the projected embedding, the pooled features that it is projected from, "
     "or the two side by side.",
 )
-def features(store: Path, out: Path, features: str) -> None:
+def features(store: Path, out: Path, features: Features) -> None:
     """Write the features of a store, with ids and labels, for other programs."""
     from cxr_cache.store.exporting import export_features
     from cxr_cache.store.feature_store import FeatureStore

@@ -84,8 +84,9 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     Encodings: UTF-8 with or without a byte-order mark, UTF-16 with one, else
     Windows-1252 (logged as a warning). The separator (comma, semicolon or tab)
     is the one that divides the header most. White space around cells and
-    wholly blank lines are dropped; everything else stays as written, so that
-    ids such as ``NA`` and ``00012`` survive.
+    wholly blank lines are dropped, and blank columns without a name at the end;
+    everything else stays as written, so that ids such as ``NA`` and ``00012``
+    survive.
 
     Parameters
     ----------
@@ -131,6 +132,8 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             )
     if header[0] == "":  # row numbers, as DataFrame.to_csv writes them
         header, rows = header[1:], [(line, cells[1:]) for line, cells in rows]
+    while header and not header[-1] and not any(cells[-1] for _, cells in rows):  # NIH's table
+        header, rows = header[:-1], [(line, cells[:-1]) for line, cells in rows]
     _require_named_once(header, path)
     table: pd.DataFrame = pd.DataFrame(
         [cells for _, cells in rows],
@@ -240,6 +243,8 @@ def _parse_plain(text: str, separator: str, path: Path) -> pd.DataFrame | None:
         columns = [np.array([cell.strip() for cell in cells], object) for cells in columns]
     if header[0] == "":  # row numbers
         header, columns = header[1:], columns[1:]
+    while header and not header[-1] and not columns[-1].any():
+        header, columns = header[:-1], columns[:-1]
     _require_named_once(header, path)
     series = [pd.Series(cells, lines, object) for cells in columns]
     table = pd.DataFrame(dict(zip(header, series, strict=True)))

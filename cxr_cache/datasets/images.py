@@ -13,7 +13,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -23,21 +23,35 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
+    COMPRESSION,
     PHOTOMETRIC_INTERPRETATION,
     SAMPLEFORMAT,
+    STRIPBYTECOUNTS,
     TiffImageFile,
 )
 
 from cxr_cache.common.wording import count, list_names
+from cxr_cache.datasets.dicom.pixels import (
+    codestream_size,
+    decode_dicom,
+    is_dicom,
+    largest_value,
+    to_levels,
+)
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
 from cxr_cache.errors import ConfigError, ImageError
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "JPEG2000", "WEBP")
+"""What Pillow reads; DICOM is pydicom's."""
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 1024**2
 MAX_TEXT_BYTES = 64 * 1024**2
 """Of a PNG's colour profile and texts, unpacked; Pillow's own limit calls many scans damaged."""
 MIN_EDGE_PX = 16
+DARK_BITS = 14
+"""16-bit images of no larger values are taken to be of as many bits, unless bits are stated."""
+_N_LOOKED_AT = 1000  # files of a sample, of which most are of 8 bits, as their first bytes tell
+_N_DECODED = 32
 
 
 # What brings an image of each EXIF orientation upright; 1, and anything unknown, is upright.
@@ -70,17 +84,18 @@ _READ_AS = {
 
 # How the files that are read begin, and others that lie in image folders (offset and bytes).
 _BEGINNINGS = (
-    (b"\x89PNG", "a PNG"),
-    (b"\xff\xd8", "a JPEG"),
-    (b"II*\0", "a TIFF"),
-    (b"MM\0*", "a TIFF"),
-    (b"BM", "a BMP"),
+    (0, b"\x89PNG", "a PNG"),
+    (0, b"\xff\xd8", "a JPEG"),
+    (0, b"II*\0", "a TIFF"),
+    (0, b"MM\0*", "a TIFF"),
+    (0, b"BM", "a BMP"),
+    (4, b"jP  ", "a JPEG 2000 image"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (8, b"WEBP", "a WebP image"),
 )
 _OTHER_KINDS = (
-    (128, b"DICM", "a DICOM file"),
     (0, b"GIF8", "a GIF"),
-    (8, b"WEBP", "a WebP image"),
-    (4, b"jP  ", "a JPEG 2000 image"),
+    (0, b"\x08\0\x05\0", "a DICOM object without its file header (128 bytes and DICM)"),
     (0, b"%PDF", "a PDF document"),
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"\x1f\x8b", "a gzip file"),
@@ -165,7 +180,8 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> DecodedImage:
     """
     with _strict_pillow():
         picture = _resize(_decode(data, preprocessing), preprocessing)
-    pixels = _to_channels(picture)  # (3, S, S)
+    rounded = to_levels(np.asarray(picture)) if is_dicom(data) else picture
+    pixels = _to_channels(rounded)  # (3, S, S)
     if (pixels == pixels[:, :1, :1]).all():
         size = f"{preprocessing.image_size_px} x {preprocessing.image_size_px} pixels"
         raise ImageError(f"the image holds one grey value everywhere at {size}, so it is blank")
@@ -208,6 +224,8 @@ def decode_picture(data: bytes, bits_stored: int | None = None) -> NDArray[np.ui
     rule = Preprocessing(1, (0, 0, 0), (1, 1, 1), "bilinear", "squash", bits_stored)
     with _strict_pillow():
         values = np.asarray(_decode(data, rule))
+    if is_dicom(data):
+        return to_levels(values)
     return values if values.dtype == np.uint8 else np.rint(values).astype(np.uint8)
 
 
@@ -261,6 +279,65 @@ def require_any_image(image_dir: str | Path, image_ids: Sequence[str] | NDArray[
     )
 
 
+def require_stated_bits(
+    image_dir: str | Path, image_ids: Sequence[str] | NDArray[np.str_], prep: Preprocessing
+) -> None:
+    """Raise ConfigError if 16-bit files hold values of fewer bits, and nobody has stated how many.
+
+    The message names both remedies; :func:`find_unused_bits` looks.
+    """
+    if unused := find_unused_bits(image_dir, image_ids, prep):
+        n_bits, seen = unused
+        raise ConfigError(
+            f"{seen}: they seem to be {n_bits}-bit images in 16-bit files, and would be nearly "
+            f"black. Give --bits-stored {n_bits} to scale them by their own range, or "
+            "--bits-stored 16 if they are meant to be this dark."
+        )
+
+
+def find_unused_bits(
+    image_dir: str | Path | None, image_ids: Sequence[str] | NDArray[np.str_], prep: Preprocessing
+) -> tuple[int, str] | None:
+    """The bits that 16-bit files use if these are few and not stated, and what was seen, in words.
+
+    Tools that convert DICOM leave 12-bit values as they are, which on a scale of 16 bits are
+    nearly black. A sample of the images is looked at, and as soon as one needs more than
+    :data:`DARK_BITS`, all is well.
+    """
+    if prep.bits_stored is not None:
+        return None
+    largest: list[int] = []
+    for row in np.random.default_rng(0).permutation(len(image_ids))[:_N_LOOKED_AT]:
+        with suppress(ImageError):  # whoever reads them all tells which cannot be used, and why
+            value = _largest_value(image_dir, str(image_ids[row]), prep)
+            largest += [] if value is None else [value]
+        if largest and (largest[-1] >= 2**DARK_BITS or len(largest) == _N_DECODED):
+            break
+    if not largest or max(largest) >= 2**DARK_BITS:
+        return None
+    n_bits = max(largest).bit_length()
+    return max(8, n_bits + n_bits % 2), (  # devices have an even number
+        f"No value above {max(largest)} occurs in a sample of "
+        f"{count(len(largest), '16-bit image')}, where 16 bits hold up to 65535"
+    )
+
+
+def _largest_value(image_dir: str | Path | None, image_id: str, prep: Preprocessing) -> int | None:
+    """The largest value of a file that states no fewer than 16 bits; None for every other file."""
+    path = _locate(image_dir, image_id)
+    head = _read_file(path, 32)
+    if head.startswith(b"\xff\xd8") or (head.startswith(b"\x89PNG") and head[24:25] != b"\x10"):
+        return None  # quickly, since most files are of 8 bits
+    data = _read_file(path)
+    with _strict_pillow():
+        if is_dicom(data):
+            return largest_value(data, lambda size: _require_size(size, prep))
+        image = _open_checked(data, prep)
+        if image.mode not in _WIDE_GREY or _bits_per_sample(image, data) < 16:
+            return None
+        return int(np.asarray(image).max())
+
+
 def _locate(image_dir: str | Path | None, image_id: str) -> str:
     """Absolute path of an image, which must lie in the folder once symbolic links are followed."""
     if image_dir is not None and PurePosixPath(image_id).is_absolute():
@@ -277,14 +354,14 @@ def _locate(image_dir: str | Path | None, image_id: str) -> str:
     return str(path)
 
 
-def _read_file(path: str) -> bytes:
-    """All bytes of a regular file, without ever waiting for a pipe or a device."""
+def _read_file(path: str, n_bytes: int = -1) -> bytes:
+    """The first or all bytes of a regular file, without waiting for a pipe or a device."""
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
         try:
             _require_regular(os.fstat(descriptor))
             with os.fdopen(descriptor, "rb", closefd=False) as file:
-                data = file.read()
+                data = file.read(n_bytes)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -348,17 +425,29 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
-    """The upright image in mode L, RGB or F (grey on the scale 0..255), at full size."""
+    """The upright image in mode L, RGB or F (grey on the scale 0..255), at full size.
+
+    That of a DICOM file lies around 0, as :func:`decode_dicom` has it.
+    """
+    if is_dicom(data):
+        bits_stored = preprocessing.bits_stored
+        grey = decode_dicom(data, bits_stored, lambda size: _require_size(size, preprocessing))
+        return Image.fromarray(grey)
+    image = _open_checked(data, preprocessing)
+    image.load()
+    picture = _to_grey_or_rgb(image, _bits_per_sample(image, data), preprocessing.bits_stored)
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _open_checked(data: bytes, preprocessing: Preprocessing) -> ImageFile.ImageFile:
+    """The file, not yet decoded, once nothing but its pixels can still be wrong."""
     image = _open_header(data)
     _require_size(image.size, preprocessing)
     _require_one_frame(image)
     _require_faithful(image, data)
     _require_whole(image, data)
-    image = _open_header(data)  # checking used the first one up
-    image.load()
-    picture = _to_grey_or_rgb(image, preprocessing.bits_stored)
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return picture if turn is None else picture.transpose(turn)
+    return _open_header(data)  # checking used the first one up
 
 
 def _open_header(data: bytes) -> ImageFile.ImageFile:
@@ -366,18 +455,26 @@ def _open_header(data: bytes) -> ImageFile.ImageFile:
         return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(_describe_beginning(data)) from error
+    except OSError as error:
+        if not data.startswith(b"WEBP", 8):
+            raise
+        # Pillow hands the whole file to the decoder at once, which says no more than that
+        cut = len(data) < 8 + int.from_bytes(data[4:8], "little")
+        raise ImageError(_TRUNCATED if cut else _describe_beginning(data)) from error
+    except KeyError as error:  # Pillow was built without the library for this format
+        raise ImageError(f"this machine's Pillow cannot read {error.args[0]} files") from error
 
 
 def _describe_beginning(data: bytes) -> str:
     """Why Pillow recognises no image in these bytes."""
     start = data[:512]
-    for beginning, kind in _BEGINNINGS:
-        if start.startswith(beginning):
+    for offset, beginning, kind in _BEGINNINGS:
+        if start.startswith(beginning, offset):
             return (
                 f"the file begins like {kind}, but its header is damaged, cut off or of a rare "
                 "kind that is not read"
             )
-    kinds = f"an image that can be read ({', '.join(FORMATS)})"
+    kinds = f"an image that can be read ({', '.join(FORMATS)}, DICOM)"
     for offset, beginning, kind in _OTHER_KINDS:
         if start.startswith(beginning, offset):
             return f"the file is not {kinds} but {kind}"
@@ -423,10 +520,21 @@ def _require_faithful(image: ImageFile.ImageFile, data: bytes) -> None:
     bits = _bits_per_sample(image, data)
     if image.mode not in _WIDE_GREY and bits > 8:
         raise ImageError(f"the colours have {bits} bits, of which only 8 could be read; {remedy}")
+    if image.format == "JPEG2000" and not 8 <= bits <= 16:
+        kind = "signed pixels" if bits < 0 else f"{bits} bits per pixel"
+        raise ImageError(f"the JPEG 2000 has {kind}; {remedy}")
     if not isinstance(image, TiffImageFile):
         return
-    if bits not in (1, 2, 4, 8, 16, 32):
+    if bits not in (1, 2, 4, 8, 12, 16, 32):
         raise ImageError(f"the TIFF has {bits} bits per pixel; {remedy}")
+    if bits == 12 and image.tag_v2.get(COMPRESSION, 1) == 1:  # Pillow takes any bytes for these
+        width, height = image.size
+        stated = sum(image.tag_v2.get(STRIPBYTECOUNTS, ()))
+        if stated != (expected := -(-width * 12 // 8) * height):
+            raise ImageError(
+                f"the TIFF has 12 bits per pixel, but states {stated} bytes of pixels where "
+                f"{width} x {height} take {expected}; {remedy}"
+            )
     if bits > 8 and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
         raise ImageError(f"the TIFF stores white as 0 in {bits} bits; {remedy} with black as 0")
     if bits <= 8 and max(image.tag_v2.get(SAMPLEFORMAT, (1,))) != 1:
@@ -445,6 +553,8 @@ def _require_whole(image: ImageFile.ImageFile, data: bytes) -> None:
     elif image.format == "JPEG":
         assert image.fp is not None
         whole = data.find(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
+    elif image.format == "JPEG2000":
+        whole = b"\xff\xd9" in data[-64:]
     else:
         whole = True
     if not whole:
@@ -456,12 +566,15 @@ def _bits_per_sample(image: ImageFile.ImageFile, data: bytes) -> int:
         return int(max(image.tag_v2.get(BITSPERSAMPLE, (1,))))
     if image.format == "PNG":
         return data[24]  # signature 8, length 4, "IHDR" 4, width 4, height 4
+    if image.format == "JPEG2000":
+        stated = codestream_size(data)
+        return stated[3] if stated else 0
     return 8
 
 
-def _to_grey_or_rgb(image: Image.Image, bits_stored: int | None) -> Image.Image:
+def _to_grey_or_rgb(image: Image.Image, n_bits: int, bits_stored: int | None) -> Image.Image:
     if image.mode in _WIDE_GREY:
-        return _scale_wide_grey(image, bits_stored)
+        return _scale_wide_grey(image, n_bits, bits_stored)
     if image.mode not in _READ_AS:
         raise ImageError(f"the pixels are of a kind that is not read (Pillow's mode {image.mode})")
     mode = "RGBA" if image.has_transparency_data else _READ_AS[image.mode]
@@ -473,12 +586,17 @@ def _to_grey_or_rgb(image: Image.Image, bits_stored: int | None) -> Image.Image:
     return black
 
 
-def _scale_wide_grey(image: Image.Image, bits_stored: int | None) -> Image.Image:
-    """Grey of more than 8 bits on the scale 0..255 in float32, so that no level is lost yet."""
+def _scale_wide_grey(image: Image.Image, stated: int, bits_stored: int | None) -> Image.Image:
+    """Grey of more than 8 bits on the scale 0..255 in float32, so that no level is lost yet.
+
+    The file states its own bits where it is a TIFF or JPEG 2000 of fewer than 16.
+    """
     values = np.asarray(image)
+    if image.format == "JPEG2000":
+        values = values >> (16 - stated)  # Pillow has filled up the 16 bits
     if "transparency" in image.info:
         values = np.where(values == image.info["transparency"], 0, values)
-    n_bits = 16 if bits_stored is None else bits_stored
+    n_bits = min(stated, 16 if bits_stored is None else bits_stored)
     full_scale = 2**n_bits - 1
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest > full_scale:
@@ -490,7 +608,7 @@ def _scale_wide_grey(image: Image.Image, bits_stored: int | None) -> Image.Image
     return Image.fromarray(values.astype(np.float32) * np.float32(255 / full_scale))
 
 
-def _to_channels(picture: Image.Image) -> NDArray[np.uint8]:
+def _to_channels(picture: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pixels with the channels first; grey is resized once and repeated, not resized thrice."""
     values = np.asarray(picture)  # (S, S) or (S, S, 3)
     if values.dtype == np.float32:  # bicubic interpolation overshoots at edges

@@ -198,10 +198,9 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
 
     The table has a row per image, study or patient, and its columns are recognised as those of a
     data set: see :mod:`cxr_cache.datasets.columns`. Findings have a column each, or one lists
-    them; a column ``label`` lists those of the cohort or the 35, separated by ``;``. Images that the
-    table
-    does not name are unlabelled; rows for other images are ignored. Patients, given splits and
-    folds, and facts such as sex count where the cohort has none.
+    them; a column ``label`` lists those of the cohort, or of the 35, separated by ``;``. Images
+    that the table does not name are unlabelled; rows for other images are ignored. Patients, given
+    splits and folds, and facts such as sex count where the cohort has none.
 
     Parameters
     ----------
@@ -248,6 +247,9 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
         )
     facts = {name: np.append(rows.facts[name], "")[places] for name in rows.facts if name != key}
     changed, notes = _add_facts(images, facts, path)
+    ignored = [name for name, use in sheet.uses.items() if use.startswith("ignored")]
+    if ignored:
+        notes.append(f"Not used of {path.name}: {list_names(ignored, 5)}.")
     reading = Reading(
         format="" if cohort.reading is None else cohort.reading.format,
         columns=sheet.uses,
@@ -329,7 +331,7 @@ def _add_facts(
             changed[column] = np.where(old == "", new, old)
             used.append(_STATED.get(column, column))
     if used:
-        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images, which is used.")
+        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images: it is used.")
     return changed, notes
 
 

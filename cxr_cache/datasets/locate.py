@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -11,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_cache.common.wording import count
+from cxr_cache.datasets.dicom.folder import find_instances
 from cxr_cache.errors import TableError
 
 _SUFFIXES = ".png .jpg .jpeg .jpe .tif .tiff .bmp .webp .jp2 .j2k .dcm .dicom"
 IMAGE_SUFFIXES: Final = frozenset(_SUFFIXES.split())
 """Endings, in small letters, of the names of image files; DICOM files may have none."""
 
+_UID: Final = re.compile(r"\d+(\.\d+){3,}")
 _N_TRIED: Final = 50  # names that are looked up before the whole folder is
 
 
@@ -38,7 +41,7 @@ def list_images(image_dir: Path) -> list[str]:
             for name in sorted(names)
             if not name.startswith(".") and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         ]
-    return found
+    return sorted(found)
 
 
 def locate_images(
@@ -47,7 +50,8 @@ def locate_images(
     """Find the files that a table names, however it names them.
 
     A name may be the path below the image folder, begin with further folders, or be the bare name
-    of a file in some sub-folder, with or without its ending. What is not found stays as written.
+    of a file in some sub-folder, with or without its ending, or the SOP instance UID in a DICOM
+    header. What is not found stays as written.
 
     Parameters
     ----------
@@ -80,6 +84,9 @@ def locate_images(
         raise TableError(f"{image_dir} is not a folder; give the one with the images.")
     files = list_images(image_dir)
     found = _match(plain, files, source)
+    if None in found and all(_UID.fullmatch(name) for name in plain[:_N_TRIED]):
+        instances = find_instances(image_dir)
+        found = [file or instances.get(name) for name, file in zip(plain, found, strict=True)]
     missing = [name for name, file in zip(plain, found, strict=True) if file is None]
     if len(missing) == len(plain):
         if not must_exist:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from cxr_cache.common.tables import TABLE_SUFFIXES
-from cxr_cache.common.wording import list_names, suggest
+from cxr_cache.common.wording import suggest
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.collections import catalogue
+from cxr_cache.datasets.collections.recognise import recognise
 from cxr_cache.datasets.columns import note_patients
+from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
 from cxr_cache.datasets.indiana import read_indiana
 from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
@@ -23,7 +25,12 @@ Reader: TypeAlias = Callable[[Path, ReadConfig, Path | None], Cohort]
 """Takes the path that the user gives, the options, and the folder with the images, if one is
 named."""
 
-READERS: Final[dict[str, Reader]] = {"indiana": read_indiana, "table": read_own_table}
+READERS: Final[dict[str, Reader]] = {
+    "indiana": read_indiana,
+    **catalogue.READERS,
+    "dicom": read_dicom,
+    "table": read_own_table,
+}
 """Forms of data sets by name; whoever has another form adds a reader here."""
 
 AUTO: Final = "auto"
@@ -76,20 +83,12 @@ def load_cohort(
     path, why = Path(path), ""
     if format == AUTO:
         format, why = recognise(path)  # noqa: A001
+        logger.info("%s is read as %s: %s", path, format, why)
     folder = None if image_dir is None else Path(image_dir)
     cohort = READERS[format](path, config or ReadConfig(), folder)
+    if format == "table" and folder is not None:
+        cohort = add_header_facts(cohort, folder, config or ReadConfig())
     return _annotate(cohort, why)
-
-
-def recognise(path: Path) -> tuple[str, str]:
-    """Tell the format of a data set, and in a sentence why it is that."""
-    if path.is_file() or path.name.lower().endswith(TABLE_SUFFIXES):
-        return "table", f"{path.name} is a table of its own."
-    names = [found.name for found in path.glob("*")] if path.is_dir() else []
-    tables = [name for name in names if name.lower().endswith(TABLE_SUFFIXES)]
-    if not tables or any("reports" in name or "projections" in name for name in tables):
-        return "indiana", "It holds tables of reports and projections."
-    return "table", f"It holds {list_names(tables, 3)}."
 
 
 def _annotate(cohort: Cohort, why: str) -> Cohort:

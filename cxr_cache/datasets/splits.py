@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
+from cxr_cache.common.wording import count, list_names
+from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, Unit, name_unit
 from cxr_cache.errors import ConfigError
 
 TEST = -1
@@ -26,12 +30,19 @@ class Split:
     fold
         Fold that holds the row out, 0 to K - 1, and -1 for test rows; shape ``(N,)``, int64.
     by
-        What was kept whole: ``"study"`` (patients, where they are known), or ``"image"``.
+        What was kept whole: ``"study"`` (patients, where they are known), or ``"image"``. Of a
+        split that was given, this is said of the folds alone.
+    whose
+        Who made the split, in words; blank where it is a new one.
+    notes
+        What was made of a given split, in sentences.
     """
 
     is_test: NDArray[np.bool_]
     fold: NDArray[np.int64]
     by: Literal["study", "image"] = "study"
+    whose: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert np.array_equal(self.is_test, self.fold == TEST), "test rows, and only they, have -1"
@@ -95,6 +106,154 @@ def make_split(
     return Split(is_test, fold, by)
 
 
+def has_given_split(cohort: Cohort) -> bool:
+    """Tell whether any image came with a place in a split, or with a fold."""
+    return any((_given(cohort, name) != "").any() for name in GIVEN)
+
+
+def take_given_split(
+    cohort: Cohort,
+    *,
+    by: Literal["study", "image"] = "study",
+    n_folds: int = 5,
+    test_fraction: float = 0.2,
+    seed: int = 42,
+) -> Split:
+    """Use the test images and folds that a data set came with, and make what it lacks.
+
+    Images marked val are train images, as the folds take their part; where no image is marked test,
+    they are the test images. Folds that are not given are made inside the train images, of whole
+    groups. The notes of the split say what was done.
+
+    Parameters
+    ----------
+    cohort
+        With a column ``given_split``, ``given_fold`` or both.
+    by, n_folds, test_fraction, seed
+        As in :func:`make_split`, for what is not given.
+
+    Raises
+    ------
+    ConfigError
+        No image is left to train on, or there are fewer groups than folds.
+    """
+    reading = cohort.reading
+    whose = (reading.split if reading else "") or "the image table"
+    is_test, notes = _take_test(cohort)
+    if is_test is None:
+        is_test = split_test(cohort.targets, cohort.groups, test_fraction, seed)
+    if is_test.all():
+        raise ConfigError(
+            f"The split given by {whose} has {count(len(cohort), 'test image')} and nothing to "
+            "train on. Make another one with --split new."
+        )
+    rows = np.flatnonzero(~is_test)
+    groups = cohort.groups if by == "study" else np.arange(len(cohort))
+    fold = np.full(len(cohort), TEST, np.int64)
+    given, more = _take_folds(_given(cohort, "given_fold")[rows], groups[rows], n_folds)
+    if given is None:
+        given = assign_folds(cohort.targets[rows], groups[rows], n_folds, seed)
+    fold[rows] = given
+    notes += more
+    if by == "image":
+        notes.append("As the test split is given, --split-by image acts on the folds alone.")
+    return Split(is_test, fold, by, whose, (*notes, *_note_shared(cohort, fold)))
+
+
+def _given(cohort: Cohort, name: str) -> NDArray[np.str_]:
+    """A column of the image table, blank where there is none."""
+    cells = cohort.images.get(name)
+    return np.full(len(cohort), "") if cells is None else np.asarray(cells.tolist(), np.str_)
+
+
+def _take_test(cohort: Cohort) -> tuple[NDArray[np.bool_] | None, list[str]]:
+    """The given test rows, None where a new test split has to be made, and what was done."""
+    words = _given(cohort, "given_split")
+    n_val, n_blank = int((words == "val").sum()), int((words == "").sum())
+    if not np.isin(words, ("val", "test")).any():
+        return None, ["No test images are given, so a new test split was made."]
+    if not (words == "test").any():
+        is_test, notes = words == "val", []
+        notes.append(f"No images are marked test, so the {n_val:,} marked val are the test images.")
+    else:
+        is_test, notes = words == "test", []
+        if n_val:
+            notes.append(
+                f"{count(n_val, 'image')} marked val {'is' if n_val == 1 else 'are'} trained on: "
+                "folds inside train and val take the part of val."
+            )
+    if n_blank:
+        groups, blank = cohort.groups, words == ""
+        others = groups[~is_test & ~blank]
+        follows = blank & np.isin(groups, groups[is_test]) & ~np.isin(groups, others)
+        is_test = is_test | follows
+        notes.append(
+            f"{count(n_blank, 'image')} {'has' if n_blank == 1 else 'have'} no place in the given "
+            f"split: {int(follows.sum()):,} joined the test images, where the same "
+            f"{name_unit(cohort.patient_ids)} is, and {n_blank - int(follows.sum()):,} the train "
+            "images."
+        )
+    return is_test, notes
+
+
+def _take_folds(
+    labels: NDArray[np.str_], groups: NDArray[Any], n_folds: int
+) -> tuple[NDArray[np.int64] | None, list[str]]:
+    """The given folds of train rows, None where they have to be made, and what was done."""
+    names = sorted({*labels.tolist()} - {""}, key=lambda name: (len(name), name))
+    if not names:
+        return None, []
+    if len(names) == 1:
+        return None, [f"A single fold is given, {names[0]}, so {n_folds} new ones were made."]
+    notes = []
+    if len(names) != n_folds:
+        notes.append(f"{len(names)} folds are given and used, where --folds says {n_folds}.")
+    blank = np.flatnonzero(labels == "")
+    if len(blank):
+        known = labels != ""
+        of_group = dict(zip(groups[known].tolist(), labels[known].tolist(), strict=True))
+        new = sorted({*groups[blank].tolist()} - of_group.keys())
+        of_group |= {group: names[i % len(names)] for i, group in enumerate(new)}
+        labels = labels.astype(object)
+        labels[blank] = [of_group[group] for group in groups[blank].tolist()]
+        notes.append(
+            f"{count(len(blank), 'train image')} without a given fold joined the others of their "
+            "patient or study, or were dealt out."
+        )
+    place = {name: k for k, name in enumerate(names)}
+    return np.array([place[label] for label in labels.tolist()], np.int64), notes
+
+
+def _note_shared(cohort: Cohort, fold: NDArray[np.int64]) -> list[str]:
+    """Name who is on both sides of a given split, and who is in several folds."""
+    unit, is_test, notes = name_unit(cohort.patient_ids), fold == TEST, []
+    shared = find_shared(is_test, cohort.groups)
+    if shared:
+        n_images = int(np.isin(cohort.groups[is_test], shared).sum())
+        notes.append(
+            f"{_count_units(shared, unit)} on both sides of the given split, with {n_images:,} of "
+            f"{count(int(is_test.sum()), 'test image')}: {_name_groups(shared)}. Figures on test "
+            "are therefore too good. --split new makes a split that keeps them whole."
+        )
+    pairs = np.unique(np.stack([cohort.groups[~is_test], fold[~is_test].astype(str)]), axis=1)
+    names, n_folds = np.unique(pairs[0], return_counts=True)
+    if several := names[n_folds > 1].tolist():
+        notes.append(
+            f"{_count_units(several, unit)} in more than one fold: {_name_groups(several)}. The "
+            "scores of the folds, and thresholds chosen on them, are therefore too good."
+        )
+    return notes
+
+
+def _count_units(groups: Sequence[str], unit: Unit) -> str:
+    return f"1 {unit} is" if len(groups) == 1 else f"{len(groups):,} {UNITS[unit]} are"
+
+
+def _name_groups(groups: Sequence[str]) -> str:
+    """The first three, by the names that the table has for them."""
+    return list_names([name.removeprefix("patient ").removeprefix("study ") for name in groups], 3)
+
+
 def assign_folds(
     targets: NDArray[np.float32], groups: NDArray[Any], n_folds: int, seed: int
 ) -> NDArray[np.int64]:
@@ -141,7 +300,10 @@ def split_test(
 ) -> NDArray[np.bool_]:
     """Choose whole groups as test rows, with about `test_fraction` of every finding.
 
-    Parameters and balance are those of :func:`assign_folds`.
+    The choice stays put when images are added: a group is drawn by a hash of its name and the seed,
+    and what the rest of the data changes is only how high a draw may be; see :func:`_draw_groups`.
+
+    Parameters are those of :func:`assign_folds`.
 
     Returns
     -------
@@ -154,9 +316,11 @@ def split_test(
         `test_fraction` is not between 0 and 1, or there is a single group.
     """
     _require_fraction(test_fraction)
-    shares = np.array([test_fraction, 1 - test_fraction])
-    part = _assign_groups(targets, groups, shares, seed, "parts (test and train)")
-    return np.asarray(part == 0)
+    names, group_of_row = np.unique(groups, return_inverse=True)
+    _require_groups(len(names), 2, "parts (test and train)")
+    counts = _count_positives(targets, group_of_row, len(names))  # (G, F + 1)
+    is_test = _draw_groups(counts, _hash_names(names, seed), test_fraction)
+    return np.asarray(is_test[group_of_row])
 
 
 def split_test_by_image(
@@ -216,8 +380,13 @@ def split_test_by_image(
 
 
 def count_shared_studies(is_test: NDArray[np.bool_], study_uids: NDArray[Any]) -> int:
-    """Count test images that have another image of the same study in train."""
+    """Count test images that have another image of the same study, or other group, in train."""
     return int(np.isin(study_uids[is_test], study_uids[~is_test]).sum())
+
+
+def find_shared(is_test: NDArray[np.bool_], groups: NDArray[Any]) -> list[str]:
+    """Name the groups that have images both in test and in train, in order."""
+    return [str(name) for name in np.intersect1d(groups[is_test], groups[~is_test])]
 
 
 def _assign_groups(
@@ -236,11 +405,7 @@ def _assign_groups(
     """
     group_names, group_of_row = np.unique(groups, return_inverse=True)
     shares = np.asarray(shares)  # (S,)
-    if len(group_names) < len(shares):
-        raise ConfigError(
-            f"{len(shares)} {parts} need as many groups (patients or studies), "
-            f"but there are only {len(group_names)}. Use fewer folds, or more data."
-        )
+    _require_groups(len(group_names), len(shares), parts)
     counts = _count_positives(targets, group_of_row, len(group_names))  # (G, F + 1)
     totals = counts.sum(axis=0)
     weighted = counts / totals  # c / total, where E is share * total
@@ -263,6 +428,104 @@ def _assign_groups(
         lacking[part] -= counts[group]
         is_empty[part] = False
     return part_of_group[group_of_row]
+
+
+# -- a choice that stays put ---------------------------------------------------------------
+
+_SHARPNESS: Final = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+"""Widths of the soft threshold, in units of a draw, that lead to a sharp one step by step."""
+_LEAST_GAIN: Final = 0.01
+"""Fall of chi-square that is worth a move, since each move may differ after one image more."""
+
+
+def _hash_names(names: NDArray[Any], seed: int) -> NDArray[np.float64]:
+    """Draw a number in [0, 1) for each name, which depends on it and the seed alone, ``(G,)``."""
+    digests = [
+        # Once the first patient of a table is known, its other groups are called "study ...".
+        hashlib.blake2b(f"{seed} {str(name).removeprefix('study ')}".encode(), digest_size=8)
+        for name in names
+    ]
+    return np.frombuffer(b"".join(one.digest() for one in digests), ">u8") / 2.0**64
+
+
+def _draw_groups(
+    counts: NDArray[np.float64], draws: NDArray[np.float64], share: float
+) -> NDArray[np.bool_]:
+    """Choose the groups whose draws lie below their thresholds, and even out what is left.
+
+    The threshold of a group is `share`, and for each of its positive images more or less by the
+    price of the finding, so that every finding gets its share. One image more changes prices, and
+    so the choice, by little. The few images that single thresholds cannot even out are left to
+    moves of single groups, each the one by which chi-square (see :func:`_assign_groups`) falls
+    most.
+
+    Parameters
+    ----------
+    counts
+        Positive images of each finding, and last all images, ``(G, F + 1)``.
+    draws
+        Numbers in [0, 1), ``(G,)``.
+    share
+        Of every finding and of the images.
+    """
+    wanted = share * counts.sum(axis=0)
+    heights = _price_findings(counts, draws, share)
+    is_chosen = heights > 0
+    is_chosen[heights.argmax()], is_chosen[heights.argmin()] = True, False  # neither side is empty
+    while True:
+        lacking = wanted - counts[is_chosen].sum(axis=0)
+        change = np.where(is_chosen, -1, 1)[:, None] * counts
+        gains = (change * (2 * lacking - change) / wanted).sum(axis=1)
+        for side in (is_chosen, ~is_chosen):
+            if side.sum() == 1:
+                gains[side] = -np.inf
+        best = gains.round(9).argmax()  # ties are equal on every processor
+        if gains[best] <= _LEAST_GAIN:
+            return is_chosen
+        is_chosen[best] ^= True
+
+
+def _price_findings(
+    counts: NDArray[np.float64], draws: NDArray[np.float64], share: float
+) -> NDArray[np.float64]:
+    """Tell how far each group's threshold lies above its draw, ``(G,)``.
+
+    The prices are the minimum of a convex function of F + 1 numbers, whose gradient is what is
+    chosen too much of every finding. Newton's method finds it for a soft threshold, which is made
+    sharper step by step.
+    """
+    sizes, totals = counts[:, -1], counts.sum(axis=0)
+    rates = counts / sizes[:, None]  # findings per image
+    prices = np.zeros(len(totals))
+    ridge = np.diag(1e-6 * totals)  # findings that always occur together share their price
+
+    for width in _SHARPNESS:
+
+        def excess(prices: NDArray[np.float64], width: float = width) -> float:
+            softened = np.logaddexp(0, (share - draws + rates @ prices) / width)
+            return float(width * (sizes @ softened) - share * totals @ prices)
+
+        for _ in range(30):
+            inside = expit((share - draws + rates @ prices) / width)  # 0 to 1, (G,)
+            gradient = counts.T @ inside - share * totals
+            if np.abs(gradient).max() < 0.02:  # images
+                break
+            curvature = (rates * (sizes * inside * (1 - inside) / width)[:, None]).T @ rates
+            step = np.linalg.solve(curvature + ridge, gradient)
+            before, length = excess(prices), 1.0
+            while length > 1e-6 and excess(prices - length * step) > before:
+                length /= 2
+            prices -= length * step
+    heights: NDArray[np.float64] = share - draws + rates @ prices
+    return heights
+
+
+def _require_groups(n_groups: int, n_parts: int, parts: str) -> None:
+    if n_groups < n_parts:
+        raise ConfigError(
+            f"{n_parts} {parts} need as many groups (patients or studies), "
+            f"but there are only {n_groups}. Use fewer folds, or more data."
+        )
 
 
 def _count_positives(

@@ -393,8 +393,9 @@ def _describe_rows(outliers: pd.DataFrame, cohort: Cohort, sides: NDArray[np.str
         "projection": cohort.projections[rows],
         "split": sides[rows],
     }
-    table: pd.DataFrame = outliers.drop(columns="row")
-    return table.assign(**described)[[*described, *table.columns]]
+    facts = outliers.drop(columns="row")
+    table: pd.DataFrame = facts.assign(**described)[[*described, *facts.columns]]
+    return table
 
 
 def _first(table: pd.DataFrame, form: str) -> list[str]:

@@ -225,6 +225,7 @@ def score_run(
         "out_of_fold": reading.estimate(held_out, resample=False).overall(),
         "n_train_images": len(train),
         "n_train_studies": train.n_studies,
+        **{name: run.config[name] for name in ("split",) if name in run.config},  # whose it is
     }
     metrics["calibration"]["findings_uncalibrated"] = _named(images.findings, uncalibrated)
     present = images.targets == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort, finding_table
-from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.images import find_unused_bits, read_image
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
@@ -27,6 +28,8 @@ from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
     predictor = Predictor(model, encoder)
+    if unused := find_unused_bits(None, [str(path) for path in paths], encoder.preprocessing):
+        logger.warning(
+            "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
+            "nearly black to it; write them with the full range of 16 bits",
+            unused[1],
+            unused[0],
+        )
     probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
     errors = [""] * len(paths)
     for start in range(0, len(paths), _IMAGES_AT_ONCE):

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from cxr_cache.common.files import replacing
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count
-from cxr_cache.config import TrainConfig
+from cxr_cache.config import Features, TrainConfig
 from cxr_cache.errors import ConfigError
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import FEATURES, find_done_rows, read_features, require_features
 
 
 def export_features(
-    store: FeatureStore, path: str | Path, *, features: str = TrainConfig.features
+    store: FeatureStore, path: str | Path, *, features: Features = TrainConfig.features
 ) -> str:
     """Write the features of every finished image, with what is known of the image.
 

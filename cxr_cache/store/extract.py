@@ -20,7 +20,7 @@ from cxr_cache.common.wording import count
 from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import Batch, dead_workers_explained, decode_batches
-from cxr_cache.datasets.images import require_any_image
+from cxr_cache.datasets.images import require_any_image, require_stated_bits
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.encoding import (
     MIN_COSINE,
@@ -221,6 +221,8 @@ def run_extraction(
         trainable_parameter_names(encoder, config.unfreeze_layers)  # raises where there are none
     cohort, part = _take_part(cohort, config.part)
     require_any_image(image_dir, [] if store_path.exists() else cohort.image_ids)
+    if not store_path.exists():
+        require_stated_bits(image_dir, cohort.image_ids, encoder.preprocessing)
     summary = ExtractSummary(store_path=store_path)
     started = time.perf_counter()
     resumed = open_or_create(

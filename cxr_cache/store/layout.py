@@ -414,6 +414,8 @@ def _read_column(file: h5py.File, name: str, path: Path) -> Column:
             "(chunked, compressed, external or virtual data); refused."
         )
     offset, shape = dataset.id.get_offset(), dataset.shape
+    if name == "targets" and shape[1:] == (0,):  # images without labels: nothing, so nowhere
+        offset = 0
     if not shape or offset is None:
         raise StoreFormatError(f"{path}: dataset '{name}' has no rows, or no place in the file.")
     return Column(name, dataset.dtype, shape[0], shape[1:], offset)
@@ -448,7 +450,9 @@ def _require_columns(path: Path, layout: Layout) -> None:
             column.dtype == np.dtype(dtype)
             and column.n_rows == (column.n_rows if n_rows is None else n_rows)
             and len(column.shape) == len(shape)
-            and all(m > 0 and n in (None, m) for m, n in zip(column.shape, shape, strict=True))
+            and all(
+                n == m or (n is None and m > 0) for m, n in zip(column.shape, shape, strict=True)
+            )
         )
         if not fits or column.n_rows < 1 or (name == "canary" and column.n_rows > _MAX_CANARIES):
             wanted = " x ".join("any" if n is None else str(n) for n in (n_rows, *shape))

@@ -182,7 +182,8 @@ def run_ablation(
                     on_progress(n_done, n_all)
     table = _tabulate(methods, results, found.cohort, split)
     write_table(out / TABLE, table, digits=6)
-    return Ablation(table, tuple(settings), _describe_horizons(settings), is_random)
+    notes = (*split.notes, *_describe_horizons(settings))
+    return Ablation(table, tuple(settings), notes, is_random)
 
 
 # -- what there is to do ----------------------------------------------------------------
@@ -276,11 +277,11 @@ def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
 # -- text of options to settings --------------------------------------------------------
 
 _SHARED: Final = (
-    *("n_folds", "test_fraction", "split_by", "seed", "device", "n_jobs"),
+    *("n_folds", "test_fraction", "split", "split_by", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "calibration"),
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
-_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:5]} | {
+_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:6]} | {
     **{"n_folds": "--folds", "n_jobs": "--workers"}
 }
 """Those of them that are options of `ablate`; the others are the recipe's."""

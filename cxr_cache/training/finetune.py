@@ -47,6 +47,7 @@ from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
     describe_labels,
+    describe_split,
     note_split,
     write_outcome,
 )
@@ -211,8 +212,9 @@ def tune_run(
         )
         logger.info("%s: %s images on %s, with %s", store_path, len(found.cohort), device, settled)
         notes = found.notes + note_split(split, found.cohort)
-        decisive = _decisive(settled, store, found, labels, from_run, start)
-        run = _open_run(run_dir, decisive, settled, notes, overwrite=overwrite)
+        decisive = _decisive(settled, store, found, labels, from_run, start, split)
+        described = describe_split(split, found.cohort)
+        run = _open_run(run_dir, decisive, settled, notes, described, overwrite=overwrite)
         tokens = _open_source(store, found.rows, encoder, settled, image_dir)
         data = TuningData(encoder, tokens, found.cohort.targets, tail)
         if is_main():
@@ -294,9 +296,11 @@ def _decisive(
     labels: Path | None,
     from_run: str | Path | None,
     start: Start | None,
+    split: Split,
 ) -> dict[str, Any]:
     """What the run's results depend on, to record it, and to know it again."""
-    options = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    free = _free_options(start is not None)
+    options = {name: value for name, value in asdict(config).items() if name not in free}
     row_digests = np.ascontiguousarray(store.read_column("row_digest")[found.rows])
     encoder = store.header.encoder
     return {
@@ -316,7 +320,14 @@ def _decisive(
         if start is None
         else {"path": str(from_run), "head_sha256": hash_tensors(start.final_head)},
         "random_encoder": bool(encoder.get("is_random")),
+        # States of another split's folds have seen what these hold out.
+        **({"split_sha256": hashlib.sha256(split.fold.data).hexdigest()} if start is None else {}),
     }
+
+
+def _free_options(has_start: bool) -> tuple[str, ...]:
+    """Options that may differ when a run is continued; a run to start from decides the split."""
+    return (*_FREE, "split") if has_start else _FREE
 
 
 def _open_run(
@@ -324,13 +335,15 @@ def _open_run(
     decisive: dict[str, Any],
     config: FinetuneConfig,
     notes: Sequence[str],
+    split: dict[str, Any],
     *,
     overwrite: bool,
 ) -> Run:
     """Continue what is there, or begin: all processes look, the main one writes."""
-    free = {name: getattr(config, name) for name in _FREE}
+    free = _free_options(decisive["from_run"] is not None)
     whole = decisive | {
-        "finetune": decisive["finetune"] | free,
+        "finetune": decisive["finetune"] | {name: getattr(config, name) for name in free},
+        "split": split,
         "warnings": list(notes),
         "processes": world_size(),
     }
@@ -339,7 +352,7 @@ def _open_run(
         run = Run.resume(
             run_dir,
             decisive,
-            free=[f"finetune.{name}" for name in _FREE],
+            free=[f"finetune.{name}" for name in free],
             incidental=("store.path", "labels.path", "from_run.path"),
             writes=is_main(),
         )

@@ -21,7 +21,7 @@ from cxr_cache.store.rows import LabelledRows
 from cxr_cache.training.losses import LOSS_OPTIONS
 
 _OF_THE_RUN: Final = (
-    *("n_folds", "test_fraction", "split_by", "seed"),
+    *("n_folds", "test_fraction", "split", "split_by", "seed"),
     *("hidden", "dropout", "norm", "input_norm"),
     *LOSS_OPTIONS,
 )
@@ -29,7 +29,7 @@ _OF_THE_RUN: Final = (
 
 _DECIDED_BY_THE_RUN: Final = (
     *("findings", "hidden", "norm", "input_norm"),
-    *("n_folds", "split_by", "test_fraction"),
+    *("n_folds", "split", "split_by", "test_fraction"),
 )
 """What cannot be chosen again after the frozen run: the shape of its heads, and its split."""
 
@@ -51,6 +51,7 @@ def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
     """
     _require_frozen(run)
     taken = {name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]}
+    taken.setdefault("split", "new")  # version 0.1.0 took no given ones
     if taken["input_norm"] == "standard":
         taken["input_norm"] = "none"  # mean and spread are in the head's first layer
     taken["epochs"] = (run.config["chosen_epochs"],)
@@ -82,7 +83,9 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
     """
     _require_frozen(run)
     model, cohort = run.load_model(), found.cohort
-    recorded = run.config["train"] | model.head | {"findings": list(model.findings)}
+    recorded = (
+        {"split": "new"} | run.config["train"] | model.head | {"findings": list(model.findings)}
+    )
     given = asdict(config) | {"findings": list(cohort.findings), "hidden": list(config.hidden)}
     before, now = (
         {name: values[name] for name in _DECIDED_BY_THE_RUN} for values in (recorded, given)
@@ -98,7 +101,7 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
         )
     split = _read_split(run, cohort, store, config)
     heads = run.load_fold_heads()
-    fold_heads = ({name: t[k : k + 1] for name, t in heads.items()} for k in range(config.n_folds))
+    fold_heads = ({name: t[k : k + 1] for name, t in heads.items()} for k in range(split.n_folds))
     # Of an ensemble any member will do: none has seen test.
     final_head = {name: tensor[:1] for name, tensor in model.head_tensors.items()}
     return Start(split, tuple(fold_heads), final_head)
@@ -119,4 +122,5 @@ def _read_split(run: Run, cohort: Cohort, store: FeatureStore, config: FinetuneC
             f"{run.path} was trained on other targets for {n_other:,} of {len(cohort):,} images. "
             "Give the same --labels, or train it again."
         )
-    return Split(aligned.is_test, aligned.fold, config.split_by)
+    whose = run.config.get("split", {}).get("whose", "")
+    return Split(aligned.is_test, aligned.fold, config.split_by, whose)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import Recipe
-from cxr_cache.datasets.cohort import Cohort, finding_table
-from cxr_cache.datasets.splits import Split, count_shared_studies
+from cxr_cache.datasets.cohort import GIVEN, Cohort, finding_table, name_unit
+from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.training.search import EpochSearch, horizons
@@ -56,6 +56,8 @@ class TrainResult:
             spread = f" ± {row['std_auroc']:.4f}" if n_folds > 1 else ""
             lines.append(f"  {row['epochs']:>5} epochs  {row['mean_auroc']:.4f}{spread}{mark}")
         lines += self._describe_stops()
+        if whose := self.run.config.get("split", {}).get("whose"):
+            lines.append(f"Split as given by {whose}")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _describe_stops(self) -> list[str]:
@@ -71,7 +73,7 @@ class TrainResult:
 
 def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     """What the split does to the figures: rare findings, and studies on both sides."""
-    notes = []
+    notes = [*split.notes]
     n_positive = (cohort.targets[~split.is_test] == 1).sum(axis=0)
     rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
     if len(rare):
@@ -81,16 +83,25 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
             f"{'it' if len(rare) == 1 else 'them'}: "
             f"{list_names([cohort.findings[f] for f in rare])}."
         )
-    if split.by == "image":
-        shared = count_shared_studies(split.is_test, cohort.study_uids)
+    if split.by == "image" and not split.whose:
+        shared = count_shared_studies(split.is_test, cohort.groups)
         n_test = int(split.is_test.sum())
         notes.append(
             f"Split by image: {shared:,} of {count(n_test, 'test image')} ({shared / n_test:.0%}) "
-            f"{'has' if shared == 1 else 'have'} another image of the same study in train. Figures "
-            "on test are therefore too good, and so are those of the folds, which are split in the "
-            "same way. Use --split-by study."
+            f"{'has' if shared == 1 else 'have'} another image of the same "
+            f"{name_unit(cohort.patient_ids)} in train. Figures on test are therefore too good, "
+            "and so are those of the folds, which are split in the same way. Use --split-by study."
         )
     return tuple(notes)
+
+
+def describe_split(split: Split, cohort: Cohort) -> dict[str, Any]:
+    """What a run records of its split: whose it is, and how many groups are on both sides."""
+    return {
+        "whose": split.whose,
+        "n_shared": len(find_shared(split.is_test, cohort.groups)),
+        "unit": name_unit(cohort.patient_ids),
+    }
 
 
 def describe_labels(path: Path | None) -> dict[str, str] | None:
@@ -161,6 +172,9 @@ def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
             "fold": pd.Series(split.fold + 1, dtype="Int64").mask(split.is_test),
         }
     )
+    if split.whose:  # so that val, and what had no place, can still be told
+        given = [name for name in GIVEN if name in cohort.images]
+        table[given] = cohort.images[given]
     return table
 
 

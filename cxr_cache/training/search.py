@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import Tensor
 from cxr_cache.common.wording import count
 from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.splits import Split, make_split
+from cxr_cache.datasets.splits import Split, has_given_split, make_split, take_given_split
 from cxr_cache.errors import TrainingError
 from cxr_cache.metrics.operating_point import find_rule
 from cxr_cache.models.heads import HeadBank
@@ -123,16 +123,14 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
 
 
 def split_cohort(cohort: Cohort, config: Recipe) -> Split:
-    """Choose test rows and folds as a recipe asks."""
-    return make_split(
-        cohort.targets,
-        cohort.groups,
-        cohort.findings,
-        by=config.split_by,
-        n_folds=config.n_folds,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-    )
+    """Choose test rows and folds as a recipe asks: those that were given, or new ones."""
+    options: dict[str, Any] = {
+        "by": config.split_by,
+        **{name: getattr(config, name) for name in ("n_folds", "test_fraction", "seed")},
+    }
+    if config.split == "given" and has_given_split(cohort):
+        return take_given_split(cohort, **options)
+    return make_split(cohort.targets, cohort.groups, cohort.findings, **options)
 
 
 def fold_tasks(split: Split, seed: int) -> list[HeadTask]:

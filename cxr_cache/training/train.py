@@ -19,6 +19,7 @@ from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
     describe_labels,
+    describe_split,
     note_split,
     write_outcome,
 )
@@ -73,6 +74,7 @@ def fit_run(
             "reading": reading,
             "labels": describe_labels(labels),
             "random_encoder": bool(encoder.get("is_random")),
+            "split": describe_split(split, cohort),
             "warnings": list(notes),
         },
         overwrite=overwrite,

@@ -164,7 +164,7 @@ IMAGE_KINDS: dict[str, tuple[str, Make, str | None]] = {
     "HTML": ("html.png", content(b"<!DOCTYPE html><title>Log in"), "a web page or other markup"),
     "DICOM": ("dicom.png", content(bytes(128) + b"DICM" + bytes(50)), "a DICOM file"),
     "GIF": ("gif.gif", saved(noise(64, 64)), "but a GIF"),
-    "WebP": ("webp.webp", saved(noise(64, 64)), "a WebP image"),
+    "WebP": ("webp.webp", saved(noise(64, 64)), None),
     "JPEG 2000": ("jp2.png", content(b"\0\0\0\x0cjP  \r\n\x87\n"), "a JPEG 2000 image"),
     "PDF": ("pdf.pdf", content(b"%PDF-1.7\n"), "a PDF document"),
     "zip": ("zip.png", content(zipped(PNG.getvalue())), "a zip archive"),

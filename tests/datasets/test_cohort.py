@@ -150,7 +150,7 @@ def test_files_of_other_names_are_found_where_they_are_the_only_ones(tmp_path):
 
 def test_missing_and_ambiguous_files_are_listed(tmp_path):
     with pytest.raises(TableError, match=r"needs indiana_reports\.csv.*holds: no CSV file"):
-        load_cohort(tmp_path)
+        load_cohort(tmp_path, format="indiana")
     (tmp_path / "a_reports.csv").write_text(REPORTS)
     (tmp_path / "b_reports.csv").write_text(REPORTS)
     with pytest.raises(TableError, match=r"holds: a_reports\.csv, b_reports\.csv"):

@@ -22,10 +22,17 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, features
 
 from cxr_cache.datasets import images
-from cxr_cache.datasets.images import MAX_FILE_BYTES, MIN_EDGE_PX, find_missing, read_image
+from cxr_cache.datasets.images import (
+    MAX_FILE_BYTES,
+    MIN_EDGE_PX,
+    decode_picture,
+    find_missing,
+    read_image,
+    require_stated_bits,
+)
 from cxr_cache.datasets.preprocessing import (
     DECODE_RULE,
     Preprocessing,
@@ -397,6 +404,143 @@ def test_a_transparent_16_bit_grey_becomes_black(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["transparency"] == 65535
     assert read(tmp_path / "a.png")[0, -1, -1] == 0
+
+
+def pack_12_bits(values: np.ndarray) -> bytes:
+    """Two values in three bytes, the higher bits first; each row ends with a whole byte."""
+    rows = np.pad(values, ((0, 0), (0, values.shape[1] % 2))).astype(np.uint32)
+    one, two = rows[:, ::2], rows[:, 1::2]
+    packed = np.stack([one >> 4, (one & 15) << 4 | two >> 8, two & 255], axis=-1)
+    n_bytes = -(-values.shape[1] * 12 // 8)
+    return packed.reshape(len(values), -1)[:, :n_bytes].astype(np.uint8).tobytes()
+
+
+def tiff_of_12_bits(values: np.ndarray, compression: int = 1) -> bytes:
+    """A little-endian TIFF, which Pillow itself cannot write; 8 is zip."""
+    strip = pack_12_bits(values)
+    strip = zlib.compress(strip) if compression == 8 else strip
+    height, width = values.shape
+    entries = [(256, width), (257, height), (258, 12), (259, compression), (262, 1), (273, 8)]
+    entries += [(277, 1), (278, height), (279, len(strip))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    start = b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip
+    return start + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.parametrize("width", [64, 63])
+def test_a_12_bit_tiff_fills_its_own_range(tmp_path, width, compression):
+    values = ramp16(width, 64, 4095)
+    (tmp_path / "a.tif").write_bytes(tiff_of_12_bits(values, compression))
+    np.testing.assert_array_equal(
+        decode_picture((tmp_path / "a.tif").read_bytes()), np.rint(values * (255 / 4095))
+    )
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_a_jpeg_2000_of_more_than_8_bits_fills_its_own_range(bits):
+    utils = pytest.importorskip("openjpeg.utils")
+    values = ramp16(top=2**bits - 1)
+    data = utils.encode_array(values, bits_stored=bits, photometric_interpretation=2)
+    np.testing.assert_array_equal(
+        decode_picture(bytes(data)), np.rint(values * (255 / (2**bits - 1)))
+    )
+
+
+@pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_lossless_webp_gives_the_pixels_of_the_png(tmp_path, channels):
+    image = noise(70, 50, channels)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.webp", lossless=True)
+    np.testing.assert_array_equal(read(tmp_path / "a.webp"), read(tmp_path / "a.png"))
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="Pillow without JPEG 2000")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_lossless_jpeg_2000_gives_the_pixels_of_the_png(tmp_path, channels):
+    image = noise(70, 50, channels)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.jp2", irreversible=False)
+    np.testing.assert_array_equal(read(tmp_path / "a.jp2"), read(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("cut", [1, 30, 1000, 2500])
+@pytest.mark.parametrize("name", ["a.webp", "a.jp2"])
+def test_a_cut_webp_or_jpeg_2000_is_refused(tmp_path, name, cut):
+    noise(64, 64).save(tmp_path / name, lossless=True)
+    data = (tmp_path / name).read_bytes()
+    assert len(data) > 2600
+    (tmp_path / name).write_bytes(data[:-cut])
+    with pytest.raises(ImageError):
+        read(tmp_path / name)
+
+
+def test_an_animation_is_refused(tmp_path):
+    frames = [noise(32, 32, seed=seed) for seed in range(3)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageError, match="holds 3 frames"):
+        read(tmp_path / "a.webp")
+
+
+# -- 16-bit files that hold fewer bits ---------------------------------------------------------
+
+
+def write_many(folder: Path, top: int, n: int = 30) -> list[str]:
+    """Noise of 0 .. `top` in 16-bit files, as tools that convert DICOM leave it."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        values = rng.integers(0, top, (24, 24), endpoint=True).astype(np.uint16)
+        Image.fromarray(values).save(folder / f"{i}.png")
+    return [f"{i}.png" for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("top", "bits"), [(255, 8), (1023, 10), (4095, 12), (2500, 12), (9999, 14)]
+)
+def test_16_bit_files_of_fewer_bits_are_refused_with_the_remedy(tmp_path, top, bits):
+    names = write_many(tmp_path, top)
+    with pytest.raises(
+        ConfigError,
+        match=rf"they seem to be {bits}-bit images.* nearly black\. Give "
+        rf"--bits-stored {bits} to scale.*, or --bits-stored 16 if they are meant",
+    ):
+        require_stated_bits(tmp_path, names, SMALL)
+    for stated in (bits, 16):
+        require_stated_bits(tmp_path, names, replace(SMALL, bits_stored=stated))
+
+
+def test_one_bright_image_shows_that_all_bits_are_in_use(tmp_path):
+    names = write_many(tmp_path, 4095)
+    Image.fromarray(ramp16()).save(tmp_path / "7.png")
+    require_stated_bits(tmp_path, names, SMALL)
+
+
+def test_8_bit_and_unusable_files_say_nothing_about_the_bits_of_others(tmp_path):
+    names = write_many(tmp_path, 4095, n=3)
+    noise(24, 24).save(tmp_path / "a.png")
+    noise(24, 24).save(tmp_path / "b.jpg")
+    (tmp_path / "c.png").write_bytes((tmp_path / "0.png").read_bytes()[:-20])
+    os.mkfifo(tmp_path / "pipe.png")
+    others = ["a.png", "b.jpg", "c.png", "pipe.png", "absent.png", "../out.png"]
+    require_stated_bits(tmp_path, others, SMALL)
+    with pytest.raises(
+        ConfigError, match=r"No value above 409\d occurs in a sample of 3 16-bit images"
+    ):
+        require_stated_bits(tmp_path, [*others, *names], SMALL)
+
+
+def test_dicom_that_states_16_bits_and_uses_12_is_refused_too(tmp_path):
+    pytest.importorskip("pydicom")
+    from tests.datasets.dicoms import dicom
+
+    values = ramp16(top=4095)
+    (tmp_path / "a.dcm").write_bytes(dicom(values))
+    with pytest.raises(ConfigError, match="--bits-stored 12"):
+        require_stated_bits(tmp_path, ["a.dcm"], SMALL)
+    for fields in ({"BitsStored": 12}, {"WindowCenter": 2000, "WindowWidth": 4000}):
+        (tmp_path / "a.dcm").write_bytes(dicom(values, **fields))
+        require_stated_bits(tmp_path, ["a.dcm"], SMALL)
 
 
 def test_bits_stored_leaves_8_bit_files_alone(tmp_path):

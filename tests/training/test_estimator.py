@@ -92,7 +92,7 @@ def test_defaults_are_those_of_train():
     defaults, recipe = FocalHeadClassifier().get_params(), asdict(TrainConfig())
 
     of_rows_that_fit_does_not_see = {"test_fraction", "threshold_rule", "calibration"}
-    of_a_store = {"split_by", "features", "flip"}
+    of_a_store = {"split", "split_by", "features", "flip"}
     left_out = {name: recipe.pop(name) for name in of_rows_that_fit_does_not_see | of_a_store}
     assert recipe.pop("seed") == TrainConfig().seed
     assert defaults.pop("random_state") is None

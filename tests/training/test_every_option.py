@@ -87,6 +87,8 @@ OF_THE_PROTOCOL = {
     *("epochs", "n_folds", "test_fraction", "split_by", "final", "seed"),
     *("threshold_rule", "calibration", "half"),
 }
+OF_GIVEN_SPLITS = {"split"}
+"""tests/training/test_given_split.py has it: it needs a split that was given."""
 OF_PIXELS = {"flip", "augmentation", "source", "num_workers"}
 """tests/training/test_finetune.py has these: they need images."""
 
@@ -120,8 +122,13 @@ def outcome(run: Run) -> dict[str, float]:
 
 def test_the_lists_of_this_file_are_whole():
     """Whoever adds an option says here what it changes."""
-    assert {f.name for f in fields(TrainConfig)} == {*OF_A_HEAD, *WHERE_AND_HOW_FAST}
+    assert {f.name for f in fields(TrainConfig)} == {
+        *OF_A_HEAD,
+        *WHERE_AND_HOW_FAST,
+        *OF_GIVEN_SPLITS,
+    }
     elsewhere = {"device", "tokens_in", "grad_checkpointing", "unfreeze_layers"} | OF_PIXELS
+    elsewhere |= OF_GIVEN_SPLITS
     assert {f.name for f in fields(FinetuneConfig)} == {
         *OF_A_TAIL,
         *WHERE_THE_LOSS_STALLS,

@@ -496,6 +496,26 @@ def test_labels_and_start_cannot_be_dropped_on_the_way(store, frozen, tmp_path):
         tune_run(store, path, config)
 
 
+def test_an_unfinished_run_of_an_earlier_version_continues_on_the_split_of_its_start_alone(
+    store, frozen, tmp_path
+):
+    """Its own split was drawn by other rules: what a fold trained on could be held out now."""
+    config = config_from_run(frozen, batch_size=8, device="cpu", precision="fp32")
+    for start, options in ((frozen.path, config), (None, TUNED)):
+        path = tmp_path / f"run {start is None}"
+        with pytest.raises(KeyboardInterrupt):
+            tune_run(store, path, options, from_run=start, on_progress=_StopAfter(1))
+        written = json.loads((path / "config.json").read_text())
+        del written["finetune"]["split"]
+        written.pop("split_sha256", None)
+        (path / "config.json").write_text(json.dumps(written))
+        if start is not None:
+            tune_run(store, path, options, from_run=start)
+            continue
+        with pytest.raises(RunError, match=r"split_sha256: None in the run, '\w+' now\n.*--overwr"):
+            tune_run(store, path, options)
+
+
 def test_a_damaged_state_is_named(store, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

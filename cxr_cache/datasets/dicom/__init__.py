@@ -1,0 +1,1 @@
+"""DICOM files: their pixels, their headers as a data set, and ids without names."""
