@@ -315,6 +315,23 @@ def test_a_data_set_of_two_forms_is_refused_with_both(tmp_path):
         load_cohort(tmp_path)
 
 
+def test_a_folder_around_the_data_set_is_as_good(tmp_path):
+    lay_out("chexpert", tmp_path)  # CheXpert-v1.0-small/ is all that tmp_path holds
+
+    cohort = load_cohort(tmp_path, image_dir=tmp_path)
+
+    assert cohort.reading.format == "chexpert"
+    assert cohort.image_ids[0].startswith("CheXpert-v1.0-small/t")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_published_table_is_recognised_with_another_separator(tmp_path, separator):
+    path = lay_out("rsna", tmp_path) / "stage_2_train_labels.csv"
+    path.write_text(path.read_text().replace(",", separator))
+
+    assert load_cohort(path).reading.format == "rsna"
+
+
 def test_two_tables_of_one_form_are_refused_with_both(tmp_path):
     folder = lay_out("nih", tmp_path)
     table = folder / "Data_Entry_2017.csv"
