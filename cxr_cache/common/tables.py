@@ -115,7 +115,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     text = _decode(path)
-    separator = _detect_separator(text)
+    separator = detect_separator(text)
     quick = _parse_plain(text, separator, path) if len(text) >= _LONG_TEXT else None
     if quick is not None:
         return quick
@@ -204,7 +204,8 @@ def _decode_windows_1252(content: bytes, path: Path) -> str:
     return text
 
 
-def _detect_separator(text: str) -> str:
+def detect_separator(text: str) -> str:
+    """The separator that divides the first line of a text most."""
     header = next(iter(text.lstrip().splitlines()), "")
     unquoted = re.sub(r'"[^"]*("|$)', "", header)
     return max(SEPARATORS, key=unquoted.count)

@@ -458,7 +458,7 @@ def test_the_quick_way_reads_what_the_other_reads(tmp_path_factory, content):
     except TableError:
         return
     text = path.read_bytes().decode()
-    quick = tables._parse_plain(text, tables._detect_separator(text), path)
+    quick = tables._parse_plain(text, tables.detect_separator(text), path)
     if quick is not None:
         assert quick.equals(table)
         assert quick.index.tolist() == table.index.tolist()

@@ -315,6 +315,23 @@ def test_a_data_set_of_two_forms_is_refused_with_both(tmp_path):
         load_cohort(tmp_path)
 
 
+def test_a_folder_around_the_data_set_is_as_good(tmp_path):
+    lay_out("chexpert", tmp_path)  # CheXpert-v1.0-small/ is all that tmp_path holds
+
+    cohort = load_cohort(tmp_path, image_dir=tmp_path)
+
+    assert cohort.reading.format == "chexpert"
+    assert cohort.image_ids[0].startswith("CheXpert-v1.0-small/t")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_published_table_is_recognised_with_another_separator(tmp_path, separator):
+    path = lay_out("rsna", tmp_path) / "stage_2_train_labels.csv"
+    path.write_text(path.read_text().replace(",", separator))
+
+    assert load_cohort(path).reading.format == "rsna"
+
+
 def test_two_tables_of_one_form_are_refused_with_both(tmp_path):
     folder = lay_out("nih", tmp_path)
     table = folder / "Data_Entry_2017.csv"
@@ -361,3 +378,42 @@ def test_a_reader_of_ones_own_is_three_lines(tmp_path, monkeypatch):
     monkeypatch.setitem(READERS, "ours", read_ours)
 
     assert load_cohort(tmp_path, format="ours").findings == ("Edema",)
+
+
+# -------------------------------------------------------------------- damaged tables
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "column"),
+    [
+        ("nih", "Data_Entry_2017.csv", "Patient ID"),
+        ("chexpert", "train.csv", "Edema"),
+        ("brax", "master_spreadsheet_update.csv", "PatientID"),
+        ("taix-ray", "metadata/annotation.csv", "Atelectasis_Left"),
+        ("vindr", "annotations/image_labels_train.csv", "Edema"),
+    ],
+)
+def test_a_column_that_is_missing_is_named(tmp_path, name, table, column):
+    path = lay_out(name, tmp_path) / table
+    path.write_text(path.read_text().replace(column, "renamed", 1))
+
+    with pytest.raises(TableError, match=rf"has no column '{column}'"):
+        load_cohort(path.parents[table.count("/")])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("chexpert-plus", "impression_fixed.json", "{}\n", "line 1: not the labels of an image"),
+        ("chexpert-plus", "impression_fixed.json", "no\n", "line 1: not the labels of an image"),
+        ("rsna", "x-dataset-mappings.json", "[1]", "is not a list of images of RSNA and NIH"),
+        ("openi", "ecgen-radiology/1.xml", "<a>", "is not whole XML"),
+        ("openi", "ecgen-radiology/1.xml", "<a/>", "has no uId, which names the study"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
+    folder = lay_out(name, tmp_path)
+    (folder / file).write_text(content)
+
+    with pytest.raises(TableError, match=message):
+        load_cohort(folder)
