@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -59,11 +59,11 @@ def peek(path: Path) -> pd.DataFrame:
         elif path.suffix == ".xlsx":
             table = pd.read_excel(path, nrows=1, dtype=str)
         else:
-            as_text = {"nrows": 1, "dtype": str, "keep_default_na": False}
-            line = pd.read_csv(path, sep="\1", header=None, encoding_errors="replace", **as_text)
-            mark = detect_separator(line.iloc[0, 0])
-            table = pd.read_csv(path, sep=mark, encoding_errors="replace", **as_text)
-    except (OSError, ValueError, ImportError):  # whoever reads it whole says what is wrong
+            as_text: dict[str, Any] = {"nrows": 1, "dtype": str, "keep_default_na": False}
+            as_text["encoding_errors"] = "replace"
+            line = pd.read_csv(path, sep="\1", header=None, **as_text)
+            table = pd.read_csv(path, sep=detect_separator(line.iloc[0, 0]), **as_text)
+    except Exception:  # of any library; whoever reads the table whole says what is wrong
         table = pd.DataFrame()
     head: pd.DataFrame = table.rename(columns=lambda name: str(name).strip())
     return head

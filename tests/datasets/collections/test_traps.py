@@ -332,6 +332,14 @@ def test_a_published_table_is_recognised_with_another_separator(tmp_path, separa
     assert load_cohort(path).reading.format == "rsna"
 
 
+@pytest.mark.parametrize("name", ["x.zip", "x.csv.gz", "x.xlsx", "x.parquet", "x.csv"])
+def test_a_table_that_is_none_is_refused_in_a_sentence(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK no table\0")
+
+    with pytest.raises(TableError, match=re.escape(name)):
+        load_cohort(tmp_path / name)
+
+
 def test_two_tables_of_one_form_are_refused_with_both(tmp_path):
     folder = lay_out("nih", tmp_path)
     table = folder / "Data_Entry_2017.csv"
