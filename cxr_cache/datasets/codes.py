@@ -208,8 +208,8 @@ def read_lists(
             codes[row] = BLANK
         for name in names:
             meant = normalise_name(aliases.get(normalise_name(name), name))
-            if (place := column_of.get(meant)) is not None:
-                codes[row, place] = PRESENT
+            if meant in column_of:
+                codes[row, column_of[meant]] = PRESENT
     return tuple(findings), codes[places]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from cxr_cache.common.wording import count, list_names
-from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, Unit, name_unit
+from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, name_unit
 from cxr_cache.errors import ConfigError
 
 TEST = -1
@@ -33,7 +33,7 @@ class Split:
         What was kept whole: ``"study"`` (patients, where they are known), or ``"image"``. Of a
         split that was given, this is said of the folds alone.
     whose
-        Who made the split, in words; blank where it is a new one.
+        Who chose the test rows, in words; blank where they are new.
     notes
         What was made of a given split, in sentences.
     """
@@ -96,14 +96,25 @@ def make_split(
     ConfigError
         An option is out of range, or there are fewer groups than parts.
     """
+    is_test = _new_test(targets, groups, findings, by, test_fraction, seed)
     if by == "image":
         groups = np.arange(len(targets))
-        is_test = split_test_by_image(targets, findings, test_fraction, seed)
-    else:
-        is_test = split_test(targets, groups, test_fraction, seed)
     fold = np.full(len(targets), TEST, np.int64)
     fold[~is_test] = assign_folds(targets[~is_test], groups[~is_test], n_folds, seed)
     return Split(is_test, fold, by)
+
+
+def _new_test(
+    targets: NDArray[np.float32],
+    groups: NDArray[Any],
+    findings: Sequence[str],
+    by: Literal["study", "image"],
+    test_fraction: float,
+    seed: int,
+) -> NDArray[np.bool_]:
+    if by == "image":
+        return split_test_by_image(targets, findings, test_fraction, seed)
+    return split_test(targets, groups, test_fraction, seed)
 
 
 def has_given_split(cohort: Cohort) -> bool:
@@ -137,27 +148,34 @@ def take_given_split(
     ConfigError
         No image is left to train on, or there are fewer groups than folds.
     """
-    reading = cohort.reading
-    whose = (reading.split if reading else "") or "the image table"
+    whose = (cohort.reading.split if cohort.reading else "") or "the image table"
+    targets, groups = cohort.targets, cohort.groups
     is_test, notes = _take_test(cohort)
-    if is_test is None:
-        is_test = split_test(cohort.targets, cohort.groups, test_fraction, seed)
+    if is_given := is_test is not None:
+        if by == "image":
+            notes.append("As the test split is given, --split-by image acts on the folds alone.")
+    else:
+        is_test = _new_test(targets, groups, cohort.findings, by, test_fraction, seed)
     if is_test.all():
         raise ConfigError(
             f"The split given by {whose} has {count(len(cohort), 'test image')} and nothing to "
             "train on. Make another one with --split new."
         )
     rows = np.flatnonzero(~is_test)
-    groups = cohort.groups if by == "study" else np.arange(len(cohort))
+    whole = groups[rows] if by == "study" else rows
+    of_rows, more = _take_folds(_given(cohort, "given_fold")[rows], groups[rows], n_folds)
+    if of_rows is None:
+        of_rows = assign_folds(targets[rows], whole, n_folds, seed)
+    elif not is_given:
+        more.append(f"The folds are those given by {whose}.")
     fold = np.full(len(cohort), TEST, np.int64)
-    given, more = _take_folds(_given(cohort, "given_fold")[rows], groups[rows], n_folds)
-    if given is None:
-        given = assign_folds(cohort.targets[rows], groups[rows], n_folds, seed)
-    fold[rows] = given
+    fold[rows] = of_rows
     notes += more
-    if by == "image":
-        notes.append("As the test split is given, --split-by image acts on the folds alone.")
-    return Split(is_test, fold, by, whose, (*notes, *_note_shared(cohort, fold)))
+    if is_given:
+        notes += _note_both_sides(cohort, is_test)
+    if by == "study":
+        notes += _note_several_folds(cohort, rows, of_rows)
+    return Split(is_test, fold, by, whose if is_given else "", tuple(notes))
 
 
 def _given(cohort: Cohort, name: str) -> NDArray[np.str_]:
@@ -224,28 +242,34 @@ def _take_folds(
     return np.array([place[label] for label in labels.tolist()], np.int64), notes
 
 
-def _note_shared(cohort: Cohort, fold: NDArray[np.int64]) -> list[str]:
-    """Name who is on both sides of a given split, and who is in several folds."""
-    unit, is_test, notes = name_unit(cohort.patient_ids), fold == TEST, []
-    shared = find_shared(is_test, cohort.groups)
-    if shared:
-        n_images = int(np.isin(cohort.groups[is_test], shared).sum())
-        notes.append(
-            f"{_count_units(shared, unit)} on both sides of the given split, with {n_images:,} of "
-            f"{count(int(is_test.sum()), 'test image')}: {_name_groups(shared)}. Figures on test "
-            "are therefore too good. --split new makes a split that keeps them whole."
-        )
-    pairs = np.unique(np.stack([cohort.groups[~is_test], fold[~is_test].astype(str)]), axis=1)
+def _note_both_sides(cohort: Cohort, is_test: NDArray[np.bool_]) -> list[str]:
+    """Count and name who is on both sides of a given split."""
+    if not (shared := find_shared(is_test, cohort.groups)):
+        return []
+    n_images = count_shared_studies(is_test, cohort.groups)
+    return [
+        f"{_count_units(shared, cohort)} on both sides of the given split, with {n_images:,} of "
+        f"{count(int(is_test.sum()), 'test image')}: {_name_groups(shared)}. Figures on test are "
+        "therefore too good. --split new makes a split that keeps them whole."
+    ]
+
+
+def _note_several_folds(
+    cohort: Cohort, rows: NDArray[np.intp], fold: NDArray[np.int64]
+) -> list[str]:
+    """Count and name who is in several of the given folds."""
+    pairs = np.unique(np.stack([cohort.groups[rows], fold.astype(str)]), axis=1)
     names, n_folds = np.unique(pairs[0], return_counts=True)
-    if several := names[n_folds > 1].tolist():
-        notes.append(
-            f"{_count_units(several, unit)} in more than one fold: {_name_groups(several)}. The "
-            "scores of the folds, and thresholds chosen on them, are therefore too good."
-        )
-    return notes
+    if not (several := names[n_folds > 1].tolist()):
+        return []
+    return [
+        f"{_count_units(several, cohort)} in more than one fold: {_name_groups(several)}. The "
+        "scores of the folds, and thresholds chosen on them, are therefore too good."
+    ]
 
 
-def _count_units(groups: Sequence[str], unit: Unit) -> str:
+def _count_units(groups: Sequence[str], cohort: Cohort) -> str:
+    unit = name_unit(cohort.patient_ids)
     return f"1 {unit} is" if len(groups) == 1 else f"{len(groups):,} {UNITS[unit]} are"
 
 

@@ -459,8 +459,8 @@ def _join(
             _require_agreement(old, new, both, column, where, facts[key], paths)
         facts[column] = _first(old, new)
         origins.setdefault(column, sheet.path)
-    for column, finding in enumerate(sheet.findings):
-        values = np.append(rows.targets[:, column], np.float32(np.nan))[place]
+    for number, finding in enumerate(sheet.findings):
+        values = np.append(rows.targets[:, number], np.float32(np.nan))[place]
         known = targets.get(finding)
         if known is not None:
             both = ~np.isnan(values) & ~np.isnan(known)

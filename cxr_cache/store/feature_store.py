@@ -108,15 +108,12 @@ class RowCounts:
     n_without_tokens: int = 0
     """Pending rows that hold an embedding and lack only their tokens."""
 
-    def __str__(self) -> str:
-        return (
-            f"{count(self.n_images, 'image')} = {self.n_done:,} done + {self.n_failed:,} failed + "
-            f"{self.n_pending:,} pending"
-        )
-
-    def describe(self, path: Path) -> list[str]:
+    def describe(self, path: Path, of: str = "") -> list[str]:
         """Lines for a terminal: what the store at `path` holds, and how much lacks only tokens."""
-        lines = [f"{path}: {self}"]
+        lines = [
+            f"{path}: {count(self.n_images, 'image')}{of} = {self.n_done:,} done + "
+            f"{self.n_failed:,} failed + {self.n_pending:,} pending"
+        ]
         if self.n_without_tokens:
             lines.append(f"  {self.n_without_tokens:,} pending rows lack nothing but their tokens")
         return lines
@@ -305,7 +302,7 @@ class FeatureStore:
     def __repr__(self) -> str:
         shapes = (f"{name} {shape}" for name, shape in self.feature_shapes.items())
         return (
-            f"FeatureStore {self.path}: {self.count_rows()}\n"
+            f"FeatureStore {self.count_rows().describe(self.path)[0]}\n"
             f"  {count(len(self.findings), 'finding')}: {list_names(self.findings, 5)}\n"
             f"  encoder: {self.header.encoder['name']}\n"
             f"  one row: {', '.join(shapes)}"

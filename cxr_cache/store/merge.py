@@ -31,8 +31,7 @@ class MergeSummary(RowCounts):
 
     def to_text(self) -> str:
         """Closing lines for a terminal."""
-        first, *lines = self.describe(self.store_path)
-        lines.insert(0, first.replace(" = ", f" of {count(self.n_parts, 'part')} = "))
+        lines = self.describe(self.store_path, f" of {count(self.n_parts, 'part')}")
         if self.n_damaged:
             lines.append(f"  {self.n_damaged:,} rows were damaged in their part; they are pending")
         if self.n_pending:

@@ -321,7 +321,11 @@ def _decisive(
         else {"path": str(from_run), "head_sha256": hash_tensors(start.final_head)},
         "random_encoder": bool(encoder.get("is_random")),
         # States of another split's folds have seen what these hold out.
-        **({"split_sha256": hashlib.sha256(split.fold.data).hexdigest()} if start is None else {}),
+        **(
+            {"split_sha256": hashlib.sha256(split.fold.data).hexdigest()[:16]}
+            if start is None
+            else {}
+        ),
     }
 
 

@@ -74,6 +74,7 @@ def test_without_test_and_val_a_new_test_split_is_made(words):
     split = take_given_split(cohort, seed=3)
     expected = split_test(cohort.targets, cohort.groups, 0.2, seed=3)
     np.testing.assert_array_equal(split.is_test, expected)
+    assert split.whose == ""
     assert split.notes == ("No test images are given, so a new test split was made.",)
 
 
@@ -137,7 +138,11 @@ def test_folds_alone_come_with_a_new_test_split():
     split = take_given_split(cohort, n_folds=4)
     expected = split_test(cohort.targets, cohort.groups, 0.2, seed=42)
     np.testing.assert_array_equal(split.is_test, expected)
-    assert split.notes == ("No test images are given, so a new test split was made.",)
+    assert split.whose == ""
+    assert split.notes == (
+        "No test images are given, so a new test split was made.",
+        "The folds are those given by the image table.",
+    )
     np.testing.assert_array_equal(split.fold[~expected], np.array(folds, np.int64)[~expected])
 
 

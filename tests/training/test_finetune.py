@@ -512,7 +512,9 @@ def test_an_unfinished_run_of_an_earlier_version_continues_on_the_split_of_its_s
         if start is not None:
             tune_run(store, path, options, from_run=start)
             continue
-        with pytest.raises(RunError, match=r"split_sha256: None in the run, '\w+' now\n.*--overwr"):
+        with pytest.raises(
+            RunError, match=r"(?s)split_sha256: None in the run, '\w+' now.*--overwrite"
+        ):
             tune_run(store, path, options)
 
 

@@ -60,10 +60,10 @@ def list_mimic(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     written = "files/p" + patient.str[:2] + "/p" + patient + "/s" + study + "/" + name + ".jpg"
     unlabelled = (codes == BLANK).all(axis=1)
     notes = [CHEXPERT_NOTE]
-    if unlabelled.any():
+    if n_without := images["study_uid"][unlabelled].nunique():
         notes.append(
-            f"{count(images['study_uid'][unlabelled].nunique(), 'study')} have no label at all and "
-            "are unlabelled, whatever is made of a blank cell."
+            f"Whatever is made of blank cells, {count(n_without, 'study')} without a single label "
+            f"{'is' if n_without == 1 else 'are'} unlabelled."
         )
     notes += [
         f"Findings of the studies in {file.name} are a radiologist's." for file in by_radiologist

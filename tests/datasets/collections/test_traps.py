@@ -134,7 +134,7 @@ def test_mimic_joins_labels_by_study_and_leaves_studies_without_any_unlabelled(t
     assert edema["50414267"] == [1, 1]
     unlabelled = np.isnan(cohort.targets).all(axis=1)
     assert set(cohort.study_uids[unlabelled]) == {"50414273", "50414274"}
-    assert "2 studies have no label at all" in say_notes(cohort)
+    assert "2 studies without a single label are unlabelled" in say_notes(cohort)
 
 
 def test_mimics_test_studies_have_the_labels_of_the_radiologist(tmp_path):
