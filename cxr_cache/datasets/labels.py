@@ -94,7 +94,7 @@ def count_unknown_tags(problems: Sequence[str]) -> Counter[str]:
 
     Examples
     --------
-    >>> count_unknown_tags(["Cardiomegally; Edema", "normal", "cardiomegally"])
+    >>> count_unknown_tags(["Cardiomegally; Scoliosis", "normal", "cardiomegally"])
     Counter({'cardiomegally': 2})
     """
     known = _COLUMNS_OF_TAG.keys() | _TAGS_OF_NO_FINDING
