@@ -28,6 +28,7 @@ HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 Features: TypeAlias = Literal["projected", "pooled", "both"]
 FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
+POOLS: Final = ("default", "cls", "mean", "cls+mean")
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
@@ -725,6 +726,12 @@ class EncoderOptions(Config):
     )
     bits_stored: int | None = option(
         None, "Number of bits that are in use in 16-bit image files, such as 12.", shown="all 16"
+    )
+    pool: str = option(
+        "default",
+        "What of a vision transformer becomes the embedding: its own way, or after its final norm "
+        "the class token (cls), the mean over patches, or the two side by side.",
+        choices=POOLS,
     )
 
 

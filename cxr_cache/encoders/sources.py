@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cxr_cache.encoders.towers import SplitTower
 
 CONFIG_FILE = "open_clip_config.json"
+HUGGING_FACE_CONFIG = "config.json"
+"""Of transformers and of timm; open_clip's repositories may hold one, too."""
 IMAGENET: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """Statistics of the pixels that ``--normalize imagenet`` stands for."""
 
@@ -95,8 +97,8 @@ def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Pat
     except Exception as error:
         raise _hub_error(repo, files, error) from error
     raise EncoderError(
-        f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so open_clip cannot load "
-        "it. Check the name; it must be a repository in open_clip's format."
+        f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be loaded. "
+        "Check the name; it must be a repository in the format of open_clip, transformers or timm."
     )
 
 

@@ -44,17 +44,102 @@ def find_random(identifier: str) -> Source:
     return Source(name, name, model_cfg, {}, weights=None, seed=int(seed or 0))
 
 
+class PooledTower(nn.Module):
+    """A tower of timm, how its tokens are pooled, and what its own library does with the result.
+
+    `pool` is ``"default"`` for the tower's own way, and the projection `head` after it. The
+    others take the tokens after the final norm, without projection: ``"cls"`` the class token,
+    ``"mean"`` the mean over patches, ``"cls+mean"`` the two side by side. Registers are neither.
+    `positions_from_px` is the size of the images that position embeddings were trained on, where
+    they were resampled for this tower.
+    """
+
+    def __init__(
+        self,
+        trunk: Any,
+        head: nn.Module | None = None,
+        pool: str = "default",
+        positions_from_px: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head or nn.Identity()
+        self.pool, self.positions_from_px = pool, positions_from_px
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Compute the embedding, ``(B, D)``."""
+        return self.encode(pixels)[1]
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute pooled output and embedding of normalised pixels."""
+        if self.pool == "default":
+            pooled = self.trunk(pixels)
+            return pooled, self.head(pooled)
+        return self.finish(self.trunk.forward_features(pixels))
+
+    def finish(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn the tokens after the final norm into pooled output and embedding."""
+        trunk = self.trunk
+        if self.pool == "default":
+            pooled = trunk.forward_head(normed, pre_logits=True)
+            return pooled, self.head(trunk.head(pooled))
+        parts = []
+        if "cls" in self.pool:
+            parts.append(trunk.fc_norm(normed[:, 0]))  # either this norm or the one before is none
+        if "mean" in self.pool:
+            parts.append(trunk.fc_norm(normed[:, trunk.num_prefix_tokens :].mean(dim=1)))
+        pooled = torch.cat(parts, dim=-1)
+        return pooled, pooled
+
+
+def pool_otherwise(visual: Any, pool: str, name: str) -> PooledTower:
+    """Make a tower of timm's VisionTransformer that pools in another way than its own.
+
+    Raises
+    ------
+    EncoderError
+        The tower is of another kind, or has no class token.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = getattr(visual, "trunk", None)
+    if not isinstance(trunk, VisionTransformer):
+        raise EncoderError(
+            f"{name} pools in one way only: --pool is for vision transformers of timm and Hugging "
+            f"Face, and its image tower is a {type(trunk or visual).__name__}. Leave --pool out."
+        )
+    if "cls" in pool and not trunk.has_class_token:
+        raise EncoderError(
+            f"{name} has no class token that --pool {pool} could take. Choose --pool mean, or "
+            "leave it out."
+        )
+    return PooledTower(trunk, None, pool, getattr(visual, "positions_from_px", None))
+
+
+def split_pooled(visual: Any) -> SplitTower | None:
+    """Take a tower apart, or None. Subclasses may do anything, so only the exact type counts."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = visual.trunk
+    pools = visual.pool != "default" or getattr(trunk, "global_pool", "")
+    return TimmTower(visual) if type(trunk) is VisionTransformer and pools else None
+
+
 class TimmTower(SplitTower):
-    """timm's VisionTransformer inside open_clip's adapter: BiomedCLIP, and every `random:` ViT."""
+    """timm's VisionTransformer inside an adapter: open_clip's (BiomedCLIP), or ours."""
 
     def __init__(self, visual: Any) -> None:
         self._trunk, self._head = visual.trunk, visual.head
+        self._finish = visual.finish if isinstance(visual, PooledTower) else self._finish_theirs
+        pool = getattr(visual, "pool", "default")
         self.blocks = self._trunk.blocks
         self.reads_class_token_only = (
-            self._trunk.global_pool == "token"
-            and self._trunk.attn_pool is None
-            and _is_plain_timm_block(self.blocks[-1])
-        )
+            pool == "cls"
+            or (
+                pool == "default"
+                and self._trunk.global_pool == "token"
+                and self._trunk.attn_pool is None
+            )
+        ) and _is_plain_timm_block(self.blocks[-1])
         self.patch_grid = tuple(self._trunk.patch_embed.grid_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -84,7 +169,10 @@ class TimmTower(SplitTower):
         return tokens + block.ls2(block.mlp(block.norm2(tokens))), attention
 
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self._trunk.forward_head(self._trunk.norm(tokens), pre_logits=True)
+        return self._finish(self._trunk.norm(tokens))
+
+    def _finish_theirs(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self._trunk.forward_head(normed, pre_logits=True)
         return pooled, self._head(self._trunk.head(pooled))
 
 
