@@ -81,7 +81,7 @@ class EncoderIdentity:
         """The fields that matter, with the preprocessing's among them."""
         fields = {
             name: value
-            for name, value in self.to_dict().items()
+            for name, value in asdict(self).items()
             if name not in ("revision", "preprocessing", "is_random")
         }
         return fields | dict(self.preprocessing)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cxr_cache.common.wording import first_line, list_names
+from cxr_cache.common.wording import first_line
 from cxr_cache.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -117,13 +117,14 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return EncoderError(
             f"The Hugging Face hub does not give out {repo}: {first_line(error)} Check the name "
-            "and the revision; for a private or gated model accept its terms and set HF_TOKEN."
+            "and the revision; for a private or gated model accept its terms on "
+            f"https://huggingface.co/{repo} and set HF_TOKEN."
         )
     offline = isinstance(error, OfflineModeIsEnabled)
     reason = "HF_HUB_OFFLINE is set" if offline else first_line(error)
     return EncoderError(
-        f"{list_names(files, 1)} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
+        f"{' or '.join(files[:2])} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
         f"cannot be downloaded: {reason}\n"
         "Either connect to the network once, or set HF_HOME to a cache that holds the model, or "
-        f"copy {CONFIG_FILE} and the weights from {repo} into a folder and name it local-dir:PATH."
+        f"copy the files of https://huggingface.co/{repo} into a folder and name it local-dir:PATH."
     )
