@@ -705,8 +705,8 @@ class EncoderOptions(Config):
 
     name: str = option(
         DEFAULT_ENCODER,
-        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, an open_clip name, or "
-        "random:TIMM_NAME[:SEED].",
+        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, timm:NAME[?img_size=224], an "
+        "open_clip name, or random:TIMM_NAME[:SEED].",
         flag="--model",
     )
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.preprocessing import Preprocessing
@@ -33,7 +33,7 @@ from cxr_cache.encoders.sources import (
     fetch_from_hub,
 )
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
-from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors
+from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
 from cxr_cache.errors import ConfigError, EncoderError
 
 WEIGHTS_FILES: Final = ("model.safetensors", "pytorch_model.bin", "model.pt")
@@ -190,7 +190,7 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
     """Put a checkpoint's weights into the tower; every tensor must have its place."""
     assert source.weights is not None
     tensors = read_tensors(source.weights)
-    _require_numbers(tensors, source.weights)
+    require_numbers(tensors, source.weights)
     model_type = source.model_cfg["model_type"]
     settings = read_settings(source.model_cfg, source.origin)
     named = rename_tensors(tensors, source.weights)
@@ -200,28 +200,6 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
             f"{source.origin} asks for a {model_type}; take both from the same repository."
         )
     fill_tower(visual, fit_tensors(named, visual, model_type, settings), source.weights, "image")
-
-
-def _require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise where weights are quantised, NaN or infinite."""
-    packed = [
-        name
-        for name, tensor in tensors.items()
-        if not name.endswith("position_ids")
-        and (not tensor.is_floating_point() or tensor.element_size() == 1)
-    ]
-    if packed:
-        raise EncoderError(
-            f"{path} holds quantised weights ({list_names(packed, 3)}: "
-            f"{tensors[packed[0]].dtype}), from which the tower's own cannot be had back. Take "
-            "the model that it was made from."
-        )
-    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if damaged:
-        raise EncoderError(
-            f"{path} holds NaN or infinity in {list_names(damaged, 3)}. The file is damaged, or "
-            "its training diverged; take another one."
-        )
 
 
 # -- preprocessing ------------------------------------------------------------------------
@@ -297,7 +275,7 @@ def read_size(
 
 
 def read_preprocessing(
-    source: Source, visual: nn.Module, resize: str | None, normalize: str, bits_stored: int | None
+    source: Source, visual: Any, resize: str | None, normalize: str, bits_stored: int | None
 ) -> Preprocessing:
     """Read what a family's own image processor does, overridden by the caller."""
     cfg = source.preprocess_cfg
@@ -314,7 +292,7 @@ def read_preprocessing(
             f"{origin} does not scale pixels to 0..1 (do_rescale {cfg.get('do_rescale', True)}, "
             f"rescale_factor {cfg.get('rescale_factor')}), which is not offered."
         )
-    statistics = {"mean": cfg.get("image_mean"), "std": cfg.get("image_std")}
+    statistics: dict[str, Any] = {"mean": cfg.get("image_mean"), "std": cfg.get("image_std")}
     if not cfg.get("do_normalize", True):
         statistics = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
     if normalize == "imagenet":

@@ -135,7 +135,8 @@ def read_settings(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def make_arguments(model_type: str, settings: Mapping[str, Any], image_px: int) -> dict[str, Any]:
     """Give the arguments of timm's VisionTransformer for a family's settings."""
-    from timm.layers import SwiGLUPacked, get_act_layer
+    from timm.layers.create_act import get_act_layer
+    from timm.layers.mlp import GluMlp
 
     width = settings["hidden_size"]
     arguments = {
@@ -154,7 +155,10 @@ def make_arguments(model_type: str, settings: Mapping[str, Any], image_px: int) 
     }
     hidden = settings.get("intermediate_size") or int(width * settings["mlp_ratio"])
     if settings.get("use_swiglu_ffn"):
-        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+        arguments |= {
+            "mlp_layer": partial(GluMlp, gate_last=False),
+            "act_layer": nn.SiLU,
+        }
         hidden = 2 * ((int(hidden * 2 / 3) + 7) // 8 * 8)  # the gate's and the value's
     arguments["mlp_ratio"] = (hidden + 0.5) / width  # timm cuts the product to a whole number
     if not settings.get("vision_use_head", True):

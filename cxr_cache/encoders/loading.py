@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
 from cxr_cache.config import DEFAULT_ENCODER, POOLS, EncoderOptions
-from cxr_cache.encoders import hugging_face, open_clip
+from cxr_cache.encoders import hugging_face, open_clip, timm_models
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.sources import IMAGENET, Family, Source
@@ -18,6 +18,7 @@ from cxr_cache.errors import EncoderError
 FAMILIES: Final[dict[str, Family]] = {
     "open_clip": open_clip.FAMILY,
     "hugging_face": hugging_face.FAMILY,
+    "timm": timm_models.FAMILY,
     "random": replace(open_clip.FAMILY, find={"random": find_random}),
 }
 """Where names are looked up, in this order: the last family that knows a name's scheme says what
@@ -39,7 +40,7 @@ def find_encoder(name: str) -> tuple[Family, Source]:
         if identifier and scheme in family.find and (source := family.find[scheme](identifier)):
             return family, source
     raise EncoderError(
-        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, "
+        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, timm:NAME, "
         "random:TIMM_NAME, or an open_clip architecture with its weights, "
         "ViT-B-32/laion2b_s34b_b79k."
     )
@@ -67,6 +68,7 @@ def load_encoder(
         from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights, or
         with ``config.json``, weights and ``preprocessor_config.json`` as transformers writes them
         for DINOv2, ViT, CLIP and SigLIP.
+        ``timm:NAME`` or ``timm:NAME?img_size=224``: timm's published weights.
         ``ARCHITECTURE/TAG`` as open_clip lists them (``ViT-B-32/laion2b_s34b_b79k``).
         ``random:TIMM_NAME`` or ``random:TIMM_NAME:SEED``: seeded random weights.
     device

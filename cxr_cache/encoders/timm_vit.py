@@ -99,15 +99,16 @@ def pool_otherwise(visual: Any, pool: str, name: str) -> PooledTower:
     EncoderError
         The tower is of another kind, or has no class token.
     """
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     trunk = getattr(visual, "trunk", None)
-    if not isinstance(trunk, VisionTransformer):
+    if not isinstance(trunk, VisionTransformer | Eva):
         raise EncoderError(
             f"{name} pools in one way only: --pool is for vision transformers of timm and Hugging "
             f"Face, and its image tower is a {type(trunk or visual).__name__}. Leave --pool out."
         )
-    if "cls" in pool and not trunk.has_class_token:
+    if "cls" in pool and trunk.cls_token is None:
         raise EncoderError(
             f"{name} has no class token that --pool {pool} could take. Choose --pool mean, or "
             "leave it out."
@@ -117,11 +118,15 @@ def pool_otherwise(visual: Any, pool: str, name: str) -> PooledTower:
 
 def split_pooled(visual: Any) -> SplitTower | None:
     """Take a tower apart, or None. Subclasses may do anything, so only the exact type counts."""
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     trunk = visual.trunk
-    pools = visual.pool != "default" or getattr(trunk, "global_pool", "")
-    return TimmTower(visual) if type(trunk) is VisionTransformer and pools else None
+    if visual.pool == "default" and not getattr(trunk, "global_pool", ""):
+        return None
+    if type(trunk) is Eva and not getattr(trunk, "rope_mixed", False):
+        return EvaTower(visual)
+    return TimmTower(visual) if type(trunk) is VisionTransformer else None
 
 
 class TimmTower(SplitTower):
@@ -129,7 +134,7 @@ class TimmTower(SplitTower):
 
     def __init__(self, visual: Any) -> None:
         self._trunk, self._head = visual.trunk, visual.head
-        self._finish = visual.finish if isinstance(visual, PooledTower) else self._finish_theirs
+        self._visual = visual
         pool = getattr(visual, "pool", "default")
         self.blocks = self._trunk.blocks
         self.reads_class_token_only = (
@@ -169,11 +174,60 @@ class TimmTower(SplitTower):
         return tokens + block.ls2(block.mlp(block.norm2(tokens))), attention
 
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self._finish(self._trunk.norm(tokens))
-
-    def _finish_theirs(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self._trunk.norm(tokens)
+        if isinstance(self._visual, PooledTower):
+            return self._visual.finish(normed)
         pooled = self._trunk.forward_head(normed, pre_logits=True)
         return pooled, self._head(self._trunk.head(pooled))
+
+
+class EvaTower(SplitTower):
+    """timm's Eva: DINOv3 and EVA-X, whose blocks also take the rotary positions of the patches.
+
+    They depend on the grid alone, so that a tail makes them again.
+    """
+
+    reads_class_token_only = False
+
+    def __init__(self, visual: PooledTower) -> None:
+        self._visual = visual
+        self.blocks = [_RotatedBlock(block, visual.trunk) for block in visual.trunk.blocks]
+        self.patch_grid = tuple(visual.trunk.patch_embed.grid_size)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        trunk: Any = self._visual.trunk
+        tokens: Tensor = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(pixels))[0])
+        return tokens
+
+    def class_token_block(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError("the last block runs whole")
+
+    def shows_attention(self, block: nn.Module) -> bool:
+        return False
+
+    def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the attention of rotated queries is not shown")
+
+    def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        trunk: Any = self._visual.trunk
+        return self._visual.finish(trunk.norm(tokens))
+
+
+class _RotatedBlock(nn.Module):
+    """A block of Eva together with the rotary positions of its tower."""
+
+    def __init__(self, block: nn.Module, trunk: Any) -> None:
+        super().__init__()
+        self.block, self.rope = block, trunk.rope
+        self._grid = tuple(trunk.patch_embed.grid_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rope = self.rope
+        if rope is not None:  # one that was made for a grid knows it
+            is_fixed = getattr(rope, "feat_shape", None) is not None
+            rope = rope.get_embed() if is_fixed else rope.get_embed(shape=self._grid)
+        mixed: Tensor = self.block(tokens, rope=rope)
+        return mixed
 
 
 def _is_plain_timm_block(block: nn.Module) -> bool:

@@ -143,6 +143,28 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
     }
 
 
+def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise EncoderError where weights are quantised, NaN or infinite."""
+    packed = [
+        name
+        for name, tensor in tensors.items()
+        if not name.endswith(("position_ids", "num_batches_tracked"))
+        and (not tensor.is_floating_point() or tensor.element_size() == 1)
+    ]
+    if packed:
+        raise EncoderError(
+            f"{path} holds quantised weights ({list_names(packed, 3)}: "
+            f"{tensors[packed[0]].dtype}), from which the tower's own cannot be had back. Take "
+            "the model that it was made from."
+        )
+    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise EncoderError(
+            f"{path} holds NaN or infinity in {list_names(damaged, 3)}. The file is damaged, or "
+            "its training diverged; take another one."
+        )
+
+
 def fill_with_noise(visual: nn.Module, seed: int) -> None:
     """Fill every matrix with seeded uniform noise of unit gain; leave norms and biases as built.
 

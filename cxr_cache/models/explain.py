@@ -227,7 +227,7 @@ def find_extent(
     """
     height, width = shape
     side = min(height, width)
-    seen_height, seen_width = (height, width) if resize == "squash" else (side, side)
-    seen_height, seen_width = seen_height * share_seen, seen_width * share_seen
+    seen = (height, width) if resize == "squash" else (side, side)
+    seen_height, seen_width = (edge * share_seen for edge in seen)
     left, top = (width - seen_width) / 2, (height - seen_height) / 2
     return left, left + seen_width, top + seen_height, top
