@@ -19,8 +19,8 @@ from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.layouts import (
     LAYOUTS,
+    build_trunk,
     fit_tensors,
-    make_arguments,
     read_settings,
     rename_tensors,
 )
@@ -142,19 +142,17 @@ def _require_known(config: Mapping[str, Any], path: Path) -> None:
 
 def build_tower(source: Source) -> nn.Module:
     """Build timm's VisionTransformer for a configuration; its weights mean nothing yet."""
-    from timm.models.vision_transformer import VisionTransformer
-
     model_type = source.model_cfg["model_type"]
     settings = read_settings(source.model_cfg, source.origin)
     image_px = read_size(source.preprocess_cfg, settings["image_size"], None)[0]
-    arguments = make_arguments(model_type, settings, image_px)
     try:
-        trunk = VisionTransformer(**arguments, device="meta").to_empty(device="cpu")
+        trunk = build_trunk(model_type, settings, image_px)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise EncoderError(
             f"The image tower that {source.origin} describes cannot be built: {error}"
         ) from error
-    is_resampled = image_px // settings["patch_size"] != (
+    has_positions = getattr(trunk, "pos_embed", None) is not None
+    is_resampled = has_positions and image_px // settings["patch_size"] != (
         settings["image_size"] // settings["patch_size"]
     )
     positions_from_px = settings["image_size"] if is_resampled else None
@@ -206,7 +204,7 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
 
 _RESAMPLING: Final = {2: "bilinear", 3: "bicubic"}
 _OTHERS: Final = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
-_DEFAULT_RESAMPLING: Final = {"ViT": 2, "CLIP": 3, "Bit": 3, "Siglip": 3}
+_DEFAULT_RESAMPLING: Final = {"ViT": 2, "DINOv3ViT": 2, "CLIP": 3, "Bit": 3, "Siglip": 3}
 """By the kind of image processor, of files that leave it out."""
 _CROPPING: Final = ("CLIP", "Bit")
 """Kinds for which one number is the shortest edge, not the side of a square."""

@@ -75,6 +75,29 @@ LAYOUTS: Final[dict[str, Layout]] = {
         {"init_values": 1.0, "no_embed_class": True},
         {"mode": "bicubic", "antialias": True},
     ),
+    "dinov3_vit": Layout(
+        _BASE
+        | {
+            "hidden_size": 384,
+            "num_attention_heads": 6,
+            "intermediate_size": 1536,
+            "layer_norm_eps": 1e-5,
+            "num_register_tokens": 0,
+            "query_bias": True,
+            "key_bias": False,
+            "value_bias": True,
+            "use_gated_mlp": False,
+            "rope_theta": 100.0,
+        },
+        {
+            "init_values": 1.0,
+            "use_abs_pos_emb": False,
+            "use_rot_pos_emb": True,
+            "rope_type": "dinov3",
+            "rope_rotate_half": True,
+            "use_fc_norm": False,
+        },
+    ),
     "vit": Layout(_BASE | {"intermediate_size": 3072, "layer_norm_eps": 1e-12}),
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
@@ -133,8 +156,51 @@ def read_settings(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return settings
 
 
-def make_arguments(model_type: str, settings: Mapping[str, Any], image_px: int) -> dict[str, Any]:
-    """Give the arguments of timm's VisionTransformer for a family's settings."""
+def build_trunk(model_type: str, settings: Mapping[str, Any], image_px: int) -> nn.Module:
+    """Build timm's tower for a family's settings; its weights mean nothing yet."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    if model_type == "dinov3_vit":
+        with torch.random.fork_rng(devices=[]):  # it draws its initial weights
+            eva: nn.Module = Eva(**_arguments_of_eva(settings, image_px))
+        return eva
+    arguments = _arguments_of_vit(model_type, settings, image_px)
+    trunk: nn.Module = VisionTransformer(**arguments, device="meta")  # nothing is drawn
+    return trunk.to_empty(device="cpu")
+
+
+def _arguments_of_eva(settings: Mapping[str, Any], image_px: int) -> dict[str, Any]:
+    """Give the arguments of timm's Eva, whose keys have no bias."""
+    biases = [settings[f"{name}_bias"] for name in ("query", "key", "value")]
+    is_gated, activation = settings["use_gated_mlp"], _ACTIVATIONS[settings["hidden_act"]]
+    if biases not in ([True, False, True], [False, False, False]):
+        raise ValueError(f"biases of queries, keys and values are {biases}")
+    if activation != ("silu" if is_gated else "gelu"):
+        raise ValueError(f"hidden_act is {settings['hidden_act']} with use_gated_mlp {is_gated}")
+    width = settings["hidden_size"]
+    return {
+        "img_size": image_px,
+        "patch_size": settings["patch_size"],
+        "embed_dim": width,
+        "depth": settings["num_hidden_layers"],
+        "num_heads": settings["num_attention_heads"],
+        "qkv_bias": biases[0],
+        "num_reg_tokens": settings["num_register_tokens"],
+        "norm_layer": partial(nn.LayerNorm, eps=settings["layer_norm_eps"]),
+        "mlp_ratio": (settings["intermediate_size"] + 0.5) / width,  # cut to a whole number
+        "swiglu_mlp": is_gated,
+        "rope_temperature": settings["rope_theta"],
+        "global_pool": "token",
+        "num_classes": 0,
+        **LAYOUTS["dinov3_vit"].arguments,
+    }
+
+
+def _arguments_of_vit(
+    model_type: str, settings: Mapping[str, Any], image_px: int
+) -> dict[str, Any]:
+    """Give the arguments of timm's VisionTransformer."""
     from timm.layers.create_act import get_act_layer
     from timm.layers.mlp import GluMlp
 
@@ -171,7 +237,7 @@ _PREFIXES: Final = re.compile(
 )
 _IGNORED: Final = re.compile(
     r"text_model\..*|text_projection\..*|logit_scale|logit_bias|classifier\..*"
-    r"|(?:embeddings\.)?mask_token|.*\.position_ids"
+    r"|(?:embeddings\.)?mask_token|.*\.position_ids|rope_embeddings\.inv_freq"
 )
 """Tensors that no embedding of an image needs: the other tower, what was trained on top, what
 masked patches were replaced by, and positions counted from 0."""
@@ -183,7 +249,7 @@ _NAMES: Final = [
         r"embeddings\.(?:cls_token|class_embedding)|cls_token": "trunk.cls_token",
         r"embeddings\.register_tokens|register_tokens": "trunk.reg_token",
         r"embeddings\.position_embeddings?(?:\.weight)?|pos_embed": "trunk.pos_embed",
-        r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)" + _WB: (
+        r"embeddings\.(?:patch_embeddings(?:\.projection)?|patch_embedding)" + _WB: (
             r"trunk.patch_embed.proj\1"
         ),
         r"patch_embed\.proj" + _WB: r"trunk.patch_embed.proj\1",
@@ -251,6 +317,8 @@ def rename_tensors(tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor
             named = [f"{stem}{part}.{kind}" for part in parts]
             if all(part in renamed for part in named):
                 renamed[f"{stem}{whole}.{kind}"] = torch.cat([renamed.pop(part) for part in named])
+    for name in [name for name in renamed if ".mlp.value." in name]:  # there was no gate
+        renamed[name.replace(".mlp.value.", ".mlp.fc1.")] = renamed.pop(name)
     for name in [name for name in renamed if name.startswith("trunk.attn_pool.qkv.")]:
         tensor, kind = renamed.pop(name), name.rpartition(".")[2]
         width = len(tensor) // 3
@@ -282,6 +350,8 @@ def fit_tensors(
 ) -> dict[str, Tensor]:
     """Bring tensors into the shapes of the tower: axes of one, and positions for its input size."""
     expected = tower.state_dict()
+    if model_type == "dinov3_vit":
+        tensors = {_name_in_eva(name): tensor for name, tensor in tensors.items()}
     fitted = {
         name: tensor.reshape(expected[name].shape)
         if name in expected and tensor.squeeze().shape == expected[name].squeeze().shape
@@ -289,7 +359,7 @@ def fit_tensors(
         for name, tensor in tensors.items()
     }
     trunk = tower.trunk
-    n_before = int(trunk.has_class_token)
+    n_before = int(trunk.cls_token is not None)
     grid = settings["image_size"] // settings["patch_size"]
     positions = fitted.get("trunk.pos_embed")
     is_whole = positions is not None and positions.shape[-2] == n_before + grid**2
@@ -309,6 +379,11 @@ def fit_tensors(
             patch = patch.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
             fitted["trunk.patch_embed.proj.weight"] = patch
     return fitted
+
+
+def _name_in_eva(name: str) -> str:
+    name = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)
+    return re.sub(r"\.attn\.([qv])\.bias$", r".attn.\1_bias", name)
 
 
 def _resample(patches: Tensor, grid: int, new: tuple[int, int], model_type: str) -> Tensor:
