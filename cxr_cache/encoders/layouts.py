@@ -302,7 +302,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor
     origins: dict[str, str] = {}
     for name, tensor in tensors.items():
         bare = _PREFIXES.sub("", name)
-        if _IGNORED.fullmatch(bare):
+        if _IGNORED.fullmatch(bare) or not tensor.numel():  # no registers are an empty tensor
             continue
         new = _rename(bare)
         if new in renamed:

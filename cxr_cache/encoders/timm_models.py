@@ -6,8 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,7 +61,7 @@ def find_by_name(identifier: str) -> Source:
     if query:
         model_cfg["img_size"] = int(query.partition("=")[2])
     revision = weights.parent.name
-    return Source(f"timm:{identifier}", f"timm:{name}", model_cfg, cfg.to_dict(), weights, revision)
+    return Source(f"timm:{identifier}", f"timm:{name}", model_cfg, asdict(cfg), weights, revision)
 
 
 def find_in_folder(identifier: str) -> Source | None:
@@ -158,10 +158,11 @@ def read_preprocessing(
     source: Source, visual: Any, resize: str | None, normalize: str, bits_stored: int | None
 ) -> Preprocessing:
     """Read what timm's transform for evaluation does, overridden by the caller."""
-    from timm.data import resolve_data_config
+    from timm.data.config import resolve_data_config
 
     img_size = source.model_cfg.get("img_size")
-    cfg = resolve_data_config({"img_size": img_size}, dict(source.preprocess_cfg))
+    resolve: Callable[..., dict[str, Any]] = resolve_data_config
+    cfg = resolve({"img_size": img_size}, dict(source.preprocess_cfg))
     if normalize == "imagenet":
         cfg |= IMAGENET
     height, width = cfg["input_size"][1:]
