@@ -716,9 +716,10 @@ class EncoderOptions(Config):
         "fp32.",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    resize: Literal["squash", "crop"] | None = option(
+    resize: Literal["squash", "crop", "pad"] | None = option(
         None,
-        "How an image becomes square: squash squeezes it into shape, crop cuts out its middle.",
+        "How an image becomes square: squash squeezes it into shape, crop cuts out its middle, pad "
+        "adds black margins.",
         shown="as the encoder's configuration says",
     )
     normalize: Literal["encoder", "imagenet"] = option(

@@ -59,7 +59,8 @@ class Preprocessing:
     """How a file becomes the encoder's input; part of the encoder's identity.
 
     ``resize`` is ``"squash"`` (to a square, aspect ratio given up) or ``"crop"`` (shortest edge
-    to size, then the centre; open_clip's ``"shortest"``). ``bits_stored`` concerns 16-bit grey
+    to size, then the centre; open_clip's ``"shortest"``) or ``"pad"`` (longest edge to size, black
+    on either side; open_clip's ``"longest"``). ``bits_stored`` concerns 16-bit grey
     files only: the bits that the data set says are used, None for the full 16.
 
     ``resize_px`` is the size before the centre is cut out, where it is larger: DINOv2 resizes to
@@ -71,7 +72,7 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
-    resize: Literal["squash", "crop"]
+    resize: Literal["squash", "crop", "pad"]
     bits_stored: int | None = None
     resize_px: int | None = None
     crop_rounding: Literal["nearest", "down"] = "nearest"
@@ -89,8 +90,8 @@ class Preprocessing:
             raise ConfigError(
                 f"interpolation is '{self.interpolation}'; choose from {', '.join(_RESAMPLING)}."
             )
-        if self.resize not in ("squash", "crop"):
-            raise ConfigError(f"resize is '{self.resize}'; choose from squash, crop.")
+        if self.resize not in ("squash", "crop", "pad"):
+            raise ConfigError(f"resize is '{self.resize}'; choose from squash, crop, pad.")
         if self.bits_stored is not None and not 8 <= self.bits_stored <= 16:
             raise ConfigError(f"bits_stored is {self.bits_stored}; it must lie between 8 and 16.")
         if self.resize_px is not None and self.resize_px < self.image_size_px:
@@ -187,15 +188,22 @@ def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[
     if preprocessing.resize == "squash":
         return target, target
     width, height = size
+    if preprocessing.resize == "pad":  # an edge is at least one pixel, even of a line
+        ratio = max(size) / target
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
     longest = int(target * max(size) / min(size))
     return (target, longest) if width <= height else (longest, target)
 
 
 def _resize(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resize, then cut out the centre; to the pixel what the encoder's own transform does."""
+    """Resize, then cut out the centre; to the pixel what the encoder's own transform does.
+
+    What lies beyond the image is black.
+    """
     target = preprocessing.image_size_px
     width, height = _resized_size(picture.size, preprocessing)
     resized = picture.resize((width, height), _RESAMPLING[preprocessing.interpolation])
-    rounded = round if preprocessing.crop_rounding == "nearest" else int
+    is_nearest = preprocessing.crop_rounding == "nearest" and preprocessing.resize != "pad"
+    rounded = round if is_nearest else int
     left, top = rounded((width - target) / 2), rounded((height - target) / 2)
     return resized.crop((left, top, left + target, top + target))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from torch import nn
 
@@ -144,7 +144,8 @@ def build_tower(source: Source) -> nn.Module:
     """Build timm's VisionTransformer for a configuration; its weights mean nothing yet."""
     model_type = source.model_cfg["model_type"]
     settings = read_settings(source.model_cfg, source.origin)
-    image_px = read_size(source.preprocess_cfg, settings["image_size"], None)[0]
+    # Where images are of any shape, read_preprocessing asks the caller for one.
+    image_px = read_size(source.preprocess_cfg, settings["image_size"], "squash")[0]
     try:
         trunk = build_trunk(model_type, settings, image_px)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -217,7 +218,7 @@ def _find_kind(cfg: Mapping[str, Any]) -> str:
 
 def read_size(
     cfg: Mapping[str, Any], default_px: int, resize: str | None
-) -> tuple[int, int, Literal["squash", "crop"]]:
+) -> tuple[int, int, Literal["squash", "crop", "pad"]]:
     """Read the tower's input size, the size before the centre is cut out, and how it is resized.
 
     `resize` overrides the last; the whole image is then what is squashed or cut.
@@ -234,16 +235,19 @@ def read_size(
         is_cropping = _find_kind(cfg) in _CROPPING
         size = {"shortest_edge": size} if is_cropping else {"height": size, "width": size}
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if cfg.get("do_pad"):
-        raise EncoderError(f"{origin} pads images (do_pad), which is not offered.")
-    mode: Literal["squash", "crop"]
+    if cfg.get("do_pad") and resize is None:
+        raise EncoderError(
+            f"{origin} pads images (do_pad) in a way of its own. Choose --resize squash, crop or "
+            "pad."
+        )
+    mode: Literal["squash", "crop", "pad"]
     if isinstance(size, dict) and size.get("shortest_edge") and not size.get("longest_edge"):
         resized, mode = int(size["shortest_edge"]), "crop"
         sides = [crop.get("height"), crop.get("width")] if isinstance(crop, dict) else []
         if not sides and resize is None:
             raise EncoderError(
                 f"{origin} keeps the shape of each image, and the tower takes squares here. Choose "
-                "--resize squash or --resize crop."
+                "--resize squash, crop or pad."
             )
     elif isinstance(size, dict) and size.get("height") and size.get("width"):
         if size["height"] != size["width"]:
@@ -255,7 +259,7 @@ def read_size(
     elif resize is None:
         raise EncoderError(
             f"{origin} does not say how an image becomes a square of one size (size: {size!r}). "
-            "Choose --resize squash or --resize crop."
+            "Choose --resize squash, crop or pad."
         )
     else:
         resized, mode, sides = default_px, "crop", []
@@ -263,7 +267,7 @@ def read_size(
         raise EncoderError(f"{origin} asks for {sides[0]} x {sides[1]} pixels, not a square.")
     size_px = int(sides[0]) if sides and sides[0] else resized
     if resize is not None and resize != mode:
-        return size_px, size_px, "squash" if resize == "squash" else "crop"
+        return size_px, size_px, cast(Literal["squash", "crop", "pad"], resize)
     if resized < size_px:
         raise EncoderError(
             f"{origin} resizes images to {resized} pixels and cuts {size_px} out of them, which "
@@ -309,7 +313,7 @@ def read_preprocessing(
             interpolation=_RESAMPLING[resample],
             resize=mode,
             resize_px=None if resized == size_px else resized,
-            crop_rounding="nearest" if mode == "squash" and resized == size_px else "down",
+            crop_rounding="down" if mode == "crop" or resized != size_px else "nearest",
         )
     except (ConfigError, TypeError) as error:
         raise EncoderError(f"{origin}: {error}") from error

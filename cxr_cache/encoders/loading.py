@@ -77,7 +77,8 @@ def load_encoder(
         ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the processor computes it
         natively, else fp32.
     resize
-        ``"squash"`` or ``"crop"`` override what the encoder's configuration says; None keeps it.
+        ``"squash"``, ``"crop"`` or ``"pad"`` override what the encoder's configuration says; None
+        keeps it.
     normalize
         ``"encoder"`` for its own mean and standard deviation, ``"imagenet"`` for ImageNet's.
     bits_stored
@@ -108,7 +109,7 @@ def load_encoder(
     >>> embedding.shape, encoder.identity.is_random
     (torch.Size([2, 512]), True)
     """
-    require_choice("resize", resize, (None, "squash", "crop"))
+    require_choice("resize", resize, (None, "squash", "crop", "pad"))
     require_choice("normalize", normalize, ("encoder", "imagenet"))
     require_choice("pool", pool, POOLS)
     chosen_device = resolve_device(device)

@@ -208,7 +208,7 @@ class OpenClipTower(SplitTower):
         return pooled, pooled @ self._visual.proj
 
 
-_RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash"}
+_RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 
 
 def build_tower(source: Source) -> nn.Module:
@@ -257,7 +257,7 @@ def read_preprocessing(
     if resize is None:
         raise EncoderError(
             f"{source.origin} asks for resize_mode '{cfg['resize_mode']}', which is not offered. "
-            "Choose --resize squash or --resize crop."
+            "Choose --resize squash, crop or pad."
         )
     height, width = _pair(getattr(visual, "image_size", cfg["size"]))
     if height != width:
@@ -268,7 +268,7 @@ def read_preprocessing(
             mean=_three(cfg["mean"]),
             std=_three(cfg["std"]),
             interpolation=cfg["interpolation"],
-            resize=cast(Literal["squash", "crop"], resize),
+            resize=cast(Literal["squash", "crop", "pad"], resize),
         )
     except ConfigError as error:
         raise EncoderError(f"{source.origin}: {error}") from error

@@ -173,7 +173,7 @@ def read_preprocessing(
     if own is None and resize is None:
         raise EncoderError(
             f"{source.origin} asks for crop_mode '{cfg['crop_mode']}', which is not offered. "
-            "Choose --resize squash or --resize crop."
+            "Choose --resize squash, crop or pad."
         )
     larger = math.floor(height / cfg["crop_pct"])
     is_own = resize is None or resize == own

@@ -223,10 +223,10 @@ def find_extent(
     """What of a picture ``(H, W)`` the encoder saw: all of it, or the central square.
 
     Of either only the middle, where the encoder cuts it out of a larger image: `share_seen` of
-    each side. Gives left, right, bottom and top.
+    each side. A padded picture is seen with its margins. Gives left, right, bottom and top.
     """
     height, width = shape
-    side = min(height, width)
+    side = max(height, width) if resize == "pad" else min(height, width)
     seen = (height, width) if resize == "squash" else (side, side)
     seen_height, seen_width = (edge * share_seen for edge in seen)
     left, top = (width - seen_width) / 2, (height - seen_height) / 2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,7 @@ from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.loading import load_encoder, recorded_options
 from cxr_cache.errors import EncoderError
-from tests.encoders.test_encoder import draw_pixels, relative_error
+from tests.encoders.test_encoder import COMMIT, draw_pixels, relative_error, write_hub_cache
 
 transformers = pytest.importorskip("transformers")
 
@@ -207,6 +208,46 @@ def test_transformers_is_not_needed(tmp_path, monkeypatch):
     assert load_encoder(name).identity.n_blocks == 3
 
 
+def test_siglip2_takes_squares_if_asked(tmp_path):
+    """Its own images keep their shape, and come cut into patches."""
+    settings = SIGLIP | {"num_patches": 16, "patch_size": 16}
+    settings.pop("image_size")
+    name, theirs = write_model(
+        tmp_path / "m", "Siglip2VisionModel", "Siglip2VisionConfig", settings, 64
+    )
+    (tmp_path / "m" / "preprocessor_config.json").write_text(
+        json.dumps(PROCESSING | {"image_processor_type": "Siglip2ImageProcessor"})
+    )
+    with pytest.raises(EncoderError, match=r"does not say how.*--resize squash"):
+        load_encoder(name)
+    encoder = load_encoder(name, resize="squash", precision="fp32")
+    pixels = draw_pixels(2, 64)
+    patches = encoder.prepare(pixels).unfold(2, 16, 16).unfold(3, 16, 16)  # (B, 3, 4, 4, 16, 16)
+    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    with torch.inference_mode():
+        output = theirs(
+            patches, pixel_attention_mask=torch.ones(2, 16), output_hidden_states=True,
+            spatial_shapes=torch.tensor([[4, 4], [4, 4]]),
+        )  # fmt: skip
+
+    for n_unfrozen in (1, 3):
+        tokens, _, embedding = encoder.encode_with_tokens(pixels, n_unfrozen)
+        assert relative_error(tokens, output.hidden_states[3 - n_unfrozen]) < 1e-5
+        assert relative_error(embedding, output.pooler_output) < 1e-5
+
+
+def test_a_cached_repository_loads(tmp_path, monkeypatch):
+    name, _ = write_model(tmp_path / COMMIT, *FAMILIES["dinov2"])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = ("config.json", "model.safetensors", "preprocessor_config.json")
+    write_hub_cache(tmp_path / "hub", "org/dino", tmp_path / COMMIT, files)
+
+    identity = load_encoder("hf-hub:org/dino", precision="fp32").identity
+
+    assert (identity.name, identity.revision) == ("hf-hub:org/dino", COMMIT)
+    assert identity.differences(load_encoder(name, precision="fp32").identity) == {}
+
+
 # --- Pooling -------------------------------------------------------------------------------------
 
 
@@ -310,7 +351,7 @@ REFUSED_PROCESSING: dict[str, tuple[dict[str, Any], str]] = {
     "oblong": ({"size": {"height": 64, "width": 32}}, "64 x 32 pixels, not a square"),
     "any shape": ({"size": {"shortest_edge": 64}}, "keeps the shape.*--resize squash"),
     "longest edge": ({"size": {"longest_edge": 64}}, "does not say how.*--resize squash"),
-    "no size": ({"size": None}, "does not say how.*--resize crop"),
+    "no size": ({"size": None}, "does not say how.*--resize squash"),
     "lanczos": ({"resample": 1}, "interpolation lanczos; offered are bilinear, bicubic"),
     "padding": ({"do_pad": True}, "pads images"),
     "not scaled": ({"do_rescale": False}, r"does not scale pixels to 0\.\.1"),
@@ -329,6 +370,14 @@ def test_a_way_of_preparing_images_that_is_not_offered_is_refused(vit, changes, 
     write_processing(vit, **({"size": {"height": 64, "width": 64}} | changes))
     with pytest.raises(EncoderError, match=rf"preprocessor_config\.json.*{message}"):
         load_encoder(f"local-dir:{vit}")
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_a_rule_for_images_of_any_shape_needs_the_caller(vit, resize):
+    write_processing(vit, size={"shortest_edge": 64})
+    preprocessing = load_encoder(f"local-dir:{vit}", resize=resize).preprocessing
+    assert (preprocessing.resize, preprocessing.image_size_px) == (resize, 64)
+    assert preprocessing.resize_px is None
 
 
 def test_the_caller_decides_how_images_become_square(vit):
