@@ -28,7 +28,8 @@ class ConfigError(CxrCacheError, ValueError):
         """Give the message with the fields under the names of `flags`, as a command has them."""
         if not self.problems:
             return str(self)
-        return "; ".join(f"{flags.get(field, field)} {text}" for field, text in self.problems) + "."
+        said = "; ".join(f"{flags.get(field, field)} {text}" for field, text in self.problems)
+        return said if said.endswith("?") else f"{said}."
 
 
 class TableError(CxrCacheError, ValueError):

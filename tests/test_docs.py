@@ -14,7 +14,7 @@ from cxr_cache.cli.main import cli
 from scripts.write_commands import OUT, render
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 CODE = sorted((ROOT / "cxr_cache").rglob("*.py"))
 LOGGERS = {"cxr_cache.training.epochs"}  # a channel's name, not a module's
 PACKAGES = {path.parent.name for path in (ROOT / "cxr_cache").glob("*/__init__.py")}

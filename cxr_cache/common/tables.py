@@ -67,7 +67,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise TableError(f"{path} has a header ({list_names(header)}) but no rows.")
     lines = pd.RangeIndex(2, len(table) + 2, name="line")
     cells = {name: _as_text(table.iloc[:, i]) for i, name in enumerate(header)}
-    return pd.DataFrame({name: pd.Series(cells[name], lines, object) for name in header})
+    text: pd.DataFrame = pd.DataFrame({n: pd.Series(cells[n], lines, object) for n in header})
+    return text
 
 
 def _as_text(column: pd.Series[Any]) -> list[str]:
@@ -114,9 +115,10 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     text = _decode(path)
-    separator = _detect_separator(text)
-    if len(text) >= _LONG_TEXT and (table := _parse_plain(text, separator, path)) is not None:
-        return table
+    separator = detect_separator(text)
+    quick = _parse_plain(text, separator, path) if len(text) >= _LONG_TEXT else None
+    if quick is not None:
+        return quick
     records = list(_parse_records(text, separator, path))
     if not records:
         raise TableError(f"{path} is empty; it should hold a header and one row per entry.")
@@ -202,7 +204,8 @@ def _decode_windows_1252(content: bytes, path: Path) -> str:
     return text
 
 
-def _detect_separator(text: str) -> str:
+def detect_separator(text: str) -> str:
+    """The separator that divides the first line of a text most."""
     header = next(iter(text.lstrip().splitlines()), "")
     unquoted = re.sub(r'"[^"]*("|$)', "", header)
     return max(SEPARATORS, key=unquoted.count)
@@ -247,9 +250,10 @@ def _parse_plain(text: str, separator: str, path: Path) -> pd.DataFrame | None:
         header, columns = header[:-1], columns[:-1]
     _require_named_once(header, path)
     series = [pd.Series(cells, lines, object) for cells in columns]
-    table = pd.DataFrame(dict(zip(header, series, strict=True)))
-    is_blank = (table == "").all(axis=1) if (table.iloc[:, 0] == "").any() else np.zeros(1, bool)
-    return table[~is_blank] if is_blank.any() else table
+    table: pd.DataFrame = pd.DataFrame(dict(zip(header, series, strict=True)))
+    if (table.iloc[:, 0] == "").any():
+        table = table[~(table == "").all(axis=1)]
+    return table
 
 
 def _has_white_space(content: NDArray[np.uint8], separator: str) -> bool:

@@ -208,8 +208,8 @@ def read_lists(
             codes[row] = BLANK
         for name in names:
             meant = normalise_name(aliases.get(normalise_name(name), name))
-            if (place := column_of.get(meant)) is not None:
-                codes[row, place] = PRESENT
+            if meant in column_of:
+                codes[row, column_of[meant]] = PRESENT
     return tuple(findings), codes[places]
 
 
@@ -281,20 +281,22 @@ def apply_policy(
     return targets
 
 
-def pick_findings(findings: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+def pick_findings(
+    findings: Sequence[str], wanted: Sequence[str] | None, columns: Sequence[str] = ()
+) -> list[int]:
     """Places of the findings that the user wants, in the user's order; all, if none are named.
 
     Raises
     ------
     ConfigError
-        One of them is not there.
+        One of them is not there; the message suggests one that is, or one of the `columns`.
     """
     if wanted is None:
         return list(range(len(findings)))
     place_of = {normalise_name(name): place for place, name in enumerate(findings)}
     for name in wanted:
         if normalise_name(name) not in place_of:
-            near = nearest_names(name, findings)
+            near = nearest_names(name, [*findings, *columns])
             hint = f" Did you mean {near[0]}?" if near else ""
             problem = f"names {name!r}, which the data set does not have.{hint}"
             raise ConfigError(problems=[("findings", problem)])

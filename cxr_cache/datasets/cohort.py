@@ -253,13 +253,13 @@ def _complete_table(images: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _to_text(column: pd.Series[Any]) -> list[str]:
+def _to_text(column: pd.Series[Any]) -> NDArray[np.object_]:
     """Cells as text; equal ones are one object, as most studies and views recur."""
-    cells = column.tolist()
+    cells = column.to_numpy(object)
     if pd.api.types.infer_dtype(cells, skipna=False) != "string":
-        cells = ["" if pd.isna(cell) else _write_cell(cell) for cell in cells]
-    known: dict[str, str] = {}
-    return [known.setdefault(cell, cell) for cell in cells]
+        cells = np.array(["" if pd.isna(cell) else _write_cell(cell) for cell in cells], object)
+    codes, known = pd.factorize(cells)
+    return np.asarray(known[codes], object)
 
 
 def _write_cell(cell: Any) -> str:

@@ -306,8 +306,8 @@ def note_patients(images: pd.DataFrame) -> list[str]:
         if n_images >= _MANY and n_images > _LARGE_SHARE * len(images):
             notes.append(
                 f"Patient {largest!r} has {n_images:,} of the {count(len(images), 'image')} "
-                f"({n_images / len(images):.0%}); is this word no patient but stands for unknown, "
-                "leave its cells blank."
+                f"({n_images / len(images):.0%}). If this word stands for unknown patients, leave "
+                "its cells blank."
             )
     if "hospital" in images and len(known):
         pairs = images.loc[patients != "", ["patient_id", "hospital"]].drop_duplicates()

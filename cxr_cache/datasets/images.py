@@ -456,10 +456,11 @@ def _open_header(data: bytes) -> ImageFile.ImageFile:
     except UnidentifiedImageError as error:
         raise ImageError(_describe_beginning(data)) from error
     except OSError as error:
-        if not data.startswith(b"WEBP", 8):
+        webp = data.startswith(b"WEBP", 8)
+        if not webp and not data.startswith(b"jP  ", 4):
             raise
-        # Pillow hands the whole file to the decoder at once, which says no more than that
-        cut = len(data) < 8 + int.from_bytes(data[4:8], "little")
+        # Pillow hands a whole WebP to the decoder at once, which says no more than that
+        cut = webp and len(data) < 8 + int.from_bytes(data[4:8], "little")
         raise ImageError(_TRUNCATED if cut else _describe_beginning(data)) from error
     except KeyError as error:  # Pillow was built without the library for this format
         raise ImageError(f"this machine's Pillow cannot read {error.args[0]} files") from error

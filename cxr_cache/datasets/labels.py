@@ -94,7 +94,7 @@ def count_unknown_tags(problems: Sequence[str]) -> Counter[str]:
 
     Examples
     --------
-    >>> count_unknown_tags(["Cardiomegally; Edema", "normal", "cardiomegally"])
+    >>> count_unknown_tags(["Cardiomegally; Scoliosis", "normal", "cardiomegally"])
     Counter({'cardiomegally': 2})
     """
     known = _COLUMNS_OF_TAG.keys() | _TAGS_OF_NO_FINDING
@@ -225,7 +225,8 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
     key, column = _find_key(table, images, path)
     if "reader" not in find_roles(table, path, ReadConfig(), may_choose=("image",)):
         require_unique(table, column, path)
-    config = ReadConfig(**{f"{key}_column": column})
+    named: dict[str, Any] = {f"{key}_column": column}
+    config = ReadConfig(**named)
     if "label" in table:
         findings, targets = _read_listed(table["label"], cohort.findings, path)
         sheet = read_sheet(table.drop(columns="label"), path, config, findings=())
@@ -245,8 +246,15 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
             f"{table[column].iloc[0]!r}, theirs {images[COLUMN_OF_KEY[key]].iloc[0]!r}. "
             "Image ids are paths relative to the image folder."
         )
-    facts = {name: np.append(rows.facts[name], "")[places] for name in rows.facts if name != key}
+    facts: dict[str, NDArray[np.object_]] = {
+        str(name): np.append(rows.facts[name].to_numpy(object), "")[places]
+        for name in rows.facts
+        if name != key
+    }
     changed, notes = _add_facts(images, facts, path)
+    ignored = [name for name, use in sheet.uses.items() if use.startswith("ignored")]
+    if ignored:
+        notes.append(f"Not used of {path.name}: {list_names(ignored, 5)}.")
     reading = Reading(
         format="" if cohort.reading is None else cohort.reading.format,
         columns=sheet.uses,
@@ -328,7 +336,7 @@ def _add_facts(
             changed[column] = np.where(old == "", new, old)
             used.append(_STATED.get(column, column))
     if used:
-        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images, which is used.")
+        notes.insert(0, f"{path.name} also tells {', '.join(used)} of the images: it is used.")
     return changed, notes
 
 

@@ -41,7 +41,7 @@ def list_images(image_dir: Path) -> list[str]:
             for name in sorted(names)
             if not name.startswith(".") and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
         ]
-    return found
+    return sorted(found)
 
 
 def locate_images(

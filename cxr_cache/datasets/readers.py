@@ -12,10 +12,10 @@ from cxr_cache.common.wording import suggest
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.collections import catalogue
+from cxr_cache.datasets.collections.indiana import read_indiana
 from cxr_cache.datasets.collections.recognise import recognise
 from cxr_cache.datasets.columns import note_patients
 from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
-from cxr_cache.datasets.indiana import read_indiana
 from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
 

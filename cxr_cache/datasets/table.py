@@ -241,7 +241,7 @@ def _read_findings(
     if wanted or known is not None:
         findings = list(wanted)
     else:
-        for column in free:
+        for column in listing if config.findings is not None else free:
             uses[column] = use = _judge(table[column], column in listing)
             if use == "finding":
                 findings.append(column)
@@ -391,7 +391,8 @@ def join_sheets(
     notes += missing_notes
     images, study_notes = _to_images(facts)
     notes += study_notes
-    picked = [names[i] for i in pick_findings(names, config.findings)]
+    columns = [column for sheet in (main, *others) for column in sheet.uses]
+    picked = [names[i] for i in pick_findings(names, config.findings, columns)]
     matrix = np.column_stack([targets[f] for f in picked]) if picked else np.empty((len(images), 0))
     sheets = (main, *others)
     prefix = len({sheet.path for sheet in sheets}) > 1
@@ -458,8 +459,8 @@ def _join(
             _require_agreement(old, new, both, column, where, facts[key], paths)
         facts[column] = _first(old, new)
         origins.setdefault(column, sheet.path)
-    for column, finding in enumerate(sheet.findings):
-        values = np.append(rows.targets[:, column], np.float32(np.nan))[place]
+    for number, finding in enumerate(sheet.findings):
+        values = np.append(rows.targets[:, number], np.float32(np.nan))[place]
         known = targets.get(finding)
         if known is not None:
             both = ~np.isnan(values) & ~np.isnan(known)
@@ -507,7 +508,7 @@ def _match_files(sheets: Sequence[Sheet], image_dir: Path, path: Path) -> Sheet:
             ids = sheet.facts[key].drop_duplicates()
             image_ids, rows = find_by_id(ids.tolist(), files)
             if image_ids:
-                facts = pd.DataFrame({"image": image_ids, key: ids.to_numpy(object)[rows]}, object)
+                facts = pd.DataFrame({"image": image_ids, key: ids.to_numpy(object)[rows]})
                 codes = np.empty((len(image_ids), 0), np.int8)
                 return Sheet(image_dir, facts, (), codes, {})
     columns = {column: None for sheet in sheets for column in sheet.uses}

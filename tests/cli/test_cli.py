@@ -242,7 +242,7 @@ def test_train_writes_a_whole_run_and_prints_what_it_found(run):
         "fold_heads.safetensors",
         "predictions.csv out_of_fold.csv metrics.json per_finding.csv plots report.html",
         "model_card.md",
-        "per_finding_by_study.csv subgroups.csv curves.csv calibration.csv",
+        "per_finding_by_study.csv subgroups.csv group_differences.csv curves.csv calibration.csv",
     }
     assert {path.name for path in run.iterdir()} == set(" ".join(expected).split())
     output = succeed("evaluate", run, "--resamples", 100)

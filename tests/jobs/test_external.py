@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,20 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.readers import load_cohort
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, RunError, TableError
 from cxr_cache.evaluation.evaluate import evaluate_predictions, score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.jobs.external import evaluate_on_store
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training.train import fit_run
+from tests.evaluation.test_matching import NIH
 from tests.synthetic import FINDINGS, IMPORTED, QUICK, make_cohort, make_embeddings
 
 OTHER = ("Cardiomegaly", "pleural effusion", "Nodule", "Hernia", "Fracture")
@@ -338,3 +344,53 @@ def test_nothing_is_read_or_written_where_nothing_can_be_scored(run, tmp_path):
     with pytest.raises(TableError, match="labels none of the findings"):
         evaluate_on_store(run, path, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_indiana_and_nih_test_each_other(shared_data, tmp_path):
+    """Real pixels of both collections through a random encoder: what is compared, not how well."""
+    encoder = load_encoder("random:test_vit", precision="fp32")
+    stores = {
+        "indiana": (read_some_of_indiana(shared_data), shared_data / "indiana_256" / "images"),
+        "nih": (read_nih(shared_data), shared_data / "nih_1024" / "images"),
+    }
+    for name, (cohort, images) in stores.items():
+        config = ExtractConfig(num_workers=0)
+        extract_embeddings(cohort, images, tmp_path / f"{name}.h5", encoder, config)
+
+    for ours, other in (("indiana", "nih"), ("nih", "indiana")):
+        run = fit_run(tmp_path / f"{ours}.h5", tmp_path / ours, replace(QUICK, n_folds=2)).run
+        store, out = tmp_path / f"{other}.h5", tmp_path / f"{ours}_on_{other}"
+        said = evaluate(run.path, "--store", store, "--out", out, "--resamples", 20)
+        assert f"6 of the run's {len(run.config['findings'])} findings can be scored:" in said
+        assert re.search("Effusion +Effusion +differs +Indiana's Effusion is", said)
+        assert "belong to the run's own data" not in said
+        assert "have an id that a patient of the run's own data has" not in said
+        targets = pd.read_csv(out / "targets.csv")
+        assert len(targets) == len(stores[other][0])
+        assert (out / "report.html").is_file()
+
+
+def read_some_of_indiana(shared_data: Path) -> Cohort:
+    cohort = load_cohort(shared_data / "indiana_256")
+    images = shared_data / "indiana_256" / "images"
+    there = [row for row, name in enumerate(cohort.image_ids) if (images / name).is_file()]
+    return cohort.take(np.array(there[:300]))
+
+
+def read_nih(shared_data: Path) -> Cohort:
+    path = shared_data / "nih_1024" / "Data_Entry_2017.csv"
+    table = pd.read_csv(path, dtype=str, index_col=False)
+    listed = table["Finding Labels"].str.get_dummies("|")
+    findings = tuple(NIH)
+    targets = listed.reindex(columns=list(findings), fill_value=0).to_numpy(np.float32)
+    images = pd.DataFrame(
+        {
+            "image_id": table["Image Index"],
+            "study_uid": table["Patient ID"] + "_" + table["Follow-up #"],
+            "patient_id": table["Patient ID"],
+            "sex": table["Patient Gender"],
+            "age": table["Patient Age"],
+        }
+    )
+    return Cohort(images, targets, findings, reading=Reading("nih"))

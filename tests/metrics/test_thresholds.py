@@ -24,7 +24,8 @@ def test_thresholds_reach_the_best_f1_of_any_cut(seed, decimals):
     thresholds = choose_thresholds(targets, scores)
 
     f1 = rates(confusion_counts(targets, scores >= thresholds)).f1
-    for f in (1, 3, 4, 5, 6):
+    assert thresholds[1] == NEVER, "it has positives only"
+    for f in (3, 4, 5, 6):
         labelled = ~np.isnan(targets[:, f])
         t, s = targets[labelled, f], scores[labelled, f]
         best = max(2 * t[s >= cut].sum() / (t.sum() + (s >= cut).sum()) for cut in np.unique(s))
@@ -125,15 +126,13 @@ def test_a_target_out_of_reach_means_never():
 
 @pytest.mark.parametrize("rule", THRESHOLD_RULES)
 def test_no_rule_calls_what_it_cannot_judge(rule):
-    """All negative: nothing to find. All positive: no specificity to look at. No label: neither."""
+    """All negative: nothing to find. All positive: nothing to tell it from. No label: neither."""
     targets = np.array([[0.0, 1.0, np.nan], [0.0, 1.0, np.nan]])
     scores = np.array([[0.2, 0.2, 0.2], [0.7, 0.7, 0.7]])
 
-    never, always, unlabelled = choose_thresholds(targets, scores, rule)
+    negative, positive, unlabelled = choose_thresholds(targets, scores, rule)
 
-    assert never == unlabelled == NEVER
-    looks_at_negatives = rule.startswith(("youden", "specificity"))
-    assert (always == NEVER) == looks_at_negatives
+    assert negative == positive == unlabelled == NEVER
     assert choose_thresholds(targets[:1], scores[:1], rule)[0] == NEVER  # one row
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxr_cache.datasets.cohort import Reading
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import score_run
+from cxr_cache.jobs.external import evaluate_on_store
 from cxr_cache.models.run import Run
 from cxr_cache.report.page import render_page
 from cxr_cache.report.report import write_joint_report
 from cxr_cache.report.views import collect_differences, read_view
+from cxr_cache.training.train import fit_run
 from tests.evaluation.test_evaluate import FINDINGS, make_run
 from tests.report.test_report import copy_run, keep_zero_shot, make_rival
+from tests.synthetic import QUICK, make_cohort, make_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -351,7 +356,44 @@ CONTRAST = """(element, prop) => {
 }"""
 
 
-@pytest.mark.parametrize(("kind", "width"), [("page", 320), ("page", 390), ("joint", 390)])
+@pytest.fixture(scope="module")
+def external(folder) -> Path:
+    """The page of a test on another data set, with a finding that is not labelled there."""
+    run = fit_run(make_store(folder / "own.h5", make_cohort(60)), folder / "own", QUICK).run
+    cohort = make_cohort(30, seed=4)
+    ages = [str(20 + row) for row in range(len(cohort))]
+    names = [f"other/{row}.png" for row in range(len(cohort))]
+    other = replace(
+        cohort.assign(age=ages, image_id=names),
+        findings=("Fibrosis", *cohort.findings[1:]),
+        reading=Reading("nih"),
+    )
+    store = make_store(folder / "other.h5", other)
+    evaluate_on_store(run, store, out=folder / "external", n_resamples=20)
+    return folder / "external" / "report.html"
+
+
+def test_the_page_of_an_external_test_stands_beside_the_runs_own(see, external):
+    seen = see(external)
+
+    assert seen.tab.locator("h1").inner_text() == "own on other"
+    assert "5 of its 6 findings" in seen.tab.locator(".lead").inner_text()
+    assert {"#external", "#matching"} <= {
+        link.get_attribute("href") for link in seen.tab.locator("nav a").all()
+    }
+    for anchor in seen.tab.locator("nav a").all():
+        assert seen.tab.locator(anchor.get_attribute("href")).count() == 1
+    assert "1 of the run’s findings are unlabelled here" in seen.tab.locator("#trust").inner_text()
+    assert "Not labelled there: Cardiomegaly." in seen.tab.locator("#matching").inner_text()
+    assert "Here, chosen anew (optimistic)" in seen.texts("#external thead th")
+    assert not seen.tab.locator("#split, #search, #cases").count()
+    seen.tab.get_by_role("button", name="Nodule").click()
+    assert seen.tab.locator("tr.detail figure.chart").count() == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"), [("page", 320), ("page", 390), ("joint", 390), ("external", 390)]
+)
 def test_nothing_sticks_out_of_a_small_screen(see, request, kind, width):
     seen = see(request.getfixturevalue(kind), viewport={"width": width, "height": 800})
     seen.tab.get_by_role("button", name="Nodule").click()

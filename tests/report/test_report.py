@@ -499,7 +499,7 @@ def test_several_runs_share_a_page_with_their_paired_differences(evaluated, riva
 
 def test_a_warning_that_all_runs_share_is_told_once(evaluated, rival):
     views = [
-        read_view(Run(run.path, {**run.config, "warnings": ["both", name]}))
+        read_view(Run(run.path, {**run.config, "warnings": ["told of both", name]}))
         for run, name in ((evaluated, "ours"), (rival, "theirs"))
     ]
     differences = {"rival": {m: {"": None} for m in ("auroc", "ap")}}
@@ -509,7 +509,7 @@ def test_a_warning_that_all_runs_share_is_told_once(evaluated, rival):
 
     text = Page(render_page(views, differences=differences)).text
 
-    assert text.count("both") == 1
+    assert text.count("told of both") == 1
     assert "run: ours" in text
     assert "rival: theirs" in text
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cxr_cache.cli.main import main
 from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.images import read_image
+from cxr_cache.datasets.images import read_image, require_stated_bits
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.encoding import cosines
@@ -277,6 +278,22 @@ def test_the_wrong_folder_is_refused_when_continuing_unless_nothing_is_left(
         extract_embeddings(some, tmp_path / "empty", path, encoder, QUICK)
     with FeatureStore.open(path) as store:
         assert store.count_rows().n_failed == 0
+
+
+def test_12_bit_values_in_16_bit_files_are_refused_before_anything_is_written(
+    cohort, encoder, tmp_path
+):
+    """They would be encoded as nearly black; the remedy makes the same images usable."""
+    rng = np.random.default_rng(0)
+    for image_id in cohort.image_ids:
+        values = rng.integers(0, 4096, (32, 32)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / image_id, "PNG")
+    with pytest.raises(ConfigError, match="Give --bits-stored 12 to scale them"):
+        extract_embeddings(cohort, tmp_path, tmp_path / "s.h5", encoder)
+    assert not (tmp_path / "s.h5").exists()
+    for bits in (12, 16):
+        stated = dataclasses.replace(encoder.preprocessing, bits_stored=bits)
+        require_stated_bits(tmp_path, cohort.image_ids, stated)
 
 
 def test_an_extraction_in_which_every_image_failed_is_no_success(cohort, encoder, tmp_path):

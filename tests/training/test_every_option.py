@@ -58,7 +58,7 @@ OF_ANY_RECIPE: dict[str, Any] = {
     "dropout": 0.0,
     "norm": "layer",
     "input_norm": "none",
-    "threshold_rule": "sensitivity=0.9",
+    "threshold_rule": "specificity=0.9",
     "calibration": "temperature",
 }
 OF_A_HEAD = OF_ANY_RECIPE | {

@@ -130,7 +130,13 @@ def test_a_fine_tuned_run_is_a_run_like_any_other(tuned, tmp_path):
     assert write_report(run).stat().st_size > 10_000
     assert {path.name for path in run.path.iterdir()} == {
         *("config.json", "model.safetensors", "metrics.json", "report.html", "plots"),
-        *("model_card.md", "curves.csv", "calibration.csv", "per_finding_by_study.csv"),
+        *(
+            "model_card.md",
+            "group_differences.csv",
+            "curves.csv",
+            "calibration.csv",
+            "per_finding_by_study.csv",
+        ),
         "subgroups.csv",
         *(f"{name}.csv" for name in ("splits", "targets", "epoch_search", "history")),
         *(f"{name}.csv" for name in ("predictions", "out_of_fold", "per_finding")),
@@ -275,10 +281,14 @@ def test_a_store_without_the_tokens_is_refused_for_evaluation(tuned, without_tok
 
 
 def test_images_give_the_run_that_tokens_give(without_tokens, images, store, tmp_path):
-    """Tokens are rounded to float16 in the store, so figures agree to about three digits."""
-    config = replace(TUNED, flip=True)
+    """Tokens are rounded to float16 in the store, so figures agree to about three digits.
+
+    At usual rates, because at TUNED's AdamW doubles what differs with every step.
+    """
+    usual = replace(TUNED, learning_rate=1e-4, head_learning_rate=1e-3)
+    config = replace(usual, flip=True)
     from_images = tune_run(without_tokens, tmp_path / "i", config, image_dir=images)
-    from_tokens = tune_run(store, tmp_path / "t", TUNED)
+    from_tokens = tune_run(store, tmp_path / "t", usual)
     assert from_images.run.config["finetune"]["source"] == "images"
     ours, theirs = (r.run.read_table("history")["train_loss"] for r in (from_images, from_tokens))
     np.testing.assert_allclose(ours, theirs, rtol=2e-3)

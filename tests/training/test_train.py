@@ -132,7 +132,14 @@ def test_a_whole_run_is_evaluated_and_reported(store, tmp_path):
 
     assert names == trained_files() | {
         *("metrics.json", "per_finding.csv", "per_finding_by_study.csv", "subgroups.csv"),
-        *("curves.csv", "calibration.csv", "report.html", "model_card.md", "plots"),
+        *(
+            "group_differences.csv",
+            "curves.csv",
+            "calibration.csv",
+            "report.html",
+            "model_card.md",
+            "plots",
+        ),
     }
 
 

@@ -9,9 +9,10 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from cxr_cache.common.tables import read_table
-from cxr_cache.datasets.codes import BLANK
+from cxr_cache.common.tables import read_table, require_columns
+from cxr_cache.datasets.codes import ABSENT, BLANK, PRESENT, UNCERTAIN
 from cxr_cache.datasets.collections.listing import (
     CHEXPERT_FINDINGS,
     CHEXPERT_NOTE,
@@ -45,6 +46,7 @@ _BRAX_FACTS: Final = {
     "PatientSex": "sex",
     "ViewPosition": "view_position",
 }
+_JSON_CODES: Final = {1: PRESENT, 0: ABSENT, -1: UNCERTAIN, None: BLANK}
 _AS_FINDINGS: Final = dict.fromkeys(CHEXPERT_FINDINGS, "finding")
 
 
@@ -109,11 +111,9 @@ def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -
             f"{path} holds {tables[0].name}, which has no labels. Put impression_fixed.json of "
             "CheXpert Plus beside it."
         )
-    lines = found[0].read_text("utf-8").splitlines()
-    labels = pd.DataFrame.from_records([json.loads(line) for line in lines if line.strip()])
-    row_of = pd.Index(labels["path_to_image"]).get_indexer(pd.Index(table["path_to_image"]))
-    values = labels.reindex(columns=list(CHEXPERT_FINDINGS)).to_numpy(float)
-    codes = np.where(np.isnan(values), BLANK, values).astype(np.int8)
+    require_columns(table, ("split",), tables[0])
+    labelled, codes = _read_json_labels(found[0])
+    row_of = pd.Index(labelled).get_indexer(pd.Index(table["path_to_image"]))
     images = _list_images(table, "path_to_image", tables[0])
     return Listing(
         images.assign(given_split=read_splits(table["split"], tables[0])),
@@ -128,6 +128,22 @@ def list_chexpert_plus(tables: list[Path], path: Path, image_dir: Path | None) -
     )
 
 
+def _read_json_labels(file: Path) -> tuple[list[str], NDArray[np.int8]]:
+    """Paths of the images that a file of JSON lines labels, and their codes."""
+    paths, rows = [], []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        try:
+            labels = json.loads(line)
+            paths.append(labels["path_to_image"])
+            rows.append([_JSON_CODES[labels.get(finding)] for finding in CHEXPERT_FINDINGS])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise TableError(
+                f"{file}, line {number}: not the labels of an image in JSON, with path_to_image "
+                f"and each finding as 1, 0, -1 or null ({error!r}). Fetch the file anew."
+            ) from error
+    return paths, np.array(rows, np.int8)
+
+
 def list_brax(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
     """Read ``master_spreadsheet_update.csv``: the labeller on reports in Portuguese.
 
@@ -135,6 +151,7 @@ def list_brax(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
     of its kind. Ages are in steps of five years.
     """
     table = read_table(tables[0])
+    require_columns(table, ("PatientID", "PatientAge"), tables[0])
     return Listing(
         take_columns(table, _BRAX_FACTS).assign(
             study_uid=(table["PatientID"] + "_" + table["AccessionNumber"]).to_numpy(object),

@@ -12,13 +12,10 @@ import numpy as np
 import pandas as pd
 
 from cxr_cache.datasets.collections.listing import Listing
+from cxr_cache.datasets.columns import SPLIT_WORDS
 from cxr_cache.datasets.locate import list_images as list_files
 from cxr_cache.errors import TableError
 
-_SIDES: Final = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
-}
 _NORMAL: Final = frozenset({"normal", "healthy", "negative", "no finding", "nofinding", "normals"})
 """Class folders of images on which nothing was found; they are no finding of their own."""
 _MOST_CLASSES: Final = 50
@@ -73,7 +70,7 @@ def parse_class_folders(paths: Sequence[str]) -> pd.DataFrame | None:
     ]
     while all(parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
-    sides = [_SIDES.get(p[0].lower(), "") if p else "" for p in parts]
+    sides = [SPLIT_WORDS.get(p[0].lower(), "") if p else "" for p in parts]
     if all(sides):
         parts = [p[1:] for p in parts]
     if not all(len(p) == 1 for p in parts) or len({p[0] for p in parts}) < 2:
@@ -106,7 +103,7 @@ def list_classes(tables: list[Path], path: Path, image_dir: Path | None) -> List
     return Listing(
         images.assign(study_uid=images["image_id"], **named),
         tuple(findings),
-        np.column_stack([of_class == name for name in findings]).astype(np.int8),
+        (of_class.to_numpy(object)[:, None] == np.array(findings, object)).astype(np.int8),
         split="the folders of the data set" if given else "",
         notes=(rule.note,) if rule and rule.note else (),
     )
@@ -118,13 +115,12 @@ def list_images(tables: list[Path], path: Path, image_dir: Path | None) -> Listi
     if not paths:
         raise TableError(f"{image_dir or path} holds no image.")
     rule, named = match_names(paths)
-    present = named.pop("present", [])
+    findings = (rule.finding,) if rule and rule.finding else ()
+    codes = np.array(named.pop("present", []), np.int8).reshape(len(paths), len(findings))
     return Listing(
         pd.DataFrame({"image_id": paths, "study_uid": paths, **named}),
-        (rule.finding,) if rule and present else (),
-        np.array(present, np.int8).reshape(len(paths), -1)
-        if present
-        else np.empty((len(paths), 0), np.int8),
+        findings,
+        codes,
         notes=(rule.note,) if rule and rule.note else (),
     )
 

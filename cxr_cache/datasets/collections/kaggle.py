@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import read_table
+from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.datasets.codes import PRESENT, read_codes
 from cxr_cache.datasets.collections.listing import Listing, say_columns
 from cxr_cache.datasets.collections.places import find_beside
@@ -36,11 +36,13 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
     images = pd.DataFrame({"image_id": names, "study_uid": names})
     classes = find_beside(path, "*detailed_class_info.csv*")
     for file in classes[:1]:
-        table = read_table(file).drop_duplicates("patientId").set_index("patientId")
+        table = read_table(file)
+        require_columns(table, ("patientId", "class"), file)
+        table = table.drop_duplicates("patientId").set_index("patientId")
         images["image_class"] = table["class"].reindex(names).fillna("").to_numpy(object)
     mappings = find_beside(path, "*dataset-mappings*.json")
     for file in mappings[:1]:
-        of_nih = {entry["subset_img_id"]: entry["img_id"] for entry in json.loads(file.read_text())}
+        of_nih = _read_mappings(file)
         images["patient_id"] = [of_nih.get(name, "")[:8].lstrip("0") for name in names]
     return Listing(
         images.assign(image_id="stage_2_train_images/" + images["image_id"] + ".dcm"),
@@ -50,6 +52,18 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
         columns=say_columns(boxes, {"patientId": "image", "Target": "finding Pneumonia"}),
         notes=(_FROM_NIH,),
     )
+
+
+def _read_mappings(file: Path) -> dict[str, str]:
+    """Name of NIH's image for each of RSNA's."""
+    try:
+        entries = json.loads(file.read_text("utf-8"))
+        return {entry["subset_img_id"]: entry["img_id"] for entry in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise TableError(
+            f"{file} is not a list of images of RSNA and NIH in JSON ({error!r}). Fetch it anew, "
+            "or move it away to do without patients."
+        ) from error
 
 
 def list_siim(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:

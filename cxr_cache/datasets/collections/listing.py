@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import hash_file
+from cxr_cache.common.tables import hash_file, require_columns
 from cxr_cache.common.wording import count
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.codes import (
@@ -104,7 +104,9 @@ def say_columns(table: pd.DataFrame, *uses: Mapping[str, str]) -> dict[str, str]
 
 def read_chexpert_codes(table: pd.DataFrame, path: Path) -> NDArray[np.int8]:
     """Codes of the columns of CheXpert's labeller, ``(N, 14)``."""
-    return read_codes(table.rename(columns=_OTHER_NAMES), CHEXPERT_FINDINGS, path)
+    table = table.rename(columns=_OTHER_NAMES)
+    require_columns(table, CHEXPERT_FINDINGS, path)
+    return read_codes(table, CHEXPERT_FINDINGS, path)
 
 
 def make_cohort(

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_table
+from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.codes import BLANK
 from cxr_cache.datasets.collections.listing import (
@@ -49,10 +49,11 @@ def list_mimic(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     codes = np.full((len(table), len(CHEXPERT_FINDINGS)), BLANK, np.int8)
     for file in (*labels[:1], *by_radiologist):
         of_studies = read_table(file)
+        require_columns(of_studies, ("study_id",), file)
         rows = pd.Index(of_studies["study_id"]).get_indexer(pd.Index(table["study_id"]))
         codes[rows >= 0] = read_chexpert_codes(of_studies, file)[rows[rows >= 0]]
     images = take_columns(table, _COLUMNS)
-    splits = [file for file in tables if "split" in peek(file)]
+    splits = [file for file in find_beside(path, "*split.csv*") if "split" in peek(file)]
     for file in splits[:1]:
         split = read_table(file).set_index("dicom_id")["split"]
         images["given_split"] = read_splits(split.reindex(table["dicom_id"]).fillna(""), file)
@@ -60,10 +61,10 @@ def list_mimic(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     written = "files/p" + patient.str[:2] + "/p" + patient + "/s" + study + "/" + name + ".jpg"
     unlabelled = (codes == BLANK).all(axis=1)
     notes = [CHEXPERT_NOTE]
-    if unlabelled.any():
+    if n_without := images["study_uid"][unlabelled].nunique():
         notes.append(
-            f"{count(images['study_uid'][unlabelled].nunique(), 'study')} have no label at all and "
-            "are unlabelled, whatever is made of a blank cell."
+            f"Whatever is made of blank cells, {count(n_without, 'study')} without a single label "
+            f"{'is' if n_without == 1 else 'are'} unlabelled."
         )
     notes += [
         f"Findings of the studies in {file.name} are a radiologist's." for file in by_radiologist

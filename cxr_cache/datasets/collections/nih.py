@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_table
+from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.codes import read_lists
 from cxr_cache.datasets.collections.listing import Listing, say_columns, take_columns
@@ -41,6 +41,7 @@ def list_nih(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
     follow-up number counts a patient's images.
     """
     table = read_table(tables[0])
+    require_columns(table, (*_COLUMNS, *_FURTHER), tables[0])
     known = (*FINDINGS, NO_FINDING)
     findings, codes = read_lists(table["Finding Labels"], tables[0], findings=known, separator="|")
     listed = {name for cell in table["Finding Labels"].unique() for name in cell.split("|")}

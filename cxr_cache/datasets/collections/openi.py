@@ -12,6 +12,7 @@ import pandas as pd
 from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.codes import BLANK
 from cxr_cache.datasets.collections.listing import Listing
+from cxr_cache.datasets.collections.places import find_home
 from cxr_cache.datasets.labels import FINDINGS, assign_targets, count_unknown_tags
 from cxr_cache.errors import TableError
 
@@ -25,8 +26,9 @@ REPORTS: Final = (
 
 def find_reports(path: Path) -> list[Path]:
     """The XML files of the reports, where there are any."""
+    home = find_home(path)
     for place in REPORTS:
-        if found := sorted((path / place).glob("*.xml")):
+        if found := sorted((home / place).glob("*.xml")):
             return found
     return []
 
@@ -53,6 +55,8 @@ def list_openi(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
         for image in report.iter("parentImage"):
             images.append({"image_id": image.get("id", ""), "study_uid": uid.get("id", "")})
             problems.append(terms)
+    if not files:
+        raise TableError(f"{path} holds no report of Open-i; these are ecgen-radiology/*.xml.")
     if not images:
         raise TableError(f"{path}: none of the {len(files):,} reports names an image.")
     table = pd.DataFrame(images)

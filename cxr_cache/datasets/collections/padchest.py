@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_table
+from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.datasets.codes import PRESENT, read_lists
 from cxr_cache.datasets.collections.listing import Listing, say_columns, take_columns
 
@@ -28,6 +28,7 @@ def list_padchest(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
     Blanks around a label are no part of it. An image with one of :data:`REMARKS` is unlabelled.
     """
     table = read_table(tables[0])
+    require_columns(table, (*_COLUMNS, "PatientBirth", "StudyDate_DICOM"), tables[0])
     cells = table["Labels"].replace("nan", "")
     names, codes = read_lists(cells, tables[0], separator=",")
     unusable = {name: codes[:, names.index(name)] == PRESENT for name in REMARKS if name in names}

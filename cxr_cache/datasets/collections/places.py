@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
-from cxr_cache.common.tables import TABLE_SUFFIXES
+from cxr_cache.common.tables import TABLE_SUFFIXES, detect_separator
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.locate import IMAGE_SUFFIXES, default_image_dir, locate_images
 
@@ -29,9 +29,18 @@ def list_tables(path: Path) -> list[Path]:
     ]
 
 
+def find_home(folder: Path) -> Path:
+    """The folder itself, or the only one in it, which archives often unpack to."""
+    inside = [entry for entry in folder.iterdir() if entry.name[0] != "."]
+    while len(inside) == 1 and inside[0].is_dir():
+        folder = inside[0]
+        inside = [entry for entry in folder.iterdir() if entry.name[0] != "."]
+    return folder
+
+
 def find_beside(path: Path, *patterns: str) -> list[Path]:
     """Files of the data set at `path` (its folder, or one of its tables) whose names fit."""
-    home = path if path.is_dir() else path.parent
+    home = find_home(path) if path.is_dir() else path.parent
     found = {
         file
         for folder in TABLE_FOLDERS
@@ -50,10 +59,11 @@ def peek(path: Path) -> pd.DataFrame:
         elif path.suffix == ".xlsx":
             table = pd.read_excel(path, nrows=1, dtype=str)
         else:
-            table = pd.read_csv(
-                path, nrows=1, dtype=str, encoding_errors="replace", keep_default_na=False
-            )
-    except (OSError, ValueError, ImportError):  # whoever reads it whole says what is wrong
+            as_text: dict[str, Any] = {"nrows": 1, "dtype": str, "keep_default_na": False}
+            as_text["encoding_errors"] = "replace"
+            line = pd.read_csv(path, sep="\1", header=None, **as_text)
+            table = pd.read_csv(path, sep=detect_separator(line.iloc[0, 0]), **as_text)
+    except Exception:  # of any library; whoever reads the table whole says what is wrong
         table = pd.DataFrame()
     head: pd.DataFrame = table.rename(columns=lambda name: str(name).strip())
     return head

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from cxr_cache.common.tables import read_table
+from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.datasets.codes import ABSENT, BLANK, PRESENT, UNCERTAIN
 from cxr_cache.datasets.collections.listing import Listing, say_columns, take_columns
 from cxr_cache.datasets.collections.places import find_beside
@@ -27,6 +27,7 @@ _COLUMNS: Final = {"UID": "study_uid", "PatientID": "patient_id", "Sex": "sex", 
 def list_taix_ray(tables: list[Path], path: Path, image_dir: Path | None) -> Listing:
     """Read ``annotation.csv``, and ``split.csv`` beside it; each image is a study of its own."""
     table = read_table(tables[0])
+    require_columns(table, FINDINGS, tables[0])
     steps = table[list(FINDINGS)].apply(lambda cells: cells.str.removesuffix(".0"))
     strange = ~steps.isin(list(_STEPS)).to_numpy()
     if strange.any():

@@ -7,8 +7,9 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from cxr_cache.common.tables import read_table
+from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.datasets.codes import PRESENT, read_codes
 from cxr_cache.datasets.collections.listing import Listing, say_columns
 from cxr_cache.errors import TableError
@@ -46,7 +47,7 @@ def list_vindr(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
             }
         ),
         tuple(findings),
-        np.concatenate([read_codes(table, findings, file) for file, table in read.items()]),
+        np.concatenate([_read_codes(table, findings, file) for file, table in read.items()]),
         files=tuple(tables),
         several_readers=True,
         split="VinDr-CXR's tables for training and testing" if both else "",
@@ -55,6 +56,11 @@ def list_vindr(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
         ),
         notes=(_NO_PATIENTS,),
     )
+
+
+def _read_codes(table: pd.DataFrame, findings: list[str], file: Path) -> NDArray[np.int8]:
+    require_columns(table, findings, file)
+    return read_codes(table, findings, file)
 
 
 def _require_one_row_per_reader(table: pd.DataFrame, file: Path) -> None:
@@ -75,7 +81,8 @@ def list_vinbigdata(tables: list[Path], path: Path, image_dir: Path | None) -> L
     """
     table = read_table(tables[0])
     row_of, pairs = pd.factorize(table["image_id"] + "/" + table["rad_id"])
-    classes = table.assign(number=pd.to_numeric(table["class_id"])).drop_duplicates("class_id")
+    numbers = pd.to_numeric(table["class_id"], errors="coerce")
+    classes = table.assign(number=numbers).drop_duplicates("class_name")
     findings = tuple(classes.sort_values("number")["class_name"])
     codes = np.zeros((len(pairs), len(findings)), np.int8)
     codes[row_of, pd.Index(findings).get_indexer(pd.Index(table["class_name"]))] = PRESENT

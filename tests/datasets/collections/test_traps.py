@@ -134,7 +134,7 @@ def test_mimic_joins_labels_by_study_and_leaves_studies_without_any_unlabelled(t
     assert edema["50414267"] == [1, 1]
     unlabelled = np.isnan(cohort.targets).all(axis=1)
     assert set(cohort.study_uids[unlabelled]) == {"50414273", "50414274"}
-    assert "2 studies have no label at all" in say_notes(cohort)
+    assert "2 studies without a single label are unlabelled" in say_notes(cohort)
 
 
 def test_mimics_test_studies_have_the_labels_of_the_radiologist(tmp_path):
@@ -315,6 +315,31 @@ def test_a_data_set_of_two_forms_is_refused_with_both(tmp_path):
         load_cohort(tmp_path)
 
 
+def test_a_folder_around_the_data_set_is_as_good(tmp_path):
+    lay_out("chexpert", tmp_path)  # CheXpert-v1.0-small/ is all that tmp_path holds
+
+    cohort = load_cohort(tmp_path, image_dir=tmp_path)
+
+    assert cohort.reading.format == "chexpert"
+    assert cohort.image_ids[0].startswith("CheXpert-v1.0-small/t")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_published_table_is_recognised_with_another_separator(tmp_path, separator):
+    path = lay_out("rsna", tmp_path) / "stage_2_train_labels.csv"
+    path.write_text(path.read_text().replace(",", separator))
+
+    assert load_cohort(path).reading.format == "rsna"
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.csv.gz", "x.xlsx", "x.parquet", "x.csv"])
+def test_a_table_that_is_none_is_refused_in_a_sentence(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK no table\0")
+
+    with pytest.raises(TableError, match=re.escape(name)):
+        load_cohort(tmp_path / name)
+
+
 def test_two_tables_of_one_form_are_refused_with_both(tmp_path):
     folder = lay_out("nih", tmp_path)
     table = folder / "Data_Entry_2017.csv"
@@ -361,3 +386,42 @@ def test_a_reader_of_ones_own_is_three_lines(tmp_path, monkeypatch):
     monkeypatch.setitem(READERS, "ours", read_ours)
 
     assert load_cohort(tmp_path, format="ours").findings == ("Edema",)
+
+
+# -------------------------------------------------------------------- damaged tables
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "column"),
+    [
+        ("nih", "Data_Entry_2017.csv", "Patient ID"),
+        ("chexpert", "train.csv", "Edema"),
+        ("brax", "master_spreadsheet_update.csv", "PatientID"),
+        ("taix-ray", "metadata/annotation.csv", "Atelectasis_Left"),
+        ("vindr", "annotations/image_labels_train.csv", "Edema"),
+    ],
+)
+def test_a_column_that_is_missing_is_named(tmp_path, name, table, column):
+    path = lay_out(name, tmp_path) / table
+    path.write_text(path.read_text().replace(column, "renamed", 1))
+
+    with pytest.raises(TableError, match=rf"has no column '{column}'"):
+        load_cohort(path.parents[table.count("/")])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("chexpert-plus", "impression_fixed.json", "{}\n", "line 1: not the labels of an image"),
+        ("chexpert-plus", "impression_fixed.json", "no\n", "line 1: not the labels of an image"),
+        ("rsna", "x-dataset-mappings.json", "[1]", "is not a list of images of RSNA and NIH"),
+        ("openi", "ecgen-radiology/1.xml", "<a>", "is not whole XML"),
+        ("openi", "ecgen-radiology/1.xml", "<a/>", "has no uId, which names the study"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
+    folder = lay_out(name, tmp_path)
+    (folder / file).write_text(content)
+
+    with pytest.raises(TableError, match=message):
+        load_cohort(folder)

@@ -94,6 +94,10 @@ def test_it_is_extracted_and_trained_on(laid_out, tmp_path, monkeypatch):
         assert features.cohort.reading.format == form
         patients = dict(zip(features.cohort.image_ids, features.cohort.groups, strict=True))
         n_labelled = (~np.isnan(features.cohort.targets)).any(axis=1).sum()
+        given = features.cohort.images.get("given_split", pd.Series("", range(tree.n_images)))
+        in_test = set(features.cohort.image_ids[(given == "test").to_numpy()])
     assert len(splits) == n_labelled
+    if "test" in tree.split:
+        assert set(splits["image_id"][splits["split"] == "test"]) == in_test
     pairs = splits.assign(group=splits["image_id"].map(patients))[["group", "split"]]
     assert tree.split or not pairs.drop_duplicates()["group"].duplicated().any()

@@ -18,8 +18,8 @@ from cxr_cache.common.tables import (
 )
 from cxr_cache.common.wording import count, list_names
 from cxr_cache.config import ReadConfig
-from cxr_cache.datasets.codes import pick_findings
-from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.codes import BLANK, Policy, apply_policy, pick_findings
+from cxr_cache.datasets.cohort import FACTS, IMAGE_COLUMNS, Cohort, Reading
 from cxr_cache.datasets.columns import FACT_ROLES, ROLE_NAMES, find_roles, require_named, restrict
 from cxr_cache.datasets.labels import (
     FINDINGS,
@@ -116,10 +116,15 @@ def read_indiana(
     if "label" not in images and "label" not in reports and "Problems" in reports:
         notes += _note_unknown_tags(reports["Problems"].tolist())
     picked = pick_findings(FINDINGS, config.findings)
+    policy = Policy().with_config(config, FINDINGS)
     targets = _parse_targets(images, reports, report_of_image, images_path, reports_path)
+    codes = np.where(np.isnan(targets), BLANK, targets).astype(np.int8)
+    has_report = report_of_image >= 0
+    targets[has_report] = apply_policy(codes[has_report], FINDINGS, policy)
+    ordered = [name for name in (*IMAGE_COLUMNS, *FACTS) if name in table]
     given = [use for use in uses.values() if use.startswith("given")]
     return Cohort(
-        pd.DataFrame(table),
+        pd.DataFrame({name: table[name] for name in dict.fromkeys([*ordered, *table])}),
         targets[:, picked],
         tuple(FINDINGS[place] for place in picked),
         source={
@@ -128,6 +133,7 @@ def read_indiana(
         reading=Reading(
             "indiana",
             columns=uses,
+            policy=policy.to_text() if config.blank or config.uncertain else "",
             split=f"columns of {images_path.name} and {reports_path.name}" if given else "",
             notes=tuple(notes),
         ),
