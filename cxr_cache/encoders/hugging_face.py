@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from torch import nn
 
@@ -164,12 +164,17 @@ def build_tower(source: Source) -> nn.Module:
 def _build_head(source: Source, width: int) -> nn.Module | None:
     """Build what follows the pooling, which is what the file has weights for."""
     assert source.weights is not None
-    shapes = {name.rpartition("model.")[2]: shape for name, shape in read_names(source.weights)}
-    shape = next((s for n, s in shapes.items() if n.endswith("visual_projection.weight")), None)
-    if shape is not None and len(shape) == 2:
-        return nn.Linear(width, shape[0], bias=False)
-    is_vit = source.model_cfg["model_type"] == "vit"
-    if is_vit and any(name.endswith("pooler.dense.weight") for name in shapes):
+    widths = {
+        name: shape[0]
+        for name, shape in read_names(source.weights)
+        if name.endswith(("visual_projection.weight", "pooler.dense.weight")) and len(shape) == 2
+    }
+    if not widths:
+        return None
+    name, projected_width = next(iter(widths.items()))
+    if name.endswith("visual_projection.weight"):
+        return nn.Linear(width, projected_width, bias=False)
+    if source.model_cfg["model_type"] == "vit":
         activation = {"tanh": nn.Tanh, "linear": nn.Identity}.get(
             source.model_cfg.get("pooler_act", "tanh")
         )
@@ -179,7 +184,7 @@ def _build_head(source: Source, width: int) -> nn.Module | None:
                 "neither tanh nor linear."
             )
         head = nn.Sequential()
-        head.add_module("dense", nn.Linear(width, width))
+        head.add_module("dense", nn.Linear(width, projected_width))
         head.add_module("activation", activation())
         return head
     return None
@@ -203,6 +208,7 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
 
 # -- preprocessing ------------------------------------------------------------------------
 
+ResizeMode: TypeAlias = Literal["squash", "crop", "pad"]
 _RESAMPLING: Final = {2: "bilinear", 3: "bicubic"}
 _OTHERS: Final = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
 _DEFAULT_RESAMPLING: Final = {"ViT": 2, "DINOv3ViT": 2, "CLIP": 3, "Bit": 3, "Siglip": 3}
@@ -218,10 +224,10 @@ def _find_kind(cfg: Mapping[str, Any]) -> str:
 
 def read_size(
     cfg: Mapping[str, Any], default_px: int, resize: str | None
-) -> tuple[int, int, Literal["squash", "crop", "pad"]]:
+) -> tuple[int, int, ResizeMode]:
     """Read the tower's input size, the size before the centre is cut out, and how it is resized.
 
-    `resize` overrides the last; the whole image is then what is squashed or cut.
+    `resize` overrides the last; the whole image is then what is resized.
 
     Raises
     ------
@@ -231,49 +237,36 @@ def read_size(
     origin = cfg.get("origin", "The preprocessing")
     size = cfg.get("size") if cfg.get("do_resize", True) else None
     crop = cfg.get("crop_size") if cfg.get("do_center_crop", False) else None
-    if isinstance(size, int):
-        is_cropping = _find_kind(cfg) in _CROPPING
-        size = {"shortest_edge": size} if is_cropping else {"height": size, "width": size}
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if cfg.get("do_pad") and resize is None:
-        raise EncoderError(
-            f"{origin} pads images (do_pad) in a way of its own. Choose --resize squash, crop or "
-            "pad."
-        )
-    mode: Literal["squash", "crop", "pad"]
-    if isinstance(size, dict) and size.get("shortest_edge") and not size.get("longest_edge"):
-        resized, mode = int(size["shortest_edge"]), "crop"
-        sides = [crop.get("height"), crop.get("width")] if isinstance(crop, dict) else []
-        if not sides and resize is None:
-            raise EncoderError(
-                f"{origin} keeps the shape of each image, and the tower takes squares here. Choose "
-                "--resize squash, crop or pad."
-            )
-    elif isinstance(size, dict) and size.get("height") and size.get("width"):
-        if size["height"] != size["width"]:
-            raise EncoderError(
-                f"{origin} asks for {size['height']} x {size['width']} pixels, not a square."
-            )
-        resized, mode = int(size["height"]), "squash"
-        sides = [crop.get("height"), crop.get("width")] if isinstance(crop, dict) else []
-    elif resize is None:
-        raise EncoderError(
-            f"{origin} does not say how an image becomes a square of one size (size: {size!r}). "
-            "Choose --resize squash, crop or pad."
-        )
-    else:
-        resized, mode, sides = default_px, "crop", []
-    if len(set(sides)) > 1:
-        raise EncoderError(f"{origin} asks for {sides[0]} x {sides[1]} pixels, not a square.")
-    size_px = int(sides[0]) if sides and sides[0] else resized
-    if resize is not None and resize != mode:
-        return size_px, size_px, cast(Literal["squash", "crop", "pad"], resize)
+    if isinstance(size, int) and _find_kind(cfg) in _CROPPING:
+        size = {"shortest_edge": size}
+    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
+    sides, cut = _read_sides(size, origin), _read_sides(crop, origin)
+    is_known = (shortest and cut and not size.get("longest_edge")) or sides
+    if resize is None and (cfg.get("do_pad") or not is_known):
+        how = "pads images (do_pad) in a way of its own"
+        if not cfg.get("do_pad"):
+            how = f"does not say how an image becomes a square (size {size!r}, crop_size {crop!r})"
+        raise EncoderError(f"{origin} {how}. Choose --resize squash, crop or pad.")
+    resized = shortest or sides or default_px
+    size_px, mode = cut or resized, "crop" if shortest else "squash"
+    if resize is not None and (resize != mode or not is_known):
+        return size_px, size_px, cast(ResizeMode, resize)
     if resized < size_px:
         raise EncoderError(
             f"{origin} resizes images to {resized} pixels and cuts {size_px} out of them, which "
-            "would leave a black margin. Choose --resize squash."
+            "would leave a black margin. Choose --resize squash, crop or pad."
         )
-    return size_px, resized, mode
+    return size_px, resized, cast(ResizeMode, mode)
+
+
+def _read_sides(size: Any, origin: str) -> int | None:
+    """Read the side of a square, which may be one number; None where there is none."""
+    if not isinstance(size, dict):
+        return size if isinstance(size, int) else None
+    height, width = size.get("height"), size.get("width")
+    if height != width:
+        raise EncoderError(f"{origin} asks for {height} x {width} pixels, not a square.")
+    return height
 
 
 def read_preprocessing(

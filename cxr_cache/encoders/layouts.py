@@ -315,7 +315,8 @@ def rename_tensors(tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor
         for name in [name for name in renamed if re.search(rf"{re.escape(parts[0])}\.\w+$", name)]:
             stem, _, kind = name.rpartition(f"{parts[0]}.")
             named = [f"{stem}{part}.{kind}" for part in parts]
-            if all(part in renamed for part in named):
+            shapes = {tuple(renamed[p].shape[1:]) if p in renamed else None for p in named}
+            if len(shapes) == 1 and None not in shapes:
                 renamed[f"{stem}{whole}.{kind}"] = torch.cat([renamed.pop(part) for part in named])
     for name in [name for name in renamed if ".mlp.value." in name]:  # there was no gate
         renamed[name.replace(".mlp.value.", ".mlp.fc1.")] = renamed.pop(name)
@@ -358,27 +359,36 @@ def fit_tensors(
         else tensor
         for name, tensor in tensors.items()
     }
-    trunk = tower.trunk
-    n_before = int(trunk.cls_token is not None)
-    grid = settings["image_size"] // settings["patch_size"]
-    positions = fitted.get("trunk.pos_embed")
-    is_whole = positions is not None and positions.shape[-2] == n_before + grid**2
-    if positions is not None and is_whole:
-        positions = positions.reshape(1, -1, positions.shape[-1]).float()
-        classes, patches = positions[:, :n_before], positions[:, n_before:]
-        patches = _resample(patches, grid, trunk.patch_embed.grid_size, model_type)
-        if trunk.no_embed_class:  # the class token's position is added once and for all
-            if "trunk.cls_token" in fitted:
-                fitted["trunk.cls_token"] = fitted["trunk.cls_token"].float() + classes
-            classes = classes[:, :0]
-        fitted["trunk.pos_embed"] = torch.cat([classes, patches], dim=1)
+    side = settings["patch_size"]
     patch = fitted.get("trunk.patch_embed.proj.weight")
-    if patch is not None and patch.ndim == 2:  # of images cut into patches, channels last
-        side = settings["patch_size"]
-        if patch.shape[1] == 3 * side**2:
-            patch = patch.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
-            fitted["trunk.patch_embed.proj.weight"] = patch
-    return fitted
+    if patch is not None and patch.shape[1:] == (3 * side**2,):
+        # Of images that come cut into patches, channels last
+        patch = patch.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
+        fitted["trunk.patch_embed.proj.weight"] = patch
+    return fitted | _fit_positions(fitted, tower, model_type, settings["image_size"] // side)
+
+
+def _fit_positions(
+    tensors: Mapping[str, Tensor], tower: Any, model_type: str, grid: int
+) -> dict[str, Tensor]:
+    """Resample the positions of `grid` x `grid` patches; tensors of other shapes stay as they are.
+
+    Where positions belong to patches only, the class token's is added to it once and for all.
+    """
+    trunk, width = tower.trunk, tower.trunk.embed_dim
+    n_before = int(trunk.cls_token is not None)
+    positions = tensors.get("trunk.pos_embed")
+    if positions is None or positions.numel() != (n_before + grid**2) * width:
+        return {}
+    positions = positions.reshape(1, -1, width).float()
+    before, patches = positions[:, :n_before], positions[:, n_before:]
+    patches = _resample(patches, grid, trunk.patch_embed.grid_size, model_type)
+    if not trunk.no_embed_class:
+        return {"trunk.pos_embed": torch.cat([before, patches], dim=1)}
+    class_token = tensors.get("trunk.cls_token")
+    if class_token is None or class_token.shape != before.shape:
+        return {"trunk.pos_embed": patches}
+    return {"trunk.pos_embed": patches, "trunk.cls_token": class_token.float() + before}
 
 
 def _name_in_eva(name: str) -> str:

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -236,6 +238,33 @@ def test_siglip2_takes_squares_if_asked(tmp_path):
         assert relative_error(embedding, output.pooler_output) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov2 swiglu"])
+def test_names_of_the_dinov2_repository_are_the_same_tower(tmp_path, family):
+    """As RAD-DINO's backbone_compatible.safetensors has them."""
+    name, _ = write_model(tmp_path / "m", *FAMILIES[family])
+    encoder = load_encoder(name)
+    tensors = {
+        key.removeprefix("visual.trunk.").replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        if "swiglu" in family
+        else key.removeprefix("visual.trunk."): tensor
+        for key, tensor in encoder.state_dict().items()
+    }
+    save_file(tensors | {"mask_token": torch.zeros(1, 48)}, tmp_path / "m" / "model.safetensors")
+    assert load_encoder(name).identity == encoder.identity
+
+
+def test_a_gated_model_is_named_with_its_page(monkeypatch):
+    def refuse(*_, **__):
+        raise GatedRepoError.__new__(GatedRepoError, "Access is restricted.")  # without its reply
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    with pytest.raises(
+        EncoderError,
+        match=r"gated model accept its terms on https://huggingface\.co/org/g.*HF_TOKEN",
+    ):
+        load_encoder("hf-hub:org/gated")
+
+
 def test_a_cached_repository_loads(tmp_path, monkeypatch):
     name, _ = write_model(tmp_path / COMMIT, *FAMILIES["dinov2"])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -349,7 +378,10 @@ def _require_same_pixels(
 
 REFUSED_PROCESSING: dict[str, tuple[dict[str, Any], str]] = {
     "oblong": ({"size": {"height": 64, "width": 32}}, "64 x 32 pixels, not a square"),
-    "any shape": ({"size": {"shortest_edge": 64}}, "keeps the shape.*--resize squash"),
+    "any shape": (
+        {"size": {"shortest_edge": 64}},
+        "does not say how an image becomes a square .*--resize squash",
+    ),
     "longest edge": ({"size": {"longest_edge": 64}}, "does not say how.*--resize squash"),
     "no size": ({"size": None}, "does not say how.*--resize squash"),
     "lanczos": ({"resample": 1}, "interpolation lanczos; offered are bilinear, bicubic"),
@@ -470,6 +502,16 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "another size": (
         lambda folder: edit_config(folder, hidden_size=96),
         r"(?s)does not fit.*of another shape.*\(48,.* in the file.*\(96,.* in the tower",
+    ),
+    "a matrix of another size": (
+        lambda folder: edit_weights(folder, lambda t: t.update({QUERY: torch.ones(48, 9)})),
+        r"(?s)does not fit.*missing in the file: .*qkv.weight.*unknown to the tower: .*attn\.q\.",
+    ),
+    "positions of another size": (
+        lambda folder: edit_weights(
+            folder, lambda t: t.update({"embeddings.position_embeddings": torch.ones(9)})
+        ),
+        r"(?s)does not fit.*pos_embed \(\(9,\) in the file, \(1, 17, 48\) in the tower\)",
     ),
     "another depth": (
         lambda folder: edit_config(folder, num_hidden_layers=4),
