@@ -28,6 +28,7 @@ HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 Features: TypeAlias = Literal["projected", "pooled", "both"]
 FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
+POOLS: Final = ("default", "cls", "mean", "cls+mean")
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
@@ -704,8 +705,8 @@ class EncoderOptions(Config):
 
     name: str = option(
         DEFAULT_ENCODER,
-        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, an open_clip name, or "
-        "random:TIMM_NAME[:SEED].",
+        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, timm:NAME[?img_size=224], an "
+        "open_clip name, or random:TIMM_NAME[:SEED].",
         flag="--model",
     )
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
@@ -715,9 +716,10 @@ class EncoderOptions(Config):
         "fp32.",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    resize: Literal["squash", "crop"] | None = option(
+    resize: Literal["squash", "crop", "pad"] | None = option(
         None,
-        "How an image becomes square: squash squeezes it into shape, crop cuts out its middle.",
+        "How an image becomes square: squash squeezes it into shape, crop cuts out its middle, pad "
+        "adds black margins.",
         shown="as the encoder's configuration says",
     )
     normalize: Literal["encoder", "imagenet"] = option(
@@ -725,6 +727,12 @@ class EncoderOptions(Config):
     )
     bits_stored: int | None = option(
         None, "Number of bits that are in use in 16-bit image files, such as 12.", shown="all 16"
+    )
+    pool: str = option(
+        "default",
+        "What of a vision transformer becomes the embedding: its own way, or after its final norm "
+        "the class token (cls), the mean over patches, or the two side by side.",
+        choices=POOLS,
     )
 
 

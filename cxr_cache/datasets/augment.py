@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def enlarge_for_crops(preprocessing: Preprocessing, augmentation: Augmentation) 
     if augmentation.crop_scale is None:
         return preprocessing
     size_px = math.ceil(preprocessing.image_size_px / math.sqrt(augmentation.crop_scale))
-    return replace(preprocessing, image_size_px=size_px)
+    return preprocessing.scaled_to(size_px)
 
 
 def augment(pixels: Tensor, augmentation: Augmentation, size_px: int, seeds: Tensor) -> Tensor:

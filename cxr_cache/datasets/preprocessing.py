@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -44,6 +44,10 @@ def number_decode_rule(encoder: Mapping[str, Any]) -> dict[str, Any]:
     return {**encoder, "preprocessing": {**preprocessing, "decode_rule": int(found[1])}}
 
 
+_LATER_FIELDS: Final = {"resize_px": None, "crop_rounding": "nearest"}
+"""Fields that version 0.1.0 did not have, with what they were then."""
+
+
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -55,16 +59,23 @@ class Preprocessing:
     """How a file becomes the encoder's input; part of the encoder's identity.
 
     ``resize`` is ``"squash"`` (to a square, aspect ratio given up) or ``"crop"`` (shortest edge
-    to size, then the centre; open_clip's ``"shortest"``). ``bits_stored`` concerns 16-bit grey
+    to size, then the centre; open_clip's ``"shortest"``) or ``"pad"`` (longest edge to size, black
+    on either side; open_clip's ``"longest"``). ``bits_stored`` concerns 16-bit grey
     files only: the bits that the data set says are used, None for the full 16.
+
+    ``resize_px`` is the size before the centre is cut out, where it is larger: DINOv2 resizes to
+    256 and cuts out 224. ``crop_rounding`` says where the cut begins if the margin is odd:
+    open_clip rounds half a pixel to the nearest even number, transformers rounds it ``"down"``.
     """
 
     image_size_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
-    resize: Literal["squash", "crop"]
+    resize: Literal["squash", "crop", "pad"]
     bits_stored: int | None = None
+    resize_px: int | None = None
+    crop_rounding: Literal["nearest", "down"] = "nearest"
 
     def __post_init__(self) -> None:
         if self.image_size_px < 1:
@@ -79,14 +90,44 @@ class Preprocessing:
             raise ConfigError(
                 f"interpolation is '{self.interpolation}'; choose from {', '.join(_RESAMPLING)}."
             )
-        if self.resize not in ("squash", "crop"):
-            raise ConfigError(f"resize is '{self.resize}'; choose from squash, crop.")
+        if self.resize not in ("squash", "crop", "pad"):
+            raise ConfigError(f"resize is '{self.resize}'; choose from squash, crop, pad.")
         if self.bits_stored is not None and not 8 <= self.bits_stored <= 16:
             raise ConfigError(f"bits_stored is {self.bits_stored}; it must lie between 8 and 16.")
+        if self.resize_px is not None and self.resize_px < self.image_size_px:
+            raise ConfigError(
+                f"Images are resized to {self.resize_px} pixels, from which no "
+                f"{self.image_size_px} can be cut out."
+            )
+        if self.crop_rounding not in ("nearest", "down"):
+            raise ConfigError(
+                f"crop_rounding is '{self.crop_rounding}'; choose from nearest, down."
+            )
+
+    def scaled_to(self, size_px: int) -> Preprocessing:
+        """Give the same rule for pictures of another size, which show the same part of an image."""
+        margin = None if self.resize_px is None else self.resize_px / self.image_size_px
+        return replace(
+            self,
+            image_size_px=size_px,
+            resize_px=None if margin is None else round(size_px * margin),
+        )
+
+    @property
+    def share_seen(self) -> float:
+        """Share of the resized image's side that is left after the cut, in (0, 1]."""
+        return self.image_size_px / (self.resize_px or self.image_size_px)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and the decode rule, as JSON has them: lists, not tuples."""
-        values = asdict(self)
+        """All fields and the decode rule, as JSON has them: lists, not tuples.
+
+        Fields that version 0.1.0 did not have are left out where they change nothing.
+        """
+        values = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
+        }
         return values | {
             "mean": list(self.mean),
             "std": list(self.std),
@@ -104,7 +145,7 @@ class Preprocessing:
             one than this version of the program follows.
         """
         expected = {field.name for field in fields(cls)} | {"decode_rule"}
-        if set(values) != expected:
+        if set(values) | set(_LATER_FIELDS) != expected:
             raise ConfigError(
                 f"A preprocessing holds the keys {sorted(expected)}, not {sorted(values)}."
             )
@@ -143,18 +184,26 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Width and height before the crop; the longer edge is cut to whole pixels as torchvision's."""
-    target = preprocessing.image_size_px
+    target = preprocessing.resize_px or preprocessing.image_size_px
     if preprocessing.resize == "squash":
         return target, target
     width, height = size
+    if preprocessing.resize == "pad":  # an edge is at least one pixel, even of a line
+        ratio = max(size) / target
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
     longest = int(target * max(size) / min(size))
     return (target, longest) if width <= height else (longest, target)
 
 
 def _resize(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resize, then cut out the centre; to the pixel what open_clip's transform does."""
+    """Resize, then cut out the centre; to the pixel what the encoder's own transform does.
+
+    What lies beyond the image is black.
+    """
     target = preprocessing.image_size_px
     width, height = _resized_size(picture.size, preprocessing)
     resized = picture.resize((width, height), _RESAMPLING[preprocessing.interpolation])
-    left, top = round((width - target) / 2), round((height - target) / 2)
+    is_nearest = preprocessing.crop_rounding == "nearest" and preprocessing.resize != "pad"
+    rounded = round if is_nearest else int
+    left, top = rounded((width - target) / 2), rounded((height - target) / 2)
     return resized.crop((left, top, left + target, top + target))

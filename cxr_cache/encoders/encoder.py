@@ -254,6 +254,8 @@ class Encoder(nn.Module):
             pooled_width=pooled.shape[1],
             embedding_width=embedding.shape[1],
             is_random=source.weights is None,
+            pool=getattr(self.visual, "pool", "default"),
+            positions_from_px=getattr(self.visual, "positions_from_px", None),
         )
 
     def _require_usable(self, pooled: Tensor, embedding: Tensor) -> None:

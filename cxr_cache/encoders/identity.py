@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import CxrCacheError, EncoderError, StoreMismatchError
+
+_LATER_FIELDS: Final = {"pool": "default", "positions_from_px": None}
+"""Fields that version 0.1.0 did not have, with what they were then."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,18 @@ class EncoderIdentity:
     embedding_width: int
     is_random: bool
     """The weights are seeded noise: for demonstrations, tests and speed, not for findings."""
+    pool: str = "default"
+    """How tokens became the embedding, if not as the encoder does by itself."""
+    positions_from_px: int | None = None
+    """Size of the images that position embeddings were trained on, where they were resampled."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
-        return asdict(self)
+        """All fields, JSON-able, without those of later versions that say nothing."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderIdentity:
@@ -49,7 +60,7 @@ class EncoderIdentity:
             A field is missing or unknown.
         """
         expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
+        if set(values) | set(_LATER_FIELDS) != expected:
             raise EncoderError(
                 f"An encoder's identity holds the fields {sorted(expected)}, not {sorted(values)}."
             )
@@ -70,7 +81,7 @@ class EncoderIdentity:
         """The fields that matter, with the preprocessing's among them."""
         fields = {
             name: value
-            for name, value in self.to_dict().items()
+            for name, value in asdict(self).items()
             if name not in ("revision", "preprocessing", "is_random")
         }
         return fields | dict(self.preprocessing)

@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import Any, Final
 
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
-from cxr_cache.config import DEFAULT_ENCODER, EncoderOptions
-from cxr_cache.encoders import open_clip
+from cxr_cache.config import DEFAULT_ENCODER, POOLS, EncoderOptions
+from cxr_cache.encoders import hugging_face, open_clip, timm_models
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.sources import IMAGENET, Family, Source
-from cxr_cache.encoders.timm_vit import find_random
+from cxr_cache.encoders.timm_vit import find_random, pool_otherwise, split_pooled
 from cxr_cache.errors import EncoderError
 
 FAMILIES: Final[dict[str, Family]] = {
     "open_clip": open_clip.FAMILY,
+    "hugging_face": hugging_face.FAMILY,
+    "timm": timm_models.FAMILY,
     "random": replace(open_clip.FAMILY, find={"random": find_random}),
 }
 """Where names are looked up, in this order: the last family that knows a name's scheme says what
@@ -38,7 +40,7 @@ def find_encoder(name: str) -> tuple[Family, Source]:
         if identifier and scheme in family.find and (source := family.find[scheme](identifier)):
             return family, source
     raise EncoderError(
-        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, "
+        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, timm:NAME, "
         "random:TIMM_NAME, or an open_clip architecture with its weights, "
         "ViT-B-32/laion2b_s34b_b79k."
     )
@@ -52,6 +54,7 @@ def load_encoder(
     resize: str | None = None,
     normalize: str = "encoder",
     bits_stored: int | None = None,
+    pool: str = "default",
 ) -> Encoder:
     """Load the vision tower that a name stands for, frozen and ready to encode.
 
@@ -62,7 +65,10 @@ def load_encoder(
     ----------
     name
         ``hf-hub:ORG/REPO`` or ``hf-hub:ORG/REPO@REVISION``: from the Hugging Face cache, else
-        from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights.
+        from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights, or
+        with ``config.json``, weights and ``preprocessor_config.json`` as transformers writes them
+        for DINOv2, ViT, CLIP and SigLIP.
+        ``timm:NAME`` or ``timm:NAME?img_size=224``: timm's published weights.
         ``ARCHITECTURE/TAG`` as open_clip lists them (``ViT-B-32/laion2b_s34b_b79k``).
         ``random:TIMM_NAME`` or ``random:TIMM_NAME:SEED``: seeded random weights.
     device
@@ -71,11 +77,16 @@ def load_encoder(
         ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 where the processor computes it
         natively, else fp32.
     resize
-        ``"squash"`` or ``"crop"`` override what the encoder's configuration says; None keeps it.
+        ``"squash"``, ``"crop"`` or ``"pad"`` override what the encoder's configuration says; None
+        keeps it.
     normalize
         ``"encoder"`` for its own mean and standard deviation, ``"imagenet"`` for ImageNet's.
     bits_stored
         Bits in use in 16-bit grey files, None for all; recorded with the preprocessing.
+    pool
+        ``"default"`` for the encoder's own embedding. ``"cls"``, ``"mean"`` and ``"cls+mean"``
+        take the class token, the mean over patches or both, after the final norm and without
+        projection.
 
     Returns
     -------
@@ -88,7 +99,7 @@ def load_encoder(
         The name is unknown, a file is missing, damaged or of another model, the hub cannot be
         reached, or the device does not exist. The message names the file and the remedy.
     ConfigError
-        `resize`, `normalize`, `precision` or `bits_stored` is out of range.
+        `resize`, `normalize`, `precision`, `bits_stored` or `pool` is out of range.
 
     Examples
     --------
@@ -98,17 +109,19 @@ def load_encoder(
     >>> embedding.shape, encoder.identity.is_random
     (torch.Size([2, 512]), True)
     """
-    require_choice("resize", resize, (None, "squash", "crop"))
+    require_choice("resize", resize, (None, "squash", "crop", "pad"))
     require_choice("normalize", normalize, ("encoder", "imagenet"))
+    require_choice("pool", pool, POOLS)
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
     family, source = find_encoder(name)
     visual = family.build(source)
     preprocessing = family.read_preprocessing(source, visual, resize, normalize, bits_stored)
     family.fill(visual, source)
-    return Encoder(
-        visual.to(chosen_device), family.split(visual), preprocessing, chosen_precision, source
-    )
+    split = family.split
+    if pool != "default":
+        visual, split = pool_otherwise(visual, pool, source.name), split_pooled
+    return Encoder(visual.to(chosen_device), split(visual), preprocessing, chosen_precision, source)
 
 
 def reload_encoder(
@@ -145,4 +158,5 @@ def recorded_options(recorded: Mapping[str, Any]) -> EncoderOptions:
         resize=preprocessing.get("resize"),
         normalize="imagenet" if is_imagenet else "encoder",
         bits_stored=preprocessing.get("bits_stored"),
+        pool=identity.pool,
     )

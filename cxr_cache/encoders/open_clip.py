@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
-from cxr_cache.encoders.sources import CONFIG_FILE, IMAGENET, Family, Source, fetch_from_hub
+from cxr_cache.encoders.sources import (
+    CONFIG_FILE,
+    HUGGING_FACE_CONFIG,
+    IMAGENET,
+    Family,
+    Source,
+    fetch_from_hub,
+)
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
 from cxr_cache.encoders.weights import fill_with_noise, load_weights
@@ -32,18 +39,24 @@ WEIGHTS_FILES = (  # in open_clip's own order of preference
 )
 
 
-def find_in_folder(identifier: str) -> Source:
-    """Read what a folder in open_clip's layout holds: its configuration and its weights."""
+def find_in_folder(identifier: str) -> Source | None:
+    """Read what a folder in open_clip's layout holds: its configuration and its weights.
+
+    Gives None if it has another library's configuration.
+    """
     folder = Path(identifier).expanduser().resolve()
     if not folder.is_dir():
         raise EncoderError(
-            f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} and "
-            "the weights, for example a copy of the model's Hugging Face repository."
+            f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} or "
+            f"{HUGGING_FACE_CONFIG} and the weights, for example a copy of the model's Hugging "
+            "Face repository."
         )
     if not (folder / CONFIG_FILE).is_file():
+        if any((folder / name).is_file() for name in (HUGGING_FACE_CONFIG, "adapter_config.json")):
+            return None
         raise EncoderError(
-            f"{folder} has no {CONFIG_FILE}. Copy it from the model's repository, beside the "
-            "weights."
+            f"{folder} has no {CONFIG_FILE}, nor a {HUGGING_FACE_CONFIG} as transformers and timm "
+            "write it. Copy it from the model's repository, beside the weights."
         )
     weights = next((folder / file for file in WEIGHTS_FILES if (folder / file).is_file()), None)
     if weights is None:
@@ -54,10 +67,17 @@ def find_in_folder(identifier: str) -> Source:
     return _describe(f"local-dir:{folder}", folder / CONFIG_FILE, weights)
 
 
-def find_on_hub(identifier: str) -> Source:
-    """Read a repository in open_clip's layout, ``ORG/REPO`` or ``ORG/REPO@REVISION``."""
+def find_on_hub(identifier: str) -> Source | None:
+    """Read a repository in open_clip's layout, ``ORG/REPO`` or ``ORG/REPO@REVISION``.
+
+    Gives None if it has another library's configuration.
+    """
     repo, _, revision = identifier.partition("@")
-    config = fetch_from_hub(repo, (CONFIG_FILE,), revision or None)
+    config = fetch_from_hub(
+        repo, (CONFIG_FILE, HUGGING_FACE_CONFIG, "adapter_config.json"), revision or None
+    )
+    if config.name != CONFIG_FILE:
+        return None
     commit = config.parent.name  # .../snapshots/COMMIT/open_clip_config.json
     weights = fetch_from_hub(repo, WEIGHTS_FILES, commit)
     return _describe(f"hf-hub:{identifier}", config, weights, commit)
@@ -188,7 +208,7 @@ class OpenClipTower(SplitTower):
         return pooled, pooled @ self._visual.proj
 
 
-_RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash"}
+_RESIZE_OF_MODE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 
 
 def build_tower(source: Source) -> nn.Module:
@@ -237,7 +257,7 @@ def read_preprocessing(
     if resize is None:
         raise EncoderError(
             f"{source.origin} asks for resize_mode '{cfg['resize_mode']}', which is not offered. "
-            "Choose --resize squash or --resize crop."
+            "Choose --resize squash, crop or pad."
         )
     height, width = _pair(getattr(visual, "image_size", cfg["size"]))
     if height != width:
@@ -248,7 +268,7 @@ def read_preprocessing(
             mean=_three(cfg["mean"]),
             std=_three(cfg["std"]),
             interpolation=cfg["interpolation"],
-            resize=cast(Literal["squash", "crop"], resize),
+            resize=cast(Literal["squash", "crop", "pad"], resize),
         )
     except ConfigError as error:
         raise EncoderError(f"{source.origin}: {error}") from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cxr_cache.common.wording import first_line, list_names
+from cxr_cache.common.wording import first_line
 from cxr_cache.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from cxr_cache.encoders.towers import SplitTower
 
 CONFIG_FILE = "open_clip_config.json"
+HUGGING_FACE_CONFIG = "config.json"
+"""Of transformers and of timm; open_clip's repositories may hold one, too."""
 IMAGENET: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """Statistics of the pixels that ``--normalize imagenet`` stands for."""
 
@@ -95,8 +97,8 @@ def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Pat
     except Exception as error:
         raise _hub_error(repo, files, error) from error
     raise EncoderError(
-        f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so open_clip cannot load "
-        "it. Check the name; it must be a repository in open_clip's format."
+        f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be loaded. "
+        "Check the name; it must be a repository in the format of open_clip, transformers or timm."
     )
 
 
@@ -115,13 +117,14 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return EncoderError(
             f"The Hugging Face hub does not give out {repo}: {first_line(error)} Check the name "
-            "and the revision; for a private or gated model accept its terms and set HF_TOKEN."
+            "and the revision; for a private or gated model accept its terms on "
+            f"https://huggingface.co/{repo} and set HF_TOKEN."
         )
     offline = isinstance(error, OfflineModeIsEnabled)
     reason = "HF_HUB_OFFLINE is set" if offline else first_line(error)
     return EncoderError(
-        f"{list_names(files, 1)} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
+        f"{' or '.join(files[:2])} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
         f"cannot be downloaded: {reason}\n"
         "Either connect to the network once, or set HF_HOME to a cache that holds the model, or "
-        f"copy {CONFIG_FILE} and the weights from {repo} into a folder and name it local-dir:PATH."
+        f"copy the files of https://huggingface.co/{repo} into a folder and name it local-dir:PATH."
     )

@@ -70,8 +70,8 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
     _, source = find_encoder(name)
     if source.weights is None or not source.model_cfg.get("text_cfg"):
         raise EncoderError(
-            f"{source.name} has no text tower: zero-shot needs a model of images and texts, such "
-            "as BiomedCLIP."
+            f"{source.name} has no text tower in open_clip's layout: zero-shot needs a model of "
+            "images and texts, such as BiomedCLIP."
         )
     tensors = _read_text_tensors(source.weights)
     scale = read_tensors(source.weights, "logit_scale").get("logit_scale")

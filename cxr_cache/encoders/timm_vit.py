@@ -44,17 +44,107 @@ def find_random(identifier: str) -> Source:
     return Source(name, name, model_cfg, {}, weights=None, seed=int(seed or 0))
 
 
+class PooledTower(nn.Module):
+    """A tower of timm, how its tokens are pooled, and what its own library does with the result.
+
+    `pool` is ``"default"`` for the tower's own way, and the projection `head` after it. The
+    others take the tokens after the final norm, without projection: ``"cls"`` the class token,
+    ``"mean"`` the mean over patches, ``"cls+mean"`` the two side by side. Registers are neither.
+    `positions_from_px` is the size of the images that position embeddings were trained on, where
+    they were resampled for this tower.
+    """
+
+    def __init__(
+        self,
+        trunk: Any,
+        head: nn.Module | None = None,
+        pool: str = "default",
+        positions_from_px: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head or nn.Identity()
+        self.pool, self.positions_from_px = pool, positions_from_px
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Compute the embedding, ``(B, D)``."""
+        return self.encode(pixels)[1]
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute pooled output and embedding of normalised pixels."""
+        if self.pool == "default":
+            pooled = self.trunk(pixels)
+            return pooled, self.head(pooled)
+        return self.finish(self.trunk.forward_features(pixels))
+
+    def finish(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn the tokens after the final norm into pooled output and embedding."""
+        trunk = self.trunk
+        if self.pool == "default":
+            pooled = trunk.forward_head(normed, pre_logits=True)
+            return pooled, self.head(trunk.head(pooled))
+        parts = []
+        if "cls" in self.pool:
+            parts.append(trunk.fc_norm(normed[:, 0]))  # either this norm or the one before is none
+        if "mean" in self.pool:
+            parts.append(trunk.fc_norm(normed[:, trunk.num_prefix_tokens :].mean(dim=1)))
+        pooled = torch.cat(parts, dim=-1)
+        return pooled, pooled
+
+
+def pool_otherwise(visual: Any, pool: str, name: str) -> PooledTower:
+    """Make a tower of timm's VisionTransformer that pools in another way than its own.
+
+    Raises
+    ------
+    EncoderError
+        The tower is of another kind, or has no class token.
+    """
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = getattr(visual, "trunk", None)
+    if not isinstance(trunk, VisionTransformer | Eva):
+        raise EncoderError(
+            f"{name} pools in one way only: --pool is for vision transformers of timm and Hugging "
+            f"Face, and its image tower is a {type(trunk or visual).__name__}. Leave --pool out."
+        )
+    if "cls" in pool and trunk.cls_token is None:
+        raise EncoderError(
+            f"{name} has no class token that --pool {pool} could take. Choose --pool mean, or "
+            "leave it out."
+        )
+    return PooledTower(trunk, None, pool, getattr(visual, "positions_from_px", None))
+
+
+def split_pooled(visual: Any) -> SplitTower | None:
+    """Take a tower apart, or None. Subclasses may do anything, so only the exact type counts."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = visual.trunk
+    if visual.pool == "default" and not getattr(trunk, "global_pool", ""):
+        return None
+    if type(trunk) is Eva and not getattr(trunk, "rope_mixed", False):
+        return EvaTower(visual)
+    return TimmTower(visual) if type(trunk) is VisionTransformer else None
+
+
 class TimmTower(SplitTower):
-    """timm's VisionTransformer inside open_clip's adapter: BiomedCLIP, and every `random:` ViT."""
+    """timm's VisionTransformer inside an adapter: open_clip's (BiomedCLIP), or ours."""
 
     def __init__(self, visual: Any) -> None:
         self._trunk, self._head = visual.trunk, visual.head
+        self._visual = visual
+        pool = getattr(visual, "pool", "default")
         self.blocks = self._trunk.blocks
         self.reads_class_token_only = (
-            self._trunk.global_pool == "token"
-            and self._trunk.attn_pool is None
-            and _is_plain_timm_block(self.blocks[-1])
-        )
+            pool == "cls"
+            or (
+                pool == "default"
+                and self._trunk.global_pool == "token"
+                and self._trunk.attn_pool is None
+            )
+        ) and _is_plain_timm_block(self.blocks[-1])
         self.patch_grid = tuple(self._trunk.patch_embed.grid_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -84,8 +174,60 @@ class TimmTower(SplitTower):
         return tokens + block.ls2(block.mlp(block.norm2(tokens))), attention
 
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = self._trunk.forward_head(self._trunk.norm(tokens), pre_logits=True)
+        normed = self._trunk.norm(tokens)
+        if isinstance(self._visual, PooledTower):
+            return self._visual.finish(normed)
+        pooled = self._trunk.forward_head(normed, pre_logits=True)
         return pooled, self._head(self._trunk.head(pooled))
+
+
+class EvaTower(SplitTower):
+    """timm's Eva: DINOv3 and EVA-X, whose blocks also take the rotary positions of the patches.
+
+    They depend on the grid alone, so that a tail makes them again.
+    """
+
+    reads_class_token_only = False
+
+    def __init__(self, visual: PooledTower) -> None:
+        self._visual = visual
+        self.blocks = [_RotatedBlock(block, visual.trunk) for block in visual.trunk.blocks]
+        self.patch_grid = tuple(visual.trunk.patch_embed.grid_size)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        trunk: Any = self._visual.trunk
+        tokens: Tensor = trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(pixels))[0])
+        return tokens
+
+    def class_token_block(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError("the last block runs whole")
+
+    def shows_attention(self, block: nn.Module) -> bool:
+        return False
+
+    def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the attention of rotated queries is not shown")
+
+    def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        trunk: Any = self._visual.trunk
+        return self._visual.finish(trunk.norm(tokens))
+
+
+class _RotatedBlock(nn.Module):
+    """A block of Eva together with the rotary positions of its tower."""
+
+    def __init__(self, block: nn.Module, trunk: Any) -> None:
+        super().__init__()
+        self.block, self.rope = block, trunk.rope
+        self._grid = tuple(trunk.patch_embed.grid_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rope = self.rope
+        if rope is not None:  # one that was made for a grid knows it
+            is_fixed = getattr(rope, "feat_shape", None) is not None
+            rope = rope.get_embed() if is_fixed else rope.get_embed(shape=self._grid)
+        mixed: Tensor = self.block(tokens, rope=rope)
+        return mixed
 
 
 def _is_plain_timm_block(block: nn.Module) -> bool:

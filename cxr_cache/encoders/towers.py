@@ -88,8 +88,10 @@ def run_whole(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Compute pooled output and embedding by a tower that is not taken apart.
 
     A tower is a module that returns the embedding. If it has a `trunk` and a `head`, the output of
-    the trunk is the pooled output.
+    the trunk is the pooled output; if it has `encode`, that gives both.
     """
+    if hasattr(visual, "encode"):
+        return visual.encode(pixels)  # type: ignore[no-any-return]
     if hasattr(visual, "trunk"):
         pooled = visual.trunk(pixels)
         embedding = visual.head(pooled)

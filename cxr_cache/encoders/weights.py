@@ -76,6 +76,32 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     return read(path, prefix)
 
 
+def read_names(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Read the names and shapes of a checkpoint's tensors.
+
+    Raises
+    ------
+    EncoderError
+        As :func:`read_tensors`.
+    """
+    if path.suffix != ".safetensors":
+        return [(name, tuple(t.shape)) for name, t in read_tensors(path).items()]
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return [(name, tuple(file.get_slice(name).get_shape())) for name in names]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> EncoderError:
+    return EncoderError(
+        f"{path} is damaged, or not a safetensors file ({error}). Copy or download it again."
+    )
+
+
 def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
     """Read tensors of a safetensors file; the bytes of other tensors are not read."""
     from safetensors import SafetensorError, safe_open
@@ -88,9 +114,7 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
                 if name.startswith(prefix)
             }
     except (SafetensorError, OSError) as error:
-        raise EncoderError(
-            f"{path} is damaged, or not a safetensors file ({error}). Copy or download it again."
-        ) from error
+        raise _damaged(path, error) from error
 
 
 def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -117,6 +141,28 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
         for name, value in named.items()
         if name.startswith(prefix) and isinstance(value, Tensor)
     }
+
+
+def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise EncoderError where weights are quantised, NaN or infinite."""
+    packed = [
+        name
+        for name, tensor in tensors.items()
+        if not name.endswith(("position_ids", "num_batches_tracked"))
+        and (not tensor.is_floating_point() or tensor.element_size() == 1)
+    ]
+    if packed:
+        raise EncoderError(
+            f"{path} holds quantised weights ({list_names(packed, 3)}: "
+            f"{tensors[packed[0]].dtype}), from which the tower's own cannot be had back. Take "
+            "the model that it was made from."
+        )
+    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise EncoderError(
+            f"{path} holds NaN or infinity in {list_names(damaged, 3)}. The file is damaged, or "
+            "its training diverged; take another one."
+        )
 
 
 def fill_with_noise(visual: nn.Module, seed: int) -> None:

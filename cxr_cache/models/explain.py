@@ -127,7 +127,7 @@ def explain_images(
                 threshold=model.thresholds[finding],
                 relevance=one[0].numpy(),
                 picture=picture,
-                extent=find_extent(picture.shape[:2], prep.resize),
+                extent=find_extent(picture.shape[:2], prep.resize, prep.share_seen),
             )
 
 
@@ -217,11 +217,17 @@ def roll_out(attentions: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tenso
     return relevance[:, 0, 1:]
 
 
-def find_extent(shape: tuple[int, ...], resize: str) -> tuple[float, float, float, float]:
-    """What of a picture ``(H, W)`` the encoder saw: all of it, or the central square."""
+def find_extent(
+    shape: tuple[int, ...], resize: str, share_seen: float = 1.0
+) -> tuple[float, float, float, float]:
+    """What of a picture ``(H, W)`` the encoder saw: all of it, or the central square.
+
+    Of either only the middle, where the encoder cuts it out of a larger image: `share_seen` of
+    each side. A padded picture is seen with its margins. Gives left, right, bottom and top.
+    """
     height, width = shape
-    if resize == "squash":
-        return 0.0, float(width), float(height), 0.0
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, left + side, top + side, top
+    side = max(height, width) if resize == "pad" else min(height, width)
+    seen = (height, width) if resize == "squash" else (side, side)
+    seen_height, seen_width = (edge * share_seen for edge in seen)
+    left, top = (width - seen_width) / 2, (height - seen_height) / 2
+    return left, left + seen_width, top + seen_height, top

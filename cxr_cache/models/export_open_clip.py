@@ -30,7 +30,7 @@ _CALIBRATE: Final = (
     "probabilities = torch.sigmoid(slope * torch.logit(probabilities) + intercept), with slope and "
     "intercept of calibration, in the order of findings."
 )
-_RESIZE_MODES: Final = {"crop": "shortest", "squash": "squash"}
+_RESIZE_MODES: Final = {"crop": "shortest", "squash": "squash", "pad": "longest"}
 _COPIED_FILES: Final = (  # what Hugging Face tokenizers are made of; open_clip reads them here
     "added_tokens.json",
     "config.json",

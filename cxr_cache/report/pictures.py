@@ -71,14 +71,16 @@ def draw_thumbnails(
 
 def _rule(preprocessing: Mapping[str, Any] | None) -> Preprocessing:
     stated = preprocessing or {}
+    size_px = stated.get("image_size_px", EDGE_PX)
     return Preprocessing(
-        image_size_px=EDGE_PX,
+        image_size_px=size_px,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         interpolation="bicubic",
         resize=stated.get("resize", "crop"),
         bits_stored=stated.get("bits_stored"),
-    )
+        resize_px=stated.get("resize_px"),
+    ).scaled_to(EDGE_PX)
 
 
 def _draw(image_dir: Path, image_id: str, rule: Preprocessing) -> str:

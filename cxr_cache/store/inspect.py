@@ -79,7 +79,8 @@ def format_store(summary: dict[str, Any]) -> str:
         f"  weights sha256  {encoder['weights_sha256'][:16]}…",
     ]
     details = {k: v for k, v in encoder.items() if isinstance(v, str | int | float)}
-    for key in ("precision", "n_blocks", "n_tokens", "pooled_width", "embedding_width"):
+    counts = ("n_blocks", "n_tokens", "pooled_width", "embedding_width")
+    for key in ("precision", *counts, "pool", "positions_from_px"):
         if key in details:
             lines.append(f"  {key.replace('_', ' '):<15} {details[key]}")
     for key, value in dict(encoder.get("preprocessing", {})).items():

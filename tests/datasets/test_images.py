@@ -93,7 +93,9 @@ def open_clip_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.nda
         is_train=False,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
-        resize_mode={"squash": "squash", "crop": "shortest"}[preprocessing.resize],
+        resize_mode={"squash": "squash", "crop": "shortest", "pad": "longest"}[
+            preprocessing.resize
+        ],
         interpolation=preprocessing.interpolation,
     )
     return (transform(image) * 255).round().to(torch.uint8).numpy()

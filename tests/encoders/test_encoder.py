@@ -293,10 +293,12 @@ def test_options_override_the_configuration(tiny_folder):
 
 
 def test_a_way_of_resizing_that_is_not_offered_is_not_replaced_silently(tmp_path):
-    name = write_open_clip_model(tmp_path / "m", TIMM_VIT, resize_mode="longest")
-    with pytest.raises(EncoderError, match=r"resize_mode 'longest'.*--resize squash"):
+    name = write_open_clip_model(tmp_path / "m", TIMM_VIT, resize_mode="stretch")
+    with pytest.raises(EncoderError, match=r"resize_mode 'stretch'.*--resize squash"):
         load_encoder(name)
     assert load_encoder(name, resize="squash").preprocessing.resize == "squash"
+    name = write_open_clip_model(tmp_path / "p", TIMM_VIT, resize_mode="longest")
+    assert load_encoder(name).preprocessing.resize == "pad"
 
 
 def test_lower_precision_is_another_identity_and_still_gives_float32(tiny):

@@ -233,6 +233,8 @@ def test_the_map_lies_where_the_encoder_looked():
     assert find_extent((300, 200), "squash") == (0, 200, 300, 0)
     assert find_extent((300, 200), "crop") == (0, 200, 250, 50)
     assert find_extent((200, 300), "crop") == (50, 250, 200, 0)
+    assert find_extent((200, 300), "pad") == (0, 300, 250, -50)
+    assert find_extent((200, 300), "crop", 0.5) == (100, 200, 150, 50)
 
 
 def test_the_command_writes_pictures_and_maps(runs, tmp_path):

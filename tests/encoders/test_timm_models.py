@@ -1,0 +1,175 @@
+"""Towers of timm compute what timm computes, from its own files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+
+from cxr_cache.datasets.images import read_image
+from cxr_cache.encoders.encoder import trainable_parameter_names
+from cxr_cache.encoders.loading import load_encoder
+from cxr_cache.errors import EncoderError
+from tests.encoders.test_encoder import COMMIT, draw_pixels, relative_error
+from tests.encoders.test_hugging_face import draw_image
+
+EVA = {"embed_dim": 48, "depth": 3, "num_heads": 4}
+
+
+def write_folder(folder: Path, architecture: str, **model_args: Any) -> tuple[str, Any]:
+    """Save a model in timm's own layout, with seeded weights that all matter."""
+    torch.manual_seed(7)
+    model = timm.create_model(architecture, num_classes=5, **model_args).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    folder.mkdir(exist_ok=True)
+    cfg = model.pretrained_cfg | {"num_classes": 5}
+    if img_size := model_args.get("img_size"):
+        cfg |= {"input_size": (3, img_size, img_size)}
+    config = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": cfg}
+    config |= {"global_pool": getattr(model, "global_pool", "avg"), "model_args": model_args}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return f"local-dir:{folder}", model
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [
+        ("test_vit", {}),
+        ("test_vit2", {}),  # average, one register, layer scale
+        ("test_vit3", {}),  # attention pooling
+        ("test_convnext", {}),
+        ("vit_small_patch16_dinov3", EVA | {"img_size": 64}),
+        ("vit_small_plus_patch16_dinov3", EVA | {"img_size": 64}),  # SwiGLU
+        ("eva02_tiny_patch14_224", EVA | {"img_size": 56}),  # EVA-X's kind
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_folder_encodes_as_timm_does(tmp_path, architecture, model_args):
+    name, model = write_folder(tmp_path / "m", architecture, **model_args)
+    encoder = load_encoder(name, precision="fp32")
+    pixels = encoder.prepare(draw_pixels(2, encoder.preprocessing.image_size_px))
+    with torch.inference_mode():
+        features = model.forward_features(pixels)
+        expected = model.forward_head(features, pre_logits=True)
+        if "dinov3" in architecture:  # upstream takes the class token, timm the mean
+            expected = features[:, 0]
+
+    assert relative_error(encoder.visual(pixels), expected) < 1e-5
+    assert encoder.is_splittable == (architecture != "test_convnext")
+    for n_unfrozen in (1, 2, encoder.identity.n_blocks) if encoder.is_splittable else ():
+        tokens = encoder.stem(pixels, n_unfrozen)
+        assert relative_error(encoder.tail(tokens, n_unfrozen)[1], expected) < 1e-5
+    if encoder.is_splittable:
+        parameters = dict(encoder.named_parameters())
+        trainable = [parameters[n].requires_grad_() for n in trainable_parameter_names(encoder, 2)]
+        split = encoder.tail(encoder.stem(pixels, 2), 2)[1].square().sum()
+        whole = encoder.visual(pixels).square().sum()
+        for ours, theirs in zip(
+            torch.autograd.grad(split, trainable),
+            torch.autograd.grad(whole, trainable),
+            strict=True,
+        ):
+            tolerance = 1e-5 * float(theirs.abs().max())
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=tolerance)
+
+
+def test_dinov3_can_still_be_pooled_as_timm_does(tmp_path):
+    name, model = write_folder(tmp_path / "m", "vit_small_patch16_dinov3", **EVA, img_size=64)
+    encoder = load_encoder(name, precision="fp32", pool="mean")
+    pixels = draw_pixels(2, 64)
+    with torch.inference_mode():
+        features = model.forward_features(encoder.prepare(pixels))
+        expected = model.forward_head(features, pre_logits=True)
+    assert relative_error(encoder.encode(pixels)[1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("crop_pct", [0.9, 1.0])
+def test_pixels_are_those_of_timms_own_transform(tmp_path, crop_mode, crop_pct):
+    name, _ = write_folder(tmp_path / "m", "test_vit")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"] |= {"crop_mode": crop_mode, "crop_pct": crop_pct}
+    path.write_text(json.dumps(config))
+    encoder = load_encoder(name)
+    transform = create_transform(**resolve_data_config({}, config["pretrained_cfg"]))
+    for size in ((300, 200), (201, 299), (180, 178)):
+        draw_image(size).save(tmp_path / "image.png")
+        pixels = read_image(None, str(tmp_path / "image.png"), encoder.preprocessing).pixels
+        theirs = transform(Image.open(tmp_path / "image.png").convert("RGB"))
+        ours = encoder.prepare(torch.from_numpy(pixels)[None])[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> Path:
+    """timm's weights of test_vit, which stand for a download."""
+    write_folder(tmp_path / COMMIT, "test_vit")
+    snapshot = tmp_path / COMMIT
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(snapshot / file)
+    )
+    return snapshot
+
+
+def test_a_name_of_timm_loads_its_published_weights(published):
+    encoder = load_encoder("timm:test_vit", precision="fp32")
+    folder = load_encoder(f"local-dir:{published}", precision="fp32")
+
+    assert (encoder.identity.name, encoder.identity.revision) == ("timm:test_vit", COMMIT)
+    assert encoder.identity.differences(folder.identity) == {}
+
+
+def test_another_input_size_resamples_positions_and_says_so(published):
+    encoder = load_encoder("timm:test_vit?img_size=96", precision="fp32")
+    tensors = load_file(published / "model.safetensors")
+    theirs = timm.create_model("test_vit", num_classes=5, img_size=96).eval()
+    theirs.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(tensors, theirs))
+    pixels = draw_pixels(2, 96)
+    with torch.inference_mode():
+        features = theirs.forward_features(encoder.prepare(pixels))
+        expected = theirs.forward_head(features, pre_logits=True)
+
+    assert relative_error(encoder.encode(pixels)[1], expected) < 1e-5
+    assert encoder.identity.positions_from_px == 160
+    assert encoder.preprocessing.image_size_px == 96
+    assert "positions_from_px" not in load_encoder("timm:test_vit").identity.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm:vit_tinny_patch16_224", "no architecture.*Did you mean vit_tiny_patch16_224"),
+        ("timm:test_vit.nothing", r"Invalid pretrained tag.*Published are test_vit\."),
+        ("timm:test_vit?size=3", r"'\?size=3' in timm:test_vit\?size=3 is not of the form"),
+        ("timm:vit_small_patch16_18x2_224", "no weights on the Hugging Face hub"),
+    ],
+)
+def test_a_name_that_means_nothing_says_what_would(name, message):
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(name)
+
+
+def test_every_tensor_has_its_place(tmp_path):
+    name, _ = write_folder(tmp_path / "m", "test_vit2")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if "ls1" not in k}, path)
+    with pytest.raises(EncoderError, match=r"(?s)does not fit.*missing in the file.*ls1\.gamma"):
+        load_encoder(name)
+    save_file(tensors | {"extra": torch.ones(2)}, path)
+    with pytest.raises(EncoderError, match=r"(?s)does not fit.*unknown to the tower: trunk\.extra"):
+        load_encoder(name)
