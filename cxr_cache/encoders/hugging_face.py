@@ -239,9 +239,10 @@ def read_size(
     crop = cfg.get("crop_size") if cfg.get("do_center_crop", False) else None
     if isinstance(size, int) and _find_kind(cfg) in _CROPPING:
         size = {"shortest_edge": size}
-    shortest = size.get("shortest_edge") if isinstance(size, dict) else None
+    edges = size if isinstance(size, dict) else {}
+    shortest = edges.get("shortest_edge")
     sides, cut = _read_sides(size, origin), _read_sides(crop, origin)
-    is_known = (shortest and cut and not size.get("longest_edge")) or sides
+    is_known = (shortest and cut and not edges.get("longest_edge")) or sides
     if resize is None and (cfg.get("do_pad") or not is_known):
         how = "pads images (do_pad) in a way of its own"
         if not cfg.get("do_pad"):
