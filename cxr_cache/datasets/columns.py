@@ -175,6 +175,19 @@ SPLIT_WORDS: Final = {
 """Words for the parts of a given split, in small letters."""
 
 
+def find_split_word(name: str) -> str:
+    """The part of a split that a file's name tells; blank if it tells none, or several.
+
+    Examples
+    --------
+    >>> find_split_word("train"), find_split_word("labels_valid"), find_split_word("train_test")
+    ('train', 'val', '')
+    """
+    words = re.split(r"[\W_]+", name.lower())
+    parts = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+    return parts.pop() if len(parts) == 1 else ""
+
+
 def read_splits(column: pd.Series[Any], path: Path) -> NDArray[np.object_]:
     """Words of a given split as ``"train"``, ``"val"``, ``"test"`` or ``""``.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +74,10 @@ class Sheet:
     """Who labelled each row, ``(N,)``."""
     roles: dict[str, str] = field(default_factory=dict)
     """Column by role."""
+    files: tuple[Path, ...] = ()
+    """The files, where it is of several."""
+    split: str = ""
+    """Where its given split is from, if from no column."""
 
 
 def find_tables(path: Path) -> list[Path]:
@@ -116,8 +121,8 @@ def read_own_table(path: Path, config: ReadConfig, image_dir: Path | None) -> Co
     tables = {table_path: read_table(table_path) for table_path in find_tables(path)}
     cols.require_named(config, tables)
     sheets = [
-        read_sheet(table, table_path, cols.restrict(config, table))
-        for table_path, table in tables.items()
+        _read_stack(stack, cols.restrict(config, next(iter(stack.values()))))
+        for stack in _stack(tables, config)
     ]
     with_images = [sheet for sheet in sheets if "image" in sheet.facts]
     main = max(with_images, key=lambda sheet: len(sheet.facts), default=None)
@@ -125,7 +130,65 @@ def read_own_table(path: Path, config: ReadConfig, image_dir: Path | None) -> Co
         main = _match_files(sheets, image_dir or default_image_dir(path), path)
         sheets.append(main)
     others = [sheet for sheet in sheets if sheet is not main]
+    for sheet in others:
+        _require_same_images(main, sheet)
     return join_sheets(main, others, config, image_dir, path)
+
+
+# -- tables that continue each other ------------------------------------------------------
+
+
+def _stack(tables: dict[Path, pd.DataFrame], config: ReadConfig) -> list[dict[Path, pd.DataFrame]]:
+    """Put together the tables that have the same columns, and rows of other things."""
+    stacks: dict[Any, dict[Path, pd.DataFrame]] = {}
+    for path, table in tables.items():
+        stacks.setdefault(frozenset(table.columns), {})[path] = table
+    made = []
+    for stack in stacks.values():
+        first = next(iter(stack.values()))
+        roles = cols.find_roles(first, next(iter(stack)), cols.restrict(config, first))
+        key = next((roles[key] for key in KEYS if key in roles), None)
+        ids = [] if key is None else [set(table[key]) for table in stack.values()]
+        if key is not None and sum(map(len, ids)) == len(set().union(*ids)):
+            made.append(stack)
+        else:
+            made += [{path: table} for path, table in stack.items()]
+    return made
+
+
+def _read_stack(stack: dict[Path, pd.DataFrame], config: ReadConfig) -> Sheet:
+    """Understand tables of the same columns as one; files named train and test are a split."""
+    first, *others = stack
+    if not others:
+        return read_sheet(stack[first], first, config)
+    parts = [
+        table.set_axis([f"{line} of {path.name}" for line in table.index])
+        for path, table in stack.items()
+    ]
+    path = first.with_name(list_names([path.name for path in stack], 3))
+    sheet = replace(read_sheet(pd.concat(parts), path, config), files=tuple(stack))
+    words = [cols.find_split_word(path.name.split(".")[0]) for path in stack]
+    if "given_split" not in sheet.facts and all(words):
+        lengths = [len(table) for table in parts]
+        facts = sheet.facts.assign(given_split=np.repeat(np.array(words, object), lengths))
+        return replace(sheet, facts=facts, split=f"the file names {path.name}")
+    return sheet
+
+
+def _require_same_images(main: Sheet, other: Sheet) -> None:
+    """Raise TableError for two tables of images that name others: some would be left out."""
+    if "image" not in other.facts:
+        return
+    known, named = set(main.facts["image"]), set(other.facts["image"])
+    same_columns = main.uses.keys() == other.uses.keys()
+    if named <= known or (named & known and not same_columns):
+        return
+    which = "some of the same images" if named & known else "different images"
+    why = "" if same_columns else ", and their columns differ"
+    raise TableError(
+        f"{main.path} and {other.path.name} name {which}{why}, so they are no parts of one table. "
+        "Give one of them by its path, or give them the same columns and each image once."
+    )
 
 
 # -- one table ----------------------------------------------------------------------------
@@ -403,18 +466,24 @@ def join_sheets(
             for sheet in sheets
             for column, use in sheet.uses.items()
         },
-        codes={
-            finding: counts
-            for sheet in sheets
-            for finding, counts in count_codes(sheet.codes, sheet.findings).items()
-            if finding in picked
-        },
+        codes=_add_counts(sheets, picked),
         policy=policy.to_text() if picked else "",
         split=whose_split(sheets),
         notes=tuple(notes),
     )
-    source = {sheet.path.name: hash_file(sheet.path) for sheet in sheets if sheet.path.is_file()}
+    files = [file for sheet in sheets for file in sheet.files or (sheet.path,)]
+    source = {file.name: hash_file(file) for file in files if file.is_file()}
     return Cohort(images, matrix.astype(np.float32), tuple(picked), source, reading)
+
+
+def _add_counts(sheets: Sequence[Sheet], findings: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How often each code occurs in the tables, by finding."""
+    total: dict[str, Counter[str]] = {}
+    for sheet in sheets:
+        for finding, counts in count_codes(sheet.codes, sheet.findings).items():
+            if finding in findings:
+                total.setdefault(finding, Counter()).update(counts)
+    return {finding: dict(counts) for finding, counts in total.items()}
 
 
 def whose_split(sheets: Sequence[Sheet]) -> str:
@@ -425,7 +494,7 @@ def whose_split(sheets: Sequence[Sheet]) -> str:
         for role in ("split", "fold")
         if role in sheet.roles
     ]
-    return " and ".join(parts)
+    return " and ".join([*parts, *(sheet.split for sheet in sheets if sheet.split)])
 
 
 def _join(
@@ -469,13 +538,19 @@ def _join(
             values = np.where(np.isnan(known), values, known)
         targets[finding] = values
         origins.setdefault(finding, sheet.path)
-    without = int((~found).sum())
-    if without:
-        return [
+    notes = []
+    if without := int((~found).sum()):
+        notes.append(
             f"{count(without, 'image')} of {len(found):,} {'has' if without == 1 else 'have'} no "
             f"row in {sheet.path.name}."
-        ]
-    return []
+        )
+    unused = len(set(rows.keys) - set(facts[key]) - {""})
+    if unused and key == "image":
+        notes.append(
+            f"{count(unused, 'image')} of {sheet.path.name} {'is' if unused == 1 else 'are'} not "
+            f"in {origins['image'].name} and not used."
+        )
+    return notes
 
 
 def _require_agreement(

@@ -284,6 +284,29 @@ def test_two_tables_that_contradict_each_other_are_refused(tmp_path):
         load_cohort(tmp_path)
 
 
+def test_tables_of_other_images_continue_each_other_and_may_be_the_given_split(tmp_path):
+    header = "image,patient,labels\n"
+    write(tmp_path / "A", f"{header}a.png,1,Edema\nb.png,2,Mass\nc.png,3,\n", "train.csv")
+    write(tmp_path / "A", f"{header}d.png,4,Edema;Cyst\n", "test.csv")
+    cohort = load_cohort(tmp_path / "A", "table")
+    given = dict(zip(cohort.image_ids.tolist(), cohort.images["given_split"], strict=True))
+    assert given == {"a.png": "train", "b.png": "train", "c.png": "train", "d.png": "test"}
+    assert cohort.findings == ("Cyst", "Edema", "Mass")
+    assert cohort.reading.codes["Edema"] == {"present": 2, "absent": 1, "blank": 1}
+    assert cohort.reading.split == "the file names test.csv, train.csv"
+    assert cohort.reading.notes == ()
+    assert cohort.source.keys() == {"train.csv", "test.csv"}
+    write(tmp_path / "A", f"{header}d.png,4,Edema;Cyst\nd.png,4,Mass\n", "test.csv")
+    with pytest.raises(TableError, match=r"on line 2 of test\.csv and on line 3 of test\.csv"):
+        load_cohort(tmp_path / "A", "table")
+    write(tmp_path / "A", f"{header}a.png,1,Edema\nd.png,4,Mass\n", "test.csv")
+    with pytest.raises(TableError, match=r"train.csv and test.csv name some of the same images"):
+        load_cohort(tmp_path / "A", "table")
+    write(tmp_path / "A", "image,Mass\nd.png,1\n", "test.csv")
+    with pytest.raises(TableError, match="name different images, and their columns differ"):
+        load_cohort(tmp_path / "A", "table")
+
+
 def test_studies_are_matched_with_files_where_no_table_names_them(tmp_path):
     for name in ("s1/one.png", "s1/two.png", "s2.png", "other/x.png"):
         write(tmp_path / "images", "", name)
