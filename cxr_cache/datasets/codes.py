@@ -23,7 +23,16 @@ PRESENT, ABSENT, UNCERTAIN, BLANK = 1, 0, -1, 2
 CODE_NAMES: Final = {PRESENT: "present", ABSENT: "absent", UNCERTAIN: "uncertain", BLANK: "blank"}
 """Codes in words."""
 
-_WORDS: Final = {"": BLANK, "true": PRESENT, "false": ABSENT}
+NOT_SAID: Final = frozenset(
+    ("nan", "na", "n/a", "<na>", "nat", "null", "unknown", "unk", "missing")
+)
+"""Words, in small letters, by which programs and people fill a cell that says nothing."""
+
+_WORDS: Final = {
+    **dict.fromkeys(("", "none", *NOT_SAID), BLANK),
+    "true": PRESENT,
+    "false": ABSENT,
+}
 
 
 def read_code(cell: str) -> int | None:
@@ -31,8 +40,8 @@ def read_code(cell: str) -> int | None:
 
     Examples
     --------
-    >>> [read_code(cell) for cell in ("1", "0.0", "-1", "True", "", "maybe")]
-    [1, 0, -1, 1, 2, None]
+    >>> [read_code(cell) for cell in ("1", "0.0", "-1", "True", "", "nan", "maybe")]
+    [1, 0, -1, 1, 2, 2, None]
     """
     cell = cell.strip()
     if (word := _WORDS.get(cell.lower())) is not None:
@@ -110,7 +119,7 @@ _SEPARATORS: Final = ("|", ";", ",")
 
 
 def split_names(cell: str, separator: str) -> list[str]:
-    """Names that a cell lists, as written but for white space.
+    """Names that a cell lists, as written but for white space; words of :data:`NOT_SAID` are none.
 
     Raises
     ------
@@ -134,7 +143,8 @@ def split_names(cell: str, separator: str) -> list[str]:
         names = [names] if isinstance(names, str) else names
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"{cell!r} is no list of names")
-    return [spaced for name in names if (spaced := " ".join(name.split()))]
+    spaced = (" ".join(name.split()) for name in names)
+    return [name for name in spaced if name and name.lower() not in NOT_SAID]
 
 
 def find_separator(cells: Sequence[str]) -> str:
@@ -155,8 +165,9 @@ def read_lists(
 ) -> tuple[tuple[str, ...], NDArray[np.int8]]:
     """Read a column whose cells list the findings of a row.
 
-    Case and white space do not matter. What a cell does not list is absent; a blank cell is blank
-    for every finding; words such as ``No Finding`` say that nothing was found.
+    Case and white space do not matter. What a cell does not list is absent; a blank cell, or one
+    of a word such as ``nan``, is blank for every finding; words such as ``No Finding`` say that
+    nothing was found.
 
     Parameters
     ----------

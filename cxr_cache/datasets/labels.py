@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from cxr_cache.common.tables import read_table, require_columns, require_unique
 from cxr_cache.common.wording import count, list_names, nearest_names, normalise_name
 from cxr_cache.config import ReadConfig
-from cxr_cache.datasets.codes import BLANK, Policy, count_codes, read_codes
+from cxr_cache.datasets.codes import BLANK, NOT_SAID, Policy, count_codes, read_codes, try_codes
 from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.columns import candidates, find_roles, note_patients
-from cxr_cache.datasets.table import KEYS, Sheet, collapse, read_sheet, whose_split
+from cxr_cache.datasets.table import KEYS, NO_CODES, Sheet, collapse, read_sheet, whose_split
 from cxr_cache.errors import TableError
 
 _DATA = files("cxr_cache.datasets") / "findings35.json"
@@ -111,7 +111,7 @@ def parse_labels(
     """Read cells that list the findings of an image, separated by ``;``.
 
     Case and white space do not matter. What a cell does not list is absent; a
-    blank cell leaves its row unlabelled.
+    blank cell, or one of a word such as ``nan``, leaves its row unlabelled.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def parse_labels(
     column_of = {normalise_name(finding): column for column, finding in enumerate(findings)}
     targets = np.zeros((len(cells), len(findings)), np.float32)
     for row, cell in enumerate(cells):
-        names = _split_cell(cell)
+        names = _split_cell(cell) - NOT_SAID
         unknown = [name for name in names if name not in column_of]
         if unknown:
             line = lines[row] if lines is not None else row + 1
@@ -227,7 +227,7 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
         require_unique(table, column, path)
     named: dict[str, Any] = {f"{key}_column": column}
     config = ReadConfig(**named)
-    if "label" in table:
+    if "label" in table and not _holds_codes(table["label"]):
         findings, targets = _read_listed(table["label"], cohort.findings, path)
         sheet = read_sheet(table.drop(columns="label"), path, config, findings=())
         codes = np.where(np.isnan(targets), BLANK, targets).astype(np.int8)
@@ -284,11 +284,17 @@ def _find_key(table: pd.DataFrame, images: pd.DataFrame, path: Path) -> tuple[st
     raise AssertionError("image_id is the name of an image column")
 
 
+def _holds_codes(column: pd.Series[Any]) -> bool:
+    """Whether a column is a finding itself: 1, 0, -1 and blank, but not blank alone."""
+    codes, is_wrong = try_codes(column)
+    return not is_wrong.any() and bool((codes != BLANK).any())
+
+
 def _read_listed(
     column: pd.Series[Any], own: tuple[str, ...], path: Path
 ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
     """Read a column ``label``: of the cohort's findings if it has no other, else of the 35."""
-    listed = set[str]().union(*(_split_cell(cell) for cell in column.unique()))
+    listed = set[str]().union(*(_split_cell(cell) - NOT_SAID for cell in column.unique()))
     findings = own if listed <= {normalise_name(name) for name in own} else FINDINGS
     lines = column.index.tolist()
     return findings, parse_labels(column.tolist(), findings, source=str(path), lines=lines)
@@ -296,7 +302,7 @@ def _read_listed(
 
 def _explain_no_finding(table: pd.DataFrame, sheet: Sheet, path: Path) -> None:
     """Raise for a table without findings: for the first cell that is none, if a column has one."""
-    no_role = [name for name, use in sheet.uses.items() if use.startswith("ignored: holds")]
+    no_role = [name for name, use in sheet.uses.items() if use == NO_CODES]
     if no_role:
         read_codes(table, no_role[:1], path)
     raise TableError(

@@ -52,6 +52,9 @@ ROLE_WORDS: Final = {
 }
 """What a column of a role is used as, in words; others are called as their role."""
 
+NO_CODES: Final = "ignored: not label codes"
+"""The use of a column that holds something else; its cells are not told, as they may name people."""
+
 _LONG_NAME: Final = 60  # characters; a longer one in a list is text and no finding
 
 
@@ -346,14 +349,9 @@ def _judge(column: pd.Series[Any], may_list: bool) -> str:
         return "ignored: all cells are blank"
     if 2 * n_wrong <= n_filled:
         return "finding"  # a cell that is none is an error, with its line
-    row = int(is_wrong.argmax())
     if may_list and column[is_wrong].str.len().median() <= _LONG_NAME:
         return "names"
-    return f"ignored: holds {_shorten(column.iloc[row])!r} (line {column.index[row]})"
-
-
-def _shorten(text: str, width: int = 24) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."
+    return NO_CODES
 
 
 # -- rows of one table that are of one thing --------------------------------------------------

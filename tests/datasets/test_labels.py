@@ -66,7 +66,7 @@ def test_tags_are_compared_whole_whatever_their_case_and_spacing(cell, expected)
     assert names_of(assign_targets([cell])[0]) == expected
 
 
-@pytest.mark.parametrize("cell", ["", "  ", " ; "])
+@pytest.mark.parametrize("cell", ["", "  ", " ; ", "nan"])
 def test_a_blank_cell_is_unlabelled_and_not_normal(cell):
     assert np.isnan(assign_targets([cell])).all()
     assert np.isnan(parse_labels([cell])).all()
@@ -127,7 +127,7 @@ def test_a_target_table_reads_present_absent_uncertain_and_unlabelled():
     assert targets.dtype == np.float32
 
 
-@pytest.mark.parametrize("value", ["2", "yes", "0.5", "nan", "-2", "1,0"])
+@pytest.mark.parametrize("value", ["2", "yes", "0.5", "inf", "-2", "1,0"])
 def test_another_value_is_refused_with_its_line_column_and_value(value):
     table = pd.DataFrame({"image_id": ["a", "b"], "Edema": ["1", value]}, index=[2, 3])
     with pytest.raises(TableError, match=rf"own\.csv, line 3: column 'Edema' holds '{value}'"):

@@ -79,7 +79,7 @@ def test_every_column_is_accounted_for(tmp_path):
         "Split": "given split",
         "Edema": "finding",
         "Mass": "finding",
-        "Comment": "ignored: holds 'hello' (line 2)",
+        "Comment": "ignored: not label codes",
     }
     assert reading.codes["Mass"] == {"present": 2, "absent": 2, "uncertain": 1}
     assert reading.split == "the column 'Split' of mine.csv"
@@ -89,7 +89,7 @@ def test_every_column_is_accounted_for(tmp_path):
     )
     text = reading.to_text()
     assert "2 findings:          Edema, Mass" in text
-    assert "ignored:             Comment (holds 'hello' (line 2))" in text
+    assert "ignored:             Comment (not label codes)" in text
 
 
 def test_the_store_keeps_how_the_data_set_was_read(tmp_path):
@@ -158,6 +158,35 @@ def test_one_column_may_list_the_findings(tmp_path, cells, names):
     assert cohort.findings == names
     expected = [[1, 1], [0, 0] if cells[1] != "[]" else [NAN, NAN], [0, 1], [NAN, NAN]]
     np.testing.assert_array_equal(cohort.targets, expected)
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "NA", "unknown", "n/a", "<NA>"])
+def test_a_word_for_not_said_is_a_blank_label(tmp_path, word):
+    listed = load(tmp_path, f"image,Finding Labels\na,Edema|Mass\nb,{word}\nc,none\nd,Mass\n")
+    assert listed.findings == ("Edema", "Mass")
+    np.testing.assert_array_equal(listed.targets, [[1, 1], [NAN, NAN], [0, 0], [0, 1]])
+    columns = load(tmp_path, f"image,Edema,Mass\na,1,0\nb,{word},1\nc,{word},\n")
+    np.testing.assert_array_equal(columns.targets, [[1, 0], [NAN, 1], [NAN, NAN]])
+    images = pd.DataFrame({"image_id": ["a", "b"], "study_uid": ["1", "2"]})
+    cohort = Cohort(images, np.zeros((2, 1), np.float32), ("Mine",))
+    for column in ("label", "labels"):
+        labelled = read_labels(write(tmp_path, f"image,{column}\na,Mine\nb,{word}\n"), cohort)
+        assert labelled.findings == ("Mine",)
+        np.testing.assert_array_equal(labelled.targets, [[1], [NAN]])
+
+
+def test_no_cell_of_an_ignored_column_is_kept(tmp_path):
+    cohort = load(tmp_path, "image,PatientID,PatientName,PatientBirthDate,Mass\na,1,Doe^J,1950,1\n")
+    assert cohort.reading.columns["PatientName"] == "ignored: not label codes"
+    assert "Doe" not in str(cohort.reading) and "1950" not in str(cohort.reading)
+
+
+def test_a_column_label_of_codes_is_a_finding(tmp_path):
+    images = pd.DataFrame({"image_id": ["a", "b"], "study_uid": ["1", "2"]})
+    cohort = Cohort(images, np.zeros((2, 1), np.float32), ("Mine",))
+    labelled = read_labels(write(tmp_path, "image_id,label\na,1\nb,0\n"), cohort)
+    assert labelled.findings == ("label",)
+    assert labelled.targets.tolist() == [[1], [0]]
 
 
 def test_list_text_is_never_run(tmp_path):
