@@ -22,7 +22,8 @@ from cxr_cache.common.wording import count, list_names, nearest_names, normalise
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.codes import BLANK, NOT_SAID, Policy, count_codes, read_codes, try_codes
 from cxr_cache.datasets.cohort import Cohort, Reading
-from cxr_cache.datasets.columns import candidates, find_roles, note_patients
+from cxr_cache.datasets.columns import candidates, find_roles, is_unknown, note_patients
+from cxr_cache.datasets.dicom.pseudonyms import default_key_path, hash_id, load_key
 from cxr_cache.datasets.table import KEYS, NO_CODES, Sheet, collapse, read_sheet, whose_split
 from cxr_cache.errors import TableError
 
@@ -220,8 +221,8 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
         The file cannot be read so, names none of the images, or contradicts the cohort.
     """
     path = Path(path)
-    table = read_table(path)
     images = cohort.images
+    table, hash_notes = _hash_as_store(read_table(path), cohort, path)
     key, column = _find_key(table, images, path)
     if "reader" not in find_roles(table, path, ReadConfig(), may_choose=("image",)):
         require_unique(table, column, path)
@@ -251,7 +252,8 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
         for name in rows.facts
         if name != key
     }
-    changed, notes = _add_facts(images, facts, path)
+    changed, fact_notes = _add_facts(images, facts, path)
+    notes = [*hash_notes, *fact_notes]
     ignored = [name for name, use in sheet.uses.items() if use.startswith("ignored")]
     if ignored:
         notes.append(f"Not used of {path.name}: {list_names(ignored, 5)}.")
@@ -265,6 +267,40 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
     )
     targets = take_or_nan(rows.targets, places)
     return Cohort(changed, targets, sheet.findings, cohort.source, reading)
+
+
+def _hash_as_store(
+    table: pd.DataFrame, cohort: Cohort, path: Path
+) -> tuple[pd.DataFrame, list[str]]:
+    """Hash the patients and studies of a table as those of DICOM headers are in the store.
+
+    Ids that are in the store already stay; those that the user's key does not link are left out,
+    as they would reveal who is who.
+    """
+    reading, notes = cohort.reading, []
+    key_path = default_key_path()
+    for kind in ("patient", "study"):
+        use = f"{kind}, as a keyed hash"
+        if reading is None or use not in reading.columns.values():
+            continue
+        known = set(cohort.images[COLUMN_OF_KEY[kind]]) - {""}
+        for column in candidates(table, kind):
+            ids = table[column].map(lambda cell: "" if is_unknown(cell) else cell)
+            if set(ids) - {""} <= known:
+                continue
+            if key_path.is_file():
+                key = load_key(key_path)
+                name = {i: hash_id(key, kind, i) for i in ids.unique() if i and i not in known}
+                ids = ids.map(lambda cell, name=name: name.get(cell, cell))
+            if set(ids) & known:
+                table = table.assign(**{column: ids})
+                continue
+            table = table.drop(columns=column)
+            notes.append(
+                f"{column!r} of {path.name} is not used: the store has hashes of the {kind} ids, "
+                f"and with the key {key_path} none of the table's is among them."
+            )
+    return table, notes
 
 
 COLUMN_OF_KEY = {"image": "image_id", "study": "study_uid", "patient": "patient_id"}

@@ -21,6 +21,7 @@ from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.codes import combine_rows, read_lists
 from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.columns import read_ages, read_views
+from cxr_cache.datasets.dicom.pseudonyms import hash_id
 from cxr_cache.datasets.labels import read_labels
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.errors import ConfigError, TableError
@@ -550,6 +551,28 @@ def test_a_table_of_labels_that_contradicts_the_store_is_refused(tmp_path, colum
         rf"{what} of image 'b' is 'train' in the table and 'test' in the store",
     ):
         read_labels(path, cohort)
+
+
+def test_patients_are_hashed_as_those_of_the_store_before_they_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    write(tmp_path / "cxr-cache", "0123456789abcdef", "id_key")
+    hashed = [hash_id(b"0123456789abcdef", "patient", name) for name in ("MRN1", "MRN2")]
+    images = pd.DataFrame({"image_id": ["a", "b"], "study_uid": ["1", "2"], "patient_id": hashed})
+    how = Reading("dicom", columns={"PatientID": "patient, as a keyed hash"})
+    cohort = Cohort(images, np.zeros((2, 1), np.float32), ("Edema",), reading=how)
+    table = write(tmp_path, "image_id,PatientID,Mine\na,MRN1,1\nb,MRN2,0\n")
+    assert read_labels(table, cohort).patient_ids.tolist() == hashed
+    by_patient = write(tmp_path, "PatientID,Mine\nMRN1,1\nMRN2,0\nMRN3,1\n", "patients.csv")
+    assert read_labels(by_patient, cohort).targets.tolist() == [[1], [0]]
+    swapped = write(tmp_path, "image_id,PatientID,Mine\na,MRN2,1\nb,MRN1,0\n", "swapped.csv")
+    with pytest.raises(TableError, match=f"{hashed[1]}' in the table") as error:
+        read_labels(swapped, cohort)
+    assert "MRN" not in str(error.value)
+    write(tmp_path / "cxr-cache", "another key, that is", "id_key")
+    labelled = read_labels(table, cohort)
+    assert labelled.patient_ids.tolist() == hashed
+    assert labelled.reading.notes[0].startswith("'PatientID' of mine.csv is not used: the store ha")
+    assert "MRN" not in str(labelled.reading)
 
 
 def test_labels_may_have_a_row_per_study(tmp_path):
