@@ -24,7 +24,8 @@ ROLE_NAMES: Final[Mapping[str, str]] = {
     "file filename fname img imgid imgpath imgname dicomid pathtoimage pngpath dicompath "
     "sopinstanceuid dicomfile",
     "patient": "patientid patient subjectid subject deidpatientid patientnumber patientuid "
-    "personid pid mrn",
+    "personid pid mrn patid patientno patientnum patientidentifier patients patientcode "
+    "participantid participant anonpatientid subjectno subjectnumber subjectcode",
     "study": "studyuid studyid study studyinstanceuid accession accessionnumber examid exam "
     "reportid visitid uid",
     "projection": "projection frontallateral",
@@ -58,7 +59,7 @@ FACT_ROLES: Final = ("sex", "age", "hospital", "race", "ethnicity")
 _NEVER = (
     "followup followupno width height rows columns index unnamed0 status error source report "
     "impression indication comparison studydate studytime date nimages id rowid xmin ymin xmax "
-    "ymax x y w h bmi weight"
+    "ymax x y w h bmi weight predicted prediction"
 )
 NEVER_FINDINGS: Final = frozenset(_NEVER.split())
 """Names of columns, squeezed, that are no findings even if they hold nothing but 0 and 1."""
@@ -175,6 +176,12 @@ SPLIT_WORDS: Final = {
 """Words for the parts of a given split, in small letters."""
 
 
+def is_split_flag(name: str) -> bool:
+    """Whether a column says of each row if it is in one part of a split, as ``is_test``."""
+    squeezed = squeeze_name(name)
+    return squeezed.startswith(("is", "in")) and squeezed[2:].removesuffix("set") in SPLIT_WORDS
+
+
 def find_split_word(name: str) -> str:
     """The part of a split that a file's name tells; blank if it tells none, or several.
 
@@ -273,36 +280,61 @@ def _read_age(cell: str) -> str | None:
     return str(int(years)) if 0 <= years <= OLDEST else None
 
 
-_FRONTALS = (
-    "pa ap frontal front f anteroposterior posteroanterior antero_posterior postero_anterior "
-    "pa_erect ap_erect ap_supine ap_horizontal"
-)
-_FRONTAL: Final = frozenset(_FRONTALS.split())
-_LATERALS = "lateral lat l ll rl left_lateral right_lateral"
-_LATERAL: Final = frozenset(_LATERALS.split())
+_FRONTALS = "pa ap frontal front anteroposterior posteroanterior antero postero"
+_LATERALS = "lateral lat ll rl"
+_KIND_OF_WORD: Final = {
+    **dict.fromkeys(_FRONTALS.split(), "Frontal"),
+    **dict.fromkeys(_LATERALS.split(), "Lateral"),
+}
+_KIND_OF_LETTER: Final = {"f": "Frontal", "l": "Lateral"}
+"""Letters that are a projection only if they stand alone; beside others they tell a side."""
+_NO_POSITION: Final = ("frontal", "front", "f", "lateral", "lat")
+"""Words of a projection that tell no position."""
 
 
 def read_views(column: pd.Series[Any]) -> tuple[NDArray[np.object_], NDArray[np.object_]]:
     """Projections (``"Frontal"``, ``"Lateral"``, ``""``) and view positions (``"PA"``, ...)."""
 
-    def word(cell: str) -> str:
-        return re.sub(r"[\s-]+", "_", cell.strip().lower())
+    def words(cell: str) -> list[str]:
+        return re.findall(r"[a-z]+", cell.lower())
 
     def projection(cell: str) -> str:
-        name = word(cell)
-        return "Frontal" if name in _FRONTAL else "Lateral" if name in _LATERAL else ""
+        name = words(cell)
+        if len(name) == 1 and name[0] in _KIND_OF_LETTER:
+            return _KIND_OF_LETTER[name[0]]
+        kinds = {_KIND_OF_WORD[word] for word in name if word in _KIND_OF_WORD}
+        if "decubitus" in name:  # its word lateral is of the patient, not of the beam
+            kinds.discard("Lateral")
+        return kinds.pop() if len(kinds) == 1 else ""
 
     def position(cell: str) -> str:
-        name = word(cell)
-        if is_unknown(cell) or name in ("frontal", "front", "f", "lateral", "lat"):
-            return ""
-        start = name.split("_")[0]
-        return start.upper() if start in ("pa", "ap", "ll", "rl") else cell.strip()
+        name = words(cell)
+        if start := next((word for word in name if word in ("pa", "ap", "ll", "rl")), ""):
+            return start.upper()
+        tells_none = name and name[0] in _NO_POSITION and "decubitus" not in name
+        return "" if is_unknown(cell) or tells_none else cell.strip()
 
     return map_cells(column, projection), map_cells(column, position)
 
 
 # -- what is odd about patients -------------------------------------------------------------
+
+
+def note_unread_patients(uses: Mapping[str, str], source: str, remedy: str) -> list[str]:
+    """Say which ignored columns may name the patients, where no column does."""
+    words = ("patient", "subject", "participant", "caseid")
+    found = [
+        repr(column)
+        for column, use in uses.items()
+        if use.startswith("ignored") and any(word in squeeze_name(column) for word in words)
+    ]
+    if not found:
+        return []
+    return [
+        f"No column of {source} is taken for the patient, but {list_names(found, 3)} may be: "
+        f"{remedy}. Without patients, images of one may be on both sides of a split."
+    ]
+
 
 _LARGE_SHARE: Final = 0.1
 _MANY: Final = 10  # images of one patient below which a share says nothing

@@ -22,7 +22,13 @@ from cxr_cache.common.wording import count, list_names, nearest_names, normalise
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.codes import BLANK, NOT_SAID, Policy, count_codes, read_codes, try_codes
 from cxr_cache.datasets.cohort import Cohort, Reading
-from cxr_cache.datasets.columns import candidates, find_roles, is_unknown, note_patients
+from cxr_cache.datasets.columns import (
+    candidates,
+    find_roles,
+    is_unknown,
+    note_patients,
+    note_unread_patients,
+)
 from cxr_cache.datasets.dicom.pseudonyms import default_key_path, hash_id, load_key
 from cxr_cache.datasets.table import KEYS, NO_CODES, Sheet, collapse, read_sheet, whose_split
 from cxr_cache.errors import TableError
@@ -223,6 +229,8 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
     path = Path(path)
     images = cohort.images
     table, hash_notes = _hash_as_store(read_table(path), cohort, path)
+    if hash_notes and not any(candidates(table, key) for key in KEYS):
+        raise TableError(f"{path}: {hash_notes[0]} Name the images, or use the store's key.")
     key, column = _find_key(table, images, path)
     if "reader" not in find_roles(table, path, ReadConfig(), may_choose=("image",)):
         require_unique(table, column, path)
@@ -255,6 +263,8 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
     changed, fact_notes = _add_facts(images, facts, path)
     notes = [*hash_notes, *fact_notes]
     ignored = [name for name, use in sheet.uses.items() if use.startswith("ignored")]
+    if (changed["patient_id"] == "").all():
+        notes += note_unread_patients(sheet.uses, path.name, "call it 'patient_id'")
     if ignored:
         notes.append(f"Not used of {path.name}: {list_names(ignored, 5)}.")
     reading = Reading(

@@ -53,7 +53,7 @@ ROLE_WORDS: Final = {
 """What a column of a role is used as, in words; others are called as their role."""
 
 NO_CODES: Final = "ignored: not label codes"
-"""The use of a column that holds something else; its cells are not told, as they may name people."""
+"""The use of a column that holds something else. Its cells are not told: they may name people."""
 
 _LONG_NAME: Final = 60  # characters; a longer one in a list is text and no finding
 
@@ -235,6 +235,11 @@ def read_sheet(
     found, codes = _read_findings(table, roles, path, config, uses, findings)
     for column in table.columns:
         uses.setdefault(column, "ignored")
+        if cols.is_split_flag(column) and uses[column] == "ignored":
+            notes.append(
+                f"{column!r} of {path.name} seems to tell a given split and is not used. Write it "
+                "as a column 'split' with train, val or test."
+            )
     reader = table[roles["reader"]].to_numpy(object) if "reader" in roles else None
     ordered = {column: uses[column] for column in table.columns}
     return Sheet(path, facts, found, codes, ordered, tuple(notes), reader, roles)
@@ -269,6 +274,12 @@ def read_facts(
         facts["given_fold"] = cols.read_folds(table[roles["fold"]], path)
     if "sex" in roles:
         facts["sex"] = cols.read_sexes(table[roles["sex"]])
+        known = ~table[roles["sex"]].map(cols.is_unknown)
+        if known.any() and not (facts["sex"] != "").any():
+            notes.append(
+                f"{roles['sex']!r} of {path.name} holds neither F and M nor female and male, so "
+                "the sex is left blank."
+            )
     if "age" in roles:
         facts["age"], n_impossible = cols.read_ages(table[roles["age"]])
         if n_impossible:
@@ -341,7 +352,8 @@ def _name_columns(free: Sequence[str], config: ReadConfig) -> list[str]:
 
 def _judge(column: pd.Series[Any], may_list: bool) -> str:
     """What a column without a role is: a finding, a list of names, or ignored, and why."""
-    if cols.squeeze_name(str(column.name)) in cols.NEVER_FINDINGS:
+    name = str(column.name)
+    if cols.squeeze_name(name) in cols.NEVER_FINDINGS or cols.is_split_flag(name):
         return "ignored"
     codes, is_wrong = try_codes(column)
     n_filled, n_wrong = int((is_wrong | (codes != BLANK)).sum()), int(is_wrong.sum())
@@ -448,6 +460,10 @@ def join_sheets(
     notes = list(main.notes)
     for sheet in others:
         notes += [*sheet.notes, *_join(sheet, facts, targets, origins, policy, config)]
+    if "patient" not in facts:
+        remedy = "name it with --patient-column"
+        for sheet in (main, *others):
+            notes += cols.note_unread_patients(sheet.uses, sheet.path.name, remedy)
     facts, missing_notes = _place_images(facts, main, image_dir, path)
     notes += missing_notes
     images, study_notes = _to_images(facts)
@@ -615,7 +631,11 @@ _NUMBERED: Final = 0.1  # of studies that two patients share, from which on ids 
 
 
 def _to_images(facts: dict[str, NDArray[np.object_]]) -> tuple[pd.DataFrame, list[str]]:
-    """The columns of the image table; studies that are only numbered get their patient's id."""
+    """The columns of the image table; studies that are only numbered get their patient's id.
+
+    An image without a patient is of the patient of its study; of a numbered study it is unknown
+    which, so that the image counts as a study itself.
+    """
     notes: list[str] = []
     images = pd.DataFrame({name: pd.Series(cells, dtype=object) for name, cells in facts.items()})
     images = images.rename(
@@ -626,13 +646,19 @@ def _to_images(facts: dict[str, NDArray[np.object_]]) -> tuple[pd.DataFrame, lis
     elif (blank := images["study_uid"] == "").any():
         images.loc[blank, "study_uid"] = images.loc[blank, "image_id"]
     if "patient_id" in images:
-        pairs = images[["study_uid", "patient_id"]].drop_duplicates()
+        known = images["patient_id"] != ""
+        pairs = images.loc[known, ["study_uid", "patient_id"]].drop_duplicates()
         shared = pairs["study_uid"].duplicated(keep=False)
         n_shared = pairs.loc[shared, "study_uid"].nunique()
         if n_shared > max(1, _NUMBERED * pairs["study_uid"].nunique()):
-            images["study_uid"] = images["patient_id"] + "/" + images["study_uid"]
+            of_patient = images["patient_id"] + "/" + images["study_uid"]
+            images["study_uid"] = of_patient.where(known, images["image_id"])
             notes.append(
                 "The same study ids occur with several patients, so they count as numbers of each "
                 "patient's studies."
             )
+        else:
+            patient_of = dict(pairs[~shared].to_numpy(object))
+            of_study = images["study_uid"].map(lambda study: patient_of.get(study, ""))
+            images["patient_id"] = images["patient_id"].where(known, of_study)
     return images, notes

@@ -113,7 +113,20 @@ def test_another_account_of_reading_is_refused(values):
 
 
 @pytest.mark.parametrize(
-    "name", ["patient_id", "Patient ID", "PatientID", "subject_id", "SUBJECT ID", "patient-id"]
+    "name",
+    [
+        "patient_id",
+        "Patient ID",
+        "PatientID",
+        "subject_id",
+        "SUBJECT ID",
+        "patient-id",
+        "PatID",
+        "Patient No",
+        "Patient_Identifier",
+        "participant_id",
+        "anon_patient_id",
+    ],
 )
 def test_patients_are_known_by_the_names_of_public_tables(tmp_path, name):
     cohort = load(tmp_path, f"Image Index,{name},Mass\na.png,7,1\nb.png,8,0\n")
@@ -179,7 +192,8 @@ def test_a_word_for_not_said_is_a_blank_label(tmp_path, word):
 def test_no_cell_of_an_ignored_column_is_kept(tmp_path):
     cohort = load(tmp_path, "image,PatientID,PatientName,PatientBirthDate,Mass\na,1,Doe^J,1950,1\n")
     assert cohort.reading.columns["PatientName"] == "ignored: not label codes"
-    assert "Doe" not in str(cohort.reading) and "1950" not in str(cohort.reading)
+    assert "Doe" not in str(cohort.reading)
+    assert "1950" not in str(cohort.reading)
 
 
 def test_a_column_label_of_codes_is_a_finding(tmp_path):
@@ -353,6 +367,32 @@ def test_studies_that_are_numbered_by_patient_get_the_patients_id(tmp_path):
     assert cohort.study_uids.tolist()[:3] == ["0/study0", "0/study1", "1/study0"]
 
 
+def test_an_unknown_patient_is_that_of_the_study_and_numbered_studies_have_none(tmp_path):
+    cohort = load(tmp_path, "path,patient,study,Mass\na,p1,s,1\nb,,s,1\nc,,t,0\n")
+    assert cohort.patient_ids.tolist() == ["p1", "p1", ""]
+    rows = "".join(f"{p}_{s},{p},{s},1\n" for p in range(4) for s in range(2))
+    numbered = load(tmp_path, f"path,patient,study,Mass\n{rows}x,,1,1\ny,nan,1,0\n")
+    assert numbered.study_uids.tolist()[-3:] == ["3/1", "x", "y"]
+    assert numbered.patient_ids.tolist()[-3:] == ["3", "", ""]
+
+
+def test_columns_that_look_like_patients_sexes_or_splits_are_named_if_not_read(tmp_path):
+    content = "path,Hashed Patient,Sex,is_test,predicted,Mass\na,k1,0,0,1,1\nb,k2,1,1,0,0\n"
+    cohort = load(tmp_path, content)
+    assert cohort.findings == ("Mass",)
+    patient, sex, split = (
+        next(note for note in cohort.reading.notes if word in note)
+        for word in ("'Hashed Patient'", "'Sex'", "'is_test'")
+    )
+    assert "--patient-column" in patient
+    assert sex == (
+        "'Sex' of mine.csv holds neither F and M nor female and male, so the sex is left blank."
+    )
+    assert "a column 'split' with train, val or test" in split
+    named = load(tmp_path, content, patient_column="Hashed Patient")
+    assert not any("--patient-column" in note for note in named.reading.notes)
+
+
 # -- files --------------------------------------------------------------------------------
 
 
@@ -456,6 +496,15 @@ def test_ages_and_views_as_they_are_written():
     projections, positions = read_views(pd.Series(["PA", "AP supine", "L", "LL", "Frontal", "?"]))
     assert projections.tolist() == ["Frontal", "Frontal", "Lateral", "Lateral", "Frontal", ""]
     assert positions.tolist() == ["PA", "AP", "L", "LL", "", ""]
+    projections, positions = read_views(
+        pd.Series(["AP portable", "portable AP", "Lateral (L)", "Left-lateral", "Postero anterior"])
+    )
+    assert projections.tolist() == ["Frontal", "Frontal", "Lateral", "Lateral", "Frontal"]
+    assert positions.tolist()[:3] == ["AP", "AP", ""]
+    projections, _ = read_views(
+        pd.Series(["AP and lateral", "lateral decubitus", "AP decubitus", "PA (L)"])
+    )
+    assert projections.tolist() == ["", "", "Frontal", "Frontal"]
 
 
 # -- kinds of files -----------------------------------------------------------------------
