@@ -146,6 +146,17 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     return table
 
 
+def read_words(path: Path) -> list[str]:
+    """Words of a text file, as lists of images are; it may be compressed.
+
+    Raises
+    ------
+    TableError
+        The file cannot be read or is not text.
+    """
+    return _decode(path).split()
+
+
 def _decode(path: Path) -> str:
     content = _read_bytes(path)
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -40,6 +40,8 @@ class CohortDescription:
         All images; the studies they belong to.
     n_patients
         None where no patient is named.
+    n_without_patient
+        Images that name no patient.
     n_unlabelled
         Images without a single labelled finding.
     projections
@@ -57,6 +59,7 @@ class CohortDescription:
     n_images: int
     n_studies: int
     n_patients: int | None
+    n_without_patient: int
     n_unlabelled: int
     projections: dict[str, int]
     images_per_study: dict[int, int]
@@ -79,6 +82,7 @@ class CohortDescription:
             "images": self.n_images,
             "studies": self.n_studies,
             "patients": self.n_patients,
+            "images_without_patient": self.n_without_patient,
             "unlabelled_images": self.n_unlabelled,
             "projections": self.projections,
             "images_per_study": {str(n): count for n, count in self.images_per_study.items()},
@@ -112,7 +116,12 @@ class CohortDescription:
         return "\n".join([*head, "", header, *rows])
 
     def _summary_lines(self) -> list[str]:
-        patients = "" if self.n_patients is None else f" of {self.n_patients:,} patients"
+        unnamed = f" ({self.n_without_patient:,} images name none)"
+        patients = "; patients are not named"
+        if self.n_patients is not None:
+            patients = f" of {count(self.n_patients, 'patient')}" + unnamed * bool(
+                self.n_without_patient
+            )
         per_study = (f"{n}: {count:,}" for n, count in self.images_per_study.items())
         views = (f"{name or 'unknown'} {count:,}" for name, count in self.projections.items())
         lines = [
@@ -160,6 +169,7 @@ def describe_cohort(cohort: Cohort, missing: Sequence[str] | None = None) -> Coh
         n_images=len(cohort),
         n_studies=len(images_of_study),
         n_patients=len(patients) or None,
+        n_without_patient=int((cohort.patient_ids == "").sum()),
         n_unlabelled=int((~labelled.any(axis=1)).sum()),
         projections=dict(sorted(Counter(cohort.images["projection"].tolist()).items())),
         images_per_study=dict(sorted(Counter(images_of_study.values()).items())),

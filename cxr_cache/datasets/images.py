@@ -50,6 +50,8 @@ MAX_TEXT_BYTES = 64 * 1024**2
 MIN_EDGE_PX = 16
 DARK_BITS = 14
 """16-bit images of no larger values are taken to be of as many bits, unless bits are stated."""
+MAX_MARKED = 0.01
+"""Largest share of pixels that may be letters burnt in at full brightness."""
 _N_LOOKED_AT = 1000  # files of a sample, of which most are of 8 bits, as their first bytes tell
 _N_DECODED = 32
 
@@ -318,7 +320,8 @@ def find_unused_bits(
     n_bits = max(largest).bit_length()
     return max(8, n_bits + n_bits % 2), (  # devices have an even number
         f"No value above {max(largest)} occurs in a sample of "
-        f"{count(len(largest), '16-bit image')}, where 16 bits hold up to 65535"
+        f"{count(len(largest), '16-bit image')}, burnt-in markers aside, where 16 bits hold up to "
+        "65535"
     )
 
 
@@ -335,7 +338,10 @@ def _largest_value(image_dir: str | Path | None, image_id: str, prep: Preprocess
         image = _open_checked(data, prep)
         if image.mode not in _WIDE_GREY or _bits_per_sample(image, data) < 16:
             return None
-        return int(np.asarray(image).max())
+        values = np.asarray(image)
+        bright = values >= 2**DARK_BITS
+        is_marked = 0 < bright.mean() <= MAX_MARKED
+        return int(values[~bright].max() if is_marked else values.max())
 
 
 def _locate(image_dir: str | Path | None, image_id: str) -> str:

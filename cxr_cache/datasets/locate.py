@@ -110,7 +110,10 @@ def _to_posix(name: str, image_dir: Path) -> str:
 
 
 def _match(names: Sequence[str], files: Sequence[str], source: str) -> list[str | None]:
-    """The file of each name: of that path, else by as many of its last parts as are needed."""
+    """The file of each name: of that path, else of a path that ends as it does, or the other way.
+
+    Two paths that only end alike are two images: ``patient1/a.png`` is not ``patient2/a.png``.
+    """
     known = set(files)
     by_tail: dict[str, list[str]] = {}
     for file in files:
@@ -122,11 +125,11 @@ def _match(names: Sequence[str], files: Sequence[str], source: str) -> list[str 
         path = PurePosixPath(name)
         choice = name if name in known else None
         if choice is None:
-            ranked = [
-                (_n_common(path, PurePosixPath(file)), file) for file in by_tail.get(path.name, ())
-            ]
-            best = max((n for n, _ in ranked), default=0)
-            fits = [file for n, file in ranked if n == best]
+            candidates = [(PurePosixPath(file), file) for file in by_tail.get(path.name, ())]
+            ranked = [(_n_common(path, other), other, file) for other, file in candidates]
+            ends = [(n, file) for n, other, file in ranked if n == _n_parts(path, other)]
+            best = max((n for n, _ in ends), default=0)
+            fits = [file for n, file in ends if n == best]
             if len(fits) > 1:
                 raise TableError(
                     f"{source}: {name!r} may be {fits[0]!r} or {fits[1]!r}. Write the path into "
@@ -135,6 +138,10 @@ def _match(names: Sequence[str], files: Sequence[str], source: str) -> list[str 
             choice = fits[0] if fits else None
         found.append(choice)
     return found
+
+
+def _n_parts(*paths: PurePosixPath) -> int:
+    return min(len(path.parts) for path in paths)
 
 
 def _n_common(name: PurePosixPath, file: PurePosixPath) -> int:

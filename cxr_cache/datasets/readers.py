@@ -16,6 +16,7 @@ from cxr_cache.datasets.collections.indiana import read_indiana
 from cxr_cache.datasets.collections.recognise import recognise
 from cxr_cache.datasets.columns import note_patients
 from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
+from cxr_cache.datasets.locate import default_image_dir
 from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
 
@@ -86,8 +87,9 @@ def load_cohort(
         logger.info("%s is read as %s: %s", path, format, why)
     folder = None if image_dir is None else Path(image_dir)
     cohort = READERS[format](path, config or ReadConfig(), folder)
-    if format == "table" and folder is not None:
-        cohort = add_header_facts(cohort, folder, config or ReadConfig())
+    if format == "table":
+        where = folder or default_image_dir(path)
+        cohort = add_header_facts(cohort, where, config or ReadConfig())
     return _annotate(cohort, why)
 
 

@@ -74,6 +74,13 @@ class TrainResult:
 def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     """What the split does to the figures: rare findings, and studies on both sides."""
     notes = [*split.notes]
+    n_unnamed = int((cohort.patient_ids == "").sum())
+    if 0 < n_unnamed < len(cohort):
+        notes.append(
+            f"{n_unnamed:,} of {count(len(cohort), 'image')} "
+            f"{'names' if n_unnamed == 1 else 'name'} no patient. Their studies were kept whole; "
+            "whether their patients have images on both sides is not known."
+        )
     n_positive = (cohort.targets[~split.is_test] == 1).sum(axis=0)
     rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
     if len(rare):

@@ -518,6 +518,16 @@ def test_one_bright_image_shows_that_all_bits_are_in_use(tmp_path):
     require_stated_bits(tmp_path, names, SMALL)
 
 
+def test_burnt_in_markers_do_not_hide_that_the_rest_is_dark(tmp_path):
+    values = ramp16(top=4095)
+    values[:2, :5] = 65535
+    Image.fromarray(values).save(tmp_path / "a.png")
+    with pytest.raises(
+        ConfigError, match=r"No value above 4095 .* markers aside.*--bits-stored 12"
+    ):
+        require_stated_bits(tmp_path, ["a.png"], SMALL)
+
+
 def test_8_bit_and_unusable_files_say_nothing_about_the_bits_of_others(tmp_path):
     names = write_many(tmp_path, 4095, n=3)
     noise(24, 24).save(tmp_path / "a.png")

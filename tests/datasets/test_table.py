@@ -409,6 +409,16 @@ def test_files_are_found_below_the_image_folder_however_they_are_named(tmp_path)
         load_cohort(path, image_dir=tmp_path / "all")
 
 
+def test_a_file_of_another_folder_is_another_image(tmp_path):
+    """Of one name: the label of ``a/001.png`` is not that of ``b/001.png``."""
+    for name in ("b/001.png", "c/001.png", "a/002.png"):
+        write(tmp_path / "all", "", name)
+    path = write(tmp_path, "image,Mass\na/001.png,1\na/002.png,0\n")
+    cohort = load_cohort(path, image_dir=tmp_path / "all")
+    assert cohort.image_ids.tolist() == ["a/001.png", "a/002.png"]
+    assert "1 of 2 images" in cohort.reading.notes[0]
+
+
 def test_files_that_are_missing_are_counted(tmp_path, caplog):
     for number in range(9):
         write(tmp_path / "images", "", f"{number}.png")

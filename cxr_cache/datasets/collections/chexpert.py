@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import read_table, require_columns
+from cxr_cache.common.tables import find_duplicates, read_table, require_columns
 from cxr_cache.datasets.codes import ABSENT, BLANK, PRESENT, UNCERTAIN
 from cxr_cache.datasets.collections.listing import (
     CHEXPERT_FINDINGS,
@@ -141,6 +141,8 @@ def _read_json_labels(file: Path) -> tuple[list[str], NDArray[np.int8]]:
                 f"{file}, line {number}: not the labels of an image in JSON, with path_to_image "
                 f"and each finding as 1, 0, -1 or null ({error!r}). Fetch the file anew."
             ) from error
+    if twice := find_duplicates(paths):
+        raise TableError(f"{file} labels {twice[0]!r} on two lines. Keep one of them.")
     return paths, np.array(rows, np.int8)
 
 

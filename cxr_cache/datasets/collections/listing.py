@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.tables import hash_file, require_columns
+from cxr_cache.common.tables import hash_file, require_columns, require_unique
 from cxr_cache.common.wording import count
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.codes import (
@@ -90,6 +90,20 @@ def take_columns(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
         {new: table[old].to_numpy(object) for old, new in names.items() if old in table}
     )
     return taken
+
+
+def look_up(table: pd.DataFrame, key: str, column: str, file: Path) -> pd.Series[str]:
+    """A column of a table by another that names each row once.
+
+    Raises
+    ------
+    TableError
+        One of the columns is missing, or a row is named twice.
+    """
+    require_columns(table, (key, column), file)
+    require_unique(table, key, file)
+    found: pd.Series[str] = table.set_index(key)[column]
+    return found
 
 
 def say_columns(table: pd.DataFrame, *uses: Mapping[str, str]) -> dict[str, str]:

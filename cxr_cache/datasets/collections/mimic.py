@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_table, require_columns
+from cxr_cache.common.tables import read_table, require_columns, require_unique
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.codes import BLANK
 from cxr_cache.datasets.collections.listing import (
@@ -16,6 +16,7 @@ from cxr_cache.datasets.collections.listing import (
     CHEXPERT_NOTE,
     CHEXPERT_POLICY,
     Listing,
+    look_up,
     read_chexpert_codes,
     say_columns,
     take_columns,
@@ -50,12 +51,13 @@ def list_mimic(tables: list[Path], path: Path, image_dir: Path | None) -> Listin
     for file in (*labels[:1], *by_radiologist):
         of_studies = read_table(file)
         require_columns(of_studies, ("study_id",), file)
+        require_unique(of_studies, "study_id", file)
         rows = pd.Index(of_studies["study_id"]).get_indexer(pd.Index(table["study_id"]))
         codes[rows >= 0] = read_chexpert_codes(of_studies, file)[rows[rows >= 0]]
     images = take_columns(table, _COLUMNS)
     splits = [file for file in find_beside(path, "*split.csv*") if "split" in peek(file)]
     for file in splits[:1]:
-        split = read_table(file).set_index("dicom_id")["split"]
+        split = look_up(read_table(file), "dicom_id", "split", file)
         images["given_split"] = read_splits(split.reindex(table["dicom_id"]).fillna(""), file)
     patient, study, name = images["patient_id"], images["study_uid"], table["dicom_id"].to_numpy()
     written = "files/p" + patient.str[:2] + "/p" + patient + "/s" + study + "/" + name + ".jpg"

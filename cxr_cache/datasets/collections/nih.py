@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.tables import read_table, require_columns
+from cxr_cache.common.tables import read_table, read_words, require_columns
 from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.codes import read_lists
 from cxr_cache.datasets.collections.listing import Listing, say_columns, take_columns
@@ -70,11 +69,16 @@ def _read_split(names: pd.Series[str], lists: dict[str, list[Path]]) -> list[str
     sides = {}
     for side, files in lists.items():
         for file in files:
-            content = file.read_bytes()
-            listed = gzip.decompress(content) if file.suffix == ".gz" else content
-            sides[side] = names.isin(listed.decode().split()).to_numpy()
+            named = [PurePosixPath(word).name for word in read_words(file)]
+            sides[side] = names.isin(named).to_numpy()
     if not sides:
         return [""] * len(names)
+    if not any(listed.any() for listed in sides.values()):
+        file = next(file for files in lists.values() for file in files)
+        raise TableError(
+            f"{file} lists none of the table's images, of which the first is {names.iloc[0]!r}. "
+            "Put the lists of these images beside the table, or take the lists away."
+        )
     train = sides["train"] if "train" in sides else ~sides["test"]
     test = sides["test"] if "test" in sides else ~sides["train"]
     if (train & test).any():

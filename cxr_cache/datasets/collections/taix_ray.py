@@ -9,7 +9,7 @@ import numpy as np
 
 from cxr_cache.common.tables import read_table, require_columns
 from cxr_cache.datasets.codes import ABSENT, BLANK, PRESENT, UNCERTAIN
-from cxr_cache.datasets.collections.listing import Listing, say_columns, take_columns
+from cxr_cache.datasets.collections.listing import Listing, look_up, say_columns, take_columns
 from cxr_cache.datasets.collections.places import find_beside
 from cxr_cache.datasets.columns import read_splits
 from cxr_cache.errors import TableError
@@ -38,9 +38,11 @@ def list_taix_ray(tables: list[Path], path: Path, image_dir: Path | None) -> Lis
         )
     images = take_columns(table, _COLUMNS)
     splits = [] if "Split" in table else find_beside(path, "*split.csv*")
-    for source in [table] if "Split" in table else [read_table(file) for file in splits[:1]]:
-        sides = source.set_index("UID")["Split"].reindex(table["UID"]).fillna("")
-        images["given_split"] = read_splits(sides, tables[0])
+    if "Split" in table:
+        images["given_split"] = read_splits(table["Split"], tables[0])
+    for file in splits[:1]:
+        sides = look_up(read_table(file), "UID", "Split", file)
+        images["given_split"] = read_splits(sides.reindex(table["UID"]).fillna(""), file)
     return Listing(
         images.assign(image_id=[f"data/{name}.png" for name in table["UID"]]),
         FINDINGS,

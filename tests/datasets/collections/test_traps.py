@@ -425,3 +425,60 @@ def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
 
     with pytest.raises(TableError, match=message):
         load_cohort(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mimic-cxr-jpg", "mimic-cxr-2.0.0-chexpert.csv.gz"),
+        ("mimic-cxr-jpg", "mimic-cxr-2.0.0-split.csv.gz"),
+        ("taix-ray", "metadata/split.csv"),
+    ],
+)
+def test_a_row_that_is_there_twice_is_named_with_its_lines(tmp_path, name, file):
+    folder = lay_out(name, tmp_path)
+    table = pd.read_csv(folder / file, dtype=str, keep_default_na=False)
+    pd.concat([table, table.iloc[:1]]).to_csv(folder / file, index=False)
+
+    with pytest.raises(TableError, match=rf"is on line 2 and on line {len(table) + 2}"):
+        load_cohort(folder)
+
+
+def test_labels_that_are_there_twice_are_named(tmp_path):
+    path = lay_out("chexpert-plus", tmp_path) / "impression_fixed.json"
+    path.write_text(path.read_text() * 2)
+
+    with pytest.raises(TableError, match=r"impression_fixed\.json labels '.*' on two lines"):
+        load_cohort(path.parent)
+
+
+def test_lists_of_nih_are_read_whatever_they_are_written_in(tmp_path):
+    folder = lay_out("nih", tmp_path)
+    expected = load_cohort(folder).images["given_split"].tolist()
+    path = folder / "test_list.txt"
+    words = path.read_text().split()
+    path.write_text("\n".join(f"images_001/{word}" for word in words), encoding="utf-16")
+
+    assert load_cohort(folder).images["given_split"].tolist() == expected
+    assert "test" in expected
+
+    path.write_text("other.png")
+    (folder / "train_val_list.txt").write_text("another.png")
+    with pytest.raises(TableError, match="lists none of the table's images, of which the first"):
+        load_cohort(folder)
+    path = path.rename(folder / "test_list.txt.gz")
+    with pytest.raises(TableError, match=r"test_list\.txt\.gz cannot be read"):
+        load_cohort(folder)
+
+
+def test_a_missing_image_is_never_taken_for_that_of_another_patient(tmp_path):
+    folder = lay_out("chexpert", tmp_path)
+    pictures = sorted(folder.glob("train/*/*/*.jpg"))
+    other = folder / "train" / "patient99999" / "study1" / pictures[0].name
+    other.parent.mkdir(parents=True)
+    pictures[0].rename(other)
+
+    cohort = load_cohort(folder)
+
+    assert not any("patient99999" in name for name in cohort.image_ids)
+    assert "1 of " in say_notes(cohort)
