@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from cxr_cache.config import ReadConfig
 from cxr_cache.datasets import columns as cols
 from cxr_cache.datasets.codes import (
     BLANK,
+    CODE_NAMES,
     Policy,
     apply_policy,
     combine_rows,
@@ -480,7 +480,7 @@ def join_sheets(
             for sheet in sheets
             for column, use in sheet.uses.items()
         },
-        codes=_add_counts(sheets, picked),
+        codes=_count_of_all(sheets, picked),
         policy=policy.to_text() if picked else "",
         split=whose_split(sheets),
         notes=tuple(notes),
@@ -490,14 +490,19 @@ def join_sheets(
     return Cohort(images, matrix.astype(np.float32), tuple(picked), source, reading)
 
 
-def _add_counts(sheets: Sequence[Sheet], findings: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How often each code occurs in the tables, by finding."""
-    total: dict[str, Counter[str]] = {}
+def _count_of_all(sheets: Sequence[Sheet], findings: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How often each code occurs, by finding: in the table that says most, if several have it."""
+    most: dict[str, dict[str, int]] = {}
     for sheet in sheets:
         for finding, counts in count_codes(sheet.codes, sheet.findings).items():
-            if finding in findings:
-                total.setdefault(finding, Counter()).update(counts)
-    return {finding: dict(counts) for finding, counts in total.items()}
+            before = most.get(finding, {})
+            if finding in findings and (not before or _n_filled(counts) > _n_filled(before)):
+                most[finding] = counts
+    return most
+
+
+def _n_filled(counts: dict[str, int]) -> int:
+    return sum(counts.values()) - counts.get(CODE_NAMES[BLANK], 0)
 
 
 def whose_split(sheets: Sequence[Sheet]) -> str:

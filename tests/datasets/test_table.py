@@ -351,6 +351,12 @@ def test_tables_of_other_images_continue_each_other_and_may_be_the_given_split(t
         load_cohort(tmp_path / "A", "table")
 
 
+def test_codes_of_a_finding_in_two_tables_are_counted_in_the_fuller(tmp_path):
+    write(tmp_path, "image,patient,Mass\na,1,1\nb,2,0\n", "all.csv")
+    write(tmp_path, "image,patient,Mass\na,1,1\n", "some.csv")
+    assert load_cohort(tmp_path, "table").reading.codes == {"Mass": {"present": 1, "absent": 1}}
+
+
 def test_studies_are_matched_with_files_where_no_table_names_them(tmp_path):
     for name in ("s1/one.png", "s1/two.png", "s2.png", "other/x.png"):
         write(tmp_path / "images", "", name)
