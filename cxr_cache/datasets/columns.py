@@ -207,15 +207,9 @@ def read_splits(column: pd.Series[Any], path: Path) -> NDArray[np.object_]:
     def read(cell: str) -> str | None:
         return "" if is_unknown(cell) else SPLIT_WORDS.get(cell.strip().lower())
 
-    parts = map_cells(column, read)
-    wrong = np.flatnonzero(np.array([part is None for part in parts], bool))
-    if len(wrong):
-        row = wrong[0]
-        raise TableError(
-            f"{path}, line {column.index[row]}: column {column.name!r} holds {column.iloc[row]!r}, "
-            "but a split is train, val (valid, validate, dev), test or blank."
-        )
-    return parts
+    return _read_all(
+        column, read, path, "a split is train, val (valid, validate, dev), test or blank"
+    )
 
 
 def read_folds(column: pd.Series[Any], path: Path) -> NDArray[np.object_]:
@@ -232,15 +226,22 @@ def read_folds(column: pd.Series[Any], path: Path) -> NDArray[np.object_]:
             return ""
         return str(int(cell.split(".")[0])) if re.fullmatch(r"\d+(\.0+)?", cell.strip()) else None
 
-    folds = map_cells(column, read)
-    wrong = np.flatnonzero(np.array([fold is None for fold in folds], bool))
+    return _read_all(column, read, path, "a fold is a whole number (0, 1, 2 ...) or blank")
+
+
+def _read_all(
+    column: pd.Series[Any], read: Callable[[str], str | None], path: Path, form: str
+) -> NDArray[np.object_]:
+    """Cells as `read` gives them; one that it gives None for is an error that tells the form."""
+    cells = map_cells(column, read)
+    wrong = np.flatnonzero(np.array([cell is None for cell in cells], bool))
     if len(wrong):
         row = wrong[0]
         raise TableError(
             f"{path}, line {column.index[row]}: column {column.name!r} holds {column.iloc[row]!r}, "
-            "but a fold is a whole number (0, 1, 2 ...) or blank."
+            f"but {form}."
         )
-    return folds
+    return cells
 
 
 _SEXES: Final = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M"}

@@ -125,11 +125,11 @@ def _match(names: Sequence[str], files: Sequence[str], source: str) -> list[str 
         path = PurePosixPath(name)
         choice = name if name in known else None
         if choice is None:
-            candidates = [(PurePosixPath(file), file) for file in by_tail.get(path.name, ())]
-            ranked = [(_n_common(path, other), other, file) for other, file in candidates]
-            ends = [(n, file) for n, other, file in ranked if n == _n_parts(path, other)]
-            best = max((n for n, _ in ends), default=0)
-            fits = [file for n, file in ends if n == best]
+            ranked = [
+                (_n_shared(path, PurePosixPath(file)), file) for file in by_tail.get(path.name, ())
+            ]
+            best = max((n for n, _ in ranked), default=0)
+            fits = [file for n, file in ranked if n and n == best]
             if len(fits) > 1:
                 raise TableError(
                     f"{source}: {name!r} may be {fits[0]!r} or {fits[1]!r}. Write the path into "
@@ -140,18 +140,10 @@ def _match(names: Sequence[str], files: Sequence[str], source: str) -> list[str 
     return found
 
 
-def _n_parts(*paths: PurePosixPath) -> int:
-    return min(len(path.parts) for path in paths)
-
-
-def _n_common(name: PurePosixPath, file: PurePosixPath) -> int:
-    """Number of last parts that are the same; the ending of the file may be left out."""
-    n_same = 1
-    for mine, other in zip(reversed(name.parts[:-1]), reversed(file.parts[:-1]), strict=False):
-        if mine != other:
-            break
-        n_same += 1
-    return n_same
+def _n_shared(name: PurePosixPath, file: PurePosixPath) -> int:
+    """Parts of the shorter path if the longer one ends with it, else 0; names are known to fit."""
+    n_parts = min(len(name.parts), len(file.parts))
+    return n_parts if name.parts[-n_parts:-1] == file.parts[-n_parts:-1] else 0
 
 
 def find_by_id(ids: Sequence[str], files: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
