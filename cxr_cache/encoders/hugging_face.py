@@ -31,6 +31,7 @@ from cxr_cache.encoders.sources import (
     Family,
     Source,
     fetch_from_hub,
+    first_file,
 )
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
 from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
@@ -50,7 +51,7 @@ def find_in_folder(identifier: str) -> Source | None:
     if "model_type" not in config and "architecture" in config:
         return None
     _require_known(config, config_path)
-    weights = next((folder / file for file in WEIGHTS_FILES if (folder / file).is_file()), None)
+    weights = first_file(folder, WEIGHTS_FILES)
     if weights is None:
         shards = sorted(path.name for path in folder.glob("*.index.json"))
         raise EncoderError(
@@ -60,9 +61,7 @@ def find_in_folder(identifier: str) -> Source | None:
             else f"{folder} has a configuration, but no weights. Put one of these beside "
             f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}."
         )
-    preprocessing = next(
-        (folder / file for file in PREPROCESSING_FILES if (folder / file).is_file()), None
-    )
+    preprocessing = first_file(folder, PREPROCESSING_FILES)
     if preprocessing is None:
         raise EncoderError(
             f"{folder} has no {PREPROCESSING_FILES[0]}, so it is unknown how images must be "

@@ -21,6 +21,7 @@ from cxr_cache.encoders.sources import (
     Family,
     Source,
     fetch_from_hub,
+    first_file,
 )
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
@@ -58,7 +59,7 @@ def find_in_folder(identifier: str) -> Source | None:
             f"{folder} has no {CONFIG_FILE}, nor a {HUGGING_FACE_CONFIG} as transformers and timm "
             "write it. Copy it from the model's repository, beside the weights."
         )
-    weights = next((folder / file for file in WEIGHTS_FILES if (folder / file).is_file()), None)
+    weights = first_file(folder, WEIGHTS_FILES)
     if weights is None:
         raise EncoderError(
             f"{folder} has no weights. Put one of these beside {CONFIG_FILE}: "

@@ -64,6 +64,11 @@ class Family:
     """Takes the tower apart; None where that cannot be done."""
 
 
+def first_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of the files `names` that a folder holds."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
 def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Path:
     """The first of `files` that the repository has, from the cache or else from the hub.
 

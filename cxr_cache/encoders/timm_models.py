@@ -21,6 +21,7 @@ from cxr_cache.encoders.sources import (
     Family,
     Source,
     fetch_from_hub,
+    first_file,
 )
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
 from cxr_cache.encoders.weights import fill_tower, read_tensors, require_numbers
@@ -67,7 +68,7 @@ def find_by_name(identifier: str) -> Source:
 def find_in_folder(identifier: str) -> Source | None:
     """Read what a folder in timm's layout holds."""
     folder = Path(identifier).expanduser().resolve()
-    weights = next((folder / file for file in WEIGHTS_FILES if (folder / file).is_file()), None)
+    weights = first_file(folder, WEIGHTS_FILES)
     if weights is None:
         raise EncoderError(
             f"{folder} has a configuration, but no weights. Put one of these beside "
