@@ -90,8 +90,14 @@ def runs(tmp_path_factory, tiny) -> dict[str, Path]:
     frozen = TrainConfig(
         epochs=(1,), n_folds=2, batch_size=8, hidden=(16,), final="ensemble", n_jobs=1
     )
-    tuned = FinetuneConfig(
-        epochs=(1,), n_folds=2, batch_size=8, hidden=(16,), precision="fp32", device="cpu"
+    tuned = FinetuneConfig.of_recipe(
+        "reference",
+        epochs=(1,),
+        n_folds=2,
+        batch_size=8,
+        hidden=(16,),
+        precision="fp32",
+        device="cpu",
     )
     fit_run(folder / "f.h5", folder / "frozen", frozen)
     tune_run(folder / "f.h5", folder / "tuned", tuned)
@@ -405,7 +411,8 @@ def test_fine_tuned_runs_look_where_the_finding_is(tmp_path, tiny):
     store = tmp_path / "features.h5"
     caching = ExtractConfig(num_workers=0, unfreeze_layers=6)
     extract_embeddings(cohort, tmp_path / "images", store, tiny, caching)
-    tuned = FinetuneConfig(
+    tuned = FinetuneConfig.of_recipe(
+        "reference",
         epochs=(30,),
         unfreeze_layers=6,
         batch_size=32,
