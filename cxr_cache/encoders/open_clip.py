@@ -22,6 +22,7 @@ from cxr_cache.encoders.sources import (
     Source,
     fetch_from_hub,
     first_file,
+    read_known,
 )
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
@@ -132,8 +133,9 @@ def _parse_open_clip_name(name: str) -> tuple[str, str]:
     if architecture not in list_models():
         raise EncoderError(
             f"open_clip has no architecture '{architecture or name}'."
-            f"{suggest(architecture or name, list_models())} A model of the Hugging Face hub is "
-            "named hf-hub:ORG/REPO, a folder local-dir:PATH."
+            f"{suggest(architecture or name, [*list_models(), *read_known()])} A model of the "
+            "Hugging Face hub is named hf-hub:ORG/REPO, a folder local-dir:PATH; cxr-cache "
+            "encoders lists more."
         )
     tags = list_pretrained_tags_by_model(architecture)
     if not tag and len(tags) == 1:

@@ -1,13 +1,19 @@
 """Where an encoder's name leads: configuration and weights, on disk, on the hub or random.
 
+Encoders that many use have short names, which ``known.csv`` lists with what is known of them.
+
 open_clip, timm and huggingface_hub are imported by the functions that need them: they take
 seconds, and a command that only reads features should not wait for them.
 """
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,6 +70,91 @@ class Family:
     """Takes the tower apart; None where that cannot be done."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of an encoder before its weights are there, as its authors describe it."""
+
+    name: str
+    """Short name that may be typed for it."""
+    model: str
+    """The name that this stands for; empty where weights come by hand, or not at all."""
+    trained_on: str
+    seen: tuple[str, ...]
+    """Data sets whose images it was trained on, by the names of their formats; ``("none",)`` where
+    there are none, and empty where it is unknown."""
+    licence: str
+    is_gated: bool
+    """Its files are given out to those who have accepted its terms."""
+    image_px: int
+    n_tokens: int
+    """Tokens of an image; 0 where the encoder cannot be loaded."""
+    width: int
+    """Width of its tokens, and of its pooled output."""
+    file_sha256: str
+    """Of the file with the weights, where it is pinned; else empty."""
+    page: str
+    note: str
+    """Oddities and traps, in sentences."""
+
+    @property
+    def token_mb(self) -> float:
+        """Megabytes that the tokens of an image take in float16."""
+        return self.n_tokens * self.width * 2 / 1e6
+
+
+@cache
+def read_known() -> dict[str, Known]:
+    """Read the encoders of ``known.csv`` by their short names."""
+    text = files("cxr_cache.encoders").joinpath("known.csv").read_text(encoding="utf-8")
+    numbers = ("image_px", "n_tokens", "width")
+    return {
+        row["name"]: Known(
+            **row
+            | {name: int(row[name]) for name in numbers}
+            | {"seen": tuple(row["seen"].split()), "is_gated": bool(row["is_gated"])}
+        )
+        for row in csv.DictReader(text.splitlines())
+    }
+
+
+def find_known(name: str) -> Known | None:
+    """Find what is known of an encoder by its short name or its own, whatever its revision."""
+    bare = re.split("[@?]", name)[0]
+    return read_known().get(bare.lower()) or next(
+        (known for known in read_known().values() if bare == known.model.partition("@")[0]), None
+    )
+
+
+def spell_out(name: str) -> str:
+    """Give the name that a short name stands for; another name stays as it is.
+
+    Raises
+    ------
+    EncoderError
+        The encoder is known, but no name leads to its weights.
+
+    Examples
+    --------
+    >>> spell_out("rad-dino"), spell_out("DINOv3-B?img_size=512")
+    ('hf-hub:microsoft/rad-dino', 'timm:vit_base_patch16_dinov3.lvd1689m?img_size=512')
+    """
+    short, mark, rest = re.fullmatch("([^@?]*)([@?]?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    known = read_known().get(short.lower())
+    if known is None:
+        return name
+    if not known.n_tokens:
+        raise EncoderError(
+            f"{known.name} ({known.page}) is not loaded. {known.note} Features that its own code "
+            "computes come in by cxr-cache import."
+        )
+    if not known.model:
+        raise EncoderError(
+            f"No name leads to the weights of {known.name}: download them from {known.page} and "
+            "name their file or folder local-dir:PATH."
+        )
+    return (known.model.partition("@")[0] if mark == "@" else known.model) + mark + rest
+
+
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of the files `names` that a folder holds."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -100,17 +191,20 @@ def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Pat
                     raise
     # huggingface_hub 0.x raises errors of requests and 1.x those of httpx; they share no base
     except Exception as error:
-        raise _hub_error(repo, files, error) from error
+        raise _hub_error(repo, files, revision, error) from error
     raise EncoderError(
         f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be loaded. "
         "Check the name; it must be a repository in the format of open_clip, transformers or timm."
     )
 
 
-def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderError:
+def _hub_error(
+    repo: str, files: Sequence[str], revision: str | None, error: Exception
+) -> EncoderError:
     """Say which file of which repository is missing, why, and what to do."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
+        GatedRepoError,
         HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -119,17 +213,28 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
 
     if isinstance(error, HFValidationError):
         return EncoderError(f"'{repo}' is not the name of a repository, which is ORG/REPO.")
+    if isinstance(error, GatedRepoError):
+        return EncoderError(
+            f"{repo} is gated: sign in on https://huggingface.co/{repo}, accept its terms there, "
+            "and set HF_TOKEN to a token of the account that was given access."
+        )
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return EncoderError(
             f"The Hugging Face hub does not give out {repo}: {first_line(error)} Check the name "
-            "and the revision; for a private or gated model accept its terms on "
-            f"https://huggingface.co/{repo} and set HF_TOKEN."
+            f"and the revision on https://huggingface.co/{repo}; for a private model set HF_TOKEN."
         )
     offline = isinstance(error, OfflineModeIsEnabled)
     reason = "HF_HUB_OFFLINE is set" if offline else first_line(error)
+    snapshots = Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    others = sorted({path.name for path in snapshots.glob("*")} - {revision})
+    where, hint = repo, ""
+    if revision is not None:
+        where = f"{repo}@{revision}"
+        if others:
+            hint = f"It holds hf-hub:{repo}@{others[-1]}, whose weights may be others.\n"
     return EncoderError(
-        f"{' or '.join(files[:2])} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
-        f"cannot be downloaded: {reason}\n"
+        f"{' or '.join(files[:2])} of {where} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
+        f"cannot be downloaded: {reason}\n{hint}"
         "Either connect to the network once, or set HF_HOME to a cache that holds the model, or "
         f"copy the files of https://huggingface.co/{repo} into a folder and name it local-dir:PATH."
     )
