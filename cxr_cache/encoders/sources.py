@@ -120,9 +120,8 @@ def read_known() -> dict[str, Known]:
 def find_known(name: str) -> Known | None:
     """Find what is known of an encoder by its short name or its own, whatever its revision."""
     bare = re.split("[@?]", name)[0]
-    return read_known().get(bare.lower()) or next(
-        (known for known in read_known().values() if bare == known.model.partition("@")[0]), None
-    )
+    models = {known.model.partition("@")[0]: known for known in read_known().values()} | {"": None}
+    return read_known().get(bare.lower()) or models.get(bare)
 
 
 def spell_out(name: str) -> str:
