@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, get_origin
 from cxr_cache.errors import ConfigError
 
 DEFAULT_ENCODER: Final = "biomedclip"
-"""A short name, which ``encoders/known.csv`` pins to a revision."""
+"""A short name, which ``encoders/catalogue/known.csv`` pins to a revision."""
 LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-bce", "asymmetric")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")

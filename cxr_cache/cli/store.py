@@ -105,7 +105,7 @@ def describe(
 
 @click.command()
 @click.argument("name", required=False)
-@options_of(EncoderOptions, "resize", "normalize", "pool")
+@options_of(EncoderOptions, without=("name", "device", "precision", "bits_stored"))
 @AS_JSON
 def encoders(name: str | None, as_json: bool, **options: Any) -> None:
     """List encoders and their traps; or check the one that NAME stands for.
@@ -113,20 +113,20 @@ def encoders(name: str | None, as_json: bool, **options: Any) -> None:
     NAME is what --model takes, or a folder or file with weights. It is loaded, and encodes one
     black image; nothing is written.
     """
-    from cxr_cache.encoders import catalogue
+    from cxr_cache.encoders.catalogue import check, known
 
     if name is None:
         if given := options_given(options):
             raise click.UsageError(f"--{min(given)} goes with NAME.")
-        known = [catalogue.describe_known(each) for each in catalogue.read_known().values()]
-        click.echo(json.dumps(known, indent=2) if as_json else catalogue.format_known())
+        every = [check.describe_known(each) for each in known.read_known().values()]
+        click.echo(json.dumps(every, indent=2) if as_json else check.format_known())
         return
     if Path(name).exists():
         name = f"local-dir:{name}"
-    if not as_json and (about := catalogue.find_known(name)):
-        click.echo(f"{catalogue.format_one(about)}\n")  # also where its weights are not there
-    found = catalogue.check_encoder(name, precision="fp32", **options)
-    click.echo(json.dumps(found, indent=2) if as_json else catalogue.format_check(found))
+    if not as_json and (about := known.find_known(name)):
+        click.echo(f"{check.format_one(about)}\n")  # also where its weights are not there
+    found = check.check_encoder(name, precision="fp32", **options)
+    click.echo(json.dumps(found, indent=2) if as_json else check.format_check(found))
 
 
 @click.command()
@@ -274,7 +274,7 @@ def extract(
         image_dir = default_image_dir(data)
     cohort = _load_cohort(data, data_format, image_dir, pick(ReadConfig, given)).take(slice(limit))
     require_folder(image_dir)
-    from cxr_cache.encoders.sources import find_known
+    from cxr_cache.encoders.catalogue.known import find_known
     from cxr_cache.store.extract import extract_embeddings
     from cxr_cache.store.workers import Workers, extract_on_workers, load_once
 

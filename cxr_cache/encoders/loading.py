@@ -9,9 +9,10 @@ from typing import Any, Final
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
 from cxr_cache.config import DEFAULT_ENCODER, POOLS, EncoderOptions
 from cxr_cache.encoders import hugging_face, open_clip, timm_models
+from cxr_cache.encoders.catalogue.known import spell_out
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
-from cxr_cache.encoders.sources import IMAGENET, Family, Source, spell_out
+from cxr_cache.encoders.sources import IMAGENET, Family, Source
 from cxr_cache.encoders.timm_vit import find_random, pool_otherwise, split_pooled
 from cxr_cache.errors import EncoderError
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
+from cxr_cache.encoders.catalogue.known import read_known
 from cxr_cache.encoders.sources import (
     CONFIG_FILE,
     HUGGING_FACE_CONFIG,
@@ -22,7 +23,6 @@ from cxr_cache.encoders.sources import (
     Source,
     fetch_from_hub,
     first_file,
-    read_known,
 )
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads

@@ -24,9 +24,9 @@ from cxr_cache.cli.main import cli
 from cxr_cache.common.tables import hash_file
 from cxr_cache.config import DEFAULT_ENCODER
 from cxr_cache.datasets.readers import READERS
-from cxr_cache.encoders import catalogue, sources
+from cxr_cache.encoders.catalogue import check
+from cxr_cache.encoders.catalogue.known import find_known, read_known, spell_out
 from cxr_cache.encoders.loading import load_encoder
-from cxr_cache.encoders.sources import find_known, read_known, spell_out
 from cxr_cache.errors import EncoderError
 from tests.encoders.test_encoder import COMMIT
 from tests.encoders.test_timm_models import write_folder
@@ -165,7 +165,9 @@ def test_the_default_is_pinned():
 
 
 def test_an_encoder_that_no_name_leads_to_says_how_it_comes_in():
-    with pytest.raises(EncoderError, match=r"weights of eva-x-b: download .*MapleF.* local-dir:PA"):
+    with pytest.raises(
+        EncoderError, match=r"weights of eva-x-b: download .*MapleF.* local-file:PA"
+    ):
         load_encoder("eva-x-b")
     with pytest.raises(EncoderError, match=r"ark-plus \(https.*is not loaded.*cxr-cache import"):
         load_encoder("Ark-Plus")
@@ -234,12 +236,12 @@ def test_a_tower_that_is_not_taken_apart_says_so():
 def test_a_copy_of_the_pinned_file_is_known_as_such(folder, monkeypatch):
     digest = hash_file(folder / "model.safetensors")
     biomedclip = replace(read_known()["biomedclip"], file_sha256=digest)
-    monkeypatch.setattr(catalogue, "read_known", lambda: {"biomedclip": biomedclip})
+    monkeypatch.setattr(check, "read_known", lambda: {"biomedclip": biomedclip})
     assert "(the file that biomedclip stands for)" in run(str(folder)).stdout
 
     other = replace(biomedclip, file_sha256="0" * 64)
-    monkeypatch.setattr(catalogue, "read_known", dict)
-    monkeypatch.setattr(catalogue, "find_known", lambda _: other)
+    monkeypatch.setattr(check, "read_known", dict)
+    monkeypatch.setattr(check, "find_known", lambda _: other)
     assert "(NOT the file that biomedclip stands for)" in run(str(folder)).stdout
 
 
@@ -272,7 +274,7 @@ def test_an_extraction_says_which_weights_and_refuses_to_go_on_with_others(folde
 
 def test_a_test_on_images_that_the_encoder_has_seen_is_warned_of(folder, monkeypatch):
     seen = replace(read_known()["rad-dino"], seen=("images",))
-    monkeypatch.setattr(sources, "find_known", lambda _: seen)
+    monkeypatch.setattr("cxr_cache.encoders.catalogue.known.find_known", lambda _: seen)
     result = extract("--model", f"local-dir:{folder}")
     assert result.exit_code == 0
     assert "rad-dino was trained on images of the data set that images reads" in result.stderr

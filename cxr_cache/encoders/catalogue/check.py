@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import list_names
-from cxr_cache.encoders.sources import Known, find_known, read_known
+from cxr_cache.encoders.catalogue.known import Known, find_known, read_known
 
 _WIDTH: Final = 79
 """Columns of the texts, which fit a narrow terminal and a page."""
@@ -67,7 +67,7 @@ def check_encoder(name: str, **options: Any) -> dict[str, Any]:
     identity, known = encoder.identity, find_known(name)
     n_tokens, width = identity.n_tokens, identity.token_width
     file_sha256 = None if source.weights is None else hash_file(source.weights)
-    pinned = {known.file_sha256: known.name for known in read_known().values() if known.file_sha256}
+    pinned = {each.file_sha256: each.name for each in read_known().values() if each.file_sha256}
     return identity.to_dict() | {
         "family": next(key for key, other in FAMILIES.items() if other is family),
         "architecture": cfg.get("model_type") or cfg.get("architecture"),
@@ -135,6 +135,7 @@ def _list_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights file", found["weights_file"] or "none: RANDOM WEIGHTS without medical meaning"),
         ("its sha256", f"{found['file_sha256'] or ''} {_say_pinned(found)}".strip()),
         ("weights sha256", f"{found['weights_sha256']} (image tower as loaded)"),
+        *(("note", note) for note in found.get("notes", ())),
     ]
 
 
@@ -154,6 +155,7 @@ def _list_known(known: dict[str, Any]) -> list[tuple[str, str]]:
         seen = "no data set of chest X-rays"
     return [
         ("short name", known["name"]),
+        ("stands for", known["model"]),
         ("trained on", known["trained_on"]),
         ("has seen", seen),
         ("licence", known["licence"] + "; gated" * known["is_gated"]),
