@@ -104,9 +104,8 @@ def _format_facts(facts: Iterable[tuple[str, str]]) -> list[str]:
 
 def _list_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     """What the check found, by labels; an empty text stands for nothing to say."""
-    n_blocks, from_px, pixels = (
-        found.get(key) for key in ("n_blocks", "positions_from_px", "preprocessing")
-    )
+    n_blocks, from_px = found["n_blocks"], found.get("positions_from_px")
+    pixels = found["preprocessing"]
     tower = f"{found['tower']}, {found['n_parameters'] / 1e6:,.1f} M parameters"
     tokens = "none: this tower is not taken apart, so only its embedding can be cached"
     tuning = "not from tokens: its tower is no plain vision transformer; train heads on it"

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from cxr_cache.errors import EncoderError
 
@@ -47,15 +48,13 @@ class Known:
 def read_known() -> dict[str, Known]:
     """Read the encoders of ``known.csv`` by their short names."""
     text = files("cxr_cache.encoders.catalogue").joinpath("known.csv").read_text(encoding="utf-8")
-    numbers = ("image_px", "n_tokens", "width")
-    return {
-        row["name"]: Known(
-            **row
-            | {name: int(row[name]) for name in numbers}
-            | {"seen": tuple(row["seen"].split()), "is_gated": bool(row["is_gated"])}
-        )
-        for row in csv.DictReader(text.splitlines())
-    }
+    known = {}
+    for row in csv.DictReader(text.splitlines()):
+        values: dict[str, Any] = dict(row)
+        values |= {name: int(row[name]) for name in ("image_px", "n_tokens", "width")}
+        values |= {"seen": tuple(row["seen"].split()), "is_gated": bool(row["is_gated"])}
+        known[row["name"]] = Known(**values)
+    return known
 
 
 def find_known(name: str) -> Known | None:
@@ -78,8 +77,8 @@ def spell_out(name: str) -> str:
     >>> spell_out("rad-dino"), spell_out("DINOv3-B?img_size=512")
     ('hf-hub:microsoft/rad-dino', 'timm:vit_base_patch16_dinov3.lvd1689m?img_size=512')
     """
-    short, mark, rest = re.fullmatch("([^@?]*)([@?]?)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
-    known = read_known().get(short.lower())
+    short = re.split("[@?]", name)[0]
+    rest, known = name[len(short) :], read_known().get(short.lower())
     if known is None:
         return name
     if not known.n_tokens:
@@ -92,4 +91,4 @@ def spell_out(name: str) -> str:
             f"No name leads to the weights of {known.name}: download them from {known.page} and "
             "name the file local-file:PATH."
         )
-    return (known.model.partition("@")[0] if mark == "@" else known.model) + mark + rest
+    return (known.model.partition("@")[0] if rest.startswith("@") else known.model) + rest
