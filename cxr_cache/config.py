@@ -29,7 +29,8 @@ from typing import (
 
 from cxr_cache.errors import ConfigError
 
-DEFAULT_ENCODER: Final = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+DEFAULT_ENCODER: Final = "biomedclip"
+"""A short name, which ``encoders/catalogue/known.csv`` pins to a revision."""
 LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-bce", "asymmetric")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
@@ -758,8 +759,9 @@ class EncoderOptions(Config):
 
     name: str = option(
         DEFAULT_ENCODER,
-        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, timm:NAME[?img_size=224], an "
-        "open_clip name, or random:TIMM_NAME[:SEED].",
+        "Name of the encoder: one that cxr-cache encoders lists, hf-hub:ORG/REPO[@REVISION], "
+        "local-dir:FOLDER, timm:NAME[?img_size=224], an open_clip name, or "
+        "random:TIMM_NAME[:SEED].",
         flag="--model",
     )
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")

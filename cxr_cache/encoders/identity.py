@@ -50,6 +50,12 @@ class EncoderIdentity:
             if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
         }
 
+    def to_text(self) -> str:
+        """Name, revision and digest of the weights, for a line of a terminal or a paper."""
+        is_said = self.revision is None or self.name.endswith(f"@{self.revision}")
+        where = "" if is_said else f" at revision {self.revision}"
+        return f"{self.name}{where}, weights sha256 {self.weights_sha256}"
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderIdentity:
         """The inverse of :meth:`to_dict`.
@@ -69,12 +75,13 @@ class EncoderIdentity:
     def differences(self, other: EncoderIdentity) -> dict[str, tuple[Any, Any]]:
         """What makes features of the two incomparable: field -> (mine, theirs).
 
-        Equal weights under two names are the same encoder, so names count only where the
-        weights differ. An empty answer means that the features may be mixed.
+        Equal weights under two names are the same encoder, so names and revisions count only where
+        the weights differ. An empty answer means that the features may be mixed.
         """
         mine, theirs = self._comparable(), other._comparable()
         if self.weights_sha256 == other.weights_sha256:
-            mine["name"] = theirs["name"] = None
+            for name in ("name", "revision"):
+                mine[name] = theirs[name] = None
         return find_differences(mine, theirs)
 
     def _comparable(self) -> dict[str, Any]:
@@ -82,7 +89,7 @@ class EncoderIdentity:
         fields = {
             name: value
             for name, value in asdict(self).items()
-            if name not in ("revision", "preprocessing", "is_random")
+            if name not in ("preprocessing", "is_random")
         }
         return fields | dict(self.preprocessing)
 

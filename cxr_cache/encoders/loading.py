@@ -9,6 +9,7 @@ from typing import Any, Final
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
 from cxr_cache.config import DEFAULT_ENCODER, POOLS, EncoderOptions
 from cxr_cache.encoders import hugging_face, open_clip, timm_models
+from cxr_cache.encoders.catalogue.known import spell_out
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.sources import IMAGENET, Family, Source
@@ -28,11 +29,14 @@ the encoder lacks."""
 def find_encoder(name: str) -> tuple[Family, Source]:
     """Read what a name stands for: its family, its configuration, and where the weights are.
 
+    Names are those of :func:`load_encoder`.
+
     Raises
     ------
     EncoderError
         No family knows the name, or what it leads to is not whole.
     """
+    name = spell_out(name)
     scheme, colon, identifier = name.partition(":")
     if not colon:
         scheme, identifier = "", name
@@ -64,6 +68,7 @@ def load_encoder(
     Parameters
     ----------
     name
+        A short name of ``cxr-cache encoders``, such as ``biomedclip``, or
         ``hf-hub:ORG/REPO`` or ``hf-hub:ORG/REPO@REVISION``: from the Hugging Face cache, else
         from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights, or
         with ``config.json``, weights and ``preprocessor_config.json`` as transformers writes them

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
+from cxr_cache.encoders.catalogue.known import read_known
 from cxr_cache.encoders.sources import (
     CONFIG_FILE,
     HUGGING_FACE_CONFIG,
@@ -132,8 +133,9 @@ def _parse_open_clip_name(name: str) -> tuple[str, str]:
     if architecture not in list_models():
         raise EncoderError(
             f"open_clip has no architecture '{architecture or name}'."
-            f"{suggest(architecture or name, list_models())} A model of the Hugging Face hub is "
-            "named hf-hub:ORG/REPO, a folder local-dir:PATH."
+            f"{suggest(architecture or name, [*list_models(), *read_known()])} A model of the "
+            "Hugging Face hub is named hf-hub:ORG/REPO, a folder local-dir:PATH; cxr-cache "
+            "encoders lists more."
         )
     tags = list_pretrained_tags_by_model(architecture)
     if not tag and len(tags) == 1:

@@ -100,17 +100,20 @@ def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Pat
                     raise
     # huggingface_hub 0.x raises errors of requests and 1.x those of httpx; they share no base
     except Exception as error:
-        raise _hub_error(repo, files, error) from error
+        raise _hub_error(repo, files, revision, error) from error
     raise EncoderError(
         f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be loaded. "
         "Check the name; it must be a repository in the format of open_clip, transformers or timm."
     )
 
 
-def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderError:
+def _hub_error(
+    repo: str, files: Sequence[str], revision: str | None, error: Exception
+) -> EncoderError:
     """Say which file of which repository is missing, why, and what to do."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
+        GatedRepoError,
         HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -119,17 +122,28 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
 
     if isinstance(error, HFValidationError):
         return EncoderError(f"'{repo}' is not the name of a repository, which is ORG/REPO.")
+    if isinstance(error, GatedRepoError):
+        return EncoderError(
+            f"{repo} is gated: sign in on https://huggingface.co/{repo}, accept its terms there, "
+            "and set HF_TOKEN to a token of the account that was given access."
+        )
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return EncoderError(
             f"The Hugging Face hub does not give out {repo}: {first_line(error)} Check the name "
-            "and the revision; for a private or gated model accept its terms on "
-            f"https://huggingface.co/{repo} and set HF_TOKEN."
+            f"and the revision on https://huggingface.co/{repo}; for a private model set HF_TOKEN."
         )
     offline = isinstance(error, OfflineModeIsEnabled)
     reason = "HF_HUB_OFFLINE is set" if offline else first_line(error)
+    snapshots = Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    others = sorted({path.name for path in snapshots.glob("*")} - {revision})
+    where, hint = repo, ""
+    if revision is not None:
+        where = f"{repo}@{revision}"
+        if others:
+            hint = f"It holds hf-hub:{repo}@{others[-1]}, whose weights may be others.\n"
     return EncoderError(
-        f"{' or '.join(files[:2])} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
-        f"cannot be downloaded: {reason}\n"
+        f"{' or '.join(files[:2])} of {where} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
+        f"cannot be downloaded: {reason}\n{hint}"
         "Either connect to the network once, or set HF_HOME to a cache that holds the model, or "
         f"copy the files of https://huggingface.co/{repo} into a folder and name it local-dir:PATH."
     )

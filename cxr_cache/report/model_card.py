@@ -103,7 +103,9 @@ def _header(view: RunView, license_id: str, dataset_id: str) -> str:
         tags=list(_TAGS),
         datasets=None if dataset_id == UNKNOWN else [dataset_id],
         metrics=sorted({kind for _, kind, _ in _METRICS}),
-        base_model=encoder.removeprefix(_HUB_PREFIX) if encoder.startswith(_HUB_PREFIX) else None,
+        base_model=encoder.removeprefix(_HUB_PREFIX).partition("@")[0]
+        if encoder.startswith(_HUB_PREFIX)
+        else None,
         model_name=view.name,
         eval_results=results,
     )

@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -253,18 +251,6 @@ def test_names_of_the_dinov2_repository_are_the_same_tower(tmp_path, family):
     assert load_encoder(name).identity == encoder.identity
 
 
-def test_a_gated_model_is_named_with_its_page(monkeypatch):
-    def refuse(*_, **__):
-        raise GatedRepoError.__new__(GatedRepoError, "Access is restricted.")  # without its reply
-
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
-    with pytest.raises(
-        EncoderError,
-        match=r"gated model accept its terms on https://huggingface\.co/org/g.*HF_TOKEN",
-    ):
-        load_encoder("hf-hub:org/gated")
-
-
 def test_a_cached_repository_loads(tmp_path, monkeypatch):
     name, _ = write_model(tmp_path / COMMIT, *FAMILIES["dinov2"])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -275,6 +261,8 @@ def test_a_cached_repository_loads(tmp_path, monkeypatch):
 
     assert (identity.name, identity.revision) == ("hf-hub:org/dino", COMMIT)
     assert identity.differences(load_encoder(name, precision="fp32").identity) == {}
+    (tmp_path / "hub" / "models--org--dino" / "refs" / "main").unlink()
+    assert load_encoder(f"hf-hub:org/dino@{COMMIT}").identity.revision == COMMIT
 
 
 # --- Pooling -------------------------------------------------------------------------------------

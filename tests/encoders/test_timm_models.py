@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
@@ -18,7 +19,7 @@ from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import trainable_parameter_names
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import EncoderError
-from tests.encoders.test_encoder import COMMIT, draw_pixels, relative_error
+from tests.encoders.test_encoder import COMMIT, draw_pixels, relative_error, write_hub_cache
 from tests.encoders.test_hugging_face import draw_image
 
 EVA = {"embed_dim": 48, "depth": 3, "num_heads": 4}
@@ -131,6 +132,15 @@ def test_a_name_of_timm_loads_its_published_weights(published):
 
     assert (encoder.identity.name, encoder.identity.revision) == ("timm:test_vit", COMMIT)
     assert encoder.identity.differences(folder.identity) == {}
+
+
+def test_a_revision_of_a_repository_in_timms_layout_can_be_named(tmp_path, monkeypatch):
+    write_folder(tmp_path / "m", "test_vit")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = ("config.json", "model.safetensors")
+    write_hub_cache(tmp_path / "hub", "org/vit", tmp_path / "m", files)
+    (tmp_path / "hub" / "models--org--vit" / "refs" / "main").unlink()
+    assert load_encoder(f"hf-hub:org/vit@{COMMIT}").identity.revision == COMMIT
 
 
 def test_another_input_size_resamples_positions_and_says_so(published):
