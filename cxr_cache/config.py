@@ -760,8 +760,9 @@ class EncoderOptions(Config):
     name: str = option(
         DEFAULT_ENCODER,
         "Name of the encoder: one that cxr-cache encoders lists, hf-hub:ORG/REPO[@REVISION], "
-        "local-dir:FOLDER, timm:NAME[?img_size=224], an open_clip name, or "
-        "random:TIMM_NAME[:SEED].",
+        "local-dir:FOLDER, local-file:WEIGHTS, timm:NAME, an open_clip name, or "
+        "random:TIMM_NAME[:SEED]. ?img_size=224 behind it asks for images of another size than its "
+        "own.",
         flag="--model",
     )
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
@@ -782,6 +783,11 @@ class EncoderOptions(Config):
     )
     bits_stored: int | None = option(
         None, "Number of bits that are in use in 16-bit image files, such as 12.", shown="all 16"
+    )
+    antialias: bool = option(
+        True,
+        "Smooth images that become smaller. --no-antialias is for encoders that were trained or "
+        "evaluated on those of tf.image.resize, such as MedSigLIP.",
     )
     pool: str = option(
         "default",
