@@ -14,7 +14,7 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.rows import load_training_data
-from cxr_cache.store.side_by_side import StorePaths, open_stores
+from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
@@ -59,8 +59,8 @@ def fit_run(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
         )
         described = [
-            {"path": str(one.path), "encoder": one.header.encoder, "cohort": one.header.cohort}
-            for one in stores
+            {"path": str(path), "encoder": one.header.encoder, "cohort": one.header.cohort}
+            for path, one in zip(list_stores(store_path), stores, strict=True)
         ]
         reading = stores[0].header.reading
     cohort, encoders = data.cohort, [one["encoder"] for one in described]
