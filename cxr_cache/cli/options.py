@@ -363,9 +363,7 @@ def load_encoders_of_run(run: Run, models: Sequence[str], device: str) -> list[E
     ]
 
 
-def _load_encoder(
-    run: Run, recorded: Mapping[str, Any], model: str | None, device: str
-) -> Encoder:
+def _load_encoder(run: Run, recorded: Mapping[str, Any], model: str | None, device: str) -> Encoder:
     from cxr_cache.encoders.loading import reload_encoder
     from cxr_cache.models.predict import require_encoder_of_run
 

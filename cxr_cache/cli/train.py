@@ -126,9 +126,7 @@ def ablate(
 
     own = AblateConfig(**pick(AblateConfig, options))
     base = TrainConfig.of_recipe(recipe, **pick(TrainConfig, options))
-    settings = make_settings(
-        base, varied, n_sampled=own.n_sampled, seed=base.seed, stores=stores
-    )
+    settings = make_settings(base, varied, n_sampled=own.n_sampled, seed=base.seed, stores=stores)
     with counting("folds") as on_progress:
         ablation = run_ablation(
             stores,

@@ -92,7 +92,8 @@ def explain_images(
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none or several; or the head reads the pooled output.
+        `encoder` is not the run's, or there is none, or several; or the head reads the pooled
+        output.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
 
@@ -137,7 +138,8 @@ def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none or several; or the head reads the pooled output.
+        `encoder` is not the run's, or there is none, or several; or the head reads the pooled
+        output.
     """
     model = run.load_model()
     require_one_encoder(run, model, "a map follows one encoder back.")

@@ -176,8 +176,8 @@ def require_encoders_of_run(run: Run, model: SavedModel, encoders: Sequence[Enco
     if len(encoders) != len(model.encoders):
         raise RunError(
             f"{run.path} reads the features of {count(len(model.encoders), 'encoder')} "
-            f"({_name_encoders(model)}), and {len(encoders):,} are given. Give all of them in this "
-            "order."
+            f"({_name_encoders(model)}), and {len(encoders):,} "
+            f"{'is' if len(encoders) == 1 else 'are'} given. Give all of them in this order."
         )
     for recorded, encoder in zip(model.encoders, encoders, strict=True):
         require_encoder_of_run(run, recorded, encoder)
@@ -360,9 +360,7 @@ def _predict_cached(
     return np.concatenate(parts)
 
 
-def _require_same_features(
-    run: Run, model: SavedModel, stores: Sequence[FeatureStore]
-) -> None:
+def _require_same_features(run: Run, model: SavedModel, stores: Sequence[FeatureStore]) -> None:
     if len(stores) != len(model.encoders):
         raise StoreMismatchError(
             f"{run.path} reads the features of {count(len(model.encoders), 'store')} "

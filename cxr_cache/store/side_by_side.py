@@ -97,9 +97,10 @@ def match_rows(
         _require_same_table(store, other, places, check_labels=check_labels)
         is_done = np.isin(places[rows], done)
         if n := int((~is_done).sum()):
+            have, are = ("has", "is") if n == 1 else ("have", "are")
             notes.append(
-                f"{n:,} of {count(len(rows), 'image')} of {store.path} {'has' if n == 1 else 'have'}"
-                f" no embedding in {other.path} and {'is' if n == 1 else 'are'} left out."
+                f"{n:,} of {count(len(rows), 'image')} of {store.path} {have} no embedding in "
+                f"{other.path} and {are} left out."
             )
         kept &= is_done
         found.append(places)
@@ -141,9 +142,7 @@ def _has_digest(store: FeatureStore, rows: NDArray[np.intp]) -> NDArray[np.bool_
     return known
 
 
-def _require_same_files(
-    store: FeatureStore, other: FeatureStore, places: NDArray[np.intp]
-) -> None:
+def _require_same_files(store: FeatureStore, other: FeatureStore, places: NDArray[np.intp]) -> None:
     ours = np.asarray(store.read_column("image_sha256"))
     theirs = np.asarray(other.read_column("image_sha256"))[places]
     differs = (ours != theirs).any(axis=1) & ours.any(axis=1) & theirs.any(axis=1)

@@ -189,8 +189,7 @@ def tune_run(
     config = config or FinetuneConfig()
     run_dir = Path(run_dir)
     store_path = require_one_store(
-        store_path,
-        "Fine-tuning trains the last blocks of one encoder, on its tokens in one store"
+        store_path, "Fine-tuning trains the last blocks of one encoder, on its tokens in one store"
     )
     image_dir, labels = (None if p is None else Path(p) for p in (image_dir, labels))
     require_free(run_dir, overwrite=overwrite)
