@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from cxr_cache.cli.config_file import read_config_file
+from cxr_cache.common.wording import count
 from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, option_of
 
 if TYPE_CHECKING:
@@ -353,8 +354,8 @@ def load_encoders_of_run(run: Run, models: Sequence[str], device: str) -> list[E
     if models and len(models) != len(recorded):
         names = ", ".join(str(encoder["name"]) for encoder in recorded)
         raise click.UsageError(
-            f"--model is given {len(models)} times, and {run.path} has {len(recorded)} encoders: "
-            f"{names}. Give it once for each, in this order."
+            f"--model is given {count(len(models), 'time')}, and {run.path} has "
+            f"{count(len(recorded), 'encoder')}: {names}. Give it once for each, in this order."
         )
     names_now = models or [None] * len(recorded)
     return [
