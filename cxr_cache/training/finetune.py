@@ -40,6 +40,7 @@ from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
 from cxr_cache.store.rows import LabelledRows, find_labelled_rows
+from cxr_cache.store.side_by_side import StorePaths, require_one_store
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
 from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
@@ -166,7 +167,7 @@ def _open_source(
 
 
 def tune_run(
-    store_path: str | Path,
+    store_path: StorePaths,
     run_dir: str | Path,
     config: FinetuneConfig | None = None,
     *,
@@ -186,7 +187,10 @@ def tune_run(
     as one that was not interrupted, and one of several processes with those of a single one.
     """
     config = config or FinetuneConfig()
-    run_dir, store_path = Path(run_dir), Path(store_path)
+    run_dir = Path(run_dir)
+    store_path = require_one_store(
+        store_path, "Fine-tuning trains the last blocks of one encoder, on its tokens in one store"
+    )
     image_dir, labels = (None if p is None else Path(p) for p in (image_dir, labels))
     require_free(run_dir, overwrite=overwrite)
     if from_run is not None and run_dir.resolve() == Path(from_run).resolve():
