@@ -15,8 +15,15 @@ from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
+from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.evaluation.scored import ScoredImages, read_scored
-from cxr_cache.metrics.intervals import LEVEL, count_rarer_class, macro_error, standard_errors
+from cxr_cache.metrics.intervals import (
+    LEVEL,
+    count_rarer_class,
+    drop_rounding,
+    macro_error,
+    standard_errors,
+)
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
@@ -46,6 +53,8 @@ class Comparison:
     """What was resampled."""
     table: pd.DataFrame
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
+    notes: tuple[str, ...] = ()
+    """What the differences do not speak of."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
@@ -76,7 +85,7 @@ class Comparison:
                         + _describe(row)
                     )
             lines += self._differing(run)
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _differing(self, run: str) -> list[str]:
         """Findings whose AUROC by image differs beyond luck, largest difference first."""
@@ -95,7 +104,9 @@ class Comparison:
 
 
 def _describe(row: Any) -> str:
-    bounds = "" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    bounds = (
+        " [no interval]" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    )
     p = "" if np.isnan(row["p_holm"]) else f", p = {row['p_holm']:.2g}"
     return f"{row['difference']:+.3f}{bounds}{p}"
 
@@ -146,7 +157,25 @@ def compare_runs(
         for rows, parts in kinds.items()
     ]
     table = pd.concat(tables, ignore_index=True)
-    return Comparison(names, len(first), first.n_studies, images[0].unit, table)
+    notes = _list_notes(names, runs)
+    return Comparison(names, len(first), first.n_studies, images[0].unit, table, notes)
+
+
+def _list_notes(names: Sequence[str], runs: Sequence[Run]) -> tuple[str, ...]:
+    """Say what is compared, and what else differs from the first run's recipe."""
+    notes = [
+        "This compares trained models, not recipes: each run is one training, and another seed of "
+        "the same recipe gives another model."
+    ]
+    finals = [run.config.get(run.config.get("kind", ""), {}).get("final") for run in runs]
+    for name, final in zip(names[1:], finals[1:], strict=True):
+        if None not in (final, finals[0]) and final != finals[0]:
+            notes.append(
+                f"{names[0]} has --final {finals[0]} and {name} --final {final}. An average of "
+                "models is better than one of them, so the difference is not of the recipes alone; "
+                "train both with the same --final."
+            )
+    return tuple(notes)
 
 
 def _name(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -234,7 +263,11 @@ def _tabulate(
         estimates, resampled = scores.estimates[measure], scores.resampled[measure]
         of_runs = [
             tabulate_differences(
-                estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_clusters
+                estimates[0],
+                estimates[k],
+                resampled[:, k] - resampled[:, 0],
+                n_clusters,
+                widen=MEASURES[measure].widen,
             ).assign(run=names[k], finding=[*images[0].findings, MACRO])
             for k in range(1, len(names))
         ]
@@ -249,7 +282,12 @@ def _tabulate(
 
 
 def tabulate_differences(
-    first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: FloatArray
+    first: FloatArray,
+    second: FloatArray,
+    resampled: FloatArray,
+    n_clusters: FloatArray,
+    *,
+    widen: bool = True,
 ) -> pd.DataFrame:
     """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows.
 
@@ -261,15 +299,16 @@ def tabulate_differences(
         These differences on resampled clusters, ``(R, F)``.
     n_clusters
         Number of clusters on which each difference rests, ``(F,)``.
+    widen
+        As in :func:`cxr_cache.metrics.intervals.standard_errors`.
     """
     n_undefined = np.isnan(resampled).sum(axis=0)
-    of_macro = macro_error(resampled, n_clusters)
-    error = np.append(standard_errors(resampled, n_clusters), of_macro.error)
+    of_macro = macro_error(second - first, resampled, n_clusters, widen=widen)
+    error = np.append(standard_errors(resampled, n_clusters, widen=widen), of_macro.error)
     first, second = (np.append(values, macro_mean(values)) for values in (first, second))
     difference = second - first
     freedom = np.append(np.maximum(n_clusters - 1, 1.0), of_macro.n_clusters - 1)
-    # Without any spread there is nothing to measure a difference by.
-    error = np.where((error == 0) & (difference != 0), np.nan, error)
+    error = drop_rounding(difference, error)
     with np.errstate(invalid="ignore"):
         t = np.where(difference == 0, 0.0, np.abs(difference) / error)
     reach = stdtrit(freedom, (1 + LEVEL) / 2) * error

@@ -417,10 +417,12 @@ def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
 def _with_interval(
     entry: Mapping[str, float | None], form: str = "{:.3f}", *, bounds: bool = True
 ) -> str:
-    """``0.722 [0.701, 0.741]``, or ``undefined``."""
+    """``0.722 [0.701, 0.741]``, ``0.722 [no interval]``, or ``undefined``."""
     value, low, high = (entry.get(name) for name in ("value", "low", "high"))
     if value is None:
         return "undefined"
-    if not bounds or low is None or high is None:
+    if not bounds or "low" not in entry:  # nothing was resampled
         return form.format(value)
+    if low is None or high is None:
+        return f"{form.format(value)} [no interval]"
     return f"{form.format(value)} [{form.format(low)}, {form.format(high)}]"

@@ -219,6 +219,31 @@ def test_the_text_names_runs_figures_and_findings_that_differ(runs):
     assert "nan" not in same
 
 
+def test_the_text_says_of_what_it_speaks(runs, tmp_path):
+    """A difference of ensembling is no difference of recipes, and one training is no recipe."""
+    copy = Run.open(shutil.copytree(runs[1].path, tmp_path / "averaged"))
+    copy.config["train"]["final"] = "ensemble"
+    assert runs[0].config["train"]["final"] == "refit"
+
+    alike, mixed = (compare_runs(runs[0], run, n_resamples=5) for run in (runs[1], copy))
+
+    (note,) = alike.notes
+    assert note.startswith("This compares trained models, not recipes: each run is one training")
+    assert f"Note: {note}" in alike.to_text()
+    assert mixed.notes[1].startswith(
+        "weak has --final refit and averaged --final ensemble. An average of models is better"
+    )
+
+
+def test_a_difference_without_an_interval_says_so(runs):
+    comparison = compare_runs(*runs, n_resamples=5)
+    is_macro = comparison.table["finding"] == ""
+    comparison.table.loc[is_macro, ["low", "high", "p", "p_holm"]] = np.nan
+
+    macro = comparison.macro("strong")
+    assert f"{macro['difference']:+.3f} [no interval]" in comparison.to_text()
+
+
 def test_table_and_picture_are_written(runs, tmp_path):
     comparison = compare_runs(*runs, n_resamples=20)
 
