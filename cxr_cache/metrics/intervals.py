@@ -26,7 +26,7 @@ Differences of AUROCs need no resampling: their errors follow from the influence
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -229,6 +229,25 @@ def macro_interval(
     if scale == "logit" and mean in (0, 1):  # take the number of the finding with most clusters
         return student_interval(mean, spread.error, np.max(n_clusters), scale, level)
     return student_interval(mean, *spread, scale, level)
+
+
+def add_training_error(
+    errors: FloatArray, freedom: FloatArray, trainings: Sequence[Array]
+) -> tuple[FloatArray, FloatArray]:
+    """Add what other trainings of the same recipes would change, to ``(...)`` and ``(...)``.
+
+    `errors` are those over clusters, with their degrees of freedom, of a figure of means over
+    trainings; `trainings` has the figures of each recipe's trainings, ``(T, ...)``, T at least 2.
+    The variances add up, that of a recipe's training being s^2 / T, with T - 1 degrees of freedom,
+    and the degrees of freedom of the sum are Satterthwaite's.
+    """
+    of_training = [np.var(each, axis=0, ddof=1) / len(each) for each in trainings]
+    total = np.square(errors) + sum(of_training)
+    scatter = errors**4 / freedom
+    for variance, each in zip(of_training, trainings, strict=True):
+        scatter = scatter + np.square(variance) / (len(each) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(total), np.where(scatter > 0, np.square(total) / scatter, freedom)
 
 
 class MeanError(NamedTuple):

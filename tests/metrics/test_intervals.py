@@ -308,6 +308,8 @@ def test_coverage_at_full_size(tmp_path):
             called = row[f"{measure}_called_different"]
             assert called <= 0.08, row
             assert called >= 0.02 or not several, row
+    assert found["same_recipe"]["studies_and_training"] <= 0.07
+    assert found["same_recipe"]["studies"] > 0.1
     by_key = {
         (r["measure"], r["truth"], r["method"], r["of"]): r["coverage"]
         for r in found["many_findings"]
