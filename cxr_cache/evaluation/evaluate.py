@@ -54,8 +54,8 @@ _N_DIFFERENCES: Final = 5
 """Between groups, that a summary names."""
 _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a {method} over {units} "
-    "and the number of {units} that a figure rests on; for the AUROC of a finding, the values whose "
-    "own error explains it"
+    "and the number of {units} that a figure rests on; for the AUROC of a finding, the values "
+    "whose own error explains it"
 )
 
 
