@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cxr_cache.common.devices import resolve_device
 from cxr_cache.config import RepeatConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort, finding_table
+from cxr_cache.datasets.splits import Split
 from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.feature_store import FeatureStore
@@ -91,18 +92,16 @@ def fit_run(
     )
     bank, final_history = train_final(data, split, search, config)
     probabilities = predict_probabilities(bank, embeddings)
-    tested = [probabilities.numpy()[split.is_test]]
-    for repeat in range(2, n_repeats + 1):
-        again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
-        progress = partial(_count, on_progress, n_repeats, repeat)
-        found = search_epochs(data, split, again, on_progress=progress)
-        of_repeat, _ = train_final(data, split, found, again)
-        tested.append(predict_probabilities(of_repeat, embeddings).numpy()[split.is_test])
     if n_repeats > 1:
+        tested = [probabilities.numpy()[split.is_test]]
+        for repeat in range(2, n_repeats + 1):
+            again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
+            progress = partial(_count, on_progress, n_repeats, repeat)
+            found = search_epochs(data, split, again, on_progress=progress)
+            of_repeat, _ = train_final(data, split, found, again)
+            tested.append(predict_probabilities(of_repeat, embeddings).numpy()[split.is_test])
         run.config["n_repeats"] = n_repeats
-        run.write_table(
-            "repeats", _tabulate_repeats(cohort.take(np.flatnonzero(split.is_test)), tested)
-        )
+        run.write_table("repeats", _tabulate_repeats(cohort, split, tested))
     logger.info("The final model is trained; writing %s", run_dir)
     run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
     write_outcome(
@@ -132,10 +131,13 @@ def _seed_of_repeat(seed: int, repeat: int) -> int:
     return int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
 
 
-def _tabulate_repeats(cohort: Cohort, tested: Sequence[NDArray[np.float32]]) -> pd.DataFrame:
+def _tabulate_repeats(
+    cohort: Cohort, split: Split, tested: Sequence[NDArray[np.float32]]
+) -> pd.DataFrame:
     """Test predictions of every training, ``(n, F)`` each, numbered from 1."""
+    of_test = cohort.take(np.flatnonzero(split.is_test))
     tables = [
-        finding_table(cohort, probabilities).assign(repeat=repeat)
+        finding_table(of_test, probabilities).assign(repeat=repeat)
         for repeat, probabilities in enumerate(tested, start=1)
     ]
     return pd.concat(tables, ignore_index=True)

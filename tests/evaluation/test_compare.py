@@ -228,7 +228,7 @@ def test_the_text_says_of_what_it_speaks(runs, tmp_path):
     alike, mixed = (compare_runs(runs[0], run, n_resamples=5) for run in (runs[1], copy))
 
     (note,) = alike.notes
-    assert note.startswith("This compares trained models, not recipes: each run is one training")
+    assert note.startswith("This compares trained models, not recipes: of one run or more only one")
     assert f"Note: {note}" in alike.to_text()
     assert mixed.notes[1].startswith(
         "weak has --final refit and averaged --final ensemble. An average of models is better"
