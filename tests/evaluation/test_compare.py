@@ -79,10 +79,12 @@ def test_figures_intervals_and_p_values_are_those_of_an_independent_loop(runs):
                 for f in runs[0].config["findings"]
             ]
         )
-        widened = (resampled - resampled.mean(axis=0)) * np.sqrt((n + 1) / (n - 1))
-        error = np.append(widened.std(axis=0), widened.mean(axis=1).std())
-        v = widened.var(axis=0)
-        freedom = np.append(n - 1, v.sum() ** 2 / (v**2 / (n - 1)).sum())
+        covariance = np.cov(resampled.T, ddof=0)
+        shown = covariance.diagonal()
+        own = shown * ((n + 1) / (n - 1) if measure == "auroc" else 1)  # not of AP
+        total = covariance.sum() - shown.sum() + own.sum()  # what is shared is left as it is
+        error = np.sqrt([*own, total / len(n) ** 2])
+        freedom = np.append(n - 1, max(total, own.sum()) ** 2 / (own**2 / (n - 1)).sum())
         difference = rows["difference"].to_numpy()
         reach = stats.t.ppf(0.975, freedom) * error
         np.testing.assert_allclose(rows["low"], np.maximum(difference - reach, -1), atol=1e-6)
