@@ -169,8 +169,8 @@ def compare_equal_models(repeats: int, n_resamples: int) -> list[dict[str, Any]]
     designs = [*few, ("35 findings", of_35.prevalence, of_35.distances, N_STUDIES)]
     return [
         {"design": name, "is_shared": is_shared}
-        | _compare_equal_models(*design, is_shared, repeats, n_resamples)
-        for name, *design in designs
+        | _compare_equal_models(prevalence, distances, n_studies, is_shared, repeats, n_resamples)
+        for name, prevalence, distances, n_studies in designs
         for is_shared in (False, True)
     ]
 

@@ -164,9 +164,10 @@ def auroc_interval(
     level
         Share of intervals that shall contain the true value, in (0, 1).
     """
-    values = (estimates, errors, n_positive, n_negative)
-    values = np.broadcast_arrays(*(np.asarray(each, np.float64) for each in values))
-    estimates, errors, n_positive, n_negative = values
+    given = (estimates, errors, n_positive, n_negative)
+    estimates, errors, n_positive, n_negative = np.broadcast_arrays(
+        *(np.asarray(values, np.float64) for values in given)
+    )
     rarer, tail = np.minimum(n_positive, n_negative), (1 - level) / 2
 
     def is_inside(distances: FloatArray) -> NDArray[np.bool_]:

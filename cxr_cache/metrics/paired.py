@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.metrics.intervals import (
     Interval,
+    Scale,
     auroc_interval,
     count_classes,
     macro_error,
@@ -70,7 +71,7 @@ class JointAuroc:
             return self.of_finding(int(defined[0]))
         mean, rarer = macro_mean(self.once), self.n_of_class.min(axis=0)
         spread = macro_error(self.once, self.resampled, rarer)
-        scale = "identity" if self.is_difference else "logit"
+        scale: Scale = "identity" if self.is_difference else "logit"
         return _to_figure(mean, student_interval(mean, *spread, scale))
 
     def of_finding(self, f: int) -> Figure:
