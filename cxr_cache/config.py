@@ -428,6 +428,19 @@ class TrainConfig(Recipe):
 
 
 @dataclass(frozen=True)
+class RepeatConfig(Config):
+    """How often a recipe is trained."""
+
+    n_repeats: int = option(
+        1,
+        "Number of trainings on the same split, each from its own seed. The first becomes the "
+        "run's model; compare and the run's figures of the recipe use all of them.",
+        flag="--repeats",
+        check=at_least(1),
+    )
+
+
+@dataclass(frozen=True)
 class Augmentation(Config):
     """Random changes to the pixels of an image, for training end to end; none by default."""
 
