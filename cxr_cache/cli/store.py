@@ -24,7 +24,7 @@ from cxr_cache.cli.options import (
     options_of,
     pick,
     require_folder,
-    warn_if_random,
+    warn_of_encoder,
 )
 from cxr_cache.cli.progress import Progress, counting, progress
 from cxr_cache.config import (
@@ -279,8 +279,8 @@ def extract(
     from cxr_cache.store.workers import Workers, extract_on_workers, load_once
 
     encoder = load_once(options)
-    warn_if_random(encoder.identity.is_random)
     identity = encoder.identity
+    warn_of_encoder(identity)
     click.echo(f"encoder: {identity.to_text()}", err=True)
     logger.info("it computes on %s in %s", encoder.device, identity.precision)
     known = find_known(identity.name)

@@ -7,7 +7,7 @@ seconds, and a command that only reads features should not wait for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "open_clip_config.json"
 HUGGING_FACE_CONFIG = "config.json"
 """Of transformers and of timm; open_clip's repositories may hold one, too."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""Of peft, whose adapters are no model by themselves."""
+CONFIG_FILES: Final = (CONFIG_FILE, HUGGING_FACE_CONFIG, ADAPTER_CONFIG)
 IMAGENET: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """Statistics of the pixels that ``--normalize imagenet`` stands for."""
 
@@ -43,6 +46,59 @@ class Source:
     """None for random weights."""
     revision: str | None = None
     seed: int = 0
+    img_size: int | None = None
+    """Side of the images, in pixels, where a name asks for another than the tower's own."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what had to be assumed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, or a repository of the Hugging Face hub at one revision, that holds an encoder."""
+
+    name: str
+    folder: Path | None = None
+    repo: str = ""
+    revision: str | None = None
+
+    def fetch(self, files: Sequence[str], lack: str) -> Path:
+        """Give the first of `files` that is here.
+
+        Raises
+        ------
+        EncoderError
+            There is none. For a folder the message is its path and `lack`.
+        """
+        if self.folder is None:
+            return fetch_from_hub(self.repo, files, self.revision)
+        found = first_file(self.folder, files)
+        if found is None:
+            raise EncoderError(f"{self.folder} {lack}")
+        return found
+
+    def pin(self, file: Path) -> Place:
+        """Give the same place at the commit that `file` is from, .../snapshots/COMMIT/FILE."""
+        return self if self.folder else replace(self, revision=file.parent.name)
+
+
+def find_in_places(find: Callable[[Place], Source | None]) -> dict[str, Callable[[str], Any]]:
+    """Give :attr:`Family.find` of a family whose folders and repositories hold the same files."""
+
+    def in_folder(identifier: str) -> Source | None:
+        folder = Path(identifier).expanduser().resolve()
+        if not folder.is_dir():
+            raise EncoderError(
+                f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} "
+                f"or {HUGGING_FACE_CONFIG} and the weights, for example a copy of the model's "
+                "Hugging Face repository."
+            )
+        return find(Place(f"local-dir:{folder}", folder))
+
+    def on_hub(identifier: str) -> Source | None:
+        repo, _, revision = identifier.partition("@")
+        return find(Place(f"hf-hub:{identifier}", None, repo, revision or None))
+
+    return {"hf-hub": on_hub, "local-dir": in_folder}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,13 @@ COLUMNS: Final = (
     *("first", "second", "difference", "low", "high", "p", "p_holm", "n_undefined_resamples"),
 )
 
-_NAMES: Final = {"auroc": "macro AUROC", "ap": "macro AP"}
 Rows: TypeAlias = Literal["images", "studies"]
+_MACRO_FIGURES: Final[tuple[tuple[str, str, Rows], ...]] = (
+    ("macro AUROC", "auroc", "images"),
+    ("macro AP", "ap", "images"),
+    ("macro AUROC, by study", "auroc", "studies"),
+    ("macro AP, by study", "ap", "studies"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +69,36 @@ class Comparison:
             "differences to "
             f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
         ]
-        for run in self.runs[1:]:
-            width = max(len(self.runs[0]), len(run), 10)
-            lines.append(f"  {'':<22}{self.runs[0]:>{width}}  {run:>{width}}  difference")
-            for rows in ("images", "studies"):
-                for measure in COMPARED:
-                    row = self.macro(run, measure, rows)
-                    name = _NAMES[measure] + (", by study" if rows == "studies" else "")
-                    lines.append(
-                        f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
-                        + _describe(row)
-                    )
-            lines += self._differing(run)
+        lines += self._pair() if len(self.runs) == 2 else self._several()
         return "\n".join(lines)
+
+    def _pair(self) -> list[str]:
+        first, second = self.runs
+        width = max(len(first), len(second), 10)
+        lines = [f"  {'':<22}{first:>{width}}  {second:>{width}}  difference"]
+        for name, measure, rows in _MACRO_FIGURES:
+            row = self.macro(second, measure, rows)
+            lines.append(
+                f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
+                + _describe(row)
+            )
+        return lines + self._differing(second)
+
+    def _several(self) -> list[str]:
+        """A table of all runs per figure, and what each has of findings that differ."""
+        first, *others = self.runs
+        width = max(22, *map(len, self.runs))
+        lines = []
+        for name, measure, rows in _MACRO_FIGURES:
+            of_runs = {run: self.macro(run, measure, rows) for run in others}
+            lines += [f"  {name}", f"    {first:<{width}}{of_runs[others[0]]['first']:.3f}"]
+            lines += [
+                f"    {run:<{width}}{row['second']:.3f}  {_describe(row)}"
+                for run, row in of_runs.items()
+            ]
+        for run in others:
+            lines += [f"  {run}", *(f"  {line}" for line in self._differing(run))]
+        return lines
 
     def _differing(self, run: str) -> list[str]:
         """Findings whose AUROC by image differs beyond luck, largest difference first."""

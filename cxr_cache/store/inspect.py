@@ -78,6 +78,7 @@ def format_store(summary: dict[str, Any]) -> str:
         f"encoder   {encoder['name']}"
         + ("  (RANDOM WEIGHTS: no medical meaning)" if encoder.get("is_random") else ""),
         f"  weights sha256  {encoder['weights_sha256'][:16]}…",
+        *(f"  Note: {note}" for note in encoder.get("notes", ())),
     ]
     details = {k: v for k, v in encoder.items() if isinstance(v, str | int | float)}
     counts = ("n_blocks", "n_tokens", "pooled_width", "embedding_width")

@@ -13,8 +13,8 @@ from cxr_cache.common.devices import resolve_device
 from cxr_cache.config import TrainConfig
 from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
-from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import load_training_data
+from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_run(
-    store_path: str | Path,
+    store_path: StorePaths,
     run_dir: str | Path,
     config: TrainConfig | None = None,
     *,
@@ -54,11 +54,16 @@ def fit_run(
     labels = None if labels is None else Path(labels)
     require_free(run_dir, overwrite=overwrite)
     resolve_device(config.device)
-    with FeatureStore.open(store_path) as store:
-        data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
-        encoder = store.header.encoder
-        cohort_source, reading = store.header.cohort, store.header.reading
-    cohort = data.cohort
+    with open_stores(store_path) as stores:
+        data = load_training_data(
+            stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
+        )
+        described = [
+            {"path": str(path), "encoder": one.header.encoder, "cohort": one.header.cohort}
+            for path, one in zip(list_stores(store_path), stores, strict=True)
+        ]
+        reading = stores[0].header.reading
+    cohort, encoders = data.cohort, [one["encoder"] for one in described]
     logger.info("%s: %s images on %s, with %s", store_path, len(cohort), config.device, config)
     split = split_cohort(cohort, config)
     require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
@@ -70,10 +75,11 @@ def fit_run(
             "train": asdict(config),
             "seed": config.seed,
             "findings": list(cohort.findings),
-            "store": {"path": str(store_path), "encoder": encoder, "cohort": cohort_source},
+            "store": described[0],
+            **({"further_stores": described[1:]} if described[1:] else {}),
             "reading": reading,
             "labels": describe_labels(labels),
-            "random_encoder": bool(encoder.get("is_random")),
+            "random_encoder": any(bool(encoder.get("is_random")) for encoder in encoders),
             "split": describe_split(split, cohort),
             "warnings": list(notes),
         },
@@ -93,7 +99,12 @@ def fit_run(
         predictions=probabilities.numpy(),
         final_history=final_history,
         make_model=lambda thresholds: SavedModel(
-            bank.snapshot(), cohort.findings, thresholds, encoder, describe_head(config)
+            bank.snapshot(),
+            cohort.findings,
+            thresholds,
+            encoders[0],
+            describe_head(config),
+            further_encoders=tuple(encoders[1:]),
         ),
     )
     return TrainResult(run, search, notes)
