@@ -63,7 +63,8 @@ def example(option: click.Option) -> tuple[str, Any]:
     if inner.name == "texts":
         return "this,that", ("this", "that")
     if isinstance(inner, click.Path):
-        return "somewhere", Path("somewhere")
+        path = Path("somewhere")
+        return "somewhere", (path,) if option.multiple else path
     text = {"integer": "7", "integer range": "7", "float": "0.5"}.get(inner.name, "text")
     value: Any = {"integer": 7, "integer range": 7, "float": 0.5}.get(inner.name, "text")
     return text, (value,) if option.multiple else value
@@ -122,7 +123,7 @@ def test_a_command_without_options_is_its_config(made):
     command = "train" if made is TrainConfig else "finetune"
     parsed = parse(command, "x", "--run-dir", "r")
     assert made(**pick(made, parsed["all"])) == made()
-    assert set(parsed["given"]) == {"store", "run_dir"}
+    assert set(parsed["given"]) == {"stores", "run_dir"}
 
 
 def test_help_shows_the_value_that_is_used_and_both_where_recipes_differ():
@@ -307,4 +308,4 @@ def test_paths_of_a_run_are_found_from_another_folder(monkeypatch, tmp_path):
 def test_a_file_of_comments_gives_nothing(name, tmp_path):
     (tmp_path / name).write_text("# lr: later\n")
     parsed = parse("train", "x", "--run-dir", "r", "--config", str(tmp_path / name))
-    assert parsed["given"] == {"run_dir": Path("r"), "store": Path("x")}
+    assert parsed["given"] == {"run_dir": Path("r"), "stores": (Path("x"),)}
