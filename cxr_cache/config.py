@@ -253,6 +253,8 @@ class Recipe(Config):
 
     reference: ClassVar[Mapping[str, Any]] = {}
     """Options in which the published notebook's recipe differs from the defaults."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """What was done by versions that had no such option, where that is not the default now."""
 
     epochs: tuple[int, ...] = option(
         (30, 50, 75, 90, 100),
@@ -490,9 +492,9 @@ class FinetuneConfig(Recipe):
     reference: ClassVar = {
         **{"epochs": (5, 10, 15), "learning_rate": 2e-5, "head_learning_rate": 2e-4},
         **{"batch_size": 16, "schedule": "plateau", "final": "refit"},
-        **{"warmup_steps": 0, "layer_decay": 1.0, "ema_decay": 0.0, "mixup": 0.0},
-        "patch_dropout": 0.0,
+        **{"warmup_steps": 0, "ema_decay": 0.0, "patch_dropout": 0.0},
     }
+    earlier: ClassVar = {"ema_decay": 0.0, "patch_dropout": 0.0}
 
     epochs: tuple[int, ...] = _other(
         "epochs",
