@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def fit_run(
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
         )
-        described = [
+        described: list[dict[str, Any]] = [
             {"path": str(path), "encoder": one.header.encoder, "cohort": one.header.cohort}
             for path, one in zip(list_stores(store_path), stores, strict=True)
         ]
