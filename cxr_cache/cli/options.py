@@ -19,6 +19,7 @@ from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, 
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
+    from cxr_cache.encoders.identity import EncoderIdentity
     from cxr_cache.models.run import Run
 
     ParamType: TypeAlias = click.ParamType[Any]
@@ -323,6 +324,13 @@ def warn_if_random(is_random: bool) -> None:
             "This encoder has RANDOM WEIGHTS: embeddings and results have no medical meaning.",
             err=True,
         )
+
+
+def warn_of_encoder(identity: EncoderIdentity) -> None:
+    """Say on stderr what to know of features that this encoder makes."""
+    warn_if_random(identity.is_random)
+    for note in identity.notes:
+        click.echo(f"Note: {note}", err=True)
 
 
 def load_encoder_of_store(

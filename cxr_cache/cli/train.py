@@ -22,7 +22,7 @@ from cxr_cache.cli.options import (
     warn_if_random,
 )
 from cxr_cache.cli.progress import counting
-from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, TrainConfig
+from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, RepeatConfig, TrainConfig
 
 _RECIPE: Final = option(
     "--recipe",
@@ -46,6 +46,7 @@ _OVERWRITE: Final = option(
 @_RUN_DIR
 @LABELS
 @options_of(TrainConfig, recipes={"reference": TrainConfig.reference})
+@options_of(RepeatConfig)
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
@@ -57,6 +58,7 @@ def train(
     groups: Path | None,
     allow_pending: bool,
     overwrite: bool,
+    n_repeats: int,
     **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once.
@@ -76,6 +78,7 @@ def train(
             groups=groups,
             allow_pending=allow_pending,
             overwrite=overwrite,
+            n_repeats=n_repeats,
             tell=click.echo,
             on_progress=on_progress,
         )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_cache.config import FinetuneConfig, TrainConfig
+from cxr_cache.config import FinetuneConfig, RepeatConfig, TrainConfig
 from cxr_cache.evaluation.evaluate import format_summary, score_run
 from cxr_cache.evaluation.scored import read_groups
 from cxr_cache.jobs.scoring import what_is_left
@@ -44,6 +44,7 @@ def train_head(
     groups: str | Path | None = None,
     allow_pending: bool = False,
     overwrite: bool = False,
+    n_repeats: int = RepeatConfig.n_repeats,
     tell: Callable[[str], object] = _say_nothing,
     on_progress: Callable[[int, int], None] = _count_nothing,
 ) -> TrainResult:
@@ -70,6 +71,9 @@ def train_head(
         Train although extraction has not finished.
     overwrite
         Replace a finished run.
+    n_repeats
+        Number of trainings on the same split, each from its own seed. The first becomes the run's
+        model; ``repeats.csv`` has the test predictions of all.
     tell
         Takes each part of the result in words, as soon as it is known: ``print`` in a notebook.
     on_progress
@@ -110,6 +114,7 @@ def train_head(
         labels=labels,
         allow_pending=allow_pending,
         overwrite=overwrite,
+        n_repeats=n_repeats,
         on_progress=on_progress,
     )
     release_cores()  # evaluating needs the memory

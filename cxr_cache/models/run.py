@@ -45,6 +45,7 @@ TableName = Literal[
     "history",
     "predictions",
     "out_of_fold",
+    "repeats",
     "per_finding",
     "per_finding_by_study",
     "groups",
@@ -373,7 +374,7 @@ class Run:
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         text_columns = [*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ())]
         try:
-            if name in ("predictions", "out_of_fold"):
+            if name in ("predictions", "out_of_fold", "repeats"):
                 text_columns += _read_image_columns(path)
             dtypes = dict.fromkeys(text_columns, str)
             table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])

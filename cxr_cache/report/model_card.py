@@ -81,7 +81,11 @@ def _header(view: RunView, license_id: str, dataset_id: str) -> str:
 
     metrics = view.metrics
     encoders = [str(store["encoder"]["name"]) for store in view.stores]
-    on_hub = [name.removeprefix(_HUB_PREFIX) for name in encoders if name.startswith(_HUB_PREFIX)]
+    on_hub = [
+        name.removeprefix(_HUB_PREFIX).partition("@")[0]
+        for name in encoders
+        if name.startswith(_HUB_PREFIX)
+    ]
     results = [
         EvalResult(
             task_type="image-classification",

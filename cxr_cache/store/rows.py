@@ -114,6 +114,7 @@ def find_labelled_rows(
         for why, n in left_out.items()
         if n
     ]
+    notes += store.header.encoder.get("notes", [])
     if labels is not None and cohort.reading is not None:
         notes += cohort.reading.notes
     sources: tuple[Source, ...] = ()

@@ -82,6 +82,7 @@ class Ablation:
         ]
         for row in shown.to_dict("records"):
             bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["difference"] else ""
+            bounds = "[no interval]" if np.isnan(row["low"]) else bounds
             lines.append(
                 f"{row['rank']:>4}  {row['setting']:<{width}}  {row['chosen']:>7}  "
                 f"{row['mean_auroc']:.4f} ± {row['std_auroc']:.4f}          "

@@ -210,10 +210,12 @@ def tune_run(
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
         require_continuable(store, encoder)
-        _require_placed_tokens(encoder, config)
         tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
         settled = replace(
-            config, precision=resolve_precision(config.precision, device), source=source
+            config,
+            precision=resolve_precision(config.precision, device),
+            source=source,
+            patch_dropout=_settle_patch_dropout(encoder, config.patch_dropout),
         )
         logger.info("%s: %s images on %s, with %s", store_path, len(found.cohort), device, settled)
         notes = found.notes + note_split(split, found.cohort)
@@ -293,13 +295,16 @@ def _memory_explained() -> Iterator[None]:
         ) from error
 
 
-def _require_placed_tokens(encoder: Encoder, config: FinetuneConfig) -> None:
-    if config.patch_dropout and not encoder.tokens_hold_positions:
+def _settle_patch_dropout(encoder: Encoder, share: float | None) -> float:
+    """Return the share of patches to leave out of training; raises where none can be."""
+    if encoder.tokens_hold_positions:
+        return 0.5 if share is None else share
+    if share:
         raise ConfigError(
-            f"--patch-dropout {config.patch_dropout} cannot leave patches out of "
-            f"{encoder.identity.name}: its blocks read a patch's place from its number "
-            "(rotary positions). Use --patch-dropout 0."
+            f"--patch-dropout {share} cannot leave patches out of {encoder.identity.name}: its "
+            "blocks read a patch's place from its number (rotary positions). Use --patch-dropout 0."
         )
+    return 0.0
 
 
 def _require_whole_parts(config: FinetuneConfig) -> None:
