@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,7 @@ def fit_run(
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
         )
-        described = [
+        described: list[dict[str, Any]] = [
             {"path": str(path), "encoder": one.header.encoder, "cohort": one.header.cohort}
             for path, one in zip(list_stores(store_path), stores, strict=True)
         ]
