@@ -87,7 +87,8 @@ def train(
     multiple=True,
     metavar="NAME=A,B",
     help="Option of train and the values to try, such as lr=1e-4,1e-3 or hidden=512x256,256. Given "
-    "several times, all combinations are tried.",
+    "several times, all combinations are tried. n_train=50,200,all gives a learning curve: whole "
+    "patients are drawn until each fold trains on about so many images; 1%,10%,all are shares.",
 )
 @option(
     "--recipe",
@@ -108,9 +109,12 @@ def ablate(
     allow_pending: bool,
     **options: Any,
 ) -> None:
-    """Compare recipes for the head on the same folds: a ranked table, and a plot."""
+    """Compare recipes for the head on the same folds: a ranked table, and a plot.
+
+    With --set n_train, also how the score grows with the number of training images.
+    """
     from cxr_cache.jobs.runs import refit_best
-    from cxr_cache.report.plots import draw_ablation
+    from cxr_cache.report.plots import draw_ablation, draw_curve
     from cxr_cache.training.ablate import make_settings, run_ablation
     from cxr_cache.training.baselines import BASELINES
 
@@ -125,6 +129,7 @@ def ablate(
             labels=labels,
             allow_pending=allow_pending,
             baselines=BASELINES if own.baselines else (),
+            n_repeats=own.n_repeats,
             backend=own.backend,
             n_workers=own.n_workers,
             scheduler=own.scheduler,
@@ -134,6 +139,9 @@ def ablate(
     plot = draw_ablation(ablation.table, out / "ablation.png")
     click.echo(ablation.to_text())
     click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
+    if ablation.curve is not None:
+        plot = draw_curve(ablation.curve, out / "curve.png")
+        click.echo(f"Learning curve: {out / 'curve.csv'}, {plot}")
     if own.refit:
         with counting("epochs") as on_progress:
             refit_best(

@@ -21,6 +21,7 @@ from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import load_training_data
 from cxr_cache.training import ablation_folds as ablation_fit
 from cxr_cache.training.ablate import Ablation, make_settings, run_ablation
+from cxr_cache.training.ablation_folds import draw_tasks
 from cxr_cache.training.baselines import (
     BASELINES,
     Baseline,
@@ -29,7 +30,7 @@ from cxr_cache.training.baselines import (
     predict_prevalence,
 )
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort
+from cxr_cache.training.search import search_epochs, split_cohort
 from tests.synthetic import IMPORTED, QUICK, make_cohort, make_store
 
 FOLDS = [f"fold_{k + 1}" for k in range(QUICK.n_folds)]
@@ -97,18 +98,18 @@ def test_heads_side_by_side_are_heads_trained_alone(store):
     """What a GPU would do, on the CPU: settings and folds in one bank, to 1e-5."""
     data = load(store)
     rows = PlainRows(data.embeddings, data.targets)
-    tasks = fold_tasks(split_cohort(data.cohort, QUICK), QUICK.seed)
+    draw = draw_tasks(split_cohort(data.cohort, QUICK), data.cohort.groups, QUICK.seed, None, 0)
     methods = [
-        ablation_fit.Method.of_setting(setting)
+        ablation_fit.Method.of_setting(setting, draw)
         for setting in make_settings(QUICK, ["lr=3e-3,3e-2", "loss=focal,weighted-bce"])
     ]
     pairs = [(method, k) for method in methods for k in range(QUICK.n_folds)]
 
-    stacked = list(ablation_fit._train_stacked(rows, pairs, tasks))
+    stacked = list(ablation_fit._train_stacked(rows, pairs))
 
     assert [(fold.key, fold.fold) for fold in stacked] == [(m.key, k) for m, k in pairs]
     for fold, (method, k) in zip(stacked, pairs, strict=True):
-        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, tasks, method, k)
+        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, method, k)
         np.testing.assert_allclose(fold.aurocs, alone.aurocs, rtol=1e-5)
         for ours, theirs in zip(fold.probabilities, alone.probabilities, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
