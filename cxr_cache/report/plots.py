@@ -438,7 +438,7 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
     with open_figure(path, 6.5, 4.2) as figure:
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        styles = [("-", PALETTE), ("--", (GREY, INK, *PALETTE))]
+        styles = [("-", PALETTE), ("--", (INK, GREY, *PALETTE))]
         for names, (line, colors) in zip((heads, baselines), styles, strict=True):
             for i, name in enumerate(names):
                 rows, style = curve[curve["setting"] == name], {"color": colors[i % len(colors)]}

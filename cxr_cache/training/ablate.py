@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -94,23 +94,23 @@ class Ablation:
         table = self.table
         n_before = (table["kind"] == "head").cumsum()
         shown = table[(table["kind"] == "baseline") | (n_before <= n_shown)]
-        width = max(len("setting"), *(len(str(label)) for label in shown["setting"]))
-        lines = [
-            f"{'rank':>4}  {'setting':<{width}}  {'chosen':>7}  macro AUROC over folds   "
-            "difference to the first setting"
-        ]
-        for row in shown.to_dict("records"):
-            bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["difference"] else ""
-            lines.append(
-                f"{row['rank']:>4}  {row['setting']:<{width}}  {row['chosen']:>7}  "
-                f"{row['mean_auroc']:.4f} ± {row['std_auroc']:.4f}          "
-                f"{row['difference']:+.4f} {bounds}"
-            )
+        lines = _lay_out(
+            {
+                "rank": shown["rank"].map(str),
+                "setting": shown["setting"],
+                "chosen": shown["chosen"],
+                "macro AUROC": shown["mean_auroc"].map("{:.4f}".format),
+                "over folds": shown["std_auroc"].map("± {:.4f}".format),
+                **_describe_repeats(shown),
+                "difference to the first setting": _describe_differences(shown),
+            }
+        )
         if len(shown) < len(table):
             lines.append(f"      ... and {len(table) - len(shown):,} more in the table.")
         if self.curve is not None:
-            of_shown = self.curve["setting"].isin(shown["setting"])
-            lines += ["", *_write_curve(self.curve[of_shown])]
+            of_shown = self.curve[self.curve["setting"].isin(shown["setting"])]
+            most = self.curve["n_train"].iloc[-1]
+            lines = [f"On n_train={most}:", *lines, "", "Learning curve:", *_write_curve(of_shown)]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -214,7 +214,7 @@ def run_ablation(
     if any(setting.n_train is not None for setting in settings):
         curve = scores.trace(rows)
         write_table(out / CURVE, curve, digits=6)
-        notes += (_describe_draws(split),)
+        notes += (_describe_draws(split), *_describe_short(settings, curve))
     return Ablation(table, tuple(settings), curve, notes, is_random)
 
 
@@ -247,14 +247,13 @@ def _plan(
         draws = [draw_tasks(split, groups, base.seed, n_train, r) for r in range(n_repeats)]
         n_images = float(np.mean([len(task.train_rows) for d in draws for task in d.tasks]))
 
-        def add(label: str, make: Callable[[Draw], Method]) -> None:
-            rows.append(Row(label, n_train, n_images, [make(draw) for draw in draws]))  # noqa: B023
-
-        for setting in settings:
-            if setting.n_train == n_train:
-                add(setting.label, partial(Method.of_setting, setting))
-        for baseline in baselines:
-            add(baseline.label, partial(Method.of_baseline, baseline, base))
+        makers: list[tuple[str, Callable[[Draw], Method]]] = [
+            (setting.label, partial(Method.of_setting, setting))
+            for setting in settings
+            if setting.n_train == n_train
+        ]
+        makers += [(one.label, partial(Method.of_baseline, one, base)) for one in baselines]
+        rows += [Row(name, n_train, n_images, [make(d) for d in draws]) for name, make in makers]
     return sorted(rows, key=lambda row: row.n_images)
 
 
@@ -337,9 +336,12 @@ class Scores:
         return table
 
     def trace(self, rows: Sequence[Row]) -> pd.DataFrame:
-        """Every row against the same setting on the most images, setting by setting."""
-        traced = []
-        for label in dict.fromkeys(row.label for row in rows):
+        """Every row against the same setting on the most images, setting by setting.
+
+        Prevalence, which learns nothing, is 0.5 on any number of images and left out.
+        """
+        traced, learning = [], [row for row in rows if row.methods[0].candidates != ("",)]
+        for label in dict.fromkeys(row.label for row in learning):
             of_label = [row for row in rows if row.label == label]
             most = self._score(of_label[-1])
             for row in of_label:
@@ -429,59 +431,80 @@ def _describe_choices(method: Method, chosen: Sequence[int]) -> str:
     return f"{method.baseline.knob}={ends}" if method.baseline.knob else ""
 
 
+# -- tables as text ---------------------------------------------------------------------
+
+
 def _write_curve(curve: pd.DataFrame) -> list[str]:
-    """The curve as lines of text; studies, patients and findings are means."""
-    rows, most = curve.to_dict("records"), curve["n_train"].iloc[-1]
-    n_repeats = sum(str(name).startswith("repeat_") for name in curve)
-    columns = {
-        "setting": [row["setting"] for row in rows],
-        "n_train": [row["n_train"] for row in rows],
-        **{
-            name: [f"{row[name]:,.0f}" for row in rows]
-            for name in ("images", "studies", "patients")
-            if curve[name].any()
-        },
-        "with a positive": [
-            f"{row['findings_with_positive']:.1f} of {row['findings_scored']:.1f}" for row in rows
-        ],
-        "chosen": [row["chosen"] for row in rows],
-        "macro AUROC": [f"{row['mean_auroc']:.4f}" for row in rows],
-        **(
-            {"over repeats": [f"± {row['std_repeats']:.4f}" for row in rows]}
-            if n_repeats > 1
-            else {}
-        ),
-        "over folds": [f"± {row['std_folds']:.4f}" for row in rows],
-        f"difference to {most}": [
-            f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-            if row["n_train"] != most
-            else ""
-            for row in rows
-        ],
-    }
-    lines = zip(
-        *(_align([heading, *cells], heading == "setting") for heading, cells in columns.items()),
-        strict=True,
+    """The curve as lines; what was drawn is a mean over folds and repeats."""
+    positive, scored = (
+        curve[name].map("{:.1f}".format) for name in ("findings_with_positive", "findings_scored")
     )
-    return [
-        f"Learning curve, mean of {count(n_repeats, 'repeat')} ± standard deviation:",
-        *("  ".join(line).rstrip() for line in lines),
-    ]
+    differences = _describe_differences(curve)
+    most = curve["n_train"].iloc[-1]
+    return _lay_out(
+        {
+            **{name: curve[name] for name in ("setting", "n_train")},
+            **{
+                name: curve[name].map("{:,.0f}".format)
+                for name in ("images", "studies", "patients")
+                if curve[name].any()
+            },
+            "findings with a positive": positive + " of " + scored,
+            "chosen": curve["chosen"],
+            "macro AUROC": curve["mean_auroc"].map("{:.4f}".format),
+            **_describe_repeats(curve),
+            "over folds": curve["std_folds"].map("± {:.4f}".format),
+            f"difference to {most}": differences.where(curve["n_train"] != most, ""),
+        }
+    )
 
 
-def _align(cells: Sequence[str], to_the_left: bool) -> list[str]:
-    width = max(map(len, cells))
-    return [cell.ljust(width) if to_the_left else cell.rjust(width) for cell in cells]
+def _describe_repeats(table: pd.DataFrame) -> dict[str, pd.Series[str]]:
+    """The column of the spread over repeats; none of a single one."""
+    if "std_repeats" not in table or table["std_repeats"].isna().all():
+        return {}
+    return {"over repeats": table["std_repeats"].map("± {:.4f}".format)}
+
+
+def _describe_differences(table: pd.DataFrame) -> pd.Series[str]:
+    form = "{:+.4f} [{:+.4f}, {:+.4f}]"
+    bounds = zip(table["difference"], table["low"], table["high"], strict=True)
+    return pd.Series([form.format(*one) if one[0] else "" for one in bounds], table.index)
+
+
+def _lay_out(columns: Mapping[str, Iterable[str]]) -> list[str]:
+    """A heading and a line per row, cells to the right except for the settings' names."""
+    aligned = []
+    for heading, cells in columns.items():
+        cells = [heading, *cells]
+        width = max(map(len, cells))
+        is_text = heading == "setting" or heading.startswith("difference")
+        aligned.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
 def _describe_draws(split: Split) -> str:
     whole = "single images" if split.by == "image" else "whole patients (or studies)"
     return (
-        f"n_train counts images: {whole} are drawn until about so many are there, the same ones in "
-        "all folds as far as they train on them. What a fold holds out is the same for every "
-        "number, and so are the findings that are scored; one without a positive among the drawn "
-        "images cannot be learned, and counts with about 0.5. A number of epochs means as many "
-        "steps as on all images."
+        f"n_train counts images, of {whole} that are drawn at random. Every number is scored on "
+        "the same images and findings, also on those without a positive among the drawn images, "
+        "which cannot be learned. An epoch takes as many steps as on all images."
+    )
+
+
+def _describe_short(settings: Sequence[Setting], curve: pd.DataFrame) -> tuple[str, ...]:
+    """Say where a smaller number of epochs should be tried."""
+    all_epochs = {setting.label: setting.config.epochs for setting in settings}
+    fewest = {label: f"{epochs[0]} ep" for label, epochs in all_epochs.items() if epochs[0] > 1}
+    n = sum(
+        chosen == fewest.get(label)
+        for label, chosen in zip(curve["setting"], curve["chosen"], strict=True)
+    )
+    if not n:
+        return ()
+    return (
+        f"{count(n, 'row')} of the curve {'is' if n == 1 else 'are'} best at the smallest number "
+        "of epochs that was tried. Add smaller ones to --epochs.",
     )
 
 
