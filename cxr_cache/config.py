@@ -15,7 +15,17 @@ from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cxr_cache.errors import ConfigError
 
@@ -29,6 +39,7 @@ Features: TypeAlias = Literal["projected", "pooled", "both"]
 FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 POOLS: Final = ("default", "cls", "mean", "cls+mean")
+TOKENS_DTYPES: Final = ("float16", "bfloat16", "float32")
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
@@ -40,6 +51,10 @@ SplitBy: TypeAlias = Literal["study", "image"]
 FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
 InputNorm: TypeAlias = Literal["l2", "standard", "none"]
+
+
+RECIPES: Final = ("tuned", "reference")
+"""``tuned`` was chosen on real radiographs, ``reference`` is the published notebook's."""
 
 
 def parse_threshold_rule(rule: str) -> tuple[str, float]:
@@ -72,6 +87,7 @@ def parse_threshold_rule(rule: str) -> tuple[str, float]:
 # -- how an option is declared and checked ------------------------------------------------
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Recipe")
 Check: TypeAlias = Callable[[Any], str]
 """What is wrong with a value, in words that follow the option's name; empty if nothing is."""
 
@@ -234,6 +250,9 @@ class Config:
 class Recipe(Config):
     """What training a head and fine-tuning have in common, with the reference's values."""
 
+    reference: ClassVar[Mapping[str, Any]] = {}
+    """Options in which the published notebook's recipe differs from the defaults."""
+
     epochs: tuple[int, ...] = option(
         (30, 50, 75, 90, 100),
         "Candidate numbers of epochs, of which cross-validation chooses the best.",
@@ -346,6 +365,14 @@ class Recipe(Config):
         super().__post_init__()
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
 
+    @classmethod
+    def of_recipe(cls: type[R], name: str, **options: Any) -> R:
+        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
+        if name not in RECIPES:
+            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
+            raise ConfigError(problems=[("recipe", problem)])
+        return cls(**{**cls.reference, **options} if name == "reference" else options)
+
     @property
     def has_horizon(self) -> bool:
         """Whether an epoch's learning rate depends on how many epochs will follow."""
@@ -377,6 +404,11 @@ class TrainConfig(Recipe):
     (30, 50, 75, 90, 100)
     """
 
+    reference: ClassVar = {
+        name: Recipe.__dataclass_fields__[name].default
+        for name in ("epochs", "batch_size", "learning_rate", "final")
+    }
+
     epochs: tuple[int, ...] = _other("epochs", (5, 10, 20, 30, 50))
     batch_size: int = _other("batch_size", 64)
     learning_rate: float = _other("learning_rate", 1e-3)
@@ -392,24 +424,6 @@ class TrainConfig(Recipe):
         "Number of processes that share the folds on the CPU; -1 uses one per core.",
         flag="--jobs",
     )
-
-    @classmethod
-    def of_recipe(cls, name: str, **options: Any) -> TrainConfig:
-        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
-        if name not in RECIPES:
-            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
-            raise ConfigError(problems=[("recipe", problem)])
-        return cls(**{**RECIPES[name], **options})
-
-
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "tuned": {},
-    "reference": {
-        name: Recipe.__dataclass_fields__[name].default
-        for name in ("epochs", "batch_size", "learning_rate", "final")
-    },
-}
-"""Options of :class:`TrainConfig` in which a recipe differs from its defaults."""
 
 
 @dataclass(frozen=True)
@@ -455,6 +469,13 @@ class FinetuneConfig(Recipe):
     False
     """
 
+    reference: ClassVar = {
+        **{"epochs": (5, 10, 15), "learning_rate": 2e-5, "head_learning_rate": 2e-4},
+        **{"batch_size": 16, "schedule": "plateau", "final": "refit"},
+        **{"warmup_steps": 0, "layer_decay": 1.0, "ema_decay": 0.0, "mixup": 0.0},
+        "patch_dropout": 0.0,
+    }
+
     epochs: tuple[int, ...] = _other(
         "epochs",
         (5, 10, 15),
@@ -476,6 +497,30 @@ class FinetuneConfig(Recipe):
     )
     warmup_steps: int = option(
         0, "Number of steps over which both learning rates rise from zero.", check=at_least(0)
+    )
+    layer_decay: float = option(
+        1.0,
+        "Factor by which the learning rate shrinks from each block to the one before it.",
+        check=_POSITIVE_SHARE,
+    )
+    ema_decay: float = option(
+        0.0,
+        "Decay per step of an exponential moving average of the weights, which is scored and saved "
+        "in place of the last weights; 0 takes the last weights.",
+        flag="--ema",
+        check=_BELOW_1,
+    )
+    mixup: float = option(
+        0.0,
+        "Parameter alpha of mixup (Zhang et al. 2018): the tokens of two images and their losses "
+        "are mixed by a share that is drawn from Beta(alpha, alpha); 0 mixes none.",
+        check=_FINITE,
+    )
+    patch_dropout: float = option(
+        0.0,
+        "Share of the patches left out of every batch while training (PatchDropout, Liu et al. "
+        "2023), which regularises and saves as much time. Predictions see all patches.",
+        check=_BELOW_1,
     )
     decay_norms: bool = option(
         True, "Apply weight decay to norms and biases too, as the published notebook did."
@@ -771,6 +816,13 @@ class ExtractConfig(Config):
         "With --tokens: number of last blocks that will be fine-tuned, whose input is cached.",
         shown=str(FinetuneConfig.unfreeze_layers),
         check=at_least(1),
+    )
+    tokens_dtype: str = option(
+        "float16",
+        "With --tokens: number format in which they are kept. float16 rounds them to 11 bits, "
+        "bfloat16 to 8 without any limit of size; float32 keeps them exactly and takes twice the "
+        "space.",
+        choices=TOKENS_DTYPES,
     )
     max_failures: int | None = option(
         None,

@@ -206,6 +206,7 @@ def tune_run(
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
         require_continuable(store, encoder)
+        _require_placed_tokens(encoder, config)
         tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
         settled = replace(
             config, precision=resolve_precision(config.precision, device), source=source
@@ -233,7 +234,14 @@ def tune_run(
                 settled,
                 predictions=predictions,
                 final_history=history,
-                make_model=partial(_to_model, members, found.cohort.findings, encoder, settled),
+                make_model=partial(
+                    _to_model,
+                    members,
+                    found.cohort.findings,
+                    encoder,
+                    settled,
+                    store.header.tokens_dtype if source == "tokens" else "float32",
+                ),
             )
         barrier()  # nobody leaves before the run is written
     return TrainResult(run, search, notes)
@@ -281,7 +289,23 @@ def _memory_explained() -> Iterator[None]:
         ) from error
 
 
+def _require_placed_tokens(encoder: Encoder, config: FinetuneConfig) -> None:
+    if config.patch_dropout and not encoder.tokens_hold_positions:
+        raise ConfigError(
+            f"--patch-dropout {config.patch_dropout} cannot leave patches out of "
+            f"{encoder.identity.name}: its blocks read a patch's place from its number "
+            "(rotary positions). Use --patch-dropout 0."
+        )
+
+
 def _require_whole_parts(config: FinetuneConfig) -> None:
+    """Raise unless every process has as many images of a batch, in pairs where they are mixed."""
+    n_own = config.batch_size // world_size()
+    if config.mixup and n_own % 2:
+        raise ConfigError(
+            f"--mixup mixes pairs of images, and --batch-size {config.batch_size} gives "
+            f"{'each of the processes ' if world_size() > 1 else ''}{n_own}. Use an even number."
+        )
     if config.batch_size % world_size():
         raise ConfigError(
             f"--batch-size {config.batch_size} does not divide into {world_size()} processes. "
@@ -461,13 +485,14 @@ def _to_model(
     findings: tuple[str, ...],
     encoder: Encoder,
     config: FinetuneConfig,
+    tokens_dtype: str,
     thresholds: dict[str, float],
 ) -> SavedModel:
     tail = {
         "unfreeze_layers": config.unfreeze_layers,
         "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
         "precision": config.precision,
-        "tokens": "float16" if config.source == "tokens" else "float32",
+        "tokens": tokens_dtype,
     }
     tensors, identity = _to_save(members, half=config.half), encoder.identity.to_dict()
     return SavedModel(tensors, findings, thresholds, identity, describe_head(config), tail)
