@@ -441,11 +441,11 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
         styles = [("-", PALETTE), ("--", (INK, GREY, *PALETTE))]
         for names, (line, colors) in zip((heads, baselines), styles, strict=True):
             for i, name in enumerate(names):
-                rows, style = curve[curve["setting"] == name], {"color": colors[i % len(colors)]}
-                axes.plot(rows["images"], rows[repeats], ".", markersize=3, alpha=0.5, **style)
+                rows, color = curve[curve["setting"] == name], colors[i % len(colors)]
+                axes.plot(rows["images"], rows[repeats], ".", color=color, markersize=3, alpha=0.5)
                 axes.errorbar(
                     *(rows["images"], rows["mean_auroc"], rows["std_repeats"]),
-                    **style,
+                    color=color,
                     linestyle=line,
                     marker=_MARKERS[i % len(_MARKERS)],
                     markersize=5,

@@ -246,7 +246,6 @@ def _plan(
     for n_train in dict.fromkeys(setting.n_train for setting in settings):
         draws = [draw_tasks(split, groups, base.seed, n_train, r) for r in range(n_repeats)]
         n_images = float(np.mean([len(task.train_rows) for d in draws for task in d.tasks]))
-
         makers: list[tuple[str, Callable[[Draw], Method]]] = [
             (setting.label, partial(Method.of_setting, setting))
             for setting in settings
@@ -393,7 +392,8 @@ class Scores:
         error, n = clustered_error(influence, groups, n_clusters)
         if len(by_repeat) > 1:
             variances = np.array([error**2, by_repeat.var(ddof=1) / len(by_repeat)])
-            error, n = math.sqrt(variances.sum()), pool_clusters(variances, [n, len(by_repeat)])
+            n = pool_clusters(variances, np.array([n, len(by_repeat)]))
+            error = math.sqrt(variances.sum())
         difference = np.array(by_repeat.mean())
         low, high = student_interval(difference, error, n, "identity")
         return {"difference": float(difference), "low": float(low), "high": float(high)}
