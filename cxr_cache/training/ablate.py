@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -33,13 +33,13 @@ from cxr_cache.metrics.intervals import (
     student_interval,
 )
 from cxr_cache.metrics.scores import has_both_classes
-from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import (
-    LabelledRows,
     find_labelled_rows,
-    load_training_data,
+    note_views,
+    read_features,
     require_features,
 )
+from cxr_cache.store.side_by_side import Source, StorePaths, list_stores, open_stores
 from cxr_cache.training.ablation_folds import (
     Amount,
     Draw,
@@ -115,7 +115,7 @@ class Ablation:
 
 
 def run_ablation(
-    store_path: str | Path,
+    store_path: StorePaths,
     out: str | Path,
     settings: Sequence[Setting],
     *,
@@ -136,7 +136,8 @@ def run_ablation(
     Parameters
     ----------
     store_path
-        Feature store.
+        Feature store; or several stores of the same images, of which every setting reads those that
+        it names. All settings train on the images that have an embedding in all of them.
     out
         Folder for ``ablation.csv``, ``curve.csv`` and what was finished.
     settings
@@ -162,6 +163,10 @@ def run_ablation(
         `out` holds an ablation of other data or folds; both values are named.
     StoreFormatError
         The store lacks features that one of the settings reads.
+    StoreMismatchError
+        Two stores hold other images, files or labels.
+    ConfigError
+        A store is read by no setting.
     TrainingError
         A setting diverges; it is named.
 
@@ -174,16 +179,24 @@ def run_ablation(
     >>> ablation.table.head()  # doctest: +SKIP
     """
     out, base = Path(out), settings[0].config
-    with FeatureStore.open(store_path) as store:
-        is_random = bool(store.header.encoder.get("is_random"))
-        found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+    _require_all_read(store_path, settings)
+    with open_stores(store_path) as stores:
+        is_random = any(bool(store.header.encoder.get("is_random")) for store in stores)
+        found = find_labelled_rows(
+            stores[0], further=stores[1:], labels=labels, allow_pending=allow_pending
+        )
+        sources = ((stores[0], found.rows), *found.further)
         split = split_cohort(found.cohort, base)
+        views: dict[str, None] = {}
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
-            require_features(store, setting.config)
+            read = [stores[i] for i in setting.stores]
+            for store in read:
+                require_features(store, setting.config)
+            views |= dict.fromkeys(note_views(read, setting.config))
         rows = _plan(settings, baselines, base, found.cohort, split, n_repeats)
         methods = list({method.key: method for row in rows for method in row.methods}.values())
-        results = Results.open(out, _identify(store, found, split), split.n_folds)
+        results = Results.open(out, _identify(sources, found.cohort, split), split.n_folds)
         folds = range(split.n_folds)
         todo = [method for method in methods if not results.has(method)]
         n_done = sum(results.has(method, k) for method in methods for k in folds)
@@ -192,10 +205,11 @@ def run_ablation(
         n_workers = n_workers or cpu_count()
         for methods_of_data in _by_data(todo, base):
             config = methods_of_data[0].config or base
-            data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
+            first, *others = (sources[i] for i in methods_of_data[0].stores)
+            embeddings = read_features(*first, config, others)
             missing = [(m, k) for m in methods_of_data for k in folds if not results.has(m, k)]
             trained = train_folds(
-                PlainRows(data.embeddings, data.targets),
+                PlainRows(embeddings, found.cohort.targets),
                 missing,
                 device=base.device,
                 open_pool=partial(open_backend, backend, n_workers=n_workers, scheduler=scheduler),
@@ -210,7 +224,7 @@ def run_ablation(
     scores = Scores(results, found.cohort, split)
     table = scores.rank([row for row in rows if row.n_train == rows[-1].n_train])
     write_table(out / TABLE, table, digits=6)
-    notes, curve = (*split.notes, *_describe_horizons(settings)), None
+    notes, curve = (*found.notes, *views, *split.notes, *_describe_horizons(settings)), None
     if any(setting.n_train is not None for setting in settings):
         curve = scores.trace(rows)
         write_table(out / CURVE, curve, digits=6)
@@ -251,7 +265,10 @@ def _plan(
             for setting in settings
             if setting.n_train == n_train
         ]
-        makers += [(one.label, partial(Method.of_baseline, one, base)) for one in baselines]
+        makers += [
+            (label, partial(Method.of_baseline, baseline, base, stores=stores))
+            for label, baseline, stores in _list_baselines(baselines, settings)
+        ]
         rows += [Row(name, n_train, n_images, [make(d) for d in draws]) for name, make in makers]
     return sorted(rows, key=lambda row: row.n_images)
 
@@ -261,19 +278,40 @@ def _by_data(methods: Sequence[Method], base: TrainConfig) -> list[list[Method]]
     groups: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
         config = method.config or base
-        what_is_read = (config.features, config.flip, config.input_norm == "l2")
+        what_is_read = (method.stores, config.features, config.flip, config.input_norm == "l2")
         groups.setdefault(what_is_read, []).append(method)
     return list(groups.values())
 
 
-def _identify(store: FeatureStore, found: LabelledRows, split: Split) -> dict[str, Any]:
+def _require_all_read(paths: StorePaths, settings: Sequence[Setting]) -> None:
+    read = {i for setting in settings for i in setting.stores}
+    if idle := [str(path) for i, path in enumerate(list_stores(paths)) if i not in read]:
+        raise ConfigError(
+            f"{idle[0]} is given, and no setting reads it. Leave it out, or name it in --set store="
+            "..., with + between stores that are read side by side."
+        )
+
+
+def _list_baselines(
+    baselines: Sequence[Baseline], settings: Sequence[Setting]
+) -> Iterator[tuple[str, Baseline, tuple[int, ...]]]:
+    """Every baseline on all that some setting reads; prevalence alone reads nothing."""
+    read = {setting.stores: setting.varied.get(_STORE) for setting in settings}
+    for baseline in baselines:
+        for stores, name in list(read.items())[: None if baseline.knob else 1]:
+            label = f"{baseline.label} store={name}" if name and baseline.knob else baseline.label
+            yield label, baseline, stores
+
+
+def _identify(sources: Sequence[Source], cohort: Cohort, split: Split) -> dict[str, Any]:
     """What all results in a folder must have in common, JSON-able."""
-    cohort, digest = found.cohort, hashlib.sha256()
+    digest = hashlib.sha256()
     for array in (np.char.encode(cohort.image_ids, "utf-8"), cohort.targets):
         digest.update(np.ascontiguousarray(array).data)
-    digest.update(store.read_rows("row_digest", found.rows).data)
+    for store, rows in sources:
+        digest.update(store.read_rows("row_digest", rows).data)
     return {
-        "encoder": store.header.encoder["name"],
+        "encoder": ", ".join(store.header.encoder["name"] for store, _ in sources),
         "n_images": len(cohort),
         "data_sha256": digest.hexdigest()[:16],
         "n_folds": split.n_folds,
@@ -467,9 +505,15 @@ def _describe_repeats(table: pd.DataFrame) -> dict[str, pd.Series[str]]:
 
 
 def _describe_differences(table: pd.DataFrame) -> pd.Series[str]:
-    form = "{:+.4f} [{:+.4f}, {:+.4f}]"
-    bounds = zip(table["difference"], table["low"], table["high"], strict=True)
-    return pd.Series([form.format(*one) if one[0] else "" for one in bounds], table.index)
+    columns = zip(table["difference"], table["low"], table["high"], strict=True)
+    words = [
+        f"{difference:+.4f} "
+        + ("[no interval]" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")
+        if difference
+        else ""
+        for difference, low, high in columns
+    ]
+    return pd.Series(words, table.index)
 
 
 def _lay_out(columns: Mapping[str, Iterable[str]]) -> list[str]:
@@ -537,10 +581,17 @@ _FLAGS: Final = {
 _N_TRAIN: Final = "n_train"
 """The one thing to set that is no option of `train`."""
 _LARGEST_GRID: Final = 10_000
+_STORE: Final = "store"
+"""The option that says which of several stores are read."""
 
 
 def make_settings(
-    base: TrainConfig, options: Sequence[str], *, n_sampled: int | None = None, seed: int = 0
+    base: TrainConfig,
+    options: Sequence[str],
+    *,
+    n_sampled: int | None = None,
+    seed: int = 0,
+    stores: Sequence[str | Path] = (),
 ) -> list[Setting]:
     """Every combination of the options' values, the first values first, or a sample of them.
 
@@ -549,14 +600,20 @@ def make_settings(
     number, a share such as ``10%``, or ``all``. `n_sampled` takes so many combinations of the other
     options at random by `seed`, the first among them; None takes all.
 
+    Of several `stores`, ``store=a,b,a+b`` says which are read, by the names of their files without
+    ending. Where that is not given, settings read each store by itself, and then all side by side.
+
     Raises
     ------
     ConfigError
         An option or value is unknown or out of range, or there are too many combinations.
     """
     choices: dict[str, list[str]] = {}
+    names = _name_stores(stores)
+    if len(names) > 1 and not any(option.partition("=")[0].strip() == _STORE for option in options):
+        choices[_STORE] = [*names, "+".join(names)]
     for option in options:
-        name, listed = _parse_option(option)
+        name, listed = _parse_option(option, names)
         if _field(name) in map(_field, choices):
             raise ConfigError(f"--set {option}: {name} was given before. List all values at once.")
         choices[name] = listed
@@ -575,11 +632,18 @@ def make_settings(
     settings = []
     for combination in combinations:
         written = dict(zip(choices, combination, strict=True))
-        parsed = {_field(name): _parse_value(name, text) for name, text in written.items()}
+        parsed = {_field(name): _parse(name, text, names) for name, text in written.items()}
+        which = parsed.pop(_STORE, (0,))
         config = replace(base, **parsed)
-        of_config = {name: written[name] for name in varied}
-        settings += [Setting(config, of_config, n_train) for n_train in amounts]
+        differing = {name: written[name] for name in varied}
+        settings += [Setting(config, differing, which, n_train) for n_train in amounts]
     return settings
+
+
+def _name_stores(paths: Sequence[str | Path]) -> list[str]:
+    """Names of the files without ending, or paths where two files share theirs."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _nth(choices: Mapping[str, Sequence[str]], n: int) -> tuple[str, ...]:
@@ -588,13 +652,13 @@ def _nth(choices: Mapping[str, Sequence[str]], n: int) -> tuple[str, ...]:
     return tuple(values[int(i)] for values, i in zip(choices.values(), places, strict=True))
 
 
-def _parse_option(option: str) -> tuple[str, list[str]]:
+def _parse_option(option: str, stores: Sequence[str]) -> tuple[str, list[str]]:
     name, equals, values = option.partition("=")
     name = name.strip().replace("-", "_")
     listed = [value.strip() for value in values.split(",")]
     if not equals or not all(listed):
         raise ConfigError(f"--set {option}: write NAME=VALUE,VALUE, such as lr=1e-4,1e-3.")
-    if len({_parse_value(name, value) for value in listed}) < len(listed):
+    if len({_parse(name, value, stores) for value in listed}) < len(listed):
         raise ConfigError(f"--set {option}: a value is given twice.")
     return name, listed
 
@@ -602,6 +666,8 @@ def _parse_option(option: str) -> tuple[str, list[str]]:
 def _field(name: str) -> str:
     """The field that an option means, if settings may differ in it."""
     field = _FLAGS.get(name, name)
+    if field == _STORE:
+        return field
     allowed = [_N_TRAIN, *(f.name for f in fields(TrainConfig) if f.name not in _SHARED)]
     if field in _SHARED:
         instead = (
@@ -612,6 +678,21 @@ def _field(name: str) -> str:
         hint = suggest(name, [*_FLAGS, *allowed]) or f" Choose from {', '.join(allowed)}."
         raise ConfigError(f"--set {name}: there is no such option.{hint}")
     return field
+
+
+def _parse(name: str, text: str, stores: Sequence[str]) -> Any:
+    """A value of an option of train; of ``store``, the numbers of the stores with + between."""
+    if name != _STORE:
+        return _parse_value(name, text)
+    if unknown := [part for part in text.split("+") if part not in stores]:
+        raise ConfigError(
+            f"--set store={text}: there is no store {unknown[0]!r}. Choose from "
+            f"{', '.join(stores)}, and join those that are read side by side with +."
+        )
+    chosen = tuple(map(stores.index, text.split("+")))
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"--set store={text}: a store is named twice.")
+    return chosen
 
 
 def _parse_value(name: str, text: str) -> Any:

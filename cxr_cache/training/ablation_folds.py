@@ -60,6 +60,8 @@ class Setting:
     config: TrainConfig
     varied: Mapping[str, str]
     """The options that differ between settings, as they were written."""
+    stores: tuple[int, ...] = (0,)
+    """Which of the ablation's stores are read side by side."""
     n_train: Amount = None
     """Images that each fold trains on."""
 
@@ -132,6 +134,8 @@ class Method:
     draw: Draw = field(compare=False)
     config: TrainConfig | None = None
     baseline: Baseline | None = None
+    stores: tuple[int, ...] = (0,)
+    """Which of the ablation's stores are read side by side."""
 
     @property
     def kind(self) -> str:
@@ -141,18 +145,29 @@ class Method:
     @property
     def key(self) -> str:
         """Name of its files."""
-        text = json.dumps(self.identity, sort_keys=True, default=list)
+        identity = dict(self.identity)
+        if self.stores != (0,):
+            identity["stores"] = self.stores
+        text = json.dumps(identity, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
     def of_setting(cls, setting: Setting, draw: Draw) -> Method:
         """A recipe for heads."""
         config = {k: v for k, v in asdict(setting.config).items() if k not in ("n_jobs", "device")}
-        epochs = setting.config.epochs
-        return cls(setting.label, config | draw.identity, epochs, draw, config=setting.config)
+        return cls(
+            setting.label,
+            config | draw.identity,
+            setting.config.epochs,
+            draw,
+            config=setting.config,
+            stores=setting.stores,
+        )
 
     @classmethod
-    def of_baseline(cls, baseline: Baseline, base: TrainConfig, draw: Draw) -> Method:
+    def of_baseline(
+        cls, baseline: Baseline, base: TrainConfig, draw: Draw, stores: tuple[int, ...] = (0,)
+    ) -> Method:
         """A baseline, on what the heads of `base` read; nothing in it is random but the draw."""
         identity = {
             "baseline": baseline.label,
@@ -160,7 +175,9 @@ class Method:
             **{name: getattr(base, name) for name in ("features", "input_norm", "seed")},
             **({} if draw.n_train is None else draw.identity),
         }
-        return cls(baseline.label, identity, baseline.candidates, draw, baseline=baseline)
+        return cls(
+            baseline.label, identity, baseline.candidates, draw, baseline=baseline, stores=stores
+        )
 
 
 class Fold(NamedTuple):

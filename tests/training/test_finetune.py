@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,8 @@ FROZEN = TrainConfig(
     hidden=(16,),
     n_jobs=1,
 )
-TUNED = FinetuneConfig(
+TUNED = FinetuneConfig.of_recipe(
+    "reference",
     epochs=(1, 2),
     n_folds=2,
     batch_size=8,
@@ -278,6 +280,18 @@ def test_a_store_without_the_tokens_is_refused_for_evaluation(tuned, without_tok
 
 
 # -- tokens or images -------------------------------------------------------------------
+
+
+def test_towers_with_rotary_positions_keep_all_patches_unless_asked(store, tmp_path):
+    settled = tune_run(store, tmp_path / "run", replace(TUNED, patch_dropout=None)).run
+    assert settled.config["finetune"]["patch_dropout"] == 0.5
+
+    eva = SimpleNamespace(tokens_hold_positions=False, identity=SimpleNamespace(name="timm:eva"))
+    assert finetune_module._settle_patch_dropout(eva, None) == 0.0
+    with pytest.raises(
+        ConfigError, match=r"--patch-dropout 0.5 cannot leave patches out of timm:eva"
+    ):
+        finetune_module._settle_patch_dropout(eva, 0.5)
 
 
 def test_images_give_the_run_that_tokens_give(without_tokens, images, store, tmp_path):
