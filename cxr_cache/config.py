@@ -650,6 +650,13 @@ class AblateConfig(WorkersConfig):
         True,
         "Also rank three baselines: prevalence, logistic regression and nearest neighbours.",
     )
+    n_repeats: int = option(
+        1,
+        "Number of times that every fold is trained, with other initial weights and, where "
+        "--set n_train draws images, on others of these.",
+        flag="--repeats",
+        check=at_least(1),
+    )
     refit: bool = option(
         False, "Train the best setting as a run in OUT/best, which is tested once."
     )
