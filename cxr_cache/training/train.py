@@ -26,7 +26,7 @@ from cxr_cache.training.outcome import (
 from cxr_cache.training.search import (
     require_trainable_folds,
     search_epochs,
-    split_cohort,
+    split_rows,
     stack_members,
     train_final,
 )
@@ -59,10 +59,10 @@ def fit_run(
         encoder = store.header.encoder
         cohort_source, reading = store.header.cohort, store.header.reading
     cohort = data.cohort
-    logger.info("%s: %s images on %s, with %s", store_path, len(cohort), config.device, config)
-    split = split_cohort(cohort, config)
+    logger.info("%s: %s rows on %s, with %s", store_path, len(cohort), config.device, config)
+    split = split_rows(cohort, data.studies, config)
     require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
-    notes = data.notes + note_split(split, cohort)
+    notes = data.notes + note_split(split, cohort, config.level)
     run = Run.create(
         run_dir,
         {
@@ -92,6 +92,7 @@ def fit_run(
         config,
         predictions=probabilities.numpy(),
         final_history=final_history,
+        studies=data.studies,
         make_model=lambda thresholds: SavedModel(
             bank.snapshot(), cohort.findings, thresholds, encoder, describe_head(config)
         ),

@@ -21,6 +21,7 @@ from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.tuned import TailAndHead
+from cxr_cache.store.studies import StudyBatch, StudyTokens, head_width
 from cxr_cache.store.tokens import TokenSource
 from cxr_cache.training.fit import HeadTask, Trajectory, has_stopped, score_held_out, tell_of_epoch
 from cxr_cache.training.losses import make_loss
@@ -32,7 +33,7 @@ class TuningData:
     """What every fold trains from."""
 
     encoder: Encoder
-    source: TokenSource
+    source: TokenSource | StudyTokens
     targets: NDArray[np.float32]
     """``(N, F)``, NaN where unlabelled."""
     tail: Mapping[str, Tensor]
@@ -61,7 +62,7 @@ def build_model(
     """The encoder with its blocks as they were loaded, and a head: given, or drawn from `seed`."""
     bank = HeadBank.of_recipe(
         config,
-        data.encoder.identity.embedding_width,
+        head_width(data.encoder.identity.embedding_width, config.level),
         data.targets.shape[1],
         seeds=[seed],
         device=data.encoder.device,
@@ -242,7 +243,7 @@ class _Trainer:
         seeds = torch.randint(2**62, (n_rows,), generator=generator)
         return torch.from_numpy(self.task.train_rows)[order], views, seeds
 
-    def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor]:
+    def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor | StudyBatch]:
         """What this process does of every batch."""
         part = slice_of_process(self.config.batch_size)
         rows, views, seeds = (x.view(self.n_batches, -1)[:, part].flatten() for x in drawn)

@@ -1,0 +1,117 @@
+"""Images -> the studies that they make, for models that see all views of a study at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cxr_cache.common.wording import count
+from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.splits import TEST, Split
+from cxr_cache.errors import ConfigError
+
+N_IMAGES: Final = "n_images"
+"""Column of a table of studies: how many images each has."""
+N_PROJECTIONS: Final = 2
+"""Frontal and lateral, in this order; an image of unknown projection counts as frontal."""
+_BETWEEN: Final = " + "
+
+
+@dataclass(frozen=True, eq=False)
+class Studies:
+    """N images and the S studies that they make."""
+
+    images: Cohort
+    """The N images."""
+    cohort: Cohort
+    """A row per study, in the order in which their first images come.
+
+    Its ``image_id`` is the study's uid, and other columns hold the values of its images, such as
+    ``"Frontal + Lateral"``. A further column counts the images. A finding is present where any of
+    the images has it, absent where one is labelled and none has it.
+    """
+    study_of: NDArray[np.int64]
+    """The study of each image, ``(N,)``."""
+    notes: tuple[str, ...]
+    """What a reader of the results should know, in sentences."""
+
+    def pick(self, studies: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the images of some studies, study by study, and the slot of each.
+
+        Slot :data:`N_PROJECTIONS` k + p is that of projection p of the k-th of these studies.
+        """
+        order = np.argsort(self.study_of, kind="stable")
+        n_images = np.bincount(self.study_of, minlength=len(self.cohort))
+        first, n_each = (np.cumsum(n_images) - n_images)[studies], n_images[studies]
+        place = np.repeat(np.arange(len(studies)), n_each)  # of the study of each image
+        inside = np.arange(n_each.sum()) - np.repeat(np.cumsum(n_each) - n_each, n_each)
+        rows = order[first[place] + inside]
+        is_lateral = self.images.projections[rows] == "Lateral"
+        return rows, N_PROJECTIONS * place + is_lateral
+
+    def take_split(self, split: Split, rows: NDArray[np.intp]) -> Split:
+        """Make the split of some images, at least one of each study, that of the studies.
+
+        Raises
+        ------
+        ConfigError
+            A study has images on several sides.
+        """
+        fold, studies = np.full(len(self.cohort), TEST, np.int64), self.study_of[rows]
+        fold[studies] = split.fold
+        if (differs := fold[studies] != split.fold).any():
+            i = int(differs.argmax())
+            sides = split.fold[i], fold[studies[i]]
+            one, other = ("test" if side == TEST else f"fold {side + 1}" for side in sides)
+            raise ConfigError(
+                f"Study {self.cohort.image_ids[studies[i]]!r} has images in {one} and in {other} of "
+                f"the split{split.whose and f' given by {split.whose}'}, and --level study needs "
+                "whole studies. Make another split with --split new."
+            )
+        return replace(split, is_test=fold == TEST, fold=fold)
+
+
+def group_by_study(images: Cohort) -> Studies:
+    """Bring images together by study."""
+    study_of, uids = pd.factorize(images.images["study_uid"])
+    table = pd.DataFrame({"image_id": uids, "study_uid": uids})
+    for name in images.images.columns.drop(["image_id", "study_uid"]):
+        table[name] = _join_values(images.images[name], study_of, len(uids))
+    table[N_IMAGES] = np.bincount(study_of)
+    order = np.argsort(study_of, kind="stable")
+    starts = np.flatnonzero(np.diff(study_of[order], prepend=-1))
+    targets = images.targets[order]
+    union = np.fmax.reduceat(targets, starts, axis=0)  # NaN where all are
+    differ = (union != np.fmin.reduceat(targets, starts, axis=0)) & ~np.isnan(union)
+    cohort = replace(images, images=table, targets=union)
+    notes = tuple(_note(images, cohort, int(differ.any(axis=1).sum())))
+    return Studies(images, cohort, study_of, notes)
+
+
+def _join_values(cells: pd.Series[Any], study_of: NDArray[np.int64], n: int) -> NDArray[Any]:
+    """The different known values of each study's images, in order."""
+    known = pd.DataFrame({"study": study_of, "cell": cells.to_numpy()})
+    known = known[known["cell"] != ""].drop_duplicates().sort_values(["study", "cell"])
+    joined = known.groupby("study")["cell"].agg(_BETWEEN.join)
+    return joined.reindex(range(n), fill_value="").to_numpy()
+
+
+def _note(images: Cohort, studies: Cohort, n_differ: int) -> Iterator[str]:
+    of = f"of {count(len(studies), 'study')}"
+    if n_differ:
+        yield (
+            f"The images of {n_differ:,} {of} disagree about a finding. A study has a finding if "
+            "any of its images has it."
+        )
+    if n_unknown := int((images.projections == "").sum()):
+        yield (
+            f"{n_unknown:,} of {count(len(images), 'image')} have no known projection and count as "
+            "frontal."
+        )
+    if not (n_both := int((studies.projections == f"Frontal{_BETWEEN}Lateral").sum())):
+        yield f"None {of} is known to have a frontal and a lateral image."
