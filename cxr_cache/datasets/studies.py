@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import count
+from cxr_cache.common.tables import read_csv
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.columns import read_views
+from cxr_cache.datasets.locate import match_paths
 from cxr_cache.datasets.splits import TEST, Split
-from cxr_cache.errors import ConfigError
+from cxr_cache.errors import ConfigError, TableError
 
 N_IMAGES: Final = "n_images"
 """Column of a table of studies: how many images each has."""
@@ -69,8 +73,8 @@ class Studies:
             sides = split.fold[i], fold[studies[i]]
             one, other = ("test" if side == TEST else f"fold {side + 1}" for side in sides)
             raise ConfigError(
-                f"Study {self.cohort.image_ids[studies[i]]!r} has images in {one} and in {other} of "
-                f"the split{split.whose and f' given by {split.whose}'}, and --level study needs "
+                f"Study {self.cohort.image_ids[studies[i]]!r} has images in {one} and in {other} "
+                f"of the split{split.whose and f' given by {split.whose}'}, and --level study needs "
                 "whole studies. Make another split with --split new."
             )
         return replace(split, is_test=fold == TEST, fold=fold)
@@ -91,6 +95,62 @@ def group_by_study(images: Cohort) -> Studies:
     cohort = replace(images, images=table, targets=union)
     notes = tuple(_note(images, cohort, int(differ.any(axis=1).sum())))
     return Studies(images, cohort, study_of, notes)
+
+
+def read_studies(path: str | Path | None, images: Sequence[str]) -> Studies:
+    """Read which image files make a study, without labels.
+
+    Parameters
+    ----------
+    path
+        CSV with the columns image_id (the path of a file, or its end), study_uid and projection, in
+        words such as Frontal, PA or LATERAL; further rows and columns do not matter. None takes
+        every image for a study.
+    images
+        Paths of the images.
+
+    Raises
+    ------
+    TableError
+        The file cannot be read, or has no row for an image; or an image is listed twice.
+    """
+    if path is None:
+        table = pd.DataFrame({"image_id": images, "study_uid": images})
+        note = (
+            f"Each of the {count(len(images), 'image')} is taken for a study with one frontal view. "
+            "Name studies and projections in a CSV with --studies."
+        )
+        return replace(group_by_study(_without_labels(table)), notes=(note,))
+    table = read_csv(Path(path))
+    if missing := [name for name in ("image_id", "study_uid") if name not in table]:
+        raise TableError(
+            f"{path} has no column {missing[0]!r}; its columns are {list_names(list(table))}. It "
+            "needs image_id, study_uid and projection."
+        )
+    found = match_paths(table["image_id"].tolist(), images, f"{path}, image_id")
+    row_of = {image: row for row, image in enumerate(found) if image is not None}
+    if absent := [image for image in images if image not in row_of]:
+        raise TableError(
+            f"{path} has no row for {count(len(absent), 'image')}, the first is {absent[0]!r}. Add "
+            "its study and projection, or leave it out."
+        )
+    views = table["projection"] if "projection" in table else pd.Series([""] * len(table))
+    rows = [row_of[image] for image in images]
+    uids = table["study_uid"].to_numpy()
+    of_images = {
+        "image_id": images,
+        "study_uid": uids[rows],
+        "projection": read_views(views)[0][rows],
+    }
+    studies = group_by_study(_without_labels(pd.DataFrame(of_images)))
+    if n_more := int(np.isin(uids, uids[rows]).sum()) - len(rows):
+        note = f"{path} has {count(n_more, 'more image')} of these studies, not given here."
+        return replace(studies, notes=(*studies.notes, note))
+    return studies
+
+
+def _without_labels(images: pd.DataFrame) -> Cohort:
+    return Cohort(images, np.empty((len(images), 0), np.float32), ())
 
 
 def _join_values(cells: pd.Series[Any], study_of: NDArray[np.int64], n: int) -> NDArray[Any]:

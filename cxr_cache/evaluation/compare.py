@@ -50,6 +50,12 @@ class Comparison:
     def __repr__(self) -> str:
         return first_lines(self.to_text())
 
+    @property
+    def rows(self) -> tuple[Rows, ...]:
+        """What is compared: images and studies, or studies alone where a run predicts these."""
+        found: tuple[Rows, ...] = tuple(self.table["rows"].unique())
+        return found
+
     def macro(self, run: str, measure: str = "auroc", rows: Rows = "images") -> pd.Series[Any]:
         """The row of one mean over findings."""
         table = self.table
@@ -67,7 +73,7 @@ class Comparison:
         for run in self.runs[1:]:
             width = max(len(self.runs[0]), len(run), 10)
             lines.append(f"  {'':<22}{self.runs[0]:>{width}}  {run:>{width}}  difference")
-            for rows in ("images", "studies"):
+            for rows in self.rows:
                 for measure in COMPARED:
                     row = self.macro(run, measure, rows)
                     name = _NAMES[measure] + (", by study" if rows == "studies" else "")
@@ -79,9 +85,11 @@ class Comparison:
         return "\n".join(lines)
 
     def _differing(self, run: str) -> list[str]:
-        """Findings whose AUROC by image differs beyond luck, largest difference first."""
+        """Findings whose AUROC differs beyond luck, largest difference first."""
         table = self.table
-        chosen = (table["run"] == run) & (table["rows"] == "images") & (table["finding"] != MACRO)
+        chosen = (
+            (table["run"] == run) & (table["rows"] == self.rows[0]) & (table["finding"] != MACRO)
+        )
         areas = table[chosen & (table["measure"] == "auroc")].dropna(subset=["p_holm"])
         found = areas[areas["p_holm"] < 1 - LEVEL].sort_values("difference", key=abs)[::-1]
         n_tested = count(len(areas), "finding")
@@ -114,7 +122,9 @@ def compare_runs(
     Parameters
     ----------
     runs
-        Two or more finished runs with the same test images, findings and targets.
+        Two or more finished runs with the same test images, findings and targets. Where one of
+        them predicts whole studies, the others' probabilities are averaged by study, and studies
+        alone are compared.
         What is resampled are the patients of the first of them that names any, else studies.
     n_resamples, seed
         As in :func:`cxr_cache.metrics.resampled.bootstrap`.
@@ -132,21 +142,23 @@ def compare_runs(
     if len(runs) < 2:
         raise RunError("There is nothing to compare: give two runs or more.")
     names = _name(runs)
-    first = read_scored(runs[0])
-    images = [first]
-    for run in runs[1:]:
-        images.append(_align(runs[0], first, run, read_scored(run)))
+    images = [read_scored(run) for run in runs]
+    if any(part.rows == "studies" for part in images):
+        images = [part.by_study() for part in images]
+    first = images[0]
+    images[1:] = [
+        _align(runs[0], first, run, part) for run, part in zip(runs[1:], images[1:], strict=True)
+    ]
     images = _share_patients(images)
-    kinds: dict[Rows, list[ScoredImages]] = {
-        "images": images,
-        "studies": [part.by_study() for part in images],
-    }
+    kinds: dict[Rows, list[ScoredImages]] = {"studies": [part.by_study() for part in images]}
+    if first.rows == "images":
+        kinds = {"images": images, **kinds}
     tables = [
         _tabulate(names, rows, parts, _score(parts, n_resamples, seed))
         for rows, parts in kinds.items()
     ]
     table = pd.concat(tables, ignore_index=True)
-    return Comparison(names, len(first), first.n_studies, images[0].unit, table)
+    return Comparison(names, first.count_images(), first.n_studies, images[0].unit, table)
 
 
 def _name(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -171,10 +183,14 @@ def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) ->
         if differs.any():
             raise RunError(
                 f"{first.path} and {second.path} were tested on other {what} for "
-                f"{differs.sum():,} of {count(len(ours), 'image')}, the first is "
+                f"{differs.sum():,} of {_count_rows(ours)}, the first is "
                 f"{ours.image_ids[differs.argmax()]!r}. Train both with the same labels."
             )
     return theirs
+
+
+def _count_rows(images: ScoredImages) -> str:
+    return count(len(images), "image" if images.rows == "images" else "study")
 
 
 def _share_patients(images: Sequence[ScoredImages]) -> list[ScoredImages]:
@@ -193,7 +209,7 @@ def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: Scor
     shared = np.isin(ours.image_ids, theirs.image_ids).sum()
     if shared != len(ours) or len(ours) != len(theirs):
         raise RunError(
-            f"{first.path} was tested on {count(len(ours), 'image')} and {second.path} on "
+            f"{first.path} was tested on {_count_rows(ours)} and {second.path} on "
             f"{len(theirs):,}, of which {shared:,} are the same. Only runs with the same split can "
             "be compared: train with the same store and seed, or fine-tune with --from-run."
         )

@@ -92,7 +92,8 @@ def explain_images(
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none; or the head reads the pooled output.
+        `encoder` is not the run's, or there is none; or the head reads the pooled output or
+        whole studies.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
 
@@ -139,6 +140,7 @@ def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
     RunError
         `encoder` is not the run's, or there is none; or the head reads the pooled output.
     """
+    run.require_images("maps of where it looked are of single images")
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
     if model.features != "projected":

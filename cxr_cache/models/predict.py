@@ -17,6 +17,7 @@ from torch import Tensor
 from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
+from cxr_cache.datasets.studies import Studies, group_by_study, read_studies
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
@@ -25,6 +26,7 @@ from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
+from cxr_cache.store.studies import StudyBatch, average_views
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
@@ -34,16 +36,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities of N images and what they mean at the run's thresholds."""
+    """Probabilities of N images, or studies, and what they mean at the run's thresholds."""
 
     image_ids: tuple[str, ...]
+    """Paths as they were given, or uids of studies."""
     findings: tuple[str, ...]
     probabilities: NDArray[np.float32]
-    """Calibrated, ``(N, F)``; NaN for an image that could not be used."""
+    """Calibrated, ``(N, F)``; NaN where an image could not be used."""
     decisions: NDArray[np.bool_]
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
     """Why an image could not be used; empty where it could."""
+    views: tuple[str, ...] = ()
+    """Of studies: the projections of each one's images, such as ``"Frontal + Lateral"``."""
+
+    @property
+    def row(self) -> str:
+        """What has a prediction: ``"image"`` or ``"study"``."""
+        return "study" if self.views else "image"
 
     def __repr__(self) -> str:
         few = slice(_N_PRINTED)
@@ -54,7 +64,7 @@ class Predictions:
             decisions=self.decisions[few],
             errors=self.errors[few],
         )
-        n_images, n_failed = count(len(self.image_ids), "image"), self.n_failed
+        n_images, n_failed = count(len(self.image_ids), self.row), self.n_failed
         failed = f" ({n_failed:,} could not be used)" if n_failed else ""
         lines = [f"Predictions of {count(len(self.findings), 'finding')} for {n_images}{failed}"]
         lines += head.to_text(n_shown=2).splitlines()
@@ -64,15 +74,19 @@ class Predictions:
 
     @property
     def n_failed(self) -> int:
-        """Images without a prediction."""
+        """Images, or studies, without a prediction."""
         return sum(bool(error) for error in self.errors)
 
     def to_table(self) -> pd.DataFrame:
-        """One row per image: image, present (findings, ``;`` between), error, probabilities."""
+        """One row per image: image, present (findings, ``;`` between), error, probabilities.
+
+        Of studies the first columns are study and views.
+        """
         names = np.array(self.findings)
         described: pd.DataFrame = pd.DataFrame(
             {
-                "image": self.image_ids,
+                self.row: self.image_ids,
+                **({"views": self.views} if self.views else {}),
                 "present": [";".join(names[row]) for row in self.decisions],
                 "error": self.errors,
             }
@@ -101,8 +115,14 @@ class Predictions:
         return "\n".join(lines)
 
 
-def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:
-    """Probabilities for image files, calibrated as the run says.
+def predict_images(
+    run: Run,
+    paths: Sequence[str | Path],
+    encoder: Encoder,
+    *,
+    studies: str | Path | None = None,
+) -> Predictions:
+    """Probabilities for image files, or their studies, calibrated as the run says.
 
     Parameters
     ----------
@@ -112,11 +132,18 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
         Image files.
     encoder
         The encoder whose embeddings the run's head was trained on.
+    studies
+        Of a run of whole studies: the CSV that says which images make a study, as
+        :func:`cxr_cache.datasets.studies.read_studies` takes it. A study has no prediction if one
+        of its images cannot be used.
 
     Raises
     ------
     RunError
-        `encoder` is another one, or the run was trained on imported embeddings.
+        `encoder` is another one, or the run was trained on imported embeddings; or `studies` are
+        given to a run of single images.
+    TableError
+        `studies` cannot be read, or lacks an image.
 
     Examples
     --------
@@ -126,36 +153,58 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     """
     model = run.load_model()
     require_encoder_of_run(run, model.encoder, encoder)
+    if studies is not None and model.level == "image":
+        raise RunError(
+            f"{run.path} predicts single images; --studies goes with a run of --level study."
+        )
+    names = [str(path) for path in paths]
+    grouped = None if model.level == "image" else read_studies(studies, names)
+    for note in () if grouped is None else grouped.notes:
+        logger.warning("%s", note)
     predictor = Predictor(model, encoder)
-    if unused := find_unused_bits(None, [str(path) for path in paths], encoder.preprocessing):
+    if unused := find_unused_bits(None, names, encoder.preprocessing):
         logger.warning(
             "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
             "nearly black to it; write them with the full range of 16 bits",
             unused[1],
             unused[0],
         )
-    probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
-    errors = [""] * len(paths)
-    for start in range(0, len(paths), _IMAGES_AT_ONCE):
-        decoded = {}
-        for i, path in enumerate(map(Path, paths[start : start + _IMAGES_AT_ONCE]), start):
+    ids = names if grouped is None else grouped.cohort.image_ids.tolist()
+    probabilities = np.full((len(ids), len(model.findings)), np.nan, np.float32)
+    errors = [""] * len(ids)
+    for chosen in np.array_split(np.arange(len(ids)), -(-len(ids) // _IMAGES_AT_ONCE)):
+        rows = chosen if grouped is None else grouped.pick(chosen)[0]
+        decoded: dict[int, NDArray[np.uint8]] = {}
+        for i in rows.tolist():
             try:
-                decoded[i] = read_image(None, str(path), encoder.preprocessing).pixels
+                decoded[i] = read_image(None, names[i], encoder.preprocessing).pixels
             except ImageError as error:
-                errors[i] = str(error)
-        if decoded:
-            pixels = torch.from_numpy(np.stack(list(decoded.values())))
-            probabilities[list(decoded)] = predictor.from_pixels(pixels)
+                if grouped is None:
+                    errors[i] = str(error)
+                else:
+                    errors[grouped.study_of[i]] = f"{names[i]}: {error}"
+        usable, slots = chosen[[not errors[k] for k in chosen]], None
+        if not len(usable):
+            continue
+        rows = usable
+        if grouped is not None:
+            rows, of_rows = grouped.pick(usable)
+            slots = torch.from_numpy(of_rows)
+        pixels = torch.from_numpy(np.stack([decoded[i] for i in rows.tolist()]))
+        probabilities[usable] = predictor.from_pixels(pixels, slots)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     point = model.operating_point
     calibrated = point.calibration.apply(probabilities)
     return Predictions(
-        tuple(map(str, paths)),
+        tuple(ids),
         model.findings,
         calibrated.astype(np.float32),
         calibrated >= point.thresholds,
         tuple(errors),
+        ()
+        if grouped is None
+        else tuple(v or "unknown" for v in grouped.cohort.projections.tolist()),
     )
 
 
@@ -199,42 +248,55 @@ class Predictor:
         self.members = load_members(model, encoder) if model.tail is not None and encoder else []
 
     @torch.inference_mode()
-    def from_pixels(self, pixels: Tensor) -> NDArray[np.float32]:
-        """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them."""
+    def from_pixels(self, pixels: Tensor, slots: Tensor | None = None) -> NDArray[np.float32]:
+        """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them.
+
+        A model of whole studies also needs the study and projection of each image, as
+        :meth:`cxr_cache.datasets.studies.Studies.pick` gives them; B is then the studies.
+        """
         assert self._encoder is not None, "pixels go through an encoder"
         if self.model.tail is None:
             pooled, embeddings = (part.cpu().numpy() for part in self._encoder.encode(pixels))
             outputs = {"embeddings": embeddings, "pooled": pooled}
-            return self.from_embeddings(*(outputs[name] for name in FEATURES[self.model.features]))
+            chosen = (outputs[name] for name in FEATURES[self.model.features])
+            return self.from_embeddings(*chosen, slots=slots)
         n_unfrozen = self.model.tail["unfreeze_layers"]
         tokens = self._encoder.stem(self._encoder.prepare(pixels), n_unfrozen)
-        return self.from_tokens(as_cached(tokens, self.model))
+        return self.from_tokens(as_cached(tokens, self.model), slots)
 
     @torch.inference_mode()
-    def from_tokens(self, tokens: Tensor) -> NDArray[np.float32]:
-        """Probabilities ``(B, F)`` of a fine-tuned model for tokens ``(B, T, W)``."""
+    def from_tokens(self, tokens: Tensor, slots: Tensor | None = None) -> NDArray[np.float32]:
+        """Probabilities ``(B, F)`` of a fine-tuned model for tokens ``(B, T, W)``.
+
+        `slots` are those of :meth:`from_pixels`.
+        """
         assert self.members, "tokens go through fine-tuned blocks of an encoder"
-        mean = torch.stack([torch.sigmoid(member(tokens)) for member in self.members]).mean(dim=0)
+        batch = tokens if slots is None else StudyBatch(tokens, slots)
+        mean = torch.stack([torch.sigmoid(member(batch)) for member in self.members]).mean(dim=0)
         finite = mean.isfinite().all(dim=1, keepdim=True)
         probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
         return probabilities
 
-    def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    def from_embeddings(
+        self, *outputs: NDArray[np.float32], slots: Tensor | None = None
+    ) -> NDArray[np.float32]:
         """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
         They come in the order of :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings
-        alone.
+        alone. `slots` are those of :meth:`from_pixels`.
         """
         assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
-        probabilities = np.empty((n_rows, len(self.model.findings)), np.float32)
-        for start in range(0, n_rows, _ROWS_AT_ONCE):
-            parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
+        n_at_once = _ROWS_AT_ONCE if slots is None else n_rows  # a study stays whole
+        averaged = []
+        for start in range(0, n_rows, n_at_once):
+            parts = [output[start : start + n_at_once] for output in outputs]
             prepared = prepare_features(parts, self.model.head["input_norm"])
             prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
-            averaged = predict_probabilities(self._bank, torch.from_numpy(prepared))
-            probabilities[start : start + len(prepared)] = averaged.numpy()
-        return probabilities
+            read = torch.from_numpy(prepared)
+            read = read if slots is None else average_views(read, slots)
+            averaged.append(predict_probabilities(self._bank, read).numpy())
+        return np.concatenate(averaged)
 
 
 def predict_store(
@@ -252,7 +314,8 @@ def predict_store(
     Returns
     -------
     predictions
-        The columns of the image table and one probability per finding, not calibrated.
+        The columns of the image table and one probability per finding, not calibrated. Of a run of
+        whole studies, the rows are those of :attr:`cxr_cache.datasets.studies.Studies.cohort`.
     targets
         Columns image_id and one target per finding of the cohort, whatever the run predicts.
 
@@ -267,13 +330,23 @@ def predict_store(
     _require_same_features(run, model, store)
     rows = find_done_rows(store)
     cohort = (store.cohort if cohort is None else cohort).take(rows)
+    studies = None
+    if model.level == "study":
+        studies = group_by_study(cohort)
+        cohort = studies.cohort
+        for note in studies.notes:
+            logger.warning("%s", note)
     if model.tail is None:
+        slots = None
+        if studies is not None:
+            places, of_places = studies.pick(np.arange(len(cohort)))
+            rows, slots = rows[places], torch.from_numpy(of_places)
         outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
-        probabilities = Predictor(model).from_embeddings(*outputs)
+        probabilities = Predictor(model).from_embeddings(*outputs, slots=slots)
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)
-        probabilities = _predict_cached(model, encoder, store, rows)
+        probabilities = _predict_cached(model, encoder, store, rows, studies)
     predicted = replace(
         cohort, targets=np.full_like(probabilities, np.nan), findings=model.findings
     )
@@ -284,7 +357,11 @@ def predict_store(
 
 
 def _predict_cached(
-    model: SavedModel, encoder: Encoder, store: FeatureStore, rows: NDArray[np.intp]
+    model: SavedModel,
+    encoder: Encoder,
+    store: FeatureStore,
+    rows: NDArray[np.intp],
+    studies: Studies | None,
 ) -> NDArray[np.float32]:
     lacking = rows[store.status[rows] != DONE]
     if len(lacking):
@@ -294,9 +371,12 @@ def _predict_cached(
             "again."
         )
     predictor, parts = Predictor(model, encoder), []
-    for chosen in np.array_split(rows, -(-len(rows) // _IMAGES_AT_ONCE)):
-        tokens = store.read_views("tokens", chosen, np.zeros_like(chosen))
-        parts.append(predictor.from_tokens(torch.from_numpy(tokens)))
+    n_rows = len(rows if studies is None else studies.cohort)
+    for chosen in np.array_split(np.arange(n_rows), -(-n_rows // _IMAGES_AT_ONCE)):
+        places, slots = (chosen, None) if studies is None else studies.pick(chosen)
+        tokens = store.read_views("tokens", rows[places], np.zeros_like(places))
+        of_studies = None if slots is None else torch.from_numpy(slots)
+        parts.append(predictor.from_tokens(torch.from_numpy(tokens), of_studies))
     return np.concatenate(parts)
 
 

@@ -222,8 +222,8 @@ def load_training_data(
 ) -> TrainingData:
     """Read the embeddings that can be trained on, prepared as the head reads them.
 
-    Of studies they are those of :func:`cxr_cache.store.studies.average_views`. Parameters and errors are those of :func:`cxr_cache.store.rows.find_labelled_rows` and
-    :func:`cxr_cache.store.rows.read_features`.
+    Of studies they are those of :func:`cxr_cache.store.studies.average_views`. Parameters and
+    errors are those of :func:`find_labelled_rows` and :func:`read_features`.
     """
     found = find_labelled_rows(
         store, labels=labels, allow_pending=allow_pending, level=config.level

@@ -41,7 +41,7 @@ from cxr_cache.store.rows import (
 from cxr_cache.training.ablation_folds import Method, Results, Setting, train_folds
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import require_trainable_folds, split_cohort
+from cxr_cache.training.search import require_trainable_folds, split_rows
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,10 @@ def run_ablation(
     methods += [Method.of_baseline(baseline, base) for baseline in baselines]
     with FeatureStore.open(store_path) as store:
         is_random = bool(store.header.encoder.get("is_random"))
-        found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
-        split = split_cohort(found.cohort, base)
+        found = find_labelled_rows(
+            store, labels=labels, allow_pending=allow_pending, level=base.level
+        ).by(base.level)
+        split = split_rows(found.cohort, found.studies, base)
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
             require_features(store, setting.config)
@@ -277,11 +279,11 @@ def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
 # -- text of options to settings --------------------------------------------------------
 
 _SHARED: Final = (
-    *("n_folds", "test_fraction", "split", "split_by", "seed", "device", "n_jobs"),
+    *("n_folds", "test_fraction", "split", "split_by", "level", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "calibration"),
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
-_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:6]} | {
+_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:7]} | {
     **{"n_folds": "--folds", "n_jobs": "--workers"}
 }
 """Those of them that are options of `ablate`; the others are the recipe's."""

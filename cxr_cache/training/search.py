@@ -117,8 +117,8 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
         held_out = targets[task.held_out_rows]
         if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
             raise TrainingError(
-                f"Among the {count(len(held_out), config.level)} of fold {k}, no finding has both a "
-                "positive and a negative one, so that no AUROC is defined. Use fewer --folds, or "
+                f"Among the {count(len(held_out), config.level)} of fold {k}, no finding has both "
+                "a positive and a negative one, so that no AUROC is defined. Use fewer --folds, or "
                 "more data."
             )
 
