@@ -31,8 +31,8 @@ from cxr_cache.config import DemoConfig, ExplainConfig
 @option(
     "--studies",
     type=FILE,
-    help="For a run of --level study: CSV file with the columns image_id, study_uid and projection, "
-    "that says which images make a study.  [default: each image is one]",
+    help="For a run of --level study: CSV file with the columns image_id, study_uid and "
+    "projection, which says what images make a study.  [default: each image is one]",
 )
 @MODEL_OF_RUN
 @DEVICE

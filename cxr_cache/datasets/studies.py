@@ -72,10 +72,11 @@ class Studies:
             i = int(differs.argmax())
             sides = split.fold[i], fold[studies[i]]
             one, other = ("test" if side == TEST else f"fold {side + 1}" for side in sides)
+            whose = split.whose and f" given by {split.whose}"
             raise ConfigError(
-                f"Study {self.cohort.image_ids[studies[i]]!r} has images in {one} and in {other} "
-                f"of the split{split.whose and f' given by {split.whose}'}, and --level study needs "
-                "whole studies. Make another split with --split new."
+                f"Study {str(self.cohort.image_ids[studies[i]])!r} has images in {one} and {other} "
+                f"of the split{whose}, and --level study needs whole studies. Make another split "
+                "with --split new."
             )
         return replace(split, is_test=fold == TEST, fold=fold)
 
@@ -117,7 +118,7 @@ def read_studies(path: str | Path | None, images: Sequence[str]) -> Studies:
     if path is None:
         table = pd.DataFrame({"image_id": images, "study_uid": images})
         note = (
-            f"Each of the {count(len(images), 'image')} is taken for a study with one frontal view. "
+            f"Each of the {count(len(images), 'image')} is taken for a study of one frontal view. "
             "Name studies and projections in a CSV with --studies."
         )
         return replace(group_by_study(_without_labels(table)), notes=(note,))
@@ -137,6 +138,8 @@ def read_studies(path: str | Path | None, images: Sequence[str]) -> Studies:
     views = table["projection"] if "projection" in table else pd.Series([""] * len(table))
     rows = [row_of[image] for image in images]
     uids = table["study_uid"].to_numpy()
+    if blank := [image for image, uid in zip(images, uids[rows], strict=True) if not uid]:
+        raise TableError(f"{path} names no study for {blank[0]!r}; write its study_uid.")
     of_images = {
         "image_id": images,
         "study_uid": uids[rows],
@@ -173,5 +176,5 @@ def _note(images: Cohort, studies: Cohort, n_differ: int) -> Iterator[str]:
             f"{n_unknown:,} of {count(len(images), 'image')} have no known projection and count as "
             "frontal."
         )
-    if not (n_both := int((studies.projections == f"Frontal{_BETWEEN}Lateral").sum())):
+    if not (studies.projections == f"Frontal{_BETWEEN}Lateral").any():
         yield f"None {of} is known to have a frontal and a lateral image."
