@@ -19,6 +19,7 @@ from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
 from cxr_cache.datasets.studies import Studies, group_by_study, read_studies
 from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.models.heads import HeadBank, predict_probabilities
@@ -376,7 +377,8 @@ def _predict_cached(
         places, slots = (chosen, None) if studies is None else studies.pick(chosen)
         tokens = store.read_views("tokens", rows[places], np.zeros_like(places))
         of_studies = None if slots is None else torch.from_numpy(slots)
-        parts.append(predictor.from_tokens(torch.from_numpy(tokens), of_studies))
+        of_images = as_cached(decode_tokens(tokens), model)
+        parts.append(predictor.from_tokens(of_images, of_studies))
     return np.concatenate(parts)
 
 
