@@ -341,6 +341,7 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
         raise TableError(
             f"{path} has no row for any of the {count(len(ids), 'image')}: its first {key} is "
             f"{table[key].iloc[0]!r}, the first of the images {ids[0]!r}."
+            + (" Its rows are studies: name them by study_uid." if images.rows == "studies" else "")
         )
     groups = dict(images.groups)
     for name in table.columns.drop([name for name in _KEYS_OF_GROUPS if name in table]):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from torch import Tensor
 from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
-from cxr_cache.datasets.studies import Studies, group_by_study, read_studies
+from cxr_cache.datasets.studies import group_by_study, read_studies
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
@@ -33,6 +33,19 @@ _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
 
 logger = logging.getLogger(__name__)
+
+_Pick: TypeAlias = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64] | None]]
+"""Finds the images of some rows, and their slots where the rows are studies."""
+
+
+def _pick_images(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], None]:
+    """Each row is an image."""
+    return rows, None
+
+
+def _split(n_rows: int) -> list[NDArray[np.int64]]:
+    """Rows in parts of a batch."""
+    return np.array_split(np.arange(n_rows), max(1, -(-n_rows // _IMAGES_AT_ONCE)))
 
 
 @dataclass(frozen=True)
@@ -170,29 +183,23 @@ def predict_images(
             unused[1],
             unused[0],
         )
-    ids = names if grouped is None else grouped.cohort.image_ids.tolist()
+    ids, pick, of = names, _pick_images, np.arange(len(names))
+    if grouped is not None:
+        ids, pick, of = grouped.cohort.image_ids.tolist(), grouped.pick, grouped.study_of
     probabilities = np.full((len(ids), len(model.findings)), np.nan, np.float32)
     errors = [""] * len(ids)
-    for chosen in np.array_split(np.arange(len(ids)), -(-len(ids) // _IMAGES_AT_ONCE)):
-        rows = chosen if grouped is None else grouped.pick(chosen)[0]
+    for chosen in _split(len(ids)):
         decoded: dict[int, NDArray[np.uint8]] = {}
-        for i in rows.tolist():
+        for i in pick(chosen)[0].tolist():
             try:
                 decoded[i] = read_image(None, names[i], encoder.preprocessing).pixels
             except ImageError as error:
-                if grouped is None:
-                    errors[i] = str(error)
-                else:
-                    errors[grouped.study_of[i]] = f"{names[i]}: {error}"
-        usable, slots = chosen[[not errors[k] for k in chosen]], None
-        if not len(usable):
-            continue
-        rows = usable
-        if grouped is not None:
-            rows, of_rows = grouped.pick(usable)
-            slots = torch.from_numpy(of_rows)
-        pixels = torch.from_numpy(np.stack([decoded[i] for i in rows.tolist()]))
-        probabilities[usable] = predictor.from_pixels(pixels, slots)
+                errors[of[i]] = str(error) if grouped is None else f"{names[i]}: {error}"
+        usable = chosen[[not errors[k] for k in chosen]]
+        if len(usable):
+            rows, slots = pick(usable)
+            pixels = torch.from_numpy(np.stack([decoded[i] for i in rows.tolist()]))
+            probabilities[usable] = predictor.from_pixels(pixels, slots)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     point = model.operating_point
@@ -203,9 +210,7 @@ def predict_images(
         calibrated.astype(np.float32),
         calibrated >= point.thresholds,
         tuple(errors),
-        ()
-        if grouped is None
-        else tuple(v or "unknown" for v in grouped.cohort.projections.tolist()),
+        tuple(name or "unknown" for name in grouped.cohort.projections.tolist()) if grouped else (),
     )
 
 
@@ -249,7 +254,9 @@ class Predictor:
         self.members = load_members(model, encoder) if model.tail is not None and encoder else []
 
     @torch.inference_mode()
-    def from_pixels(self, pixels: Tensor, slots: Tensor | None = None) -> NDArray[np.float32]:
+    def from_pixels(
+        self, pixels: Tensor, slots: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them.
 
         A model of whole studies also needs the study and projection of each image, as
@@ -266,20 +273,22 @@ class Predictor:
         return self.from_tokens(as_cached(tokens, self.model), slots)
 
     @torch.inference_mode()
-    def from_tokens(self, tokens: Tensor, slots: Tensor | None = None) -> NDArray[np.float32]:
+    def from_tokens(
+        self, tokens: Tensor, slots: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """Probabilities ``(B, F)`` of a fine-tuned model for tokens ``(B, T, W)``.
 
         `slots` are those of :meth:`from_pixels`.
         """
         assert self.members, "tokens go through fine-tuned blocks of an encoder"
-        batch = tokens if slots is None else StudyBatch(tokens, slots)
+        batch = tokens if slots is None else StudyBatch(tokens, torch.from_numpy(slots))
         mean = torch.stack([torch.sigmoid(member(batch)) for member in self.members]).mean(dim=0)
         finite = mean.isfinite().all(dim=1, keepdim=True)
         probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
         return probabilities
 
     def from_embeddings(
-        self, *outputs: NDArray[np.float32], slots: Tensor | None = None
+        self, *outputs: NDArray[np.float32], slots: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
         """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
@@ -295,7 +304,7 @@ class Predictor:
             prepared = prepare_features(parts, self.model.head["input_norm"])
             prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
             read = torch.from_numpy(prepared)
-            read = read if slots is None else average_views(read, slots)
+            read = read if slots is None else average_views(read, torch.from_numpy(slots))
             averaged.append(predict_probabilities(self._bank, read).numpy())
         return np.concatenate(averaged)
 
@@ -331,23 +340,20 @@ def predict_store(
     _require_same_features(run, model, store)
     rows = find_done_rows(store)
     cohort = (store.cohort if cohort is None else cohort).take(rows)
-    studies = None
+    pick = _pick_images
     if model.level == "study":
         studies = group_by_study(cohort)
-        cohort = studies.cohort
+        cohort, pick = studies.cohort, studies.pick
         for note in studies.notes:
             logger.warning("%s", note)
     if model.tail is None:
-        slots = None
-        if studies is not None:
-            places, of_places = studies.pick(np.arange(len(cohort)))
-            rows, slots = rows[places], torch.from_numpy(of_places)
-        outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
+        places, slots = pick(np.arange(len(cohort)))
+        outputs = (store.read_rows(name, rows[places])[:, 0] for name in FEATURES[model.features])
         probabilities = Predictor(model).from_embeddings(*outputs, slots=slots)
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)
-        probabilities = _predict_cached(model, encoder, store, rows, studies)
+        probabilities = _predict_cached(model, encoder, store, rows, len(cohort), pick)
     predicted = replace(
         cohort, targets=np.full_like(probabilities, np.nan), findings=model.findings
     )
@@ -362,7 +368,8 @@ def _predict_cached(
     encoder: Encoder,
     store: FeatureStore,
     rows: NDArray[np.intp],
-    studies: Studies | None,
+    n_predicted: int,
+    pick: _Pick,
 ) -> NDArray[np.float32]:
     lacking = rows[store.status[rows] != DONE]
     if len(lacking):
@@ -372,13 +379,10 @@ def _predict_cached(
             "again."
         )
     predictor, parts = Predictor(model, encoder), []
-    n_rows = len(rows if studies is None else studies.cohort)
-    for chosen in np.array_split(np.arange(n_rows), -(-n_rows // _IMAGES_AT_ONCE)):
-        places, slots = (chosen, None) if studies is None else studies.pick(chosen)
+    for chosen in _split(n_predicted):
+        places, slots = pick(chosen)
         tokens = store.read_views("tokens", rows[places], np.zeros_like(places))
-        of_studies = None if slots is None else torch.from_numpy(slots)
-        of_images = as_cached(decode_tokens(tokens), model)
-        parts.append(predictor.from_tokens(of_images, of_studies))
+        parts.append(predictor.from_tokens(as_cached(decode_tokens(tokens), model), slots))
     return np.concatenate(parts)
 
 
