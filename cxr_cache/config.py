@@ -15,7 +15,17 @@ from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cxr_cache.errors import ConfigError
 
@@ -42,6 +52,10 @@ FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
 InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 Level: TypeAlias = Literal["image", "study"]
+
+
+RECIPES: Final = ("tuned", "reference")
+"""``tuned`` was chosen on real radiographs, ``reference`` is the published notebook's."""
 
 
 def parse_threshold_rule(rule: str) -> tuple[str, float]:
@@ -74,6 +88,7 @@ def parse_threshold_rule(rule: str) -> tuple[str, float]:
 # -- how an option is declared and checked ------------------------------------------------
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Recipe")
 Check: TypeAlias = Callable[[Any], str]
 """What is wrong with a value, in words that follow the option's name; empty if nothing is."""
 
@@ -236,6 +251,9 @@ class Config:
 class Recipe(Config):
     """What training a head and fine-tuning have in common, with the reference's values."""
 
+    reference: ClassVar[Mapping[str, Any]] = {}
+    """Options in which the published notebook's recipe differs from the defaults."""
+
     epochs: tuple[int, ...] = option(
         (30, 50, 75, 90, 100),
         "Candidate numbers of epochs, of which cross-validation chooses the best.",
@@ -358,6 +376,14 @@ class Recipe(Config):
         super().__post_init__()
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
 
+    @classmethod
+    def of_recipe(cls: type[R], name: str, **options: Any) -> R:
+        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
+        if name not in RECIPES:
+            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
+            raise ConfigError(problems=[("recipe", problem)])
+        return cls(**{**cls.reference, **options} if name == "reference" else options)
+
     @property
     def has_horizon(self) -> bool:
         """Whether an epoch's learning rate depends on how many epochs will follow."""
@@ -389,6 +415,11 @@ class TrainConfig(Recipe):
     (30, 50, 75, 90, 100)
     """
 
+    reference: ClassVar = {
+        name: Recipe.__dataclass_fields__[name].default
+        for name in ("epochs", "batch_size", "learning_rate", "final")
+    }
+
     epochs: tuple[int, ...] = _other("epochs", (5, 10, 20, 30, 50))
     batch_size: int = _other("batch_size", 64)
     learning_rate: float = _other("learning_rate", 1e-3)
@@ -404,24 +435,6 @@ class TrainConfig(Recipe):
         "Number of processes that share the folds on the CPU; -1 uses one per core.",
         flag="--jobs",
     )
-
-    @classmethod
-    def of_recipe(cls, name: str, **options: Any) -> TrainConfig:
-        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
-        if name not in RECIPES:
-            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
-            raise ConfigError(problems=[("recipe", problem)])
-        return cls(**{**RECIPES[name], **options})
-
-
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "tuned": {},
-    "reference": {
-        name: Recipe.__dataclass_fields__[name].default
-        for name in ("epochs", "batch_size", "learning_rate", "final")
-    },
-}
-"""Options of :class:`TrainConfig` in which a recipe differs from its defaults."""
 
 
 @dataclass(frozen=True)
@@ -467,6 +480,13 @@ class FinetuneConfig(Recipe):
     False
     """
 
+    reference: ClassVar = {
+        **{"epochs": (5, 10, 15), "learning_rate": 2e-5, "head_learning_rate": 2e-4},
+        **{"batch_size": 16, "schedule": "plateau", "final": "refit"},
+        **{"warmup_steps": 0, "layer_decay": 1.0, "ema_decay": 0.0, "mixup": 0.0},
+        "patch_dropout": 0.0,
+    }
+
     epochs: tuple[int, ...] = _other(
         "epochs",
         (5, 10, 15),
@@ -506,6 +526,12 @@ class FinetuneConfig(Recipe):
         "Parameter alpha of mixup (Zhang et al. 2018): the tokens of two images and their losses "
         "are mixed by a share that is drawn from Beta(alpha, alpha); 0 mixes none.",
         check=_FINITE,
+    )
+    patch_dropout: float = option(
+        0.0,
+        "Share of the patches left out of every batch while training (PatchDropout, Liu et al. "
+        "2023), which regularises and saves as much time. Predictions see all patches.",
+        check=_BELOW_1,
     )
     decay_norms: bool = option(
         True, "Apply weight decay to norms and biases too, as the published notebook did."

@@ -23,6 +23,14 @@ from cxr_cache.cli.options import (
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, TrainConfig
 
+_RECIPE: Final = option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    default="tuned",
+    help="Where the defaults of the options below come from: tuned was chosen on real radiographs; "
+    "reference has the epochs, batch size and learning rates of the published notebook that "
+    "docs/design.md compares with.",
+)
 _RUN_DIR: Final = option(
     "--run-dir", type=FOLDER, required=True, help="Folder that the run is written to."
 )
@@ -33,17 +41,10 @@ _OVERWRITE: Final = option(
 
 @click.command()
 @STORE
-@option(
-    "--recipe",
-    type=click.Choice(tuple(RECIPES)),
-    default="tuned",
-    help="Where the defaults of the options below come from: tuned was chosen on real radiographs; "
-    "reference has the epochs, batch size and learning rate of the published notebook that "
-    "docs/design.md compares with.",
-)
+@_RECIPE
 @_RUN_DIR
 @LABELS
-@options_of(TrainConfig, recipes=RECIPES)
+@options_of(TrainConfig, recipes={"reference": TrainConfig.reference})
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
@@ -91,7 +92,7 @@ def train(
 )
 @option(
     "--recipe",
-    type=click.Choice(tuple(RECIPES)),
+    type=click.Choice(RECIPES),
     default="tuned",
     help="Recipe that supplies every option the ablation does not vary.",
 )
@@ -151,22 +152,24 @@ def ablate(
 
 @click.command()
 @STORE
+@_RECIPE
 @_RUN_DIR
 @option(
     "--from-run",
     type=FOLDER,
-    help="Run of train on this store to start from: its split, its number of epochs, its rule of "
+    help="Run of train on this store to start from: its split, kind of final model, rule of "
     "thresholds and its calibration are taken over, and its heads are trained further.",
 )
 @option("--image-dir", type=FOLDER, help="Folder with the images, to train from images.")
 @LABELS
-@options_of(FinetuneConfig)
+@options_of(FinetuneConfig, recipes={"reference": FinetuneConfig.reference})
 @MODEL_OF_STORE
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
 def finetune(
     store: Path,
+    recipe: str,
     run_dir: Path,
     labels: Path | None,
     groups: Path | None,
@@ -188,9 +191,9 @@ def finetune(
 
     given = pick(FinetuneConfig, options_given(options))
     config = (
-        FinetuneConfig(**given)
+        FinetuneConfig.of_recipe(recipe, **given)
         if from_run is None
-        else config_from_run(Run.open(from_run), **given)
+        else config_from_run(Run.open(from_run), recipe, **given)
     )
     with counting("epochs") as on_progress:
         result = finetune_tail(

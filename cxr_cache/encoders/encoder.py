@@ -153,6 +153,11 @@ class Encoder(nn.Module):
         return split.tail_with_attention(tokens.to(self.device).float(), n_unfrozen)
 
     @property
+    def tokens_hold_positions(self) -> bool:
+        """Whether the tail may be given fewer patches; only for a tower that can be split."""
+        return self._require_split(1).tokens_hold_positions
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Number of rows and of columns of patches; only for a tower that can be split."""
         return self._require_split(1).patch_grid

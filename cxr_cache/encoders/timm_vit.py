@@ -188,6 +188,7 @@ class EvaTower(SplitTower):
     """
 
     reads_class_token_only = False
+    tokens_hold_positions = False
 
     def __init__(self, visual: PooledTower) -> None:
         self._visual = visual

@@ -21,6 +21,13 @@ class StudyBatch(NamedTuple):
     """Study and projection of each image, as :meth:`Studies.pick` gives them, ``(n,)`` int64."""
 
 
+def take_tokens(batch: Tensor | StudyBatch, kept: Tensor) -> Tensor | StudyBatch:
+    """The batch with some tokens of every image, by their places."""
+    if isinstance(batch, StudyBatch):
+        return batch._replace(tokens=batch.tokens[:, kept])
+    return batch[:, kept]
+
+
 def average_views(features: Tensor, slots: Tensor) -> Tensor:
     """What a head reads of S studies, ``(..., n, D)`` -> ``(..., S, 2 D + 2)``.
 

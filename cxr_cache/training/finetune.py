@@ -219,6 +219,7 @@ def tune_run(
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
         require_continuable(store, encoder)
+        _require_placed_tokens(encoder, config)
         tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
         settled = replace(
             config, precision=resolve_precision(config.precision, device), source=source
@@ -300,6 +301,15 @@ def _memory_explained() -> Iterator[None]:
             "kept. Continue with --grad-checkpointing or --tokens-in ram; or start again with a "
             "smaller --batch-size and as much more --accumulate."
         ) from error
+
+
+def _require_placed_tokens(encoder: Encoder, config: FinetuneConfig) -> None:
+    if config.patch_dropout and not encoder.tokens_hold_positions:
+        raise ConfigError(
+            f"--patch-dropout {config.patch_dropout} cannot leave patches out of "
+            f"{encoder.identity.name}: its blocks read a patch's place from its number "
+            "(rotary positions). Use --patch-dropout 0."
+        )
 
 
 def _require_whole_parts(config: FinetuneConfig) -> None:

@@ -45,6 +45,7 @@ TUNED = FinetuneConfig(
     epochs=2,
     n_folds=2,
     batch_size=4,
+    patch_dropout=0.5,
     learning_rate=1e-3,
     hidden=(16,),
     device="cpu",

@@ -339,8 +339,10 @@ def test_missing_images_are_counted_before_an_old_run_gives_way(
 # -- from a frozen run ------------------------------------------------------------------
 
 
-def test_a_frozen_run_gives_split_epochs_and_heads(store, frozen, tmp_path):
-    config = config_from_run(frozen, **{"batch_size": 8, "device": "cpu", "precision": "fp32"})
+def test_a_frozen_run_gives_split_final_model_and_heads(store, frozen, tmp_path):
+    here = {"batch_size": 8, "device": "cpu", "precision": "fp32"}
+    config = config_from_run(frozen, "reference", **here)
+    assert config.final == frozen.config["train"]["final"]
     assert config.epochs == (frozen.config["chosen_epochs"],)
     assert config.hidden == (16,)
     still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12, epochs=(1,))
@@ -373,7 +375,8 @@ def test_rule_and_calibration_are_those_that_the_frozen_run_has_now(frozen, tmp_
 def test_the_final_model_starts_from_a_member_of_an_ensemble(store, tmp_path):
     ensemble = fit_run(store, tmp_path / "frozen", replace(FROZEN, final="ensemble")).run
     config = config_from_run(ensemble, batch_size=8, device="cpu", precision="fp32", epochs=(1,))
-    still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12)
+    assert config.final == "ensemble"
+    still = replace(config, final="refit", learning_rate=1e-12, head_learning_rate=1e-12)
 
     run = tune_run(store, tmp_path / "run", still, from_run=ensemble.path).run
 

@@ -345,6 +345,32 @@ def test_mixed_batches_have_the_mixture_of_both_losses(data, monkeypatch):
         assert torch.allclose(mixed, share * own + (1 - share) * other, atol=1e-4)
 
 
+def test_patches_are_left_out_of_training_and_of_nothing_else(data, monkeypatch):
+    """Each batch another half; the class token stays; scores see every patch."""
+    seen = {True: [], False: []}
+
+    class Recording(TailAndHead):
+        def forward(self, tokens):
+            seen[self.training].append(tokens.clone())
+            return super().forward(tokens)
+
+    monkeypatch.setattr("cxr_cache.training.tuning.TailAndHead", Recording)
+    run(data, n_epochs=1)
+    whole = seen[True]
+    seen[True], seen[False] = [], []
+    run(data, replace(CONFIG, patch_dropout=0.5), n_epochs=1)
+    assert {tokens.shape[1] for tokens in seen[False]} == {101}
+    chosen = []
+    for own, fewer in zip(whole, seen[True], strict=True):
+        assert fewer.shape[1] == 51
+        assert torch.equal(fewer[:, 0], own[:, 0])
+        places = [(own[0] == token).all(dim=1).nonzero().item() for token in fewer[0]]
+        assert torch.equal(fewer, own[:, places])
+        assert places == sorted(places)
+        chosen.append(tuple(places))
+    assert len(set(chosen)) == len(chosen)
+
+
 def test_activations_computed_again_change_nothing(data):
     kept = run(data)
     computed_again = run(data, replace(CONFIG, grad_checkpointing=True))
