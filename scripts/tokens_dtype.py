@@ -72,7 +72,9 @@ def main() -> None:
     tail = copy_tail(encoder, 2)
     rows = []
     for seed in range(given.seeds):
-        config = FinetuneConfig(epochs=(given.epochs,), seed=seed, precision=encoder.precision)
+        config = FinetuneConfig(
+            epochs=(given.epochs,), seed=seed, precision=encoder.precision, patch_dropout=0.5
+        )
         task = fold_tasks(split_cohort(cohort, config), seed)[0]
         held_out = cohort.targets[task.held_out_rows]
 

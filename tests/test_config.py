@@ -141,7 +141,7 @@ def test_the_tuned_recipe_is_the_default_and_the_reference_is_whole():
 
 
 def test_fine_tuning_keeps_its_values_and_tells_why_it_takes_no_standard_scores():
-    made = FinetuneConfig()
+    made = FinetuneConfig.of_recipe("reference")
     assert (made.epochs, made.batch_size, made.learning_rate) == ((5, 10, 15), 16, 2e-5)
     assert (made.final, made.device, made.head_learning_rate) == ("refit", "auto", 2e-4)
     with pytest.raises(ConfigError, match="input_norm standard needs embeddings that stay"):

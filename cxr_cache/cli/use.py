@@ -16,6 +16,7 @@ from cxr_cache.cli.options import (
     RUN,
     Names,
     load_encoder_of_run,
+    load_encoders_of_run,
     option,
     options_of,
     require_folder,
@@ -34,14 +35,20 @@ from cxr_cache.config import DemoConfig, ExplainConfig
     help="For a run of --level study: CSV file with the columns image_id, study_uid and "
     "projection, which says what images make a study.  [default: each image is one]",
 )
-@MODEL_OF_RUN
+@option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Name of the run's encoder, if it has moved; for a run of several stores, given once for "
+    "each of their encoders.  [default: as recorded]",
+)
 @DEVICE
 def predict(
     run: Path,
     images: tuple[Path, ...],
     out: Path | None,
     studies: Path | None,
-    model: str | None,
+    models: tuple[str, ...],
     device: str,
 ) -> None:
     """Give probabilities and decisions for image files, or folders of them."""
@@ -53,10 +60,10 @@ def predict(
     if out is not None:
         require_folder(out.parent)
     opened = Run.open(run)
-    encoder = load_encoder_of_run(opened, model, device)
+    encoders = load_encoders_of_run(opened, models, device)
     from cxr_cache.models.predict import predict_images
 
-    predictions = predict_images(opened, paths, encoder, studies=studies)
+    predictions = predict_images(opened, paths, encoders, studies=studies)
     if out is None:
         click.echo(predictions.to_text())
     else:

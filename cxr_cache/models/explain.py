@@ -17,7 +17,7 @@ from cxr_cache.datasets.images import decode_image, decode_picture, read_bytes
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import ConfigError, ImageError, RunError
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.models.predict import Predictor, require_encoder_of_run
+from cxr_cache.models.predict import Predictor, require_encoder_of_run, require_one_encoder
 from cxr_cache.models.run import Run, SavedModel
 
 DEFAULT_BLOCKS = 2
@@ -92,8 +92,8 @@ def explain_images(
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none; or the head reads the pooled output or
-        whole studies.
+        `encoder` is not the run's, or there is none, or several; or the head reads the pooled
+        output or whole studies.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
 
@@ -138,10 +138,12 @@ def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none; or the head reads the pooled output.
+        `encoder` is not the run's, or there is none, or several; or the head reads the pooled
+        output.
     """
     run.require_images("maps of where it looked are of single images")
     model = run.load_model()
+    require_one_encoder(run, model, "a map follows one encoder back.")
     require_encoder_of_run(run, model.encoder, encoder)
     if model.features != "projected":
         raise RunError(

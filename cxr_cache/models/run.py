@@ -45,6 +45,7 @@ TableName = Literal[
     "history",
     "predictions",
     "out_of_fold",
+    "repeats",
     "per_finding",
     "per_finding_by_study",
     "groups",
@@ -74,6 +75,8 @@ _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
     *("tail", "threshold_rule", "calibration"),
 )
+_FURTHER: Final = "further_encoders"
+"""What a model says beside :data:`_MODEL_FIELDS`, if it reads several stores."""
 
 logger = logging.getLogger(__name__)
 _LATER_FIELDS: Final = {"tail": None, "threshold_rule": "f1", "calibration": None}
@@ -114,6 +117,13 @@ class SavedModel:
     """How the thresholds were chosen."""
     calibration: dict[str, Any] | None = None
     """Map from the model's probabilities to those the thresholds belong to; None is none."""
+    further_encoders: tuple[dict[str, Any], ...] = ()
+    """Identities of the encoders whose features follow the first's, where there are several."""
+
+    @property
+    def encoders(self) -> tuple[dict[str, Any], ...]:
+        """Identities of all encoders whose features the head reads, in the order of its inputs."""
+        return (self.encoder, *self.further_encoders)
 
     @property
     def n_members(self) -> int:
@@ -188,8 +198,8 @@ class Run:
         lines = [f"Run {self.path} ({kind}, {status})"]
         if findings := self.config.get("findings"):
             lines.append(f"  {count(len(findings), 'finding')}: {list_names(findings, 5)}")
-        if encoder := self.config.get("store", {}).get("encoder", {}).get("name"):
-            lines.append(f"  encoder: {encoder}")
+        if names := [one["encoder"]["name"] for one in self.stores if "encoder" in one]:
+            lines.append(f"  {'encoder' if len(names) == 1 else 'encoders'}: {list_names(names)}")
         if "chosen_epochs" in self.config:
             lines.append(f"  trained for {count(self.config['chosen_epochs'], 'epoch')}")
         with suppress(RunError, KeyError, TypeError):  # not evaluated, or by an earlier version
@@ -344,6 +354,10 @@ class Run:
         )
 
     @property
+    def stores(self) -> list[dict[str, Any]]:
+        """What the run records of each store that it was trained on: path, encoder, cohort."""
+        return [self.config.get("store", {}), *self.config.get("further_stores", ())]
+
     def level(self) -> str:
         """What is given a prediction, as :attr:`SavedModel.level` says."""
         level: str = self.config.get(self.config.get("kind", ""), {}).get("level", "image")
@@ -379,7 +393,7 @@ class Run:
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         text_columns = [*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ())]
         try:
-            if name in ("predictions", "out_of_fold"):
+            if name in ("predictions", "out_of_fold", "repeats"):
                 text_columns += _read_image_columns(path)
             dtypes = dict.fromkeys(text_columns, str)
             table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
@@ -545,6 +559,8 @@ class Run:
         from safetensors.torch import save
 
         description = {field: getattr(model, field) for field in _MODEL_FIELDS}
+        if model.further_encoders:
+            description[_FURTHER] = model.further_encoders
         # One entry: safetensors writes several in an order that changes from call to call.
         metadata = {_MODEL_ENTRY: json.dumps(description, default=_jsonable)}
         write_whole(self.path / _MODEL, save(_plain(model.tensors), metadata))
@@ -598,7 +614,10 @@ class Run:
                 from cxr_cache.models.heads import find_norm
 
                 description["head"]["norm"] = find_norm(tensors)
-            return SavedModel(tensors, **{**description, "findings": tuple(stored["findings"])})
+            description["findings"] = tuple(stored["findings"])
+            return SavedModel(
+                tensors, **description, further_encoders=tuple(stored.get(_FURTHER, ()))
+            )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
 

@@ -105,6 +105,15 @@ class RunView:
         return f"{kind} head" + (f" with {norm}" if hidden else "")
 
     @property
+    def stores(self) -> list[dict[str, Any]]:
+        """What is recorded of each store that it was trained on: path, encoder, cohort."""
+        return [self.config["store"], *self.config.get("further_stores", ())]
+
+    @property
+    def encoders(self) -> str:
+        """Names of the encoders whose features it reads."""
+        return " and of ".join(str(store["encoder"]["name"]) for store in self.stores)
+
     def row(self) -> str:
         """What is given a prediction: ``"image"`` or ``"study"``."""
         return "study" if self.metrics.get("rows") == "studies" else "image"

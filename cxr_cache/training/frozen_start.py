@@ -69,6 +69,11 @@ def _require_frozen(run: Run) -> None:
             f"{run.path} is a run of `cxr-cache {run.config['kind']}`; --from-run starts from one "
             "of `cxr-cache train`."
         )
+    if len(run.stores) > 1:
+        raise RunError(
+            f"{run.path} reads {len(run.stores)} stores side by side, and fine-tuning trains the "
+            "blocks of one encoder. Start from a run on the one store whose encoder is fine-tuned."
+        )
     if (features := run.config["train"].get("features", "projected")) != "projected":
         raise RunError(
             f"{run.path} was trained with --features {features}, and fine-tuning ends in the "

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,8 @@ FROZEN = TrainConfig(
     hidden=(16,),
     n_jobs=1,
 )
-TUNED = FinetuneConfig(
+TUNED = FinetuneConfig.of_recipe(
+    "reference",
     epochs=(1, 2),
     n_folds=2,
     batch_size=8,
@@ -278,6 +280,18 @@ def test_a_store_without_the_tokens_is_refused_for_evaluation(tuned, without_tok
 
 
 # -- tokens or images -------------------------------------------------------------------
+
+
+def test_towers_with_rotary_positions_keep_all_patches_unless_asked(store, tmp_path):
+    settled = tune_run(store, tmp_path / "run", replace(TUNED, patch_dropout=None)).run
+    assert settled.config["finetune"]["patch_dropout"] == 0.5
+
+    eva = SimpleNamespace(tokens_hold_positions=False, identity=SimpleNamespace(name="timm:eva"))
+    assert finetune_module._settle_patch_dropout(eva, None) == 0.0
+    with pytest.raises(
+        ConfigError, match=r"--patch-dropout 0.5 cannot leave patches out of timm:eva"
+    ):
+        finetune_module._settle_patch_dropout(eva, 0.5)
 
 
 def test_images_give_the_run_that_tokens_give(without_tokens, images, store, tmp_path):
@@ -648,11 +662,13 @@ def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypat
         targets[is_test] = 1 - targets[is_test]
         return replace(found, cohort=replace(found.cohort, targets=targets))
 
-    split = finetune_module.split_cohort
+    split = finetune_module.split_rows
     monkeypatch.setattr(finetune_module, "find_labelled_rows", flipped)
     with FeatureStore.open(store) as features:
         original = features.cohort
-    monkeypatch.setattr(finetune_module, "split_cohort", lambda _, config: split(original, config))
+    monkeypatch.setattr(
+        finetune_module, "split_rows", lambda _, studies, config: split(original, studies, config)
+    )
     other = tune_run(store, tmp_path / "b", TUNED).run
     assert plain.thresholds == other.thresholds
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())

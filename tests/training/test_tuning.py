@@ -25,7 +25,8 @@ from cxr_cache.training.tuning import Keeper, TuningData, build_model, group_par
 from tests.oracles import reference_focal_loss
 
 N_IMAGES, N_FINDINGS = 44, 5
-CONFIG = FinetuneConfig(
+CONFIG = FinetuneConfig.of_recipe(
+    "reference",
     epochs=(3,),
     batch_size=8,
     learning_rate=1e-3,
@@ -484,7 +485,9 @@ def test_at_full_size_tokens_train_the_model_that_images_train(tmp_path):
     cached = torch.stack(stem, dim=1)
     labels = (np.random.default_rng(0).random((16, 35)) < 0.2).astype(np.float32)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    config = FinetuneConfig(batch_size=4, learning_rate=1e-4, device="cpu", precision="fp32")
+    config = FinetuneConfig.of_recipe(
+        "reference", batch_size=4, learning_rate=1e-4, device="cpu", precision="fp32"
+    )
     tail = copy_tail(encoder, 2)
     sources = {
         "tokens": ResidentTokens(cached),
