@@ -125,7 +125,7 @@ def read_studies(path: str | Path | None, images: Sequence[str]) -> Studies:
     table = read_csv(Path(path))
     if missing := [name for name in ("image_id", "study_uid") if name not in table]:
         raise TableError(
-            f"{path} has no column {missing[0]!r}; its columns are {list_names(list(table))}. It "
+            f"{path} has no column {missing[0]!r}; its columns are {list_names([*map(str, table)])}. It "
             "needs image_id, study_uid and projection."
         )
     found = match_paths(table["image_id"].tolist(), images, f"{path}, image_id")
@@ -161,7 +161,8 @@ def _join_values(cells: pd.Series[Any], study_of: NDArray[np.int64], n: int) -> 
     known = pd.DataFrame({"study": study_of, "cell": cells.to_numpy()})
     known = known[known["cell"] != ""].drop_duplicates().sort_values(["study", "cell"])
     joined = known.groupby("study")["cell"].agg(_BETWEEN.join)
-    return joined.reindex(range(n), fill_value="").to_numpy()
+    values: NDArray[Any] = joined.reindex(range(n), fill_value="").to_numpy()
+    return values
 
 
 def _note(images: Cohort, studies: Cohort, n_differ: int) -> Iterator[str]:

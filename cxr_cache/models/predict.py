@@ -186,7 +186,8 @@ def predict_images(
             unused[1],
             unused[0],
         )
-    ids, pick, of = names, _pick_images, np.arange(len(names))
+    pick: _Pick = _pick_images
+    ids, of = names, np.arange(len(names))
     if grouped is not None:
         ids, pick, of = grouped.cohort.image_ids.tolist(), grouped.pick, grouped.study_of
     probabilities = np.full((len(ids), len(model.findings)), np.nan, np.float32)
@@ -391,7 +392,7 @@ def predict_store(
         for note in notes:
             logger.warning("%s", note)
     cohort = (store.cohort if cohort is None else cohort).take(rows)
-    pick = _pick_images
+    pick: _Pick = _pick_images
     if model.level == "study":
         studies = group_by_study(cohort)
         cohort, pick = studies.cohort, studies.pick

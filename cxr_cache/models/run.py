@@ -358,6 +358,7 @@ class Run:
         """What the run records of each store that it was trained on: path, encoder, cohort."""
         return [self.config.get("store", {}), *self.config.get("further_stores", ())]
 
+    @property
     def level(self) -> str:
         """What is given a prediction, as :attr:`SavedModel.level` says."""
         level: str = self.config.get(self.config.get("kind", ""), {}).get("level", "image")

@@ -114,6 +114,7 @@ class RunView:
         """Names of the encoders whose features it reads."""
         return " and of ".join(str(store["encoder"]["name"]) for store in self.stores)
 
+    @property
     def row(self) -> str:
         """What is given a prediction: ``"image"`` or ``"study"``."""
         return "study" if self.metrics.get("rows") == "studies" else "image"
