@@ -33,7 +33,7 @@ from cxr_cache.training.outcome import (
 from cxr_cache.training.search import (
     require_trainable_folds,
     search_epochs,
-    split_cohort,
+    split_rows,
     stack_members,
     train_final,
 )
@@ -72,10 +72,10 @@ def fit_run(
         ]
         reading = stores[0].header.reading
     cohort, encoders = data.cohort, [one["encoder"] for one in described]
-    logger.info("%s: %s images on %s, with %s", store_path, len(cohort), config.device, config)
-    split = split_cohort(cohort, config)
+    logger.info("%s: %s rows on %s, with %s", store_path, len(cohort), config.device, config)
+    split = split_rows(cohort, data.studies, config)
     require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
-    notes = data.notes + note_split(split, cohort)
+    notes = data.notes + note_split(split, cohort, config.level)
     run = Run.create(
         run_dir,
         {
@@ -119,6 +119,7 @@ def fit_run(
         config,
         predictions=probabilities.numpy(),
         final_history=final_history,
+        studies=data.studies,
         make_model=lambda thresholds: SavedModel(
             bank.snapshot(),
             cohort.findings,
