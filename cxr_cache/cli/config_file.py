@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from cxr_cache.common.wording import suggest
-from cxr_cache.config import FinetuneConfig, TrainConfig
+from cxr_cache.config import FinetuneConfig, Recipe, TrainConfig
 from cxr_cache.errors import ConfigError
 
 _OF_A_RUN: Final = ("format_version", "kind", "store")
 """What tells the config.json of a run from a file that somebody wrote."""
-_RECIPES: Final = {"train": TrainConfig, "finetune": FinetuneConfig}
+_RECIPES: Final[Mapping[str, type[Recipe]]] = {"train": TrainConfig, "finetune": FinetuneConfig}
 
 
 def read_config_file(

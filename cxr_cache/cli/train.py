@@ -107,7 +107,7 @@ def train(
     help="Recipe that supplies every option the ablation does not vary.",
 )
 @options_of(AblateConfig)
-@options_of(TrainConfig, "n_folds", "split", "split_by", "test_fraction", "seed", "device")
+@options_of(TrainConfig, "n_folds", "split", "split_by", "level", "test_fraction", "seed", "device")
 @LABELS
 @ALLOW_PENDING
 def ablate(
@@ -119,7 +119,7 @@ def ablate(
     allow_pending: bool,
     **options: Any,
 ) -> None:
-    """Compare recipes for the head, or encoders, on the same folds: a ranked table, and a plot.
+    """Compare recipes or encoders on the same folds: a ranked table, and a plot.
 
     Several STORES of the same images are compared with each other and with all of them side by
     side, unless --set store= says otherwise. With --set n_train, also how the score grows with the

@@ -60,7 +60,7 @@ _MARKERS: Final = "osD^v*"  # runs differ by more than their colour
 _MAX_SETTINGS: Final = 40  # of an ablation, the best
 _MAX_CURVES: Final = 6  # as many as there are colours
 _COUNTS_LABEL: Final = "with the finding (log scale)"
-_AUROC_LABEL: Final = "AUROC on the test images"
+_AUROC_LABEL: Final = "AUROC in test"
 
 
 # -- of one run ---
@@ -158,7 +158,7 @@ def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("auroc", na_position="first", kind="stable")
     names = zip(table["finding"], table["n_positive_test"], strict=True)
     labels = [f"{finding}  ({n})" for finding, n in names]
-    ylabel = "finding (images with it in test)"
+    ylabel = "finding (how many have it in test)"
     with open_rows(path, labels, xlabel=_AUROC_LABEL, ylabel=ylabel) as axes:
         _draw_auroc(axes, table)
 
@@ -349,7 +349,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     the file exists.
     """
     table = comparison.table
-    table = table[(table["rows"] == "images") & (table["measure"] == "auroc")]
+    table = table[(table["rows"] == comparison.rows[0]) & (table["measure"] == "auroc")]
     findings = _order_findings(table)
     runs = comparison.runs[1:]
     furthest = max(0.05, 1.4 * table["difference"].abs().max())

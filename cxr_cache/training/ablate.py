@@ -52,7 +52,7 @@ from cxr_cache.training.ablation_folds import (
 )
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import require_trainable_folds, split_cohort
+from cxr_cache.training.search import require_trainable_folds, split_rows
 
 logger = logging.getLogger(__name__)
 
@@ -183,10 +183,14 @@ def run_ablation(
     with open_stores(store_path) as stores:
         is_random = any(bool(store.header.encoder.get("is_random")) for store in stores)
         found = find_labelled_rows(
-            stores[0], further=stores[1:], labels=labels, allow_pending=allow_pending
-        )
+            stores[0],
+            further=stores[1:],
+            labels=labels,
+            allow_pending=allow_pending,
+            level=base.level,
+        ).by(base.level)
         sources = ((stores[0], found.rows), *found.further)
-        split = split_cohort(found.cohort, base)
+        split = split_rows(found.cohort, found.studies, base)
         views: dict[str, None] = {}
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
@@ -206,7 +210,7 @@ def run_ablation(
         for methods_of_data in _by_data(todo, base):
             config = methods_of_data[0].config or base
             first, *others = (sources[i] for i in methods_of_data[0].stores)
-            embeddings = read_features(*first, config, others)
+            embeddings = read_features(*first, config, others, found.studies)
             missing = [(m, k) for m in methods_of_data for k in folds if not results.has(m, k)]
             trained = train_folds(
                 PlainRows(embeddings, found.cohort.targets),
@@ -566,11 +570,11 @@ def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
 # -- text of options to settings --------------------------------------------------------
 
 _SHARED: Final = (
-    *("n_folds", "test_fraction", "split", "split_by", "seed", "device", "n_jobs"),
+    *("n_folds", "test_fraction", "split", "split_by", "level", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "calibration"),
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
-_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:6]} | {
+_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:7]} | {
     **{"n_folds": "--folds", "n_jobs": "--workers"}
 }
 """Those of them that are options of `ablate`; the others are the recipe's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
-from cxr_cache.common.wording import count, first_lines, list_names
+from cxr_cache.common.wording import count, first_lines, list_names, plural
 from cxr_cache.config import Recipe
 from cxr_cache.datasets.cohort import GIVEN, Cohort, finding_table, name_unit
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
+from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.training.search import EpochSearch, horizons
@@ -71,13 +72,13 @@ class TrainResult:
         return [f"  early stopping: {stops} epochs"]
 
 
-def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
+def note_split(split: Split, cohort: Cohort, level: str = "image") -> tuple[str, ...]:
     """What the split does to the figures: rare findings, and studies on both sides."""
     notes = [*split.notes]
     n_unnamed = int((cohort.patient_ids == "").sum())
     if 0 < n_unnamed < len(cohort):
         notes.append(
-            f"{n_unnamed:,} of {count(len(cohort), 'image')} "
+            f"{n_unnamed:,} of {count(len(cohort), level)} "
             f"{'names' if n_unnamed == 1 else 'name'} no patient. Their studies were kept whole; "
             "whether their patients have images on both sides is not known."
         )
@@ -86,7 +87,7 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
     if len(rare):
         notes.append(
             f"{count(len(rare), 'finding')} {'has' if len(rare) == 1 else 'have'} fewer positive "
-            "train images than there are folds, so that some folds cannot score "
+            f"train {plural(level)} than there are folds, so that some folds cannot score "
             f"{'it' if len(rare) == 1 else 'them'}: "
             f"{list_names([cohort.findings[f] for f in rare])}."
         )
@@ -125,7 +126,7 @@ def describe_head(config: Recipe) -> dict[str, Any]:
     head = {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout", "norm")}
     if config.input_norm == "standard":
         head["input_norm"] = "none"
-    return head | {"features": getattr(config, "features", "projected")}
+    return head | {"features": getattr(config, "features", "projected"), "level": config.level}
 
 
 def write_outcome(
@@ -138,12 +139,14 @@ def write_outcome(
     predictions: NDArray[np.float32],
     final_history: list[dict[str, float]],
     make_model: Callable[[dict[str, float]], SavedModel],
+    studies: Studies | None = None,
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
-    Predictions are probabilities of the final model for all images, ``(N, F)``; its history is
-    empty where a fold's model is the final one. `make_model` makes the model to save, given the
-    threshold of each finding, which is chosen on out-of-fold predictions.
+    Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``; its
+    history is empty where a fold's model is the final one. `make_model` makes the model to save,
+    given the threshold of each finding, which is chosen on out-of-fold predictions. Where the rows
+    are `studies`, the table of the split still names their images.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -156,7 +159,7 @@ def write_outcome(
         calibration=config.calibration,
     )
     run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
-    run.write_table("splits", _split_table(cohort, split))
+    run.write_table("splits", _split_table(cohort, split, studies))
     run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)
     run.write_table("history", _history_table(search, final_history, config))
@@ -170,7 +173,10 @@ def write_outcome(
     run.finish()
 
 
-def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
+def _split_table(cohort: Cohort, split: Split, studies: Studies | None) -> pd.DataFrame:
+    if studies is not None:
+        cohort, of = studies.images, studies.study_of
+        split = replace(split, is_test=split.is_test[of], fold=split.fold[of])
     table: pd.DataFrame = pd.DataFrame(
         {
             "image_id": cohort.image_ids,
