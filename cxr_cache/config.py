@@ -554,7 +554,7 @@ class FinetuneConfig(Recipe):
         None,
         "Share of the patches left out of every batch while training (PatchDropout, Liu et al. "
         "2023), which regularises and saves as much time. Predictions see all patches.",
-        shown="0.5; 0 where positions are rotary",
+        shown="0.5; 0 for encoders with rotary positions, such as DINOv3",
         check=_BELOW_1,
     )
     decay_norms: bool = option(

@@ -448,8 +448,8 @@ def count_steps(tasks: Sequence[HeadTask], batch_size: int) -> int:
     if fewest < batch_size:
         raise ConfigError(
             f"A fold has {count(fewest, 'image')} to train on, fewer than the batch size "
-            f"{batch_size}. "
-            "Use a smaller --batch-size, fewer --folds, or more images."
+            f"{batch_size}. Use a smaller --batch-size (of ablate: --set batch_size=), fewer "
+            "--folds, or more images."
         )
     return fewest // batch_size
 

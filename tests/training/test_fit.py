@@ -408,7 +408,8 @@ def test_a_fold_smaller_than_a_batch_is_refused():
     tasks = [HeadTask(np.arange(n), np.arange(3), 0) for n in (40, 15)]
 
     assert count_steps(tasks, 15) == 1
-    with pytest.raises(ConfigError, match="15 images to train on, fewer than the batch size 16"):
+    message = r"15 images to train on, fewer than the batch size 16\. .*ablate: --set batch_size="
+    with pytest.raises(ConfigError, match=message):
         count_steps(tasks, 16)
 
 
