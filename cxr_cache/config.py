@@ -254,6 +254,8 @@ class Recipe(Config):
 
     reference: ClassVar[Mapping[str, Any]] = {}
     """Options in which the published notebook's recipe differs from the defaults."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """What was done by versions that had no such option, where that is not the default now."""
 
     epochs: tuple[int, ...] = option(
         (30, 50, 75, 90, 100),
@@ -501,9 +503,9 @@ class FinetuneConfig(Recipe):
     reference: ClassVar = {
         **{"epochs": (5, 10, 15), "learning_rate": 2e-5, "head_learning_rate": 2e-4},
         **{"batch_size": 16, "schedule": "plateau", "final": "refit"},
-        **{"warmup_steps": 0, "layer_decay": 1.0, "ema_decay": 0.0, "mixup": 0.0},
-        "patch_dropout": 0.0,
+        **{"warmup_steps": 0, "ema_decay": 0.0, "patch_dropout": 0.0},
     }
+    earlier: ClassVar = {"ema_decay": 0.0, "patch_dropout": 0.0}
 
     epochs: tuple[int, ...] = _other(
         "epochs",
@@ -663,6 +665,13 @@ class AblateConfig(WorkersConfig):
     baselines: bool = option(
         True,
         "Also rank three baselines: prevalence, logistic regression and nearest neighbours.",
+    )
+    n_repeats: int = option(
+        1,
+        "Number of times that every fold is trained, with other initial weights and, where "
+        "--set n_train draws images, on others of these.",
+        flag="--repeats",
+        check=at_least(1),
     )
     refit: bool = option(
         False, "Train the best setting as a run in OUT/best, which is tested once."

@@ -88,11 +88,11 @@ def _make_source(
         "crop_rounding": "nearest",  # these families crop by torchvision
         **own,
     }
-    mean = ", ".join(f"{number:.4g}" for number in own["image_mean"])
+    mean, std = (", ".join(f"{n:.4g}" for n in own[key]) for key in ("image_mean", "image_std"))
     note = (
         f"{path.name} does not say how images are prepared. {kind} was assumed: the shortest edge "
-        f"resized to {resized} pixels (bicubic), the middle {px} x {px} cut out, mean {mean}. If "
-        f"it was trained otherwise, put its {expected[0]} beside it."
+        f"resized (bicubic), the middle cut out, mean {mean}, standard deviation {std}. If it was "
+        f"trained otherwise, put its {expected[0]} beside it."
     )
     return Source(name, str(path), model_cfg, processor, path, notes=(note,))
 

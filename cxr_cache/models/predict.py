@@ -27,6 +27,7 @@ from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.rows import FEATURES, find_beside, find_done_rows, prepare_features
+from cxr_cache.store.side_by_side import Source
 from cxr_cache.store.studies import StudyBatch, average_views
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
@@ -385,7 +386,8 @@ def predict_store(
     """
     model = run.load_model()
     _require_same_features(run, model, [store, *further])
-    rows, beside = find_done_rows(store), ()
+    rows = find_done_rows(store)
+    beside: tuple[Source, ...] = ()
     if further:
         kept, beside, notes = find_beside((store, rows), further, check_labels=cohort is None)
         rows = rows[kept]

@@ -58,6 +58,7 @@ _MIDDLE: Final[dict[str, Any]] = {"ha": "center", "va": "center"}
 _CLASS_COLUMNS = ("finding", "n_images", "n_studies")
 _MARKERS: Final = "osD^v*"  # runs differ by more than their colour
 _MAX_SETTINGS: Final = 40  # of an ablation, the best
+_MAX_CURVES: Final = 6  # as many as there are colours
 _COUNTS_LABEL: Final = "with the finding (log scale)"
 _AUROC_LABEL: Final = "AUROC in test"
 
@@ -419,4 +420,49 @@ def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
                 label = f"{name}, mean over folds"
                 axes.plot(means, places[kind], marker, color=color, label=label)
         put_legend_on_top(axes, 2)
+    return path
+
+
+def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
+    """Draw how the score grows with the number of training images, as a PNG.
+
+    Of the curve of :class:`cxr_cache.training.ablate.Ablation`, baselines and those six settings
+    are drawn that are best on the most images. Every repeat is a dot, and bars are the standard
+    deviation over repeats. The folder of the file exists.
+    """
+    path = Path(path)
+    last = curve.groupby("setting", sort=False).tail(1)
+    heads = last[last["kind"] == "head"].nlargest(_MAX_CURVES, "mean_auroc")["setting"].tolist()
+    baselines = last[last["kind"] == "baseline"]["setting"].tolist()
+    repeats = [name for name in curve if str(name).startswith("repeat_")]
+    with open_figure(path, 6.5, 4.2) as figure:
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        styles = [("-", PALETTE), ("--", (INK, GREY, *PALETTE))]
+        for names, (line, colors) in zip((heads, baselines), styles, strict=True):
+            for i, name in enumerate(names):
+                rows, color = curve[curve["setting"] == name], colors[i % len(colors)]
+                axes.plot(rows["images"], rows[repeats], ".", color=color, markersize=3, alpha=0.5)
+                axes.errorbar(
+                    *(rows["images"], rows["mean_auroc"], rows["std_repeats"]),
+                    color=color,
+                    linestyle=line,
+                    marker=_MARKERS[i % len(_MARKERS)],
+                    markersize=5,
+                    capsize=3,
+                    label=name,
+                )
+        ticks = curve.drop_duplicates("n_train")
+        labels = [
+            f"{row.images:,.0f}" + ("" if row.n_train.isdigit() else f"\n({row.n_train})")
+            for row in ticks.itertuples()
+        ]
+        axes.set_xticks(ticks["images"], labels)
+        axes.minorticks_off()
+        spread = "mean ± standard deviation over repeats" if len(repeats) > 1 else "one repeat"
+        axes.set(
+            xlabel="training images of each fold (log scale)",
+            ylabel=f"macro AUROC on held-out folds\n{spread}",
+        )
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
     return path

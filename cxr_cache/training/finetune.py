@@ -230,7 +230,8 @@ def tune_run(
             source=source,
             patch_dropout=_settle_patch_dropout(encoder, config.patch_dropout),
         )
-        logger.info("%s: %s rows on %s, with %s", store_path, len(found.cohort), device, settled)
+        n_rows = count(len(found.cohort), config.level)
+        logger.info("%s: %s on %s, with %s", store_path, n_rows, device, settled)
         notes = found.notes + note_split(split, found.cohort, config.level)
         decisive = _decisive(settled, store, found, labels, from_run, start, split)
         described = describe_split(split, found.cohort)

@@ -349,7 +349,7 @@ def group_parameters(model: TailAndHead, config: FinetuneConfig) -> list[dict[st
     decay.
     """
     blocks = name_blocks(model.tail)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in (*model.tail.items(), *model.bank.named_parameters()):
         if not parameter.requires_grad:
             continue
@@ -374,7 +374,7 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
 
 def _swap(x: Tensor) -> Tensor:
     """Exchange the first with the second row, the third with the fourth, and so on."""
-    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x)
 
 
 def _seed(seed: int, epoch: int, purpose: str) -> int:

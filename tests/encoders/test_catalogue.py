@@ -226,6 +226,13 @@ def test_a_check_says_what_an_extraction_would_do(folder):
         assert fact in said, said
 
 
+def test_a_file_is_read_as_weights(folder):
+    Path("notes.pt").write_text("no weights")
+    result = run("notes.pt")
+    assert result.exit_code == 1
+    assert "notes.pt was refused" in result.stderr
+
+
 def test_a_tower_that_is_not_taken_apart_says_so():
     said = run("random:test_resnet").stdout
     assert "none: this tower is not taken apart" in said
