@@ -124,9 +124,10 @@ def read_studies(path: str | Path | None, images: Sequence[str]) -> Studies:
         return replace(group_by_study(_without_labels(table)), notes=(note,))
     table = read_csv(Path(path))
     if missing := [name for name in ("image_id", "study_uid") if name not in table]:
+        there = list_names([*map(str, table)])
         raise TableError(
-            f"{path} has no column {missing[0]!r}; its columns are "
-            f"{list_names([*map(str, table)])}. It needs image_id, study_uid and projection."
+            f"{path} has no column {missing[0]!r}; its columns are {there}. It needs image_id, "
+            "study_uid and projection."
         )
     found = match_paths(table["image_id"].tolist(), images, f"{path}, image_id")
     row_of = {image: row for row, image in enumerate(found) if image is not None}

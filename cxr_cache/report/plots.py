@@ -438,13 +438,17 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
     with open_figure(path, 6.5, 4.2) as figure:
         axes = figure.add_subplot()
         axes.set_xscale("log")
+        # Bars of one number of images stand side by side.
+        n_curves = len(heads) + len(baselines)
+        shifts = iter(1.03 ** (np.arange(n_curves) - (n_curves - 1) / 2))
         styles = [("-", PALETTE), ("--", (INK, GREY, *PALETTE))]
         for names, (line, colors) in zip((heads, baselines), styles, strict=True):
             for i, name in enumerate(names):
                 rows, color = curve[curve["setting"] == name], colors[i % len(colors)]
-                axes.plot(rows["images"], rows[repeats], ".", color=color, markersize=3, alpha=0.5)
+                places = rows["images"] * next(shifts)
+                axes.plot(places, rows[repeats], ".", color=color, markersize=3, alpha=0.5)
                 axes.errorbar(
-                    *(rows["images"], rows["mean_auroc"], rows["std_repeats"]),
+                    *(places, rows["mean_auroc"], rows["std_repeats"]),
                     color=color,
                     linestyle=line,
                     marker=_MARKERS[i % len(_MARKERS)],
