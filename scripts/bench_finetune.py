@@ -1,6 +1,6 @@
 """What cached tokens save: images/s of one training step, from the reference's way to ours.
 
-    python scripts/bench_finetune.py [--model NAME] [--precision bf16] [--rounds 5] [--quick] [--out FILE]
+    python scripts/bench_finetune.py [--model NAME] [--precision bf16] [--rounds 5] [--quick]
 
 Everybody trains the last two blocks of the same encoder (ViT-B/16 at full size in BiomedCLIP's
 layout, random weights) and the same head with focal loss and AdamW, 16 images a step:
