@@ -146,7 +146,12 @@ def score_external(
     own_test = estimate(own, cuts, n_resamples=n_resamples, seed=seed)
     method = "platt" if calibration.method == "none" else calibration.method
     anew = choose_operating_point(
-        raw.targets, raw.probabilities, rule=point.rule, calibration=method
+        raw.targets,
+        raw.probabilities,
+        rule=point.rule,
+        calibration=method,
+        clusters=raw.clusters,
+        min_positives=point.min_positives,
     )
     recalibrated = estimate(
         raw.with_probabilities(anew.calibration.apply(raw.probabilities)), anew.thresholds

@@ -72,11 +72,13 @@ _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
-    *("tail", "threshold_rule", "calibration"),
+    *("tail", "threshold_rule", "calibration", "min_positives"),
 )
 
 logger = logging.getLogger(__name__)
-_LATER_FIELDS: Final = {"tail": None, "threshold_rule": "f1", "calibration": None}
+_LATER_FIELDS: Final = {
+    **{"tail": None, "threshold_rule": "f1", "calibration": None, "min_positives": 0}
+}
 """What a model says that was saved before the field existed."""
 _ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
@@ -103,7 +105,8 @@ class SavedModel:
     """Weights by name; the leading axis is the members that are averaged."""
     findings: tuple[str, ...]
     thresholds: dict[str, float]
-    """Probability from which on a finding counts as present."""
+    """Probability from which on a finding counts as present; above 1 where none is
+    (:data:`cxr_cache.metrics.scores.NEVER`), or where nothing is decided (``UNDECIDED``)."""
     encoder: dict[str, Any]
     """Identity of the encoder whose embeddings the head reads."""
     head: dict[str, Any]
@@ -114,6 +117,8 @@ class SavedModel:
     """How the thresholds were chosen."""
     calibration: dict[str, Any] | None = None
     """Map from the model's probabilities to those the thresholds belong to; None is none."""
+    min_positives: int = 0
+    """Positive patients or studies without which a finding got no threshold."""
 
     @property
     def n_members(self) -> int:
@@ -145,6 +150,7 @@ class SavedModel:
             else Calibration.from_dict(self.calibration),
             np.array([self.thresholds[finding] for finding in self.findings]),
             self.threshold_rule,
+            self.min_positives,
         )
 
     def read_at(self, point: OperatingPoint) -> SavedModel:
@@ -154,6 +160,7 @@ class SavedModel:
             thresholds=point.by_finding(self.findings),
             threshold_rule=point.rule,
             calibration=point.calibration.to_dict(),
+            min_positives=point.min_positives,
         )
 
 

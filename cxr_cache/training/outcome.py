@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import Recipe
-from cxr_cache.datasets.cohort import GIVEN, Cohort, finding_table, name_unit
+from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.metrics.operating_point import choose_operating_point
+from cxr_cache.metrics.scores import count_clusters
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.training.search import EpochSearch, horizons
 
@@ -81,12 +82,14 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
             f"{'names' if n_unnamed == 1 else 'name'} no patient. Their studies were kept whole; "
             "whether their patients have images on both sides is not known."
         )
-    n_positive = (cohort.targets[~split.is_test] == 1).sum(axis=0)
+    unit = name_unit(cohort.patient_ids)
+    train = ~split.is_test
+    n_positive = count_clusters(cohort.targets[train] == 1, cohort.groups[train])
     rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
     if len(rare):
         notes.append(
             f"{count(len(rare), 'finding')} {'has' if len(rare) == 1 else 'have'} fewer positive "
-            "train images than there are folds, so that some folds cannot score "
+            f"train {UNITS[unit]} than there are folds, so that some folds cannot score "
             f"{'it' if len(rare) == 1 else 'them'}: "
             f"{list_names([cohort.findings[f] for f in rare])}."
         )
@@ -96,7 +99,7 @@ def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
         notes.append(
             f"Split by image: {shared:,} of {count(n_test, 'test image')} ({shared / n_test:.0%}) "
             f"{'has' if shared == 1 else 'have'} another image of the same "
-            f"{name_unit(cohort.patient_ids)} in train. Figures on test are therefore too good, "
+            f"{unit} in train. Figures on test are therefore too good, "
             "and so are those of the folds, which are split in the same way. Use --split-by study."
         )
     return tuple(notes)
@@ -154,6 +157,8 @@ def write_outcome(
         out_of_fold[held_out],
         rule=config.threshold_rule,
         calibration=config.calibration,
+        clusters=cohort.groups[held_out],
+        min_positives=config.min_positives,
     )
     run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
     run.write_table("splits", _split_table(cohort, split))
