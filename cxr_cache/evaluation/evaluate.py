@@ -36,6 +36,7 @@ from cxr_cache.evaluation.scored import (
 )
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
+from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.metrics.resampled import METHOD
 from cxr_cache.metrics.scores import (
     NEVER,
@@ -230,11 +231,45 @@ def score_run(
         "n_train_studies": train.n_studies,
         **{name: run.config[name] for name in ("split",) if name in run.config},  # whose it is
     }
+    if run.has_table("logistic"):
+        metrics["logistic"], column = _compare_logistic(run, images.take(is_test), reading)
+        evaluation.per_finding["auroc_logistic"] = column
     present = images.targets == 1
     evaluation.per_finding.insert(1, "n_images", present.sum(axis=0))
     evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
     run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
     return metrics
+
+
+def _compare_logistic(
+    run: Run, images: ScoredImages, reading: _Reading
+) -> tuple[dict[str, Any], FloatArray]:
+    """The logistic regression that was trained beside a head, and how much better the head is.
+
+    Gives what metrics.json says, and the regression's AUROC of each finding, ``(F,)``.
+    """
+    table = run.read_table("logistic").set_index("image_id")
+    scores = {
+        "head": images.probabilities,
+        "logistic": table.loc[images.image_ids, list(images.findings)].to_numpy(np.float64),
+    }
+    targets, rows = drop_positives_only(images.targets), np.arange(len(images))
+    areas = score_jointly(
+        {name: ScoredRows(rows, targets, of) for name, of in scores.items()},
+        images.clusters,
+        n_resamples=max(2, reading.n_resamples),
+        seed=reading.seed,
+    )
+    figures = {
+        "macro_auroc": areas["logistic"].macro(),
+        "difference": areas["head"].minus(areas["logistic"]).macro(),
+    }
+    names = ("value", "low", "high") if reading.n_resamples else ("value",)
+    entries = {
+        figure: {name: to_number(getattr(of, name)) for name in names}
+        for figure, of in figures.items()
+    }
+    return {**run.config["logistic"], **entries}, areas["logistic"].once
 
 
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
@@ -358,6 +393,16 @@ def _describe_calibration(
     }
 
 
+def find_few(per_finding: pd.DataFrame) -> NDArray[np.bool_]:
+    """Tell which findings rest on fewer than :data:`FEW_POSITIVES` patients or studies, ``(F,)``.
+
+    Tables of earlier versions count studies only.
+    """
+    names = ("n_positive_clusters_test", "n_positive_studies_test")
+    counted = next(name for name in names if name in per_finding)
+    return np.asarray(per_finding[counted] < FEW_POSITIVES)
+
+
 # --- in words ------------------------------------------------------------------------------------
 
 
@@ -375,6 +420,7 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"{count(metrics['n_findings'], 'finding')} scored",
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
         f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}",
+        *_describe_logistic(metrics.get("logistic")),
         f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "
         f"{_with_interval(test['macro_ap_of_chance'])}",
         f"  macro F1        {_with_interval(test['macro_f1'])}; calling everything present scores "
@@ -411,6 +457,17 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
             f"decide by: {list_names(metrics['findings_undecided'])}"
         )
     return "\n".join(lines)
+
+
+def _describe_logistic(logistic: Mapping[str, Any] | None) -> list[str]:
+    """What the logistic regression beside the head scores; nothing where there is none."""
+    if logistic is None:
+        return []
+    return [
+        f"    regression    {_with_interval(logistic['macro_auroc'])} (logistic, L2, C = "
+        f"{logistic['C']:g}, on the same folds and features); the head minus it "
+        f"{_with_interval(logistic['difference'], '{:+.3f}')}"
+    ]
 
 
 def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:

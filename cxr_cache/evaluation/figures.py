@@ -412,6 +412,7 @@ def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimat
         "n_test": (~np.isnan(targets)).sum(axis=0),
         "n_positive_test": (targets == 1).sum(axis=0),
         "n_positive_studies_test": images.count_studies(targets == 1),
+        "n_positive_clusters_test": images.count_clusters(targets == 1),
         "prevalence_test": weighted_mean(targets),
         "threshold": np.where(is_decided, cuts, np.nan),
     }

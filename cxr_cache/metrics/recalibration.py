@@ -93,5 +93,7 @@ def _regress(
     np.add.at(scores, codes, x * (y - p)[:, None])
     inverse = np.linalg.inv(curvature)
     n = min(len(np.unique(codes[y == value])) for value in (0, 1))
-    variances = np.diag(inverse @ (scores.T @ scores) @ inverse) * (n / (n - 1) if n > 1 else np.nan)
+    variances = np.diag(inverse @ (scores.T @ scores) @ inverse) * (
+        n / (n - 1) if n > 1 else np.nan
+    )
     return coefficients, np.sqrt(variances)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxr_cache.common.wording import count, describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
 from cxr_cache.encoders.encoder import Encoder
@@ -34,16 +34,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities of N images and what they mean at the run's thresholds."""
+    """Probabilities, or scores, of N images and what they mean at the run's thresholds."""
 
     image_ids: tuple[str, ...]
     findings: tuple[str, ...]
     probabilities: NDArray[np.float32]
-    """Calibrated, ``(N, F)``; NaN for an image that could not be used."""
+    """Calibrated if the run is, ``(N, F)``; NaN for an image that could not be used."""
     decisions: NDArray[np.bool_]
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
     """Why an image could not be used; empty where it could."""
+    undecided: tuple[str, ...] = ()
+    """Findings that are ranked only, since too few positives were there to choose a threshold."""
+    is_calibrated: bool = True
+    """Whether these are probabilities; otherwise they are scores, whose order alone means much."""
 
     def __repr__(self) -> str:
         few = slice(_N_PRINTED)
@@ -68,23 +72,29 @@ class Predictions:
         return sum(bool(error) for error in self.errors)
 
     def to_table(self) -> pd.DataFrame:
-        """One row per image: image, present (findings, ``;`` between), error, probabilities."""
+        """One row per image: image, present (findings, ``;`` between), error, probabilities.
+
+        A further column too_few_to_decide lists the findings that are never decided, if any.
+        """
         names = np.array(self.findings)
-        described: pd.DataFrame = pd.DataFrame(
-            {
-                "image": self.image_ids,
-                "present": [";".join(names[row]) for row in self.decisions],
-                "error": self.errors,
-            }
-        )
+        columns: dict[str, Any] = {
+            "image": self.image_ids,
+            "present": [";".join(names[row]) for row in self.decisions],
+        }
+        if self.undecided:
+            columns["too_few_to_decide"] = ";".join(self.undecided)
+        described: pd.DataFrame = pd.DataFrame({**columns, "error": self.errors})
         table: pd.DataFrame = pd.concat(
             [described, pd.DataFrame(self.probabilities, columns=list(self.findings))], axis=1
         )
         return table
 
     def to_text(self, n_shown: int = 5) -> str:
-        """The likeliest findings of each image; ``*`` marks those called present."""
-        lines = []
+        """The likeliest findings of each image; ``*`` marks those called present.
+
+        ``?`` marks those that nothing is decided of. Scores are written without a per cent sign.
+        """
+        lines, form = [], "6.1%" if self.is_calibrated else "6.3f"
         for image_id, row, called, error in zip(
             self.image_ids, self.probabilities, self.decisions, self.errors, strict=True
         ):
@@ -94,10 +104,15 @@ class Predictions:
                 continue
             # Called findings first: with a low threshold they need not be the likeliest.
             for f in sorted(range(len(row)), key=lambda f: (not called[f], -row[f]))[:n_shown]:
-                mark = "*" if called[f] else " "
-                lines.append(f"  {mark} {row[f]:6.1%}  {self.findings[f]}")
-        if self.n_failed < len(self.image_ids):
-            lines.append("* at or above the run's threshold. Not for clinical use.")
+                mark = "?" if self.findings[f] in self.undecided else "*" if called[f] else " "
+                lines.append(f"  {mark} {row[f]:{form}}  {self.findings[f]}")
+        if self.n_failed == len(self.image_ids):
+            return "\n".join(lines)
+        if self.undecided:
+            lines.append(f"? too few to decide, ranked only: {list_names(self.undecided)}.")
+        if not self.is_calibrated:
+            lines.append("These are scores, not probabilities: the run is not calibrated.")
+        lines.append("* at or above the run's threshold. Not for clinical use.")
         return "\n".join(lines)
 
 
@@ -149,6 +164,7 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     point = model.operating_point
+    undecided = np.array(model.findings)[point.undecided]
     calibrated = point.calibration.apply(probabilities)
     return Predictions(
         tuple(map(str, paths)),
@@ -156,6 +172,8 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
         calibrated.astype(np.float32),
         calibrated >= point.thresholds,
         tuple(errors),
+        tuple(undecided.tolist()),
+        point.calibration.method != "none",
     )
 
 

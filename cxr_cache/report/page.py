@@ -20,6 +20,7 @@ from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
+from cxr_cache.models.run import OPTIMISM_OF_PLATEAU
 from cxr_cache.report.views import RunView, collect_charts
 
 MAX_RUNS: Final = 6
@@ -78,6 +79,7 @@ def render_page(
         is_indiana=tuple(views[0].config["findings"]) == FINDINGS,
         never=NEVER,
         few_positives=FEW_POSITIVES,
+        optimism=OPTIMISM_OF_PLATEAU,
         level=LEVEL,
         max_points=MAX_POINTS,
     )
@@ -106,6 +108,7 @@ def make_environment() -> jinja2.Environment:
         "ap_of_chance": _ap_of_chance,
         "f1_of_calling_all": _f1_of_calling_all,
         "beside": _beside,
+        "capitalize_first": _capitalize_first,
     }
     environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment
@@ -153,6 +156,11 @@ def _beside(measure: str, figures: Mapping[str, Any]) -> str:
     else:
         scored = figures.get(f"macro_{known.baseline}", {"value": None})["value"]
     return f"{known.baseline_label} {_fixed(scored)}"
+
+
+def _capitalize_first(text: str) -> str:
+    """The text with which a sentence begins; ``capitalize`` would lower what follows."""
+    return text[:1].upper() + text[1:]
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

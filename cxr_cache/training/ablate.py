@@ -30,7 +30,7 @@ from cxr_cache.metrics.intervals import (
     count_rarer_class,
     student_interval,
 )
-from cxr_cache.metrics.scores import has_both_classes
+from cxr_cache.metrics.scores import FloatArray, has_both_classes
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import (
     LabelledRows,
@@ -41,7 +41,7 @@ from cxr_cache.store.rows import (
 from cxr_cache.training.ablation_folds import Method, Results, Setting, train_folds
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import require_trainable_folds, split_cohort
+from cxr_cache.training.search import require_trainable_folds, split_cohort, weigh_findings
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Ablation:
     notes: tuple[str, ...] = ()
     is_random: bool = False
     """Whether the encoder has random weights."""
+    measure: str = "macro AUROC"
+    """What the settings are ranked by, in words."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text(n_shown=8))
@@ -77,8 +79,9 @@ class Ablation:
         shown = table[(table["kind"] == "baseline") | (n_before <= n_shown)]
         width = max(len("setting"), *(len(str(label)) for label in shown["setting"]))
         lines = [
-            f"{'rank':>4}  {'setting':<{width}}  {'chosen':>7}  macro AUROC over folds   "
-            "difference to the first setting"
+            f"Ranked by {self.measure}, mean and spread over folds",
+            f"{'rank':>4}  {'setting':<{width}}  {'chosen':>7}  AUROC over folds         "
+            "difference to the first setting",
         ]
         for row in shown.to_dict("records"):
             bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["difference"] else ""
@@ -152,6 +155,7 @@ def run_ablation(
         is_random = bool(store.header.encoder.get("is_random"))
         found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
         split = split_cohort(found.cohort, base)
+        weighing = weigh_findings(found.cohort.targets, found.cohort.groups, split, base.select_by)
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
             require_features(store, setting.config)
@@ -171,6 +175,7 @@ def run_ablation(
                 missing,
                 split=split,
                 base=base,
+                weighing=weighing,
                 open_pool=partial(open_backend, backend, n_workers=n_workers, scheduler=scheduler),
                 streams=streams_results(backend),
             )
@@ -180,10 +185,10 @@ def run_ablation(
                     logger.info("Fold %s of %s is finished", fold.fold + 1, fold.key)
                     n_done += 1
                     on_progress(n_done, n_all)
-    table = _tabulate(methods, results, found.cohort, split)
+    table = _tabulate(methods, results, found.cohort, split, weighing.weights)
     write_table(out / TABLE, table, digits=6)
     notes = (*split.notes, *_describe_horizons(settings))
-    return Ablation(table, tuple(settings), notes, is_random)
+    return Ablation(table, tuple(settings), notes, is_random, weighing.measure)
 
 
 # -- what there is to do ----------------------------------------------------------------
@@ -218,7 +223,11 @@ def _identify(store: FeatureStore, found: LabelledRows, split: Split) -> dict[st
 
 
 def _tabulate(
-    methods: Sequence[Method], results: Results, cohort: Cohort, split: Split
+    methods: Sequence[Method],
+    results: Results,
+    cohort: Cohort,
+    split: Split,
+    weights: FloatArray,
 ) -> pd.DataFrame:
     """Every method against the first, by influence: a bootstrap of each would cost its training."""
     first, rows, first_influence = results.load(methods[0]), [], None
@@ -230,8 +239,8 @@ def _tabulate(
         for k, probabilities in enumerate(finished.probabilities):
             held_out = split.held_out(k)
             of_fold = auroc_influence(cohort.targets[held_out], probabilities)
-            n_defined = max(1, has_both_classes(cohort.targets[held_out]).sum())
-            influence[held_out] = of_fold / n_defined / split.n_folds
+            counted = weights * has_both_classes(cohort.targets[held_out])
+            influence[held_out] = of_fold * counted / counted.sum() / split.n_folds
         first_influence = influence if first_influence is None else first_influence
         difference = float(finished.aurocs.mean() - first.aurocs.mean())
         of_difference = (influence - first_influence)[~split.is_test]
@@ -283,7 +292,7 @@ _SHARED: Final = (
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
 _OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:6]} | {
-    **{"n_folds": "--folds", "n_jobs": "--workers"}
+    **{"n_folds": "--folds", "n_jobs": "--workers", "select_by": "--select-by"}
 }
 """Those of them that are options of `ablate`; the others are the recipe's."""
 _FLAGS: Final = {

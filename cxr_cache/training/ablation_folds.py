@@ -22,7 +22,6 @@ from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.splits import Split
 from cxr_cache.errors import RunError, TrainingError
-from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.training.baselines import Baseline
 from cxr_cache.training.fit import (
     HeadFit,
@@ -32,7 +31,7 @@ from cxr_cache.training.fit import (
     can_share_a_bank,
     count_steps,
 )
-from cxr_cache.training.search import fold_tasks
+from cxr_cache.training.search import Weighing, choose_candidate, fold_tasks, score_fold
 
 _HEADS_IN_A_BANK: Final = 64
 """On a GPU: heads that train side by side."""
@@ -82,7 +81,10 @@ class Method:
         identity = {
             "baseline": baseline.label,
             "candidates": baseline.candidates,
-            **{name: getattr(base, name) for name in ("features", "input_norm", "seed")},
+            **{
+                name: getattr(base, name)
+                for name in ("features", "input_norm", "seed", "select_by")
+            },
         }
         return cls(baseline.label, identity, baseline.candidates, baseline=baseline)
 
@@ -104,6 +106,7 @@ def train_folds(
     *,
     split: Split,
     base: TrainConfig,
+    weighing: Weighing,
     open_pool: Callable[..., AbstractContextManager[Parallel]],
     streams: bool,
 ) -> Generator[Fold, None, None]:
@@ -111,12 +114,13 @@ def train_folds(
     tasks = fold_tasks(split, base.seed)
     if resolve_device(base.device).type != "cpu":
         on_device = [(method, k) for method, k in missing if method.config is not None]
-        yield from _train_stacked(rows, on_device, tasks)
+        yield from _train_stacked(rows, on_device, tasks, weighing)
         missing = [(method, k) for method, k in missing if method.config is None]
     if not missing:
         return
     jobs = [
-        delayed(_fit_fold)(rows.embeddings, rows.targets, tasks, method, k) for method, k in missing
+        delayed(_fit_fold)(rows.embeddings, rows.targets, tasks, method, k, weighing)
+        for method, k in missing
     ]
     options = {"mmap_mode": "c", "return_as": "generator_unordered" if streams else "list"}
     with open_pool(**options) as pool:
@@ -131,11 +135,12 @@ def _fit_fold(
     tasks: Sequence[HeadTask],
     method: Method,
     k: int,
+    weighing: Weighing,
 ) -> Fold:
     started, task = time.perf_counter(), tasks[k]
     if method.config is not None:
         try:
-            (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)], tasks)
+            (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)], tasks, weighing)
         except TrainingError as error:
             raise TrainingError(
                 f"Setting {method.label}: {error} What the others have finished is kept; leave "
@@ -150,12 +155,15 @@ def _fit_fold(
         method.candidates,
     )
     held_out = targets[task.held_out_rows]
-    aurocs = [float(macro_mean(auroc(held_out, prediction))) for prediction in predictions]
+    aurocs = [score_fold(held_out, prediction, weighing) for prediction in predictions]
     return Fold(method.key, k, aurocs, predictions, time.perf_counter() - started)
 
 
 def _train_stacked(
-    rows: PlainRows, missing: Sequence[tuple[Method, int]], tasks: Sequence[HeadTask]
+    rows: PlainRows,
+    missing: Sequence[tuple[Method, int]],
+    tasks: Sequence[HeadTask],
+    weighing: Weighing,
 ) -> Iterator[Fold]:
     """Heads that can share a bank, side by side: on a GPU they cost little more than one."""
     waiting = list(missing)
@@ -165,11 +173,14 @@ def _train_stacked(
         fitting = [(m, k) for m, k in waiting if m.config and can_share_a_bank([first, m.config])]
         bank = fitting[:_HEADS_IN_A_BANK]
         waiting = [pair for pair in waiting if pair not in bank]
-        yield from _fit_bank(rows, bank, tasks)
+        yield from _fit_bank(rows, bank, tasks, weighing)
 
 
 def _fit_bank(
-    rows: PlainRows, bank: Sequence[tuple[Method, int]], tasks: Sequence[HeadTask]
+    rows: PlainRows,
+    bank: Sequence[tuple[Method, int]],
+    tasks: Sequence[HeadTask],
+    weighing: Weighing,
 ) -> Iterator[Fold]:
     started, configs = time.perf_counter(), [m.config for m, _ in bank if m.config is not None]
     trajectories: list[dict[int, Trajectory]] = [{} for _ in bank]
@@ -189,8 +200,9 @@ def _fit_bank(
             of_head |= dict.fromkeys(keep, trajectory)
     seconds = (time.perf_counter() - started) / len(bank)
     for (method, k), of_head in zip(bank, trajectories, strict=True):
-        aurocs = [of_head[epoch].auroc_after(epoch) for epoch in method.candidates]
         kept = [of_head[epoch].probabilities[epoch] for epoch in method.candidates]
+        held_out = rows.targets[tasks[k].held_out_rows]
+        aurocs = [score_fold(held_out, probabilities, weighing) for probabilities in kept]
         yield Fold(method.key, k, aurocs, kept, seconds)
 
 
@@ -264,7 +276,7 @@ class Results:
             return
         folds = [_load(file) for file in files]
         aurocs = np.stack([fold["aurocs"] for fold in folds])  # (K, candidates)
-        chosen = int(aurocs.mean(axis=0).argmax())
+        chosen = choose_candidate(aurocs.T)
         _save(
             self._file(result.key),
             {f"probabilities_{k}": f[f"probabilities_{chosen}"] for k, f in enumerate(folds)}

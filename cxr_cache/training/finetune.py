@@ -60,6 +60,7 @@ from cxr_cache.training.search import (
     replay_rates,
     require_trainable_folds,
     search_with,
+    weigh_findings,
     split_cohort,
     stack_members,
 )
@@ -221,7 +222,9 @@ def tune_run(
             echo(_describe(build_model(data, settled), tokens, settled))
         with dead_workers_explained():
             job = _Job(run, data, split, settled, start, on_progress)
-            search = search_with(job.fit, job.tasks, settled)
+            targets, groups = found.cohort.targets, found.cohort.groups
+            weighing = weigh_findings(targets, groups, split, settled.select_by)
+            search = search_with(job.fit, job.tasks, settled, targets, weighing)
             members, history = job.train_final(search)
             predictions = job.predict(members)
         if is_main():

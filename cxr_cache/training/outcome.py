@@ -18,7 +18,8 @@ from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.metrics.scores import count_clusters
-from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
+from cxr_cache.models.run import FINAL_FOLD, OPTIMISM_OF_PLATEAU, Run, SavedModel
+from cxr_cache.training.baselines import LogisticBaseline
 from cxr_cache.training.search import EpochSearch, horizons
 
 
@@ -48,14 +49,17 @@ class TrainResult:
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
         n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
+        measure = self.epoch_search.measure
         if n_folds == 1:
-            lines = ["No search: macro AUROC on one held-out fold, which the thresholds come from"]
+            lines = [f"No search: {measure} on one held-out fold, which the thresholds come from"]
         else:
-            lines = [f"Epoch search: macro AUROC, mean and spread over {n_folds} held-out folds"]
+            lines = [f"Epoch search: {measure}, mean and spread over {n_folds} held-out folds"]
         for row in self.search.to_dict("records"):
             mark = "   <- chosen" if row["epochs"] == self.chosen_epochs and n_folds > 1 else ""
             spread = f" ± {row['std_auroc']:.4f}" if n_folds > 1 else ""
             lines.append(f"  {row['epochs']:>5} epochs  {row['mean_auroc']:.4f}{spread}{mark}")
+        if self.run.config[self.run.config["kind"]]["schedule"] == "plateau":
+            lines.append(f"  {OPTIMISM_OF_PLATEAU}")
         lines += self._describe_stops()
         if whose := self.run.config.get("split", {}).get("whose"):
             lines.append(f"Split as given by {whose}")
@@ -141,12 +145,14 @@ def write_outcome(
     predictions: NDArray[np.float32],
     final_history: list[dict[str, float]],
     make_model: Callable[[dict[str, float]], SavedModel],
+    baseline: LogisticBaseline | None = None,
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
     Predictions are probabilities of the final model for all images, ``(N, F)``; its history is
     empty where a fold's model is the final one. `make_model` makes the model to save, given the
-    threshold of each finding, which is chosen on out-of-fold predictions.
+    threshold of each finding, which is chosen on out-of-fold predictions. The `baseline`, if there
+    is one, is kept to stand beside the model.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -171,7 +177,12 @@ def write_outcome(
         "out_of_fold",
         _prediction_table(cohort.take(held_out), out_of_fold[held_out], sides[held_out]),
     )
-    run.config["chosen_epochs"] = search.chosen
+    if baseline is not None:
+        test = np.flatnonzero(split.is_test)
+        table = _prediction_table(cohort.take(test), baseline.probabilities, sides[test])
+        run.write_table("logistic", table)
+        run.config["logistic"] = {"C": baseline.C, "mean_auroc": baseline.mean_auroc}
+    run.config |= {"chosen_epochs": search.chosen, "search_measure": search.measure}
     run.finish()
 
 

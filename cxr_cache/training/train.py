@@ -15,6 +15,7 @@ from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import load_training_data
+from cxr_cache.training.baselines import train_logistic
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
@@ -29,6 +30,7 @@ from cxr_cache.training.search import (
     split_cohort,
     stack_members,
     train_final,
+    weigh_findings,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,8 +81,12 @@ def fit_run(
         },
         overwrite=overwrite,
     )
-    search = search_epochs(data, split, config, on_progress=on_progress)
+    search = search_epochs(data, split, config, clusters=cohort.groups, on_progress=on_progress)
     bank, final_history = train_final(data, split, search, config)
+    baseline = None
+    if config.baseline:
+        weighing = weigh_findings(cohort.targets, cohort.groups, split, config.select_by)
+        baseline = train_logistic(data, split, weighing, config)
     probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
     logger.info("The final model is trained; writing %s", run_dir)
     run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
@@ -95,5 +101,6 @@ def fit_run(
         make_model=lambda thresholds: SavedModel(
             bank.snapshot(), cohort.findings, thresholds, encoder, describe_head(config)
         ),
+        baseline=baseline,
     )
     return TrainResult(run, search, notes)

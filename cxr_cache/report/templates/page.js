@@ -127,7 +127,7 @@
       }));
     });
     return chart({
-      x: unit("stated probability"), y: unit("share that has it"), words: `Calibration of ${name}`,
+      x: unit(stages.every((stage) => stage === null || stage.after) ? "stated probability" : "stated score"), y: unit("share that has it"), words: `Calibration of ${name}`,
       rules: [{ points: [[0, 0], [1, 1]] }], lines, dots,
     });
   }
