@@ -25,6 +25,10 @@ LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-b
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
 HORIZON_SCHEDULES: Final = ("cosine", "one-cycle")
 """Schedules in which the learning rate of an epoch depends on how many epochs will follow."""
+OPTIMISM_OF_PLATEAU: Final = (
+    "The plateau schedule watches the held-out fold, which makes these scores up to 0.003 too good."
+)
+"""Measured on the Indiana images, against schedules that watch nothing."""
 Features: TypeAlias = Literal["projected", "pooled", "both"]
 FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""

@@ -1,4 +1,4 @@
-"""Calibration slope and intercept: how stated probabilities would have to be changed, by regression.
+"""Calibration slope and intercept: how stated probabilities would have to be changed.
 
 Logistic regression of outcomes on the logits of stated probabilities (Cox, "Two further
 applications of a model for binary regression", 1958). A slope below 1 says that probabilities are
@@ -74,7 +74,7 @@ def _regress(
     Gives coefficients and cluster-robust standard errors, ``(P,)`` each; NaN where the classes are
     separated.
     """
-    coefficients = np.zeros(x.shape[1])
+    coefficients, undefined = np.zeros(x.shape[1]), np.full(x.shape[1], np.nan)
     coefficients[1:] = 1.0
     for _ in range(_N_STEPS):
         p = expit(x @ coefficients + offset)
@@ -82,13 +82,13 @@ def _regress(
         try:
             step = np.linalg.solve(curvature, x.T @ (y - p))
         except np.linalg.LinAlgError:  # all logits are equal
-            return np.full((2, x.shape[1]), np.nan)
+            return undefined, undefined
         step /= max(1.0, float(np.abs(step).max()))
         coefficients += step
         if np.abs(step).max() < 1e-9:
             break
     if np.abs(coefficients).max() > _LARGEST:
-        return np.full((2, x.shape[1]), np.nan)
+        return undefined, undefined
     scores = np.zeros((codes.max() + 1, x.shape[1]))
     np.add.at(scores, codes, x * (y - p)[:, None])
     inverse = np.linalg.inv(curvature)

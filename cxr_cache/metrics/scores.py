@@ -25,7 +25,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 NEVER: Final = 2.0
 """Threshold of a finding that is never called present, since no probability reaches it."""
 UNDECIDED: Final = 3.0
-"""Threshold of a finding that is ranked only, since too few positives were there to choose one by."""
+"""Threshold of a finding that is ranked only, since it had too few positives to choose one by."""
 CONFUSION_COLUMNS: Final = ("tp", "fp", "fn", "tn")
 N_BINS: Final = 10
 """Bins of equal width over [0, 1] for calibration."""
@@ -275,8 +275,10 @@ def find_best_constant(targets: Array) -> NDArray[np.bool_]:
     """
     sets, n_rows = np.unique(targets == 1, axis=0, return_counts=True)
     tried = sets[np.argsort(-n_rows, kind="stable")[:N_SETS]]
+    if not len(tried):
+        return np.zeros(targets.shape[1], np.bool_)
     ratios = [np.nan_to_num(float(weighted_mean(exact_matches(targets, of)))) for of in tried]
-    best: NDArray[np.bool_] = tried[int(np.argmax(ratios))] if ratios else targets.any(axis=0)
+    best: NDArray[np.bool_] = np.asarray(tried[int(np.argmax(ratios))])
     return best
 
 
@@ -395,7 +397,7 @@ def count_clusters(cells: NDArray[np.bool_], clusters: Array | None = None) -> N
     Clusters, ``(N,)``, are the patient or study of every row; None counts rows.
     """
     if clusters is None:
-        return cells.sum(axis=0, dtype=np.int64)
+        return np.asarray(cells.sum(axis=0), np.int64)
     codes = np.unique(clusters, return_inverse=True)[1]
     return np.array([len(np.unique(codes[column])) for column in cells.T], np.int64)
 

@@ -61,10 +61,6 @@ TableName = Literal[
 FINAL_FOLD: Final = "final"
 """What stands in the column `fold` of ``history.csv`` for the final model."""
 
-OPTIMISM_OF_PLATEAU: Final = (
-    "The plateau schedule watches the held-out fold, which makes these scores up to 0.003 too good."
-)
-
 _PACKAGES: Final = ("cxr-cache", "torch", "numpy", "scikit-learn")
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"

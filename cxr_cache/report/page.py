@@ -13,6 +13,7 @@ from typing import Any, Final
 import jinja2
 
 from cxr_cache.common import wording
+from cxr_cache.config import OPTIMISM_OF_PLATEAU
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.compare import COMPARED
@@ -20,7 +21,6 @@ from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
-from cxr_cache.models.run import OPTIMISM_OF_PLATEAU
 from cxr_cache.report.views import RunView, collect_charts
 
 MAX_RUNS: Final = 6

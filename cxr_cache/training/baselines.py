@@ -104,8 +104,8 @@ def fit_logistic(
         def loss(
             scaled: NDArray[np.float64], scale: NDArray[np.float64] = scale, C: float = C
         ) -> tuple[float, NDArray[np.float64]]:
-            *w, b = scaled.reshape(scale.shape) * scale
-            w = np.asarray(w)
+            both = scaled.reshape(scale.shape) * scale
+            w, b = both[:-1], both[-1]
             logits = (turned @ w.astype(np.float32)).astype(np.float64) + b
             value = -np.where(labelled, log_expit(np.where(present, logits, -logits)), 0).sum()
             error = np.where(labelled, expit(logits) - present, 0)
@@ -116,8 +116,8 @@ def fit_logistic(
         start = np.concatenate([weights, intercepts[None]]) / scale
         options = {"maxiter": _N_ITERATIONS, "ftol": _TOLERANCE, "gtol": 1e-5}
         found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=options)
-        *rows, intercepts = found.x.reshape(scale.shape) * scale
-        weights = np.asarray(rows)
+        both = found.x.reshape(scale.shape) * scale
+        weights, intercepts = both[:-1], both[-1]
         yield vectors @ weights, intercepts
 
 

@@ -60,9 +60,9 @@ from cxr_cache.training.search import (
     replay_rates,
     require_trainable_folds,
     search_with,
-    weigh_findings,
     split_cohort,
     stack_members,
+    weigh_findings,
 )
 from cxr_cache.training.tuning import Keeper, TuningData, build_model, tune
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count, first_lines, list_names
-from cxr_cache.config import Recipe
+from cxr_cache.config import OPTIMISM_OF_PLATEAU, Recipe
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.metrics.scores import count_clusters
-from cxr_cache.models.run import FINAL_FOLD, OPTIMISM_OF_PLATEAU, Run, SavedModel
+from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
 from cxr_cache.training.baselines import LogisticBaseline
 from cxr_cache.training.search import EpochSearch, horizons
 

@@ -71,8 +71,8 @@ def search_epochs(
     largest candidate. The smaller candidates are read off this trajectory, and are exactly what
     separate runs would give. With a schedule that has a horizon, each candidate is trained by
     itself. `clusters`, the patient or study of every row, say how many positives a finding has;
-    without them every row stands for itself. `on_progress` is called with the numbers of epochs that are trained and that are to be
-    trained, of all folds.
+    without them every row stands for itself. `on_progress` is called with the numbers of epochs
+    that are trained and that are to be trained, of all folds.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def score_fold(targets: Array, probabilities: Array, weighing: Weighing) -> floa
 
 
 def choose_candidate(scores: FloatArray, *, within_one_se: bool = False) -> int:
-    """Choose among C candidates by their scores on K folds, ``(C, K)``; gives the candidate's number.
+    """Choose among C candidates by their scores on K folds, ``(C, K)``; gives its number.
 
     It is the one with the best mean, of equal ones the first. With `within_one_se` it is the first
     whose mean falls short of the best by no more than one standard error of their difference over
