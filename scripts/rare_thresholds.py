@@ -48,6 +48,7 @@ WAYS: dict[str, tuple[str, float]] = {
 
 
 def main() -> None:
+    """Draw, judge, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--out", type=Path)
@@ -86,8 +87,10 @@ def draw(rng: np.random.Generator) -> dict[str, list[tuple[float, float, float, 
 
 
 def judge(cut: float, shift: float, prevalence: float) -> tuple[float, float, float, float]:
-    """F1 on the population as a share of the best, whether it is worse than calling everything,
-    and the shares of images that are called by this threshold and by the best."""
+    """F1 as a share of the best, whether calling everything is better, and how much is called.
+
+    All on the population; the shares that are called are those of this and of the best threshold.
+    """
     grid = np.append(np.linspace(-4, 8, 1201), cut)
     tp, fp = prevalence * norm.sf(grid - shift), (1 - prevalence) * norm.sf(grid)
     f1 = f1_score(tp, fp, prevalence - tp)
@@ -98,7 +101,9 @@ def judge(cut: float, shift: float, prevalence: float) -> tuple[float, float, fl
 
 
 def summarise(way: str, low: int, high: int, drawn: dict[Any, list[Any]]) -> dict[str, str]:
-    judged = np.array([of for n in sorted(set(COUNTS)) if low <= n <= high for of in drawn[way, n]])
+    """A row of the table: one way, for findings with so many positives."""
+    counts = [n for n in sorted(set(COUNTS)) if low <= n <= high]
+    judged = np.array([of for n in counts for of in drawn[way, n]])
     f1, is_worse, called, best = judged.T
     return {
         "positive studies": f"{low}" if low == high else f"{low} to {high}",

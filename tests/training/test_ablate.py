@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from cxr_cache.cli.main import cli
 from cxr_cache.errors import RunError, StoreBusyError, StoreFormatError, TrainingError
@@ -29,7 +31,7 @@ from cxr_cache.training.baselines import (
     predict_prevalence,
 )
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort
+from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort, weigh_findings
 from tests.synthetic import IMPORTED, QUICK, make_cohort, make_store
 
 FOLDS = [f"fold_{k + 1}" for k in range(QUICK.n_folds)]
@@ -66,7 +68,8 @@ def test_a_setting_scores_what_a_search_of_its_own_does(store, ablation):
     table = ablation.table.set_index("setting")
     for setting in SETTINGS:
         data = load(store, setting.config)
-        search = search_epochs(data, split_cohort(data.cohort, setting.config), setting.config)
+        split = split_cohort(data.cohort, setting.config)
+        search = search_epochs(data, split, setting.config, clusters=data.cohort.groups)
         best = search.table.set_index("epochs").loc[search.chosen]
 
         row = table.loc[setting.label]
@@ -97,18 +100,22 @@ def test_heads_side_by_side_are_heads_trained_alone(store):
     """What a GPU would do, on the CPU: settings and folds in one bank, to 1e-5."""
     data = load(store)
     rows = PlainRows(data.embeddings, data.targets)
-    tasks = fold_tasks(split_cohort(data.cohort, QUICK), QUICK.seed)
+    split = split_cohort(data.cohort, QUICK)
+    tasks, weighing = (
+        fold_tasks(split, QUICK.seed),
+        weigh_findings(rows.targets, None, split, "macro"),
+    )
     methods = [
         ablation_fit.Method.of_setting(setting)
         for setting in make_settings(QUICK, ["lr=3e-3,3e-2", "loss=focal,weighted-bce"])
     ]
     pairs = [(method, k) for method in methods for k in range(QUICK.n_folds)]
 
-    stacked = list(ablation_fit._train_stacked(rows, pairs, tasks))
+    stacked = list(ablation_fit._train_stacked(rows, pairs, tasks, weighing))
 
     assert [(fold.key, fold.fold) for fold in stacked] == [(m.key, k) for m, k in pairs]
     for fold, (method, k) in zip(stacked, pairs, strict=True):
-        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, tasks, method, k)
+        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, tasks, method, k, weighing)
         np.testing.assert_allclose(fold.aurocs, alone.aurocs, rtol=1e-5)
         for ours, theirs in zip(fold.probabilities, alone.probabilities, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -156,6 +163,29 @@ def test_a_neighbour_without_a_label_does_not_vote():
 
     (share,) = predict_prevalence(embeddings, targets, embeddings[:1], (None,))
     np.testing.assert_allclose(votes[0], [(1 + share[0, 0]) / 2, share[0, 1]])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logistic_regressions_are_scikit_learns(seed):
+    """All findings and strengths in one fit of shared products, some cells unlabelled."""
+    rng = np.random.default_rng(seed)
+    embeddings = rng.standard_normal((300, 12)).astype(np.float32) * rng.uniform(0.1, 5, 12)
+    embeddings = embeddings.astype(np.float32)
+    chance = 1 / (1 + np.exp(2 - embeddings @ rng.standard_normal((12, 3)) / 4))
+    targets = (rng.random(chance.shape) < chance).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    strengths = (1e-3, 1e-2, 1.0)
+
+    ours = predict_logistic(embeddings, targets, embeddings[:50], strengths)
+
+    x = StandardScaler().fit_transform(embeddings)
+    for prediction, C in zip(ours, strengths, strict=True):
+        for f in range(3):
+            labelled = ~np.isnan(targets[:, f])
+            theirs = LogisticRegression(C=C, tol=1e-8, max_iter=1000)
+            theirs.fit(x[labelled], targets[labelled, f])
+            expected = theirs.predict_proba(x[:50])[:, 1]
+            np.testing.assert_allclose(prediction[:, f], expected, atol=2e-3)
 
 
 def test_a_finding_of_one_class_keeps_its_prevalence():
