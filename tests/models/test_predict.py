@@ -406,10 +406,10 @@ def test_damaged_rows_are_not_passed_over_in_silence(imported_run, tmp_path):
 
 def make_predictions(**options) -> Predictions:
     probabilities = np.array([[0.9, 0.2, 0.6], [0.1, 0.3, 0.8]], np.float32)
+    findings = ("Mass", "Edema", "Hernia")
     return Predictions(
-        ("a.png", "b.png"), ("Mass", "Edema", "Hernia"), probabilities, probabilities > 0.5, ("", ""),
-        **options,
-    )  # fmt: skip
+        ("a.png", "b.png"), findings, probabilities, probabilities > 0.5, ("", ""), **options
+    )
 
 
 def test_what_is_not_decided_is_said_in_text_and_table():
