@@ -33,6 +33,7 @@ Features: TypeAlias = Literal["projected", "pooled", "both"]
 FEATURES: Final = get_args(Features)
 """What the head reads: the embedding, what it is projected from, or the two side by side."""
 POOLS: Final = ("default", "cls", "mean", "cls+mean")
+TOKENS_DTYPES: Final = ("float16", "bfloat16", "float32")
 BACKENDS: Final = ("loky", "dask", "ray")
 THRESHOLD_RULES: Final = ("f1", "youden", "sensitivity=0.9", "specificity=0.9", "ppv=0.5")
 """Examples of how thresholds may be chosen; :data:`cxr_cache.metrics.operating_point.RULES` has
@@ -518,6 +519,24 @@ class FinetuneConfig(Recipe):
     warmup_steps: int = option(
         0, "Number of steps over which both learning rates rise from zero.", check=at_least(0)
     )
+    layer_decay: float = option(
+        1.0,
+        "Factor by which the learning rate shrinks from each block to the one before it.",
+        check=_POSITIVE_SHARE,
+    )
+    ema_decay: float = option(
+        0.0,
+        "Decay per step of an exponential moving average of the weights, which is scored and saved "
+        "in place of the last weights; 0 takes the last weights.",
+        flag="--ema",
+        check=_BELOW_1,
+    )
+    mixup: float = option(
+        0.0,
+        "Parameter alpha of mixup (Zhang et al. 2018): the tokens of two images and their losses "
+        "are mixed by a share that is drawn from Beta(alpha, alpha); 0 mixes none.",
+        check=_FINITE,
+    )
     decay_norms: bool = option(
         True, "Apply weight decay to norms and biases too, as the published notebook did."
     )
@@ -805,6 +824,13 @@ class ExtractConfig(Config):
         "With --tokens: number of last blocks that will be fine-tuned, whose input is cached.",
         shown=str(FinetuneConfig.unfreeze_layers),
         check=at_least(1),
+    )
+    tokens_dtype: str = option(
+        "float16",
+        "With --tokens: number format in which they are kept. float16 rounds them to 11 bits, "
+        "bfloat16 to 8 without any limit of size; float32 keeps them exactly and takes twice the "
+        "space.",
+        choices=TOKENS_DTYPES,
     )
     max_failures: int | None = option(
         None,

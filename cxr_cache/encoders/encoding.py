@@ -20,19 +20,24 @@ from cxr_cache.errors import EncoderError
 
 
 def encode_views(
-    encoder: Encoder, pixels: NDArray[np.uint8], *, flip: bool, n_unfrozen: int | None = None
+    encoder: Encoder,
+    pixels: NDArray[np.uint8],
+    *,
+    flip: bool,
+    n_unfrozen: int | None = None,
+    tokens_dtype: str = "float16",
 ) -> dict[str, NDArray[Any]]:
     """Compute every feature column of some images, uint8 pixels ``(B, 3, S, S)``.
 
     With `flip`, the mirror images are a second view. Gives ``embeddings`` ``(B, V, D)`` and
     ``pooled`` ``(B, V, P)``, float32. With `n_unfrozen` also ``tokens`` ``(B, V, T, W)``, which
     enter the first of so many last blocks: float16, infinite where a value does not fit into that
-    type.
+    type; float32; or the bits of bfloat16 as uint16, which :func:`decode_tokens` reads.
     """
     views = _split_views(pixels, flip)
     if encoder.device.type == "cuda":  # a copy from pinned memory does not block its thread
         views = [view.pin_memory() for view in views]
-    outputs = [_encode(encoder, view, n_unfrozen) for view in views]
+    outputs = [_encode(encoder, view, n_unfrozen, tokens_dtype) for view in views]
     return {
         name: torch.stack([output[name] for output in outputs], dim=1).cpu().numpy()
         for name in outputs[0]
@@ -76,8 +81,8 @@ class FittingEncoder:
         Largest number of images that are encoded at once; None if every batch has fitted.
     """
 
-    def __init__(self, encoder: Encoder, *, flip: bool, n_unfrozen: int | None) -> None:
-        self.encoder, self._flip, self._n_unfrozen = encoder, flip, n_unfrozen
+    def __init__(self, encoder: Encoder, **options: Any) -> None:
+        self.encoder, self._options = encoder, options
         self.largest: int | None = None
 
     def encode(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -100,7 +105,7 @@ class FittingEncoder:
 
     def _try(self, piece: NDArray[np.uint8]) -> dict[str, NDArray[Any]] | None:
         try:
-            return encode_views(self.encoder, piece, flip=self._flip, n_unfrozen=self._n_unfrozen)
+            return encode_views(self.encoder, piece, **self._options)
         except torch.OutOfMemoryError:
             return None  # and not a retry here: the error still holds what filled the memory
 
@@ -129,13 +134,23 @@ def _split_views(pixels: NDArray[np.uint8], flip: bool) -> list[Tensor]:
     return [upright, upright.flip(-1)] if flip else [upright]
 
 
-def _encode(encoder: Encoder, pixels: Tensor, n_unfrozen: int | None) -> dict[str, Tensor]:
+def decode_tokens(stored: NDArray[Any]) -> Tensor:
+    """Read tokens as a store holds them, in their number format; the memory is shared."""
+    tokens = torch.from_numpy(stored)
+    return tokens.view(torch.bfloat16) if tokens.dtype == torch.uint16 else tokens
+
+
+def _encode(
+    encoder: Encoder, pixels: Tensor, n_unfrozen: int | None, tokens_dtype: str
+) -> dict[str, Tensor]:
     """Compute the feature columns of one view, in one pass."""
     if n_unfrozen is None:
         pooled, embeddings = encoder.encode(pixels)
         return {"embeddings": embeddings, "pooled": pooled}
     tokens, pooled, embeddings = encoder.encode_with_tokens(pixels, n_unfrozen)
-    return {"embeddings": embeddings, "pooled": pooled, "tokens": tokens.half()}
+    rounded = tokens.to(getattr(torch, tokens_dtype))
+    bits = rounded.view(torch.uint16) if rounded.dtype == torch.bfloat16 else rounded
+    return {"embeddings": embeddings, "pooled": pooled, "tokens": bits}
 
 
 # --- canaries ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from cxr_cache.common.wording import count, describe_differences, find_differenc
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
 from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
 from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
 from cxr_cache.models.heads import HeadBank, predict_probabilities
@@ -314,7 +315,7 @@ def _predict_cached(
     predictor, parts = Predictor(model, encoder), []
     for chosen in np.array_split(rows, -(-len(rows) // _IMAGES_AT_ONCE)):
         tokens = store.read_views("tokens", chosen, np.zeros_like(chosen))
-        parts.append(predictor.from_tokens(torch.from_numpy(tokens)))
+        parts.append(predictor.from_tokens(as_cached(decode_tokens(tokens), model)))
     return np.concatenate(parts)
 
 

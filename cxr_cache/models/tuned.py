@@ -81,6 +81,10 @@ class TailAndHead(nn.Module):
         self.encoder.eval()
         return self
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that training changes: the blocks, the head, and its running statistics."""
+        return [*self.tail.values(), *self.bank.state_dict().values()]
+
     def snapshot(self) -> dict[str, Tensor]:
         """Copy of everything that trains, on the CPU; axis 0 has length 1, for one model."""
         tail = {name: tensor.detach()[None] for name, tensor in self.tail.items()}
@@ -145,9 +149,9 @@ def load_members(model: SavedModel, encoder: Encoder) -> list[TailAndHead]:
 
 
 def as_cached(tokens: Tensor, model: SavedModel) -> Tensor:
-    """Tokens as the model was trained on them: rounded to float16 if those came from a store."""
+    """Tokens as the model was trained on them: rounded to the number format of its store."""
     assert model.tail is not None, "a frozen run reads no tokens"
-    return tokens.half() if model.tail["tokens"] == "float16" else tokens
+    return tokens.to(getattr(torch, model.tail["tokens"]))
 
 
 def name_blocks(parameters: Iterable[str]) -> list[str]:

@@ -232,6 +232,7 @@ def run_extraction(
         encoder,
         n_views=2 if config.flip else 1,
         n_unfrozen=config.unfreeze_layers,
+        tokens_dtype=config.tokens_dtype,
         part=part,
         recheck_images=config.recheck_images,
         on_space=on_space,
@@ -329,7 +330,12 @@ def _encoded_batches(
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
-    fitting = FittingEncoder(encoder, flip=config.flip, n_unfrozen=config.unfreeze_layers)
+    fitting = FittingEncoder(
+        encoder,
+        flip=config.flip,
+        n_unfrozen=config.unfreeze_layers,
+        tokens_dtype=config.tokens_dtype,
+    )
     under_way: deque[tuple[Batch, Future[dict[str, NDArray[Any]]]]] = deque()
     with (
         closing(batches),
@@ -397,7 +403,8 @@ def _find_unusable(
         )
         reasons[i] = (
             f"its tokens reach {largest:,.0f}, beyond the 65,504 of float16, their type in the "
-            "store; those that enter an earlier block (a larger --unfreeze-layers) may fit"
+            "store; extract to another file with --tokens-dtype bfloat16, or take those that enter "
+            "an earlier block (a larger --unfreeze-layers)"
         )
     return reasons
 

@@ -166,6 +166,7 @@ class FeatureStore:
         features: Mapping[str, tuple[int, ...]],
         canary: NDArray[np.float32] | None = None,
         boundary_block: int | None = None,
+        tokens_dtype: str = "float16",
         part: Mapping[str, int] | None = None,
         fill: Callable[[FeatureStore], None] | None = None,
         on_space: Callable[[Space], None] | None = None,
@@ -186,11 +187,11 @@ class FeatureStore:
             Identity of what will make the features, JSON-able.
         features
             Shape of one row per feature column, e.g. ``{"embeddings": (1, 512)}``;
-            float32, except ``tokens``, which are float16.
+            float32, except ``tokens``.
         canary
             Embeddings of the generated canary images, ``(C, D)``, if there are any.
-        boundary_block
-            First block that the tokens enter.
+        boundary_block, tokens_dtype
+            First block that the tokens enter, and the number format that they are kept in.
         part
             Which part of a larger store this is: `number`, `of`, `first_row`, `n_rows_of_whole`.
         fill
@@ -212,7 +213,7 @@ class FeatureStore:
         """
         path = Path(path)
         lock = WriterLock.acquire(path)
-        header = _describe(cohort, encoder, boundary_block, part)
+        header = _describe(cohort, encoder, boundary_block, tokens_dtype, part)
         try:
             require_absent(path, overwrite=overwrite)
             _remove_abandoned(path)
@@ -624,6 +625,7 @@ class FeatureStore:
         *,
         features: Mapping[str, tuple[int, ...]],
         boundary_block: int | None = None,
+        tokens_dtype: str = "float16",
         part: Mapping[str, int] | None = None,
     ) -> FeatureStore:
         """Replace the file by one for another image table, and return it open for writing.
@@ -636,13 +638,13 @@ class FeatureStore:
             The new image table, of M images.
         rows
             For each new image the row of this store to take over, or -1; shape ``(M,)``.
-        features, boundary_block, part
+        features, boundary_block, tokens_dtype, part
             As in :meth:`create`, of the new table. Where this store has no tokens and the new one
             has, the rows taken over lack them, and nothing else.
         """
         lock, self._lock = self._lock, None
         assert lock is not None, "only a store opened for writing is replaced"
-        header = _describe(cohort, self.header.encoder, boundary_block, part)
+        header = _describe(cohort, self.header.encoder, boundary_block, tokens_dtype, part)
         taken = np.flatnonzero(rows >= 0)
         try:
             _publish(
@@ -665,6 +667,7 @@ class FeatureStore:
         self,
         cohort: Cohort,
         features: Mapping[str, tuple[int, ...]],
+        tokens_dtype: str = "float16",
         on_space: Callable[[Space], None] | None = None,
     ) -> None:
         """Raise unless there is room for what :meth:`replace` would write beside this file.
@@ -677,7 +680,7 @@ class FeatureStore:
             With the bytes needed and those free.
         """
         table = _encode_table(cohort, _describe(cohort, self.header.encoder))
-        columns = plan_columns(table, features, self.canary)
+        columns = plan_columns(table, features, self.canary, tokens_dtype)
         _require_space(self.path, columns, on_space)
 
     def copy_rows(
@@ -776,7 +779,7 @@ def _publish(
 ) -> None:
     """Write the file under a temporary name and give it its own only when it is on disk."""
     target = Path(os.path.realpath(path))  # a link to a store stays a link
-    columns = plan_columns(table, features, canary)
+    columns = plan_columns(table, features, canary, header.tokens_dtype)
     needed = _require_space(path, columns, on_space)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     fixed = dict(table) if canary is None else {**table, "canary": canary}
@@ -837,6 +840,7 @@ def _describe(
     cohort: Cohort,
     encoder: Mapping[str, Any],
     boundary_block: int | None = None,
+    tokens_dtype: str = "float16",
     part: Mapping[str, int] | None = None,
 ) -> Header:
     """What a new store says of itself."""
@@ -845,6 +849,7 @@ def _describe(
         findings=cohort.findings,
         cohort=dict(cohort.source),
         boundary_block=boundary_block,
+        tokens_dtype=tokens_dtype,
         part=None if part is None else dict(part),
         versions=package_versions(*_PACKAGES),
         image_columns=tuple(name for name in cohort.images.columns if name not in IMAGE_COLUMNS),

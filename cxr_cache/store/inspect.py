@@ -39,6 +39,7 @@ def summarise_store(store: FeatureStore) -> dict[str, Any]:
         "pending": counts.n_pending,
         "without_tokens": counts.n_without_tokens,
         "boundary_block": store.header.boundary_block,
+        "tokens_dtype": store.header.tokens_dtype,
         "damaged": len(store.find_damaged()),
         "reasons": dict(Counter(store.read_errors(failed)).most_common(5)),
         "columns": {
@@ -87,7 +88,9 @@ def format_store(summary: dict[str, Any]) -> str:
         if key != "decode_rule":
             lines.append(f"  {key.replace('_', ' '):<15} {value}")
     if (block := summary["boundary_block"]) is not None:
-        lines.append(f"  tokens enter    block {block}, counted from 0")
+        lines.append(
+            f"  tokens enter    block {block}, counted from 0, in {summary['tokens_dtype']}"
+        )
     lines += ["", "columns"]
     for name, column in summary["columns"].items():
         shape = " x ".join(f"{n:,}" for n in column["shape"])

@@ -25,9 +25,13 @@ from cxr_cache.datasets.cohort import IMAGE_COLUMNS, Reading
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import StoreFormatError
 
-FORMAT_VERSIONS: Final = (1, 2)
-"""Those that are read. Version 1 has no further columns of the image table, and is written where
-there are none: cxr-cache 0.1.0 reads it too."""
+FORMAT_VERSIONS: Final = (1, 2, 3)
+"""Those that are read. The first that will do is written: 1, which cxr-cache 0.1.0 reads too, has
+no further columns of the image table, and 2 no tokens but those in float16."""
+TOKENS_DTYPES: Final = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
+"""Type of the dataset that holds the tokens, by their number format. NumPy and HDF5 know no
+bfloat16, so that its bits are kept as whole numbers. The names are those of
+:data:`cxr_cache.config.TOKENS_DTYPES`."""
 FEATURES: Final = ("embeddings", "pooled", "tokens")
 PART_FIELDS: Final = {"number", "of", "first_row", "n_rows_of_whole"}
 ERROR_WIDTH: Final = 240
@@ -65,6 +69,8 @@ class Header:
     reading: dict[str, Any] | None = None
     """How the data set's tables were understood; stores of before have none, and none is
     written."""
+    tokens_dtype: str = "float16"
+    """Number format of the tokens, of :data:`TOKENS_DTYPES`."""
 
     @property
     def n_unfrozen(self) -> int | None:
@@ -76,6 +82,8 @@ class Header:
     @property
     def format_version(self) -> int:
         """The first version that has a place for all this."""
+        if self.tokens_dtype != "float16":
+            return 3
         return 2 if self.image_columns else 1
 
     @property
@@ -126,6 +134,7 @@ def plan_columns(
     table: Mapping[str, NDArray[Any]],
     features: Mapping[str, tuple[int, ...]],
     canary: NDArray[np.float32] | None,
+    tokens_dtype: str = "float16",
 ) -> dict[str, Column]:
     """Type and shape of every dataset, in their order in the file; offsets are not known yet."""
     n_images = len(table["image_id"])
@@ -135,7 +144,7 @@ def plan_columns(
         "image_sha256": ("u1", (32,)),
         "row_digest": ("u1", (16,)),
         **{
-            name: ("<f2" if name == "tokens" else "<f4", tuple(shape))
+            name: (TOKENS_DTYPES[tokens_dtype] if name == "tokens" else "<f4", tuple(shape))
             for name, shape in features.items()
         },
     }
@@ -170,8 +179,8 @@ def write_layout(
         view, "w", libver="earliest", alignment_threshold=1, alignment_interval=_ALIGNMENT
     ) as file:
         described = {**vars(header), "format_version": header.format_version}
-        if not header.image_columns:
-            del described["image_columns"]
+        for key in _keys_since(header.format_version):
+            del described[key]
         if header.reading is None:
             del described["reading"]
         for key, value in described.items():
@@ -319,12 +328,13 @@ def _read_header(file: h5py.File, path: Path) -> Header:
             f"{' or '.join(map(str, FORMAT_VERSIONS))} in this cxr-cache\n"
             "Use the version of cxr-cache that wrote it."
         )
-    absent = {"image_columns"} if version == 1 else set()
+    absent = _keys_since(version)
     absent |= set() if h5py.h5a.exists(file.id, b"reading") else {"reading"}
     keys = [key for key in Header.__dataclass_fields__ if key not in absent]
     values = {
         "image_columns": [],
         "reading": None,
+        "tokens_dtype": "float16",
         **{key: _read_attribute(file, key, path) for key in keys},
     }
     part = values["part"]
@@ -344,6 +354,7 @@ def _read_header(file: h5py.File, path: Path) -> Header:
             for text in texts
         )
         and isinstance(values["boundary_block"], int | None)
+        and values["tokens_dtype"] in TOKENS_DTYPES
         and (part is None or (isinstance(part, dict) and part.keys() == PART_FIELDS))
         and all(isinstance(number, int) for number in (part or {}).values())
         and (values["reading"] is None or _is_reading(values["reading"]))
@@ -352,6 +363,12 @@ def _read_header(file: h5py.File, path: Path) -> Header:
         raise StoreFormatError(f"{path}: its description is not that of a feature store; refused.")
     lists = {name: tuple(values[name]) for name in ("findings", "image_columns")}
     return Header(**{**values, **lists, "encoder": number_decode_rule(values["encoder"])})
+
+
+def _keys_since(version: int) -> set[str]:
+    """Attributes that the format got after a version."""
+    first = {"image_columns": 2, "tokens_dtype": 3}
+    return {key for key, since in first.items() if since > version}
 
 
 def _is_reading(values: Any) -> bool:
@@ -440,7 +457,7 @@ def _require_columns(path: Path, layout: Layout) -> None:
         "row_digest": ("u1", N, (16,)),
         "embeddings": ("<f4", N, (None, None)),
         "pooled": ("<f4", N, (*V, None)),
-        "tokens": ("<f2", N, (*V, None, None)),
+        "tokens": (TOKENS_DTYPES[layout.header.tokens_dtype], N, (*V, None, None)),
         "canary": ("<f4", None, D),
         _FIXED_DIGEST: ("u1", 1, (16,)),
     }

@@ -91,6 +91,7 @@ def merge(
             features=first.feature_shapes,
             canary=first.canary,
             boundary_block=first.header.boundary_block,
+            tokens_dtype=first.header.tokens_dtype,
             fill=lambda whole: _copy(whole, parts, damaged),
             overwrite=overwrite,
         ) as whole:
@@ -153,6 +154,7 @@ def _describe(part: FeatureStore) -> dict[str, Any]:
     return {
         "features": part.feature_shapes,
         "boundary_block": header.boundary_block,
+        "tokens_dtype": header.tokens_dtype,
         "findings": header.findings,
         "image table": header.cohort,
         "parts": (header.part or {}).get("of"),

@@ -42,6 +42,7 @@ def open_or_create(
     *,
     n_views: int,
     n_unfrozen: int | None,
+    tokens_dtype: str,
     part: Mapping[str, int] | None,
     recheck_images: bool,
     on_space: Callable[[Space], None] | None,
@@ -59,7 +60,7 @@ def open_or_create(
     DiskFullError
         There is no room for the store, or for the one that takes its place.
     """
-    wanted = _plan_features(encoder.identity, n_views, n_unfrozen)
+    wanted = _plan_features(encoder.identity, n_views, n_unfrozen, tokens_dtype)
     if not path.exists():
         try:
             store = FeatureStore.create(
@@ -69,6 +70,7 @@ def open_or_create(
                 features=wanted.shapes,
                 canary=encode_canaries(encoder),
                 boundary_block=wanted.boundary_block,
+                tokens_dtype=wanted.tokens_dtype,
                 part=part,
                 on_space=on_space,
                 overwrite=False,
@@ -100,20 +102,24 @@ class _Features:
     """What an extraction computes of each image."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    n_unfrozen: int | None
-    boundary_block: int | None
+    n_unfrozen: int | None = None
+    boundary_block: int | None = None
+    tokens_dtype: str = "float16"
 
 
-def _plan_features(identity: EncoderIdentity, n_views: int, n_unfrozen: int | None) -> _Features:
+def _plan_features(
+    identity: EncoderIdentity, n_views: int, n_unfrozen: int | None, tokens_dtype: str
+) -> _Features:
     D, P = identity.embedding_width, identity.pooled_width or identity.embedding_width
     shapes: dict[str, tuple[int, ...]] = {"embeddings": (n_views, D), "pooled": (n_views, P)}
     if n_unfrozen is None:
-        return _Features(shapes, None, None)
+        return _Features(shapes)
     T, W, L = identity.n_tokens, identity.token_width, identity.n_blocks
     assert T is not None  # a tower that cannot be split was refused before
     assert W is not None
     assert L is not None
-    return _Features({**shapes, "tokens": (n_views, T, W)}, n_unfrozen, L - n_unfrozen)
+    shapes["tokens"] = (n_views, T, W)
+    return _Features(shapes, n_unfrozen, L - n_unfrozen, tokens_dtype)
 
 
 def require_continuable(store: FeatureStore, encoder: Encoder) -> None:
@@ -161,23 +167,29 @@ def _require_same_shape(
         {
             "features": list(shapes),
             "unfreeze_layers": n_unfrozen,
+            "tokens_dtype": tokens_dtype,
             "views": shapes["embeddings"][0],
             "part": (its_part or {}).get("number"),
             "parts": (its_part or {}).get("of"),
         }
-        for shapes, n_unfrozen, its_part in (
-            (store.feature_shapes, store.header.n_unfrozen, store.header.part),
-            (wanted.shapes, wanted.n_unfrozen, part),
+        for shapes, n_unfrozen, tokens_dtype, its_part in (
+            (
+                store.feature_shapes,
+                store.header.n_unfrozen,
+                store.header.tokens_dtype,
+                store.header.part,
+            ),
+            (wanted.shapes, wanted.n_unfrozen, wanted.tokens_dtype, part),
         )
     )
     if _lacks_tokens(store, wanted):
-        there |= {name: here[name] for name in ("features", "unfreeze_layers")}
+        there |= {name: here[name] for name in ("features", "unfreeze_layers", "tokens_dtype")}
     if differences := find_differences(there, here):
         raise StoreMismatchError(
             f"{store.path} holds other rows, views or tokens than this run makes:\n"
             + describe_differences(differences, "in the store", "in this run")
-            + "\nGive the same --tokens, --unfreeze-layers, --flip and --part as before, or write "
-            "to another file."
+            + "\nGive the same --tokens, --unfreeze-layers, --tokens-dtype, --flip and --part as "
+            "before, or write to another file."
         )
 
 
@@ -198,7 +210,9 @@ def _continue(
     same_table = store.header.part == part and _is_same_table(store.cohort, cohort)
     same_file = same_table and not _lacks_tokens(store, wanted)
     if not same_file:
-        store.require_space(cohort, wanted.shapes, on_space)  # before the images are read
+        store.require_space(
+            cohort, wanted.shapes, wanted.tokens_dtype, on_space
+        )  # before the images are read
     damaged = store.find_damaged()
     store.mark_pending(damaged)
     if same_file and not recheck_images:
@@ -213,7 +227,12 @@ def _continue(
         return Resumed(store, n_damaged=len(damaged), changed=changed)
     _require_nothing_lost(store, cohort, rows)
     replaced = store.replace(
-        cohort, rows, features=wanted.shapes, boundary_block=wanted.boundary_block, part=part
+        cohort,
+        rows,
+        features=wanted.shapes,
+        boundary_block=wanted.boundary_block,
+        tokens_dtype=wanted.tokens_dtype,
+        part=part,
     )
     return Resumed(replaced, int((rows >= 0).sum()), len(damaged), changed)
 

@@ -18,6 +18,7 @@ from cxr_cache.config import Augmentation
 from cxr_cache.datasets.augment import augment, enlarge_for_crops
 from cxr_cache.datasets.decoding import Batch, decode_batches, read_ahead
 from cxr_cache.encoders.encoder import Encoder
+from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.errors import TrainingError
 from cxr_cache.store.feature_store import FeatureStore
 
@@ -47,7 +48,7 @@ class TokenSource(Protocol):
         Yields
         ------
         Tensor
-            ``(B, T, W)``, float16 or float32, on any device; its memory may be filled
+            ``(B, T, W)``, float16, bfloat16 or float32, on any device; its memory may be filled
             anew once the next batch is taken.
         """
         ...
@@ -75,9 +76,10 @@ class ResidentTokens:
     ) -> ResidentTokens:
         """Read the tokens of some rows of a store."""
         column = store.columns["tokens"]
-        tokens = torch.empty(len(store_rows), *column.shape, dtype=torch.float16, device=device)
+        dtype = getattr(torch, store.header.tokens_dtype)
+        tokens = torch.empty(len(store_rows), *column.shape, dtype=dtype, device=device)
         for places in store.split_rows(np.arange(len(store_rows)), ("tokens",)):
-            values = torch.from_numpy(store.read_rows("tokens", store_rows[places]))
+            values = decode_tokens(store.read_rows("tokens", store_rows[places]))
             tokens[int(places[0]) : int(places[-1]) + 1] = values.to(device)
         return cls(tokens, pins=pins)
 
@@ -149,7 +151,7 @@ class StoredTokens:
             chosen = self._store_rows[rows[start : start + batch_size]]
             seen = views[start : start + batch_size]
             read = self._store.read_views("tokens", chosen, seen, out=buffer[: len(chosen)])
-            yield torch.from_numpy(read)
+            yield decode_tokens(read)
 
 
 class ImageTokens:

@@ -275,7 +275,7 @@ def _compare_batch(
     store: FeatureStore, rows: NDArray[np.intp], image_dir: Path, encoder: Encoder
 ) -> list[tuple[int, str]]:
     from cxr_cache.datasets.images import read_image
-    from cxr_cache.encoders.encoding import MIN_COSINE, cosines, encode_views
+    from cxr_cache.encoders.encoding import MIN_COSINE, cosines, decode_tokens, encode_views
 
     bad, pixels = [], {}
     for row in map(int, rows):
@@ -297,12 +297,15 @@ def _compare_batch(
         np.stack(list(pixels.values())),
         flip=store.columns["embeddings"].shape[0] == 2,
         n_unfrozen=store.header.n_unfrozen,
+        tokens_dtype=store.header.tokens_dtype,
     )
     chosen = np.array(list(pixels))
     has_tokens = store.read_rows("status", chosen) == DONE
     for name, values in features.items():
         held = has_tokens if name == "tokens" else np.full(len(chosen), True)
         now, stored = values[held], store.read_rows(name, chosen[held])
+        if name == "tokens":
+            now, stored = (decode_tokens(part).float().numpy() for part in (now, stored))
         flat = (*now.shape[:2], -1)  # one vector per view, whatever a feature's shape
         worst = cosines(now.reshape(flat), stored.reshape(flat)).min(axis=1)  # (B, V) -> (B,)
         bad += [

@@ -235,6 +235,7 @@ def _begin_part(store: FeatureStore, cohort: Cohort, part: _Part) -> None:
         features=store.feature_shapes,
         canary=store.canary,
         boundary_block=store.header.boundary_block,
+        tokens_dtype=store.header.tokens_dtype,
         fill=lambda new: new.copy_rows(store, part.rows[lacking], lacking),
     ).close()
 

@@ -236,7 +236,14 @@ def tune_run(
                 settled,
                 predictions=predictions,
                 final_history=history,
-                make_model=partial(_to_model, members, found.cohort.findings, encoder, settled),
+                make_model=partial(
+                    _to_model,
+                    members,
+                    found.cohort.findings,
+                    encoder,
+                    settled,
+                    store.header.tokens_dtype if source == "tokens" else "float32",
+                ),
             )
         barrier()  # nobody leaves before the run is written
     return TrainResult(run, search, notes)
@@ -285,6 +292,13 @@ def _memory_explained() -> Iterator[None]:
 
 
 def _require_whole_parts(config: FinetuneConfig) -> None:
+    """Raise unless every process has as many images of a batch, in pairs where they are mixed."""
+    n_own = config.batch_size // world_size()
+    if config.mixup and n_own % 2:
+        raise ConfigError(
+            f"--mixup mixes pairs of images, and --batch-size {config.batch_size} gives "
+            f"{'each of the processes ' if world_size() > 1 else ''}{n_own}. Use an even number."
+        )
     if config.batch_size % world_size():
         raise ConfigError(
             f"--batch-size {config.batch_size} does not divide into {world_size()} processes. "
@@ -464,13 +478,14 @@ def _to_model(
     findings: tuple[str, ...],
     encoder: Encoder,
     config: FinetuneConfig,
+    tokens_dtype: str,
     thresholds: dict[str, float],
 ) -> SavedModel:
     tail = {
         "unfreeze_layers": config.unfreeze_layers,
         "boundary_block": int(encoder.identity.n_blocks or 0) - config.unfreeze_layers,
         "precision": config.precision,
-        "tokens": "float16" if config.source == "tokens" else "float32",
+        "tokens": tokens_dtype,
     }
     tensors, identity = _to_save(members, half=config.half), encoder.identity.to_dict()
     return SavedModel(tensors, findings, thresholds, identity, describe_head(config), tail)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -147,6 +148,54 @@ class _Rate(torch.optim.Optimizer):
 def _one_each(value: Any, n: int) -> Sequence[Any]:
     """Return a list or tuple as it is, and any other value `n` times."""
     return value if isinstance(value, list | tuple) else [value] * n
+
+
+class WeightAverage:
+    """Exponential moving average of tensors over the steps of a training.
+
+    After step t the average moves by ``1 - min(decay, (1 + t) / (10 + t))`` of the way to the
+    tensors, so that the first steps, where these are far from anything useful, are soon forgotten.
+    A decay of 0 follows the tensors, without a copy of them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], decay: float) -> None:
+        self._tensors, self._decay, self._n_steps = list(tensors), decay, 0
+        self.values = [tensor.detach().clone() for tensor in self._tensors] if decay else []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the tensors after a step."""
+        if self._decay:
+            self._n_steps += 1
+            decay = min(self._decay, (1 + self._n_steps) / (10 + self._n_steps))
+            torch._foreach_lerp_(self.values, self._tensors, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Exchange tensors and average while the block runs."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for tensor, value in zip(self._tensors, self.values, strict=bool(self.values)):
+            kept = tensor.clone()
+            tensor.copy_(value)
+            value.copy_(kept)
+
+    def state(self) -> dict[str, Any]:
+        """Average and number of steps, for :meth:`load_state`."""
+        return {"values": self.values, "n_steps": self._n_steps}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self._n_steps = state["n_steps"]
+        for value, kept in zip(self.values, state["values"], strict=True):
+            value.copy_(kept)
 
 
 def clip_per_head(flat_grad: Tensor, max_norm: float) -> None:

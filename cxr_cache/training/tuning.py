@@ -20,11 +20,11 @@ from cxr_cache.config import FinetuneConfig
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.models.tuned import TailAndHead
+from cxr_cache.models.tuned import TailAndHead, name_blocks
 from cxr_cache.store.tokens import TokenSource
 from cxr_cache.training.fit import HeadTask, Trajectory, has_stopped, score_held_out, tell_of_epoch
 from cxr_cache.training.losses import make_loss
-from cxr_cache.training.optim import advance, make_scheduler
+from cxr_cache.training.optim import WeightAverage, advance, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def tune(
         for kept in (e for e in keep if e == epoch or (stops and e > epoch)):
             trajectory.probabilities[kept] = probabilities
             if keep_weights:
-                trajectory.weights[kept] = trainer.model.snapshot()
+                trajectory.weights[kept] = trainer.snapshot()
         ends = stops or epoch == n_epochs
         if keeper.save is not None:
             left = None if ends else trainer.state()
@@ -182,6 +182,7 @@ class _Trainer:
         self.scheduler = make_scheduler(schedule, self.optimizer, config.patience, n_epochs)
         rows = torch.from_numpy(task.train_rows).to(device)
         self.loss = make_loss(config, self.targets[rows])
+        self.average = WeightAverage(self.model.tensors(), config.ema_decay)
 
     def run_epoch(self, epoch: int) -> tuple[dict[str, float], NDArray[np.float32]]:
         """Train and score once; a row of history, and held-out probabilities."""
@@ -192,7 +193,8 @@ class _Trainer:
                 group["lr"] = factor * group["full_lr"]
         rate = float(self.optimizer.param_groups[0]["lr"])
         train_loss = self._train(epoch)
-        val_loss, probabilities = self._score()
+        with self.average.in_place():
+            val_loss, probabilities = self._score()
         are_finite = all(bool(tensor.isfinite().all()) for tensor in self.model.tail.values())
         if not (are_finite and np.isfinite([train_loss, val_loss]).all()):
             raise TrainingError(
@@ -217,6 +219,7 @@ class _Trainer:
         self.model.bank.generators[0].manual_seed(_seed(self.task.seed, epoch, "dropout"))
         total = torch.zeros((), device=self.targets.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
+        shares = self._draw_shares(epoch)
         n_each = self.config.accumulate
         n_steps = -(-self.n_batches // n_each)
         for i, tokens in enumerate(self._own_batches(order, views, seeds)):
@@ -224,7 +227,7 @@ class _Trainer:
             n_averaged = min(n_each, self.n_batches - step * n_each)  # the last may have fewer
             is_last = i == step * n_each + n_averaged - 1
             with self._syncing(is_last=is_last):
-                loss = self.loss(self.parallel(tokens), self.targets[rows[i]])
+                loss = self._loss_of(tokens, self.targets[rows[i]], float(shares[i]))
                 (loss / n_averaged).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             if is_last:
@@ -241,6 +244,24 @@ class _Trainer:
         views = torch.randint(self.source.n_views, (n_rows,), generator=generator)
         seeds = torch.randint(2**62, (n_rows,), generator=generator)
         return torch.from_numpy(self.task.train_rows)[order], views, seeds
+
+    def _draw_shares(self, epoch: int) -> NDArray[np.float64]:
+        """Share of its own image in the mixture of every batch of this epoch."""
+        if not self.config.mixup:
+            return np.ones(self.n_batches)
+        rng = np.random.default_rng(_seed(self.task.seed, epoch, "mixup"))
+        return rng.beta(self.config.mixup, self.config.mixup, self.n_batches)
+
+    def _loss_of(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
+        """The loss of a batch, whose neighbours are mixed unless the share is 1.
+
+        Rows come in random order, so that neighbours are random pairs; and pairs stay together
+        where several processes share the batch.
+        """
+        if share == 1:
+            return self.loss(self.parallel(tokens), targets)
+        logits = self.parallel(share * tokens.float() + (1 - share) * _swap(tokens).float())
+        return share * self.loss(logits, targets) + (1 - share) * self.loss(logits, _swap(targets))
 
     def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor]:
         """What this process does of every batch."""
@@ -263,6 +284,7 @@ class _Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.average.update()
 
     @torch.no_grad()
     def _score(self) -> tuple[float, NDArray[np.float32]]:
@@ -274,10 +296,16 @@ class _Trainer:
         loss = self.loss(logits, self.targets[torch.from_numpy(rows).to(self.targets.device)])
         return float(loss), torch.sigmoid(logits).cpu().numpy()
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """The weights to score and save, as :meth:`TailAndHead.snapshot` gives them."""
+        with self.average.in_place():
+            return self.model.snapshot()
+
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on; random draws follow from its number."""
         return {
             "model": self.model.snapshot(),
+            "average": self.average.state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
@@ -285,29 +313,46 @@ class _Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was taken."""
         self.model.restore(state["model"])
+        self.average.load_state(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 
 
 def group_parameters(model: TailAndHead, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Blocks and head with their learning rates; norms and biases apart if they do not decay."""
-    head = {name: p for name, p in model.bank.named_parameters() if p.requires_grad}
-    groups = []
-    for parameters, rate in ((model.tail, config.learning_rate), (head, config.head_learning_rate)):
-        decays = {name: config.decay_norms or _is_matrix(name, p) for name, p in parameters.items()}
-        for decay in sorted(set(decays.values()), reverse=True):
-            chosen = [p for name, p in parameters.items() if decays[name] == decay]
-            weight_decay = config.weight_decay if decay else 0.0
-            groups.append(
-                {"params": chosen, "lr": rate, "full_lr": rate, "weight_decay": weight_decay}
-            )
-    return groups
+    """Group what trains by learning rate and weight decay.
+
+    The last block has the configured rate, each one before it `layer_decay` times that of the next
+    (Clark et al. 2020, "ELECTRA"), and the head its own. Norms and biases may be spared from weight
+    decay.
+    """
+    blocks = name_blocks(model.tail)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in (*model.tail.items(), *model.bank.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        rate = config.head_learning_rate
+        if name in model.tail:
+            (block,) = name_blocks([name])
+            n_behind = len(blocks) - 1 - blocks.index(block)
+            rate = config.learning_rate * config.layer_decay**n_behind
+        decays = config.decay_norms or _is_matrix(name, parameter)
+        key = (rate, config.weight_decay if decays else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": chosen, "lr": rate, "full_lr": rate, "weight_decay": decay}
+        for (rate, decay), chosen in groups.items()
+    ]
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     """Neither norm nor bias: of an encoder's block by its axes, of a head's stack by its name."""
     return name.startswith("weight_") or (name.startswith("visual.") and parameter.ndim >= 2)
+
+
+def _swap(x: Tensor) -> Tensor:
+    """Exchange the first with the second row, the third with the fourth, and so on."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def _seed(seed: int, epoch: int, purpose: str) -> int:

@@ -21,7 +21,7 @@ from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders import encoding
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.encoding import cosines
+from cxr_cache.encoders.encoding import cosines, decode_tokens
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import (
     ConfigError,
@@ -136,6 +136,43 @@ def test_the_tail_of_the_tokens_gives_the_embeddings(whole, encoder):
         pooled, embeddings = encoder.tail(tokens, 2)
     assert cosines(embeddings.numpy(), whole.embeddings[:, 0]).min() > 0.99999
     assert cosines(pooled.numpy(), whole.read_column("pooled")[:, 0]).min() > 0.99999
+
+
+@pytest.mark.parametrize(("dtype", "version"), [("bfloat16", 3), ("float32", 3), ("float16", 1)])
+def test_tokens_are_kept_in_the_number_format_asked_for(
+    phantoms, cohort, encoder, tmp_path, dtype, version
+):
+    """Each is rounded once, as torch rounds; float32 is what the stem gave, to the bit."""
+    config, path = dataclasses.replace(TOKENS, tokens_dtype=dtype), tmp_path / "s.h5"
+    extract_embeddings(cohort, phantoms / "images", path, encoder, config)
+    pixels = [
+        read_image(phantoms / "images", i, encoder.preprocessing).pixels for i in cohort.image_ids
+    ]
+    with FeatureStore.open(path) as store:
+        assert (store.header.format_version, store.header.tokens_dtype) == (version, dtype)
+        kept = decode_tokens(np.array(store.read_column("tokens")))
+        assert f"counted from 0, in {dtype}" in format_store(summarise_store(store))
+    assert kept.dtype == getattr(torch, dtype)
+    for start in range(0, len(pixels), 4):  # in the batches of the extraction
+        batch = torch.from_numpy(np.stack(pixels[start : start + 4]))
+        tokens = encoder.encode_with_tokens(batch, 2)[0].to(kept.dtype)
+        torch.testing.assert_close(kept[start : start + 4, 0], tokens, rtol=1e-2, atol=1e-5)
+    assert (
+        verify(path, image_dir=phantoms / "images", encoder=encoder, n_sampled=3).exit_status
+        == WHOLE
+    )
+    assert extract_embeddings(cohort, phantoms / "images", path, encoder, config).n_computed == 0
+    other = "float32" if dtype == "float16" else "float16"
+    with pytest.raises(
+        StoreMismatchError, match=f"tokens_dtype: '{dtype}' in the store, '{other}'"
+    ):
+        extract_embeddings(
+            cohort,
+            phantoms / "images",
+            path,
+            encoder,
+            dataclasses.replace(TOKENS, tokens_dtype=other),
+        )
 
 
 @pytest.mark.slow
@@ -359,7 +396,7 @@ def test_other_tokens_are_refused(phantoms, cohort, encoder, tmp_path, whole, op
     config = dataclasses.replace(TOKENS, **options)
     with pytest.raises(StoreMismatchError, match=message) as caught:
         extract_embeddings(cohort, phantoms / "images", path, encoder, config)
-    assert "Give the same --tokens, --unfreeze-layers, --flip and --part" in str(caught.value)
+    assert "--unfreeze-layers, --tokens-dtype, --flip and --part" in str(caught.value)
     assert path.read_bytes() == before
 
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import TrainingError
-from cxr_cache.models.tuned import copy_tail
+from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.tokens import ResidentTokens
 from cxr_cache.training.fit import HeadTask
 from cxr_cache.training.losses import make_loss
+from cxr_cache.training.optim import WeightAverage
 from cxr_cache.training.tuning import Keeper, TuningData, build_model, group_parameters, tune
 from tests.oracles import reference_focal_loss
 
@@ -261,14 +263,86 @@ def test_norms_and_biases_can_be_spared_from_weight_decay(data):
     assert [group["weight_decay"] for group in group_parameters(model, CONFIG)] == [1e-4, 1e-4]
 
     groups = group_parameters(model, replace(CONFIG, decay_norms=False))
-    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0, 1e-4, 0.0]
-    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 3e-3, 3e-3]
+    assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [
+        *[(1e-3, 0.0), (1e-3, 1e-4)],
+        *[(3e-3, 0.0), (3e-3, 1e-4)],
+    ]
     spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in spared}
     assert all("norm" in name or "bias" in name for name in names)
     left = {name for name, p in model.named_parameters() if p.requires_grad} - names
     assert left
     assert not any("norm" in name or "bias" in name for name in left)
+
+
+def test_each_block_before_the_last_moves_by_a_smaller_rate(data):
+    config = replace(CONFIG, layer_decay=0.5)
+    model = build_model(data, config)
+    rate_of = {
+        id(p): group["lr"] for group in group_parameters(model, config) for p in group["params"]
+    }
+    first, last = name_blocks(model.tail)
+    for name, parameter in model.tail.items():
+        assert rate_of[id(parameter)] == (1e-3 if name.startswith(f"{last}.") else 5e-4)
+        assert name.startswith((f"{first}.", f"{last}."))
+    assert {rate_of[id(p)] for p in model.bank.parameters() if p.requires_grad} == {3e-3}
+
+
+def test_averaged_weights_are_torchs_own_average(data, monkeypatch):
+    """Of every step's weights, by torch's AveragedModel, and they are what is scored and saved."""
+    config = replace(CONFIG, ema_decay=0.9)
+    reference = None
+
+    def record(average):
+        nonlocal reference
+        tensors = nn.ParameterList([p.detach().clone() for p in average._tensors])
+        if reference is None:
+            reference = AveragedModel(
+                start, multi_avg_fn=lambda ours, now, n: torch._foreach_lerp_(ours, now, 1 - d(n))
+            )
+            reference.n_averaged += 1  # which would else only copy
+        reference.update_parameters(tensors)
+        update(average)
+
+    def d(n):
+        return min(0.9, (1 + int(n)) / (10 + int(n)))
+
+    update = WeightAverage.update
+    start = nn.ParameterList(
+        [p.detach().clone() for p in build_model(data, config, seed=TASK.seed).tensors()]
+    )
+    monkeypatch.setattr(WeightAverage, "update", record)
+    averaged = run(data, config, n_epochs=2)
+    expected = list(reference.module.parameters())
+    for name, tensor in zip(data.tail, expected, strict=False):
+        assert torch.allclose(averaged.weights[2][name][0], tensor, atol=1e-6)
+    monkeypatch.setattr(WeightAverage, "update", update)
+    plain = run(data, n_epochs=2)
+    assert [r["train_loss"] for r in plain.history] == [r["train_loss"] for r in averaged.history]
+    assert plain.history[-1]["val_loss"] != averaged.history[-1]["val_loss"]
+
+
+def test_mixed_batches_have_the_mixture_of_both_losses(data, monkeypatch):
+    """One step from a hand-made mixture of neighbours, and none where alpha is 0."""
+    config = replace(CONFIG, mixup=0.4)
+    seen = []
+
+    class Recording(TailAndHead):
+        def forward(self, tokens):
+            if self.training:
+                seen.append(tokens.clone())
+            return super().forward(tokens)
+
+    monkeypatch.setattr("cxr_cache.training.tuning.TailAndHead", Recording)
+    run(data, n_epochs=1)
+    plain = list(seen)
+    seen.clear()
+    run(data, config, n_epochs=1)
+    for own, mixed in zip(plain, seen, strict=True):
+        other = own[[i ^ 1 for i in range(len(own))]]
+        share = ((mixed - other) * (own - other)).sum() / (own - other).square().sum()
+        assert 0 <= share <= 1
+        assert torch.allclose(mixed, share * own + (1 - share) * other, atol=1e-4)
 
 
 def test_activations_computed_again_change_nothing(data):
@@ -338,7 +412,9 @@ def test_a_loss_that_diverges_is_named(data):
 @pytest.mark.parametrize("schedule", ["plateau", "cosine", "one-cycle"])
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(data, schedule, after, tmp_path):
-    config = replace(CONFIG, schedule=schedule, patience=0, warmup_steps=7)
+    config = replace(
+        CONFIG, schedule=schedule, patience=0, warmup_steps=7, ema_decay=0.9, mixup=0.2
+    )
     whole = run(data, config)
     path = tmp_path / "state.pt"
 
