@@ -15,11 +15,22 @@ from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cxr_cache.errors import ConfigError
 
-DEFAULT_ENCODER: Final = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+DEFAULT_ENCODER: Final = "biomedclip"
+"""A short name, which ``encoders/catalogue/known.csv`` pins to a revision."""
 LOSSES: Final = ("focal", "focal-balanced", "class-balanced", "bce", "weighted-bce", "asymmetric")
 """``focal`` is the reference's variant, ``focal-balanced`` the paper's."""
 SCHEDULES: Final = ("plateau", "constant", "cosine", "one-cycle")
@@ -49,6 +60,8 @@ Norm: TypeAlias = Literal["batch", "layer"]
 InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 
 
+RECIPES: Final = ("tuned", "reference")
+"""``tuned`` was chosen on real radiographs, ``reference`` is the published notebook's."""
 MIN_POSITIVES: Final = 5
 """Chosen by ``scripts/rare_thresholds.py``."""
 _CALIBRATIONS: Final = (
@@ -88,6 +101,7 @@ def parse_threshold_rule(rule: str) -> tuple[str, float]:
 # -- how an option is declared and checked ------------------------------------------------
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Recipe")
 Check: TypeAlias = Callable[[Any], str]
 """What is wrong with a value, in words that follow the option's name; empty if nothing is."""
 
@@ -250,6 +264,11 @@ class Config:
 class Recipe(Config):
     """What training a head and fine-tuning have in common, with the reference's values."""
 
+    reference: ClassVar[Mapping[str, Any]] = {}
+    """Options in which the published notebook's recipe differs from the defaults."""
+    earlier: ClassVar[Mapping[str, Any]] = {"select_by": "macro", "min_positives": 0}
+    """What was done by versions that had no such option, where that is not the default now."""
+
     epochs: tuple[int, ...] = option(
         (30, 50, 75, 90, 100),
         "Candidate numbers of epochs, of which cross-validation chooses the best.",
@@ -379,6 +398,14 @@ class Recipe(Config):
         super().__post_init__()
         object.__setattr__(self, "epochs", tuple(sorted(set(self.epochs))))
 
+    @classmethod
+    def of_recipe(cls: type[R], name: str, **options: Any) -> R:
+        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
+        if name not in RECIPES:
+            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
+            raise ConfigError(problems=[("recipe", problem)])
+        return cls(**{**cls.reference, **options} if name == "reference" else options)
+
     @property
     def has_horizon(self) -> bool:
         """Whether an epoch's learning rate depends on how many epochs will follow."""
@@ -410,6 +437,11 @@ class TrainConfig(Recipe):
     (30, 50, 75, 90, 100)
     """
 
+    reference: ClassVar = {
+        name: Recipe.__dataclass_fields__[name].default
+        for name in ("epochs", "batch_size", "learning_rate", "final", "calibration", "select_by")
+    }
+
     epochs: tuple[int, ...] = _other("epochs", (5, 10, 20, 30, 50))
     batch_size: int = _other("batch_size", 64)
     learning_rate: float = _other("learning_rate", 1e-3)
@@ -433,23 +465,18 @@ class TrainConfig(Recipe):
         flag="--jobs",
     )
 
-    @classmethod
-    def of_recipe(cls, name: str, **options: Any) -> TrainConfig:
-        """Make the recipe called `name`, of :data:`RECIPES`, except for the options given."""
-        if name not in RECIPES:
-            problem = f"is one of {', '.join(RECIPES)}, not {name!r}"
-            raise ConfigError(problems=[("recipe", problem)])
-        return cls(**{**RECIPES[name], **options})
 
+@dataclass(frozen=True)
+class RepeatConfig(Config):
+    """How often a recipe is trained."""
 
-RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "tuned": {},
-    "reference": {
-        name: Recipe.__dataclass_fields__[name].default
-        for name in ("epochs", "batch_size", "learning_rate", "final", "calibration", "select_by")
-    },
-}
-"""Options of :class:`TrainConfig` in which a recipe differs from its defaults."""
+    n_repeats: int = option(
+        1,
+        "Number of trainings on the same split, each from its own seed. The first becomes the "
+        "run's model; compare and the run's figures of the recipe use all of them.",
+        flag="--repeats",
+        check=at_least(1),
+    )
 
 
 @dataclass(frozen=True)
@@ -487,7 +514,11 @@ class Augmentation(Config):
 
 @dataclass(frozen=True)
 class FinetuneConfig(Recipe):
-    """How to fine-tune the last blocks of the encoder together with the head.
+    """How to fine-tune the last blocks of the encoder together with the head; by default tuned.
+
+    The tuned recipe was chosen on out-of-fold predictions of a pretrained DINOv2 ViT-S/14 on real
+    radiographs (docs/measurements.md). Its learning rates are constant and its weights averaged, so
+    that all candidate numbers of epochs are read off one training.
 
     Examples
     --------
@@ -495,13 +526,24 @@ class FinetuneConfig(Recipe):
     False
     """
 
+    reference: ClassVar = {
+        **{"epochs": (5, 10, 15), "learning_rate": 2e-5, "head_learning_rate": 2e-4},
+        **{"batch_size": 16, "schedule": "plateau", "final": "refit"},
+        **{"warmup_steps": 0, "ema_decay": 0.0, "patch_dropout": 0.0},
+        **{"calibration": "none", "select_by": "macro"},
+    }
+    earlier: ClassVar = {**Recipe.earlier, "ema_decay": 0.0, "patch_dropout": 0.0}
+
     epochs: tuple[int, ...] = _other(
         "epochs",
-        (5, 10, 15),
+        (2, 3, 4, 5, 6),
         "Candidate numbers of epochs, of which cross-validation chooses the best. A single one is "
         "used without a search.",
     )
-    learning_rate: float = _other("learning_rate", 2e-5, "Learning rate of the blocks.")
+    learning_rate: float = _other("learning_rate", 2e-4, "Learning rate of the blocks.")
+    batch_size: int = _other("batch_size", 32)
+    schedule: str = _other("schedule", "constant")
+    final: FinalModel = _other("final", "ensemble")
     input_norm: InputNorm = option(
         "l2",
         "What is done to embeddings before the head. l2 scales each to length 1; none leaves them.",
@@ -514,10 +556,10 @@ class FinetuneConfig(Recipe):
         2, "Number of blocks of the encoder that train, counted from the end.", check=at_least(1)
     )
     head_learning_rate: float = option(
-        2e-4, "Learning rate of the head.", flag="--head-lr", check=_POSITIVE
+        1e-3, "Learning rate of the head.", flag="--head-lr", check=_POSITIVE
     )
     warmup_steps: int = option(
-        0, "Number of steps over which both learning rates rise from zero.", check=at_least(0)
+        100, "Number of steps over which both learning rates rise from zero.", check=at_least(0)
     )
     layer_decay: float = option(
         1.0,
@@ -525,7 +567,7 @@ class FinetuneConfig(Recipe):
         check=_POSITIVE_SHARE,
     )
     ema_decay: float = option(
-        0.0,
+        0.99,
         "Decay per step of an exponential moving average of the weights, which is scored and saved "
         "in place of the last weights; 0 takes the last weights.",
         flag="--ema",
@@ -536,6 +578,13 @@ class FinetuneConfig(Recipe):
         "Parameter alpha of mixup (Zhang et al. 2018): the tokens of two images and their losses "
         "are mixed by a share that is drawn from Beta(alpha, alpha); 0 mixes none.",
         check=_FINITE,
+    )
+    patch_dropout: float | None = option(
+        None,
+        "Share of the patches left out of every batch while training (PatchDropout, Liu et al. "
+        "2023), which regularises and saves as much time. Predictions see all patches.",
+        shown="0.5; 0 where positions are rotary",
+        check=_BELOW_1,
     )
     decay_norms: bool = option(
         True, "Apply weight decay to norms and biases too, as the published notebook did."
@@ -765,8 +814,10 @@ class EncoderOptions(Config):
 
     name: str = option(
         DEFAULT_ENCODER,
-        "Name of the encoder: hf-hub:ORG/REPO, local-dir:FOLDER, timm:NAME[?img_size=224], an "
-        "open_clip name, or random:TIMM_NAME[:SEED].",
+        "Name of the encoder: one that cxr-cache encoders lists, hf-hub:ORG/REPO[@REVISION], "
+        "local-dir:FOLDER, local-file:WEIGHTS, timm:NAME, an open_clip name, or "
+        "random:TIMM_NAME[:SEED]. ?img_size=224 behind it asks for images of another size than its "
+        "own.",
         flag="--model",
     )
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
@@ -787,6 +838,11 @@ class EncoderOptions(Config):
     )
     bits_stored: int | None = option(
         None, "Number of bits that are in use in 16-bit image files, such as 12.", shown="all 16"
+    )
+    antialias: bool = option(
+        True,
+        "Smooth images that become smaller. --no-antialias is for encoders that were trained or "
+        "evaluated on those of tf.image.resize, such as MedSigLIP.",
     )
     pool: str = option(
         "default",

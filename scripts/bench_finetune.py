@@ -155,7 +155,7 @@ def train_plainly(
     embed: Callable[[Encoder, Tensor], Tensor],
 ) -> None:
     """A bare loop: `load` gives what reads a batch, `embed` turns the batch into embeddings."""
-    encoder, recipe = bench.load_encoder(), FinetuneConfig()
+    encoder, recipe = bench.load_encoder(), FinetuneConfig.of_recipe("reference")
     load_batch, targets = load(bench, encoder), torch.from_numpy(bench.load("targets"))
     tail = [encoder.get_parameter(n) for n in trainable_parameter_names(encoder, N_UNFROZEN)]
     for parameter in tail:
@@ -242,7 +242,9 @@ def embed_class_token(encoder: Encoder, tokens: Tensor) -> Tensor:
 
 def train_with_product(bench: Bench, turns: Turns, n_steps: int, place: Any) -> None:
     """Epochs of `n_steps` batches; all that ``tune`` does in an epoch counts."""
-    config = FinetuneConfig(device="cpu", precision=bench.precision, tokens_in=place)
+    config = FinetuneConfig.of_recipe(
+        "reference", device="cpu", precision=bench.precision, tokens_in=place
+    )
     encoder = bench.load_encoder()
 
     def end_turn() -> None:

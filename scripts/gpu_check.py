@@ -180,7 +180,8 @@ def encoder_in(setup: Setup, precision: Any) -> Encoder:
 
 def config_for(setup: Setup, mode: str, batch_size: int, **more: Any) -> FinetuneConfig:
     """The recipe."""
-    return FinetuneConfig(
+    return FinetuneConfig.of_recipe(
+        "reference",
         device=str(setup.device),
         precision=autocast_of(mode),
         batch_size=batch_size,

@@ -1,9 +1,9 @@
-"""How often intervals cover: known AUROC, AP and F1, of images and studies that are alike.
+"""How often intervals cover a known truth, and how often equal models are called different.
 
     python scripts/interval_coverage.py --repeats 500
 
-Four simulations, scores being normal, shifted where the finding is present, with most of their
-variance shared by the images of a study:
+Five simulations, scores being normal, shifted where the finding is present. In the first three,
+the images of a study share most of their variance:
 
 * one finding, 100 studies of three images: intervals over studies, and over images as if each
   were evidence of its own;
@@ -11,8 +11,13 @@ variance shared by the images of a study:
   over studies;
 * 35 findings as frequent as those of the Indiana collection, in a test split of 770 studies of two
   images: the intervals of this package, and percentiles of studies drawn with replacement;
-* one to twenty findings with three to ten positives each among 200 studies of one image: their mean
-  AUROC, and its difference between two models that are equally good.
+* AUROCs from 0.6 to 0.97 of one finding with 5 to 200 positives among 800 studies of one image, the
+  scores of positives being as spread out as those of negatives, or 1.5 times as much;
+* the mean AUROC and AP of one to twenty findings with three to ten positives each among 200 studies
+  of one image, and of the 35 findings among 770: how often two models that are equally good are
+  called different at 5 %, where the noise of a model is that of each finding by itself, and where
+  all findings of a study share it; and how often a recipe of several trainings is called different
+  from itself.
 
 AP and F1 of a finding with few positives are biased: those of another test split as large are not
 those of the population. Coverage is given for both, "as large" being the mean over all repeats.
@@ -35,14 +40,17 @@ from benchmarking import format_table, write_json
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from cxr_cache.evaluation.compare import tabulate_differences
+from cxr_cache.evaluation.figures import MEASURES as REGISTERED
 from cxr_cache.metrics.intervals import (
     Interval,
+    auroc_interval,
+    count_classes,
     count_rarer_class,
     macro_interval,
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, confusion_counts, macro_mean, rates
 
@@ -55,6 +63,10 @@ DISTANCE = 1.0  # in the simulations of one finding
 SHARED = 0.8  # of the variance of a score, by the images of a study
 FEW = ((1, 3), (1, 5), (5, 3), (20, 3), (20, 10))
 """Findings, and studies with a positive of each."""
+AREAS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.97)
+N_POSITIVE = (5, 9, 14, 20, 50, 200)
+SPREADS = (1.0, 1.5)
+"""Standard deviations of the positives' scores; those of the negatives' have 1."""
 CLASSES = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 10**6))
 """Findings by their number of studies with a positive."""
 
@@ -94,8 +106,8 @@ def cover_one_finding(
         once = ranked.auroc_and_ap(np.ones((1, len(scores))))[0][0]
         for name, groups in groupings.items():
             areas = bootstrap(partial(_areas, ranked), groups, n_resamples, repeat)["auroc"]
-            n = count_rarer_class(present.astype(float), groups)
-            interval = student_interval(once, standard_errors(areas, n), n, "logit")
+            n = count_classes(present.astype(float), groups)
+            interval = auroc_interval(once, standard_errors(areas, n.min(axis=0)), *n)
             n_covered[name] += bool(covers(interval, truth)[0])
     return {name: count / repeats for name, count in n_covered.items()}
 
@@ -120,29 +132,135 @@ def covers(interval: Interval, truth: Array | float) -> Array:
     return covered
 
 
-# --- few positives -------------------------------------------------------------------------------
+# --- AUROCs up to nearly 1 -----------------------------------------------------------------------
 
 
-def cover_few_positives(repeats: int, n_resamples: int) -> list[dict[str, float]]:
-    """Coverage of a macro AUROC, and how often equal models are called different at 5 %."""
-    truth = float(norm.cdf(DISTANCE / np.sqrt(2)))
+def cover_auroc(repeats: int, n_resamples: int) -> list[dict[str, float]]:
+    """Share of intervals that cover, by AUROC, number of positives and spread of their scores."""
     found = []
-    for n_findings, n_positive in FEW:
-        n_covered = n_different = 0
-        for repeat in range(repeats):
-            rng = np.random.default_rng([4, n_findings, n_positive, repeat])
-            targets = rng.permuted(np.tile(np.arange(200) < n_positive, (n_findings, 1)), axis=1).T
-            shared, *own = rng.standard_normal((3, *targets.shape))
-            scores = [targets * DISTANCE + np.sqrt(0.5) * (shared + z) for z in own]
-            rows = np.arange(len(targets))
-            models = {str(k): ScoredRows(rows, targets * 1.0, z) for k, z in enumerate(scores)}
-            areas = score_jointly(models, rows, n_resamples=n_resamples, seed=repeat)
-            macro, difference = areas["0"].macro(), areas["1"].minus(areas["0"]).macro()
-            n_covered += macro.low <= truth <= macro.high
-            n_different += not difference.low <= 0 <= difference.high
-        shares = {"coverage": n_covered / repeats, "false_differences": n_different / repeats}
-        found.append({"n_findings": n_findings, "n_positive": n_positive, **shares})
+    for spread in SPREADS:
+        for area in AREAS:
+            for n_positive in N_POSITIVE:
+                rng = np.random.default_rng([5, n_positive, int(100 * area)])
+                present = np.arange(800) < n_positive
+                targets = np.repeat(present[:, None], repeats, axis=1).astype(float)
+                distance = norm.ppf(area) * np.hypot(1, spread)
+                scores = rng.standard_normal(targets.shape)
+                scores[present] = distance + spread * scores[present]
+                ranked, n = (
+                    RankedScores(targets, scores),
+                    np.array([[n_positive], [800 - n_positive]]),
+                )
+                once = ranked.auroc_and_ap(np.ones((1, 800)))[0][0]
+                areas = bootstrap(partial(_areas, ranked), np.arange(800), n_resamples, 0)["auroc"]
+                errors = standard_errors(areas, min(n))
+                shares = {
+                    "coverage": covers(auroc_interval(once, errors, *n), area).mean(),
+                    "logit": covers(student_interval(once, errors, min(n), "logit"), area).mean(),
+                }
+                found.append({"spread": spread, "auroc": area, "n_positive": n_positive, **shares})
     return found
+
+
+# --- equal models --------------------------------------------------------------------------------
+
+
+def compare_equal_models(repeats: int, n_resamples: int) -> list[dict[str, Any]]:
+    """How often a macro AUROC or AP is called different, and how often macro AUROC is covered."""
+    few = [(f"{F} x {n}", np.full(F, n / 200), np.full(F, DISTANCE), 200) for F, n in FEW]
+    of_35 = Population()
+    designs = [*few, ("35 findings", of_35.prevalence, of_35.distances, N_STUDIES)]
+    return [
+        {"design": name, "is_shared": is_shared}
+        | _compare_equal_models(prevalence, distances, n_studies, is_shared, repeats, n_resamples)
+        for name, prevalence, distances, n_studies in designs
+        for is_shared in (False, True)
+    ]
+
+
+def _compare_equal_models(
+    prevalence: Array,
+    distances: Array,
+    n_studies: int,
+    is_shared: bool,
+    repeats: int,
+    n_resamples: int,
+) -> dict[str, float]:
+    truth = norm.cdf(distances / np.sqrt(2))
+    n_found: dict[str, int] = defaultdict(int)
+    for repeat in range(repeats):
+        rng = np.random.default_rng([4, len(prevalence), int(prevalence[0] * n_studies), repeat])
+        targets = draw_targets(rng, prevalence, n_studies)
+        F, rows = len(prevalence), np.arange(n_studies)
+        of_both = rng.standard_normal(targets.shape)
+        ranked = []
+        for _ in range(2):
+            own = rng.standard_normal((n_studies, 1 if is_shared else F))
+            scores = targets * distances + np.sqrt(0.5) * (of_both + own)
+            ranked.append(RankedScores(targets, scores))
+
+        def statistics(weights: Array, ranked: list[RankedScores] = ranked) -> dict[str, Array]:
+            pairs = np.stack([each.auroc_and_ap(weights) for each in ranked], axis=-1)
+            return {"auroc": pairs[0], "ap": pairs[1]}  # (R, F, 2)
+
+        once = statistics(np.ones((1, n_studies)))
+        resampled = bootstrap(statistics, rows, n_resamples, repeat)
+        n = count_rarer_class(targets, rows)
+        for measure, figures in once.items():
+            first, second = np.where(n > 0, figures[0].T, np.nan)
+            changes = resampled[measure][..., 1] - resampled[measure][..., 0]
+            widen = REGISTERED[measure].widen
+            table = tabulate_differences(first, second, changes, n, widen=widen)
+            n_found[f"{measure}_called_different"] += table["p"].iloc[-1] < 0.05
+        first = np.where(n > 0, once["auroc"][0, :, 0], np.nan)
+        macro = macro_interval(first, resampled["auroc"][..., 0], n, "logit")
+        n_found["coverage"] += bool(covers(macro, truth[n > 0].mean()))
+    return {name: count / repeats for name, count in n_found.items()}
+
+
+def compare_same_recipe(
+    repeats: int, n_resamples: int, *, n_trainings: int = 5
+) -> dict[str, float]:
+    """How often a recipe is called different from itself, with the training's variance and without.
+
+    Ten findings of ten positives among 200 studies; a training moves all its positives by a normal
+    number of spread 0.15, which is half of what other studies change.
+    """
+    n_found: dict[str, int] = defaultdict(int)
+    for repeat in range(repeats):
+        rng = np.random.default_rng([6, repeat])
+        targets = draw_targets(rng, np.full(10, 0.05), 200)
+        of_all = rng.standard_normal(targets.shape)
+        ranked = [
+            RankedScores(targets, targets * rng.normal(DISTANCE, 0.15) + of_all)
+            for _ in range(2 * n_trainings)
+        ]
+
+        def areas(weights: Array, ranked: list[RankedScores] = ranked) -> Array:
+            every = np.stack([each.auroc_and_ap(weights)[0] for each in ranked])
+            return every.reshape(2, n_trainings, *every.shape[1:])  # (2, T, R, F)
+
+        def changes(weights: Array) -> dict[str, Array]:
+            means = areas(weights).mean(axis=1)
+            return {"auroc": means[1] - means[0]}
+
+        first, second = areas(np.ones((1, 200)))[:, :, 0]
+        resampled = bootstrap(changes, np.arange(200), n_resamples, repeat)["auroc"]
+        n = count_rarer_class(targets, np.arange(200))
+        means = first.mean(axis=0), second.mean(axis=0)
+        for name, pair in (("studies", means), ("studies_and_training", (first, second))):
+            p = tabulate_differences(*pair, resampled, n)["p"].iloc[-1]
+            n_found[name] += p < 0.05
+    return {name: count / repeats for name, count in n_found.items()}
+
+
+def draw_targets(rng: np.random.Generator, prevalence: Array, n_studies: int) -> Array:
+    """Present (1) or not, ``(N, F)``; of rare findings in 200 studies exactly as many as stated."""
+    if n_studies == N_STUDIES:
+        return (rng.random((n_studies, len(prevalence))) < prevalence).astype(float)
+    present = np.arange(n_studies) < np.round(prevalence * n_studies)[:, None]
+    targets: Array = rng.permuted(present, axis=1).T.astype(float)
+    return targets
 
 
 # --- 35 findings ---------------------------------------------------------------------------------
@@ -203,10 +321,13 @@ def simulate(population: Population, seed: int, n_resamples: int) -> dict[str, A
     scored = n > 0
     intervals: dict[tuple[str, str], tuple[Interval, Interval]] = {}
     for name, values in estimates.items():
-        errors = standard_errors(weighted[name], n)
+        widen = name != "ap"
+        errors = standard_errors(weighted[name], n, widen=widen)
         intervals[name, "package"] = (
-            student_interval(values, errors, n, "logit"),
-            macro_interval(values, weighted[name], n, "logit"),
+            auroc_interval(values, errors, *count_classes(targets, study))
+            if name == "auroc"
+            else student_interval(values, errors, n, "logit"),
+            macro_interval(values, weighted[name], n, "logit", widen=widen),
         )
         intervals[name, "percentiles"] = (
             percentiles(drawn[name]),
@@ -267,7 +388,9 @@ def main() -> None:
     of_one = options.repeats, options.resamples
     one = cover_one_finding(draw_alike_images, *of_one)
     patients = cover_one_finding(draw_alike_studies, *of_one)
-    few = cover_few_positives(*of_one)
+    areas = cover_auroc(*of_one)
+    equal = compare_equal_models(*of_one)
+    same = compare_same_recipe(*of_one)
     many = cover_many_findings(*of_one)
     print("One finding; intervals of AUROC that cover, of 95 %:")
     for what, shares in (("100 studies of three images", one), ("60 patients", patients)):
@@ -275,14 +398,21 @@ def main() -> None:
             f"resampling {name} {100 * share:.1f}" for name, share in shares.items()
         )
         print(f"  {what}: {covered}")
+    print("AUROC of one finding, by its positives; intervals that cover (Student's on the logit):")
+    print(tabulate_areas(areas))
+    print("Equal models called different, and coverage of the first one's macro AUROC, in %:")
+    heads = ["findings x positives", "noise", "macro AUROC", "macro AP", "coverage"]
+    lines = [
+        [row["design"], "shared" if row["is_shared"] else "own"]
+        + [f"{100 * row[name]:.1f}" for name in list(row)[2:]]
+        for row in equal
+    ]
+    print(format_table([heads, *lines]))
     print(
-        "Macro AUROC of findings with few positive studies; coverage, and false differences, in %:"
+        "A recipe called different from itself, five trainings of each, in %: "
+        f"{100 * same['studies']:.1f} with the variance over studies alone, "
+        f"{100 * same['studies_and_training']:.1f} with that of the training"
     )
-    for row in few:
-        print(
-            f"  {row['n_findings']} x {row['n_positive']}: {100 * row['coverage']:.1f}, "
-            f"{100 * row['false_differences']:.1f}"
-        )
     print(f"35 findings, 770 studies of two images, {options.repeats} repeats; coverage in %:")
     print(tabulate(many))
     print(f"{time.perf_counter() - started:.0f} s")
@@ -290,7 +420,9 @@ def main() -> None:
         found = {
             "one_finding": one,
             "patients": patients,
-            "few_positives": few,
+            "areas": areas,
+            "equal_models": equal,
+            "same_recipe": same,
             "many_findings": many,
         }
         write_json(options.out, found | vars_of(options))
@@ -299,6 +431,17 @@ def main() -> None:
 def vars_of(options: argparse.Namespace) -> dict[str, int]:
     """What the figures depend on."""
     return {"repeats": options.repeats, "resamples": options.resamples}
+
+
+def tabulate_areas(found: list[dict[str, float]]) -> str:
+    """One line per spread and AUROC, one column per number of positives."""
+    lines = [["spread, AUROC", *map(str, N_POSITIVE)]]
+    for spread in SPREADS:
+        for area in AREAS:
+            of_line = [row for row in found if (row["spread"], row["auroc"]) == (spread, area)]
+            cells = [f"{100 * row['coverage']:.1f} ({100 * row['logit']:.1f})" for row in of_line]
+            lines.append([f"{spread}, {area}", *cells])
+    return format_table(lines)
 
 
 def tabulate(results: list[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ import pytest
 
 from cxr_cache import config
 from cxr_cache.config import (
-    RECIPES,
     Augmentation,
     Config,
     ExtractConfig,
@@ -131,14 +130,18 @@ def test_the_tuned_recipe_is_the_default_and_the_reference_is_whole():
     reference = TrainConfig.of_recipe("reference")
     assert {name: getattr(reference, name) for name in shared} == shared
     differing = {name for name in shared if getattr(TrainConfig(), name) != shared[name]}
-    assert differing == set(RECIPES["reference"])
+    assert differing == set(TrainConfig.reference)
+    assert FinetuneConfig.of_recipe("tuned") == FinetuneConfig()
+    published = FinetuneConfig.of_recipe("reference")
+    assert (published.learning_rate, published.head_learning_rate) == (2e-5, 2e-4)
+    assert {n for n in shared if getattr(published, n) != shared[n]} == {"epochs", "device"}
     assert TrainConfig() == TrainConfig(
         epochs=(5, 10, 20, 30, 50), batch_size=64, learning_rate=1e-3, final="ensemble"
     )
 
 
 def test_fine_tuning_keeps_its_values_and_tells_why_it_takes_no_standard_scores():
-    made = FinetuneConfig()
+    made = FinetuneConfig.of_recipe("reference")
     assert (made.epochs, made.batch_size, made.learning_rate) == ((5, 10, 15), 16, 2e-5)
     assert (made.final, made.device, made.head_learning_rate) == ("refit", "auto", 2e-4)
     with pytest.raises(ConfigError, match="input_norm standard needs embeddings that stay"):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from cxr_cache.common.wording import suggest
+from cxr_cache.config import FinetuneConfig, Recipe, TrainConfig
 from cxr_cache.errors import ConfigError
 
 _OF_A_RUN: Final = ("format_version", "kind", "store")
 """What tells the config.json of a run from a file that somebody wrote."""
+_RECIPES: Final[Mapping[str, type[Recipe]]] = {"train": TrainConfig, "finetune": FinetuneConfig}
 
 
 def read_config_file(
@@ -89,7 +91,7 @@ def _options_of_run(recorded: Mapping[str, Any], path: Path, command: str) -> di
     if kind != command:
         hint = " Start from that run with --from-run." if command == "finetune" else ""
         raise ConfigError(f"{path} is of a run of `cxr-cache {kind}`, not of {command}.{hint}")
-    options = dict(recorded[kind])
+    options = {**_RECIPES[kind].earlier, **recorded[kind]}
     for name in ("labels", "from_run"):
         if recorded.get(name):
             options[name] = _find_again(recorded[name]["path"], path)

@@ -86,7 +86,7 @@ def run_demo(
         tune_run(
             store_path,
             folder / "finetuned",
-            config_from_run(frozen, **TUNED),
+            config_from_run(frozen, "reference", **TUNED),
             from_run=frozen.path,
             overwrite=True,
             echo=lambda text: echo(indent(text, "   ")),

@@ -14,10 +14,12 @@ import click
 from click.core import ParameterSource
 
 from cxr_cache.cli.config_file import read_config_file
+from cxr_cache.common.wording import count
 from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, option_of
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
+    from cxr_cache.encoders.identity import EncoderIdentity
     from cxr_cache.models.run import Run
 
     ParamType: TypeAlias = click.ParamType[Any]
@@ -267,6 +269,7 @@ def _as_text(command: click.Command, name: str, value: Any) -> Any:
 # -- arguments and options of several commands ---------------------------------------------
 
 STORE: Final = click.argument("store", type=FILE)
+STORES: Final = click.argument("stores", type=FILE, nargs=-1, required=True)
 RUN: Final = click.argument("run", type=FOLDER)
 RUNS: Final = click.argument("runs", type=FOLDER, nargs=-1, required=True)
 IMAGES: Final = click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
@@ -323,6 +326,13 @@ def warn_if_random(is_random: bool) -> None:
         )
 
 
+def warn_of_encoder(identity: EncoderIdentity) -> None:
+    """Say on stderr what to know of features that this encoder makes."""
+    warn_if_random(identity.is_random)
+    for note in identity.notes:
+        click.echo(f"Note: {note}", err=True)
+
+
 def load_encoder_of_store(
     store: Path, model: str | None, device: str, remedy: str = "Leave out --images."
 ) -> Encoder:
@@ -342,11 +352,30 @@ def load_encoder_of_store(
 
 
 def load_encoder_of_run(run: Run, model: str | None, device: str) -> Encoder:
-    """Load what made the features that a run was trained on."""
+    """Load what made the features that a run was trained on; of several, the first."""
+    return _load_encoder(run, run.load_model().encoder, model, device)
+
+
+def load_encoders_of_run(run: Run, models: Sequence[str], device: str) -> list[Encoder]:
+    """Load all that made the features that a run was trained on, in the order of its stores."""
+    recorded = run.load_model(with_weights=False).encoders
+    if models and len(models) != len(recorded):
+        names = ", ".join(str(encoder["name"]) for encoder in recorded)
+        raise click.UsageError(
+            f"--model is given {count(len(models), 'time')}, and {run.path} has "
+            f"{count(len(recorded), 'encoder')}: {names}. Give it once for each, in this order."
+        )
+    names_now: Sequence[str | None] = models or [None] * len(recorded)
+    return [
+        _load_encoder(run, encoder, model, device)
+        for encoder, model in zip(recorded, names_now, strict=True)
+    ]
+
+
+def _load_encoder(run: Run, recorded: Mapping[str, Any], model: str | None, device: str) -> Encoder:
     from cxr_cache.encoders.loading import reload_encoder
     from cxr_cache.models.predict import require_encoder_of_run
 
-    recorded = run.load_model().encoder
     require_encoder_of_run(run, recorded, None)
     encoder = reload_encoder(recorded, model=model, device=device)
     warn_if_random(encoder.identity.is_random)

@@ -31,7 +31,14 @@ from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, External
 
 @click.command()
 @RUN
-@option("--store", type=FILE, help="Store of an external test set to score the run on.")
+@option(
+    "--store",
+    "stores",
+    type=FILE,
+    multiple=True,
+    help="Store of an external test set to score the run on. For a run of several stores, given "
+    "once for each, in the order of the run's.",
+)
 @option(
     "--labels",
     type=FILE,
@@ -59,7 +66,7 @@ from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, External
     "recorded]",
 )
 @DEVICE
-def evaluate(run: Path, store: Path | None, groups: Path | None, **options: Any) -> None:
+def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options: Any) -> None:
     """Score a run's predictions, with intervals; or the run on another store.
 
     --threshold-rule, --calibration and --min-positives choose anew, on the run's out-of-fold
@@ -74,26 +81,26 @@ def evaluate(run: Path, store: Path | None, groups: Path | None, **options: Any)
 
     of_external = ("out", "labels", "name_map", "relations")
     given = options_given({name: options[name] for name in of_external})
-    if store is None and given:
+    if not stores and given:
         flag = {"name_map": "map"}.get(name := min(given), name)
         why = "; a run keeps its own metrics.json" if name == "out" else ""
         raise click.UsageError(f"--{flag} goes with --store{why}.")
     config = EvaluateConfig(**pick(EvaluateConfig, options))
     chosen = (config.threshold_rule, config.calibration, config.min_positives)
-    if store is not None and chosen != (None, None, None):
+    if stores and chosen != (None, None, None):
         raise click.UsageError(
             "--threshold-rule, --calibration and --min-positives choose on the run's own "
             "out-of-fold predictions, never on another store. Evaluate the run with them first."
         )
     opened = Run.open(run)
-    if store is None:
+    if not stores:
         click.echo(format_summary(evaluate_run(opened, groups=groups, **vars(config))))
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
     evaluation = evaluate_on_store(
         opened,
-        store,
+        stores,
         groups=groups,
         n_resamples=config.n_resamples,
         seed=config.seed,

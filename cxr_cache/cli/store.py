@@ -24,7 +24,7 @@ from cxr_cache.cli.options import (
     options_of,
     pick,
     require_folder,
-    warn_if_random,
+    warn_of_encoder,
 )
 from cxr_cache.cli.progress import Progress, counting, progress
 from cxr_cache.config import (
@@ -101,6 +101,32 @@ def describe(
             plot,
         )
         click.echo(f"Class distribution drawn to {plot}", err=True)
+
+
+@click.command()
+@click.argument("name", required=False)
+@options_of(EncoderOptions, without=("name", "device", "precision", "bits_stored"))
+@AS_JSON
+def encoders(name: str | None, as_json: bool, **options: Any) -> None:
+    """List encoders and their traps; or check the one that NAME stands for.
+
+    NAME is what --model takes, or a folder or file with weights. It is loaded, and encodes one
+    black image; nothing is written.
+    """
+    from cxr_cache.encoders.catalogue import check, known
+
+    if name is None:
+        if given := options_given(options):
+            raise click.UsageError(f"--{min(given)} goes with NAME.")
+        every = [check.describe_known(each) for each in known.read_known().values()]
+        click.echo(json.dumps(every, indent=2) if as_json else check.format_known())
+        return
+    if (path := Path(name)).exists():
+        name = f"local-{'dir' if path.is_dir() else 'file'}:{name}"
+    if not as_json and (about := known.find_known(name)):
+        click.echo(f"{check.format_one(about)}\n")  # also where its weights are not there
+    found = check.check_encoder(name, precision="fp32", **options)
+    click.echo(json.dumps(found, indent=2) if as_json else check.format_check(found))
 
 
 @click.command()
@@ -248,13 +274,21 @@ def extract(
         image_dir = default_image_dir(data)
     cohort = _load_cohort(data, data_format, image_dir, pick(ReadConfig, given)).take(slice(limit))
     require_folder(image_dir)
+    from cxr_cache.encoders.catalogue.known import find_known
     from cxr_cache.store.extract import extract_embeddings
     from cxr_cache.store.workers import Workers, extract_on_workers, load_once
 
     encoder = load_once(options)
-    warn_if_random(encoder.identity.is_random)
     identity = encoder.identity
-    logger.info("%s on %s in %s", identity.name, encoder.device, identity.precision)
+    warn_of_encoder(identity)
+    click.echo(f"encoder: {identity.to_text()}", err=True)
+    logger.info("it computes on %s in %s", encoder.device, identity.precision)
+    known = find_known(identity.name)
+    if known is not None and cohort.reading is not None and cohort.reading.format in known.seen:
+        logger.warning(
+            f"{known.name} was trained on images of the data set that {cohort.reading.format} "
+            "reads, so a test on them may flatter it."
+        )
     with progress("images") as shown:
         callbacks: Any = {
             "on_progress": _image_progress(shown),

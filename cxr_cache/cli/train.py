@@ -9,11 +9,12 @@ import click
 
 from cxr_cache.cli.options import (
     ALLOW_PENDING,
+    FILE,
     FOLDER,
     GROUPS,
     LABELS,
     MODEL_OF_STORE,
-    STORE,
+    STORES,
     option,
     options_given,
     options_of,
@@ -21,8 +22,16 @@ from cxr_cache.cli.options import (
     warn_if_random,
 )
 from cxr_cache.cli.progress import counting
-from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, TrainConfig
+from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, RepeatConfig, TrainConfig
 
+_RECIPE: Final = option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    default="tuned",
+    help="Where the defaults of the options below come from: tuned was chosen on real radiographs; "
+    "reference has the epochs, batch size and learning rates of the published notebook that "
+    "docs/design.md compares with.",
+)
 _RUN_DIR: Final = option(
     "--run-dir", type=FOLDER, required=True, help="Folder that the run is written to."
 )
@@ -32,44 +41,44 @@ _OVERWRITE: Final = option(
 
 
 @click.command()
-@STORE
-@option(
-    "--recipe",
-    type=click.Choice(tuple(RECIPES)),
-    default="tuned",
-    help="Where the defaults of the options below come from: tuned was chosen on real radiographs; "
-    "reference has the epochs, batch size and learning rate of the published notebook that "
-    "docs/design.md compares with.",
-)
+@STORES
+@_RECIPE
 @_RUN_DIR
 @LABELS
-@options_of(TrainConfig, recipes=RECIPES)
+@options_of(TrainConfig, recipes={"reference": TrainConfig.reference})
+@options_of(RepeatConfig)
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
 def train(
-    store: Path,
+    stores: tuple[Path, ...],
     recipe: str,
     run_dir: Path,
     labels: Path | None,
     groups: Path | None,
     allow_pending: bool,
     overwrite: bool,
+    n_repeats: int,
     **options: Any,
 ) -> None:
-    """Search the number of epochs by cross-validation, train, and test once."""
+    """Search the number of epochs by cross-validation, train, and test once.
+
+    Of several STORES of the same images, made by several encoders, the features are read side by
+    side. Labels and split come from the first.
+    """
     from cxr_cache.jobs.runs import train_head
 
     config = TrainConfig.of_recipe(recipe, **options_given(options))
     with counting("epochs") as on_progress:
         result = train_head(
-            store,
+            stores,
             run_dir,
             config,
             labels=labels,
             groups=groups,
             allow_pending=allow_pending,
             overwrite=overwrite,
+            n_repeats=n_repeats,
             tell=click.echo,
             on_progress=on_progress,
         )
@@ -77,7 +86,7 @@ def train(
 
 
 @click.command()
-@STORE
+@STORES
 @option(
     "--out", type=FOLDER, required=True, help="Folder for the table and for the finished folds."
 )
@@ -86,12 +95,13 @@ def train(
     "varied",
     multiple=True,
     metavar="NAME=A,B",
-    help="Option of train and the values to try, such as lr=1e-4,1e-3 or hidden=512x256,256. Given "
+    help="Option of train and the values to try, such as lr=1e-4,1e-3 or hidden=512x256,256; and "
+    "of several stores those that are read, such as store=a,b,a+b for a.h5, b.h5 and both. Given "
     "several times, all combinations are tried.",
 )
 @option(
     "--recipe",
-    type=click.Choice(tuple(RECIPES)),
+    type=click.Choice(RECIPES),
     default="tuned",
     help="Recipe that supplies every option the ablation does not vary.",
 )
@@ -102,7 +112,7 @@ def train(
 @LABELS
 @ALLOW_PENDING
 def ablate(
-    store: Path,
+    stores: tuple[Path, ...],
     out: Path,
     varied: tuple[str, ...],
     recipe: str,
@@ -110,7 +120,11 @@ def ablate(
     allow_pending: bool,
     **options: Any,
 ) -> None:
-    """Compare recipes for the head on the same folds: a ranked table, and a plot."""
+    """Compare recipes for the head, or encoders, on the same folds: a ranked table, and a plot.
+
+    Several STORES of the same images are compared with each other and with all of them side by
+    side, unless --set store= says otherwise.
+    """
     from cxr_cache.jobs.runs import refit_best
     from cxr_cache.report.plots import draw_ablation
     from cxr_cache.training.ablate import make_settings, run_ablation
@@ -118,10 +132,10 @@ def ablate(
 
     own = AblateConfig(**pick(AblateConfig, options))
     base = TrainConfig.of_recipe(recipe, **pick(TrainConfig, options))
-    settings = make_settings(base, varied, n_sampled=own.n_sampled, seed=base.seed)
+    settings = make_settings(base, varied, n_sampled=own.n_sampled, seed=base.seed, stores=stores)
     with counting("folds") as on_progress:
         ablation = run_ablation(
-            store,
+            stores,
             out,
             settings,
             labels=labels,
@@ -140,7 +154,7 @@ def ablate(
         with counting("epochs") as on_progress:
             refit_best(
                 ablation,
-                store,
+                stores,
                 out / "best",
                 n_jobs=own.n_workers or -1,
                 labels=labels,
@@ -152,23 +166,25 @@ def ablate(
 
 
 @click.command()
-@STORE
+@click.argument("stores", metavar="STORE", type=FILE, nargs=-1, required=True)
+@_RECIPE
 @_RUN_DIR
 @option(
     "--from-run",
     type=FOLDER,
-    help="Run of train on this store to start from: its split, its number of epochs, its rule of "
+    help="Run of train on this store to start from: its split, kind of final model, rule of "
     "thresholds and its calibration are taken over, and its heads are trained further.",
 )
 @option("--image-dir", type=FOLDER, help="Folder with the images, to train from images.")
 @LABELS
-@options_of(FinetuneConfig)
+@options_of(FinetuneConfig, recipes={"reference": FinetuneConfig.reference})
 @MODEL_OF_STORE
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
 def finetune(
-    store: Path,
+    stores: tuple[Path, ...],
+    recipe: str,
     run_dir: Path,
     labels: Path | None,
     groups: Path | None,
@@ -190,13 +206,13 @@ def finetune(
 
     given = pick(FinetuneConfig, options_given(options))
     config = (
-        FinetuneConfig(**given)
+        FinetuneConfig.of_recipe(recipe, **given)
         if from_run is None
-        else config_from_run(Run.open(from_run), **given)
+        else config_from_run(Run.open(from_run), recipe, **given)
     )
     with counting("epochs") as on_progress:
         result = finetune_tail(
-            store,
+            stores,
             run_dir,
             config,
             image_dir=image_dir,

@@ -16,6 +16,7 @@ from cxr_cache.cli.options import (
     RUN,
     Names,
     load_encoder_of_run,
+    load_encoders_of_run,
     option,
     options_of,
     require_folder,
@@ -28,10 +29,16 @@ from cxr_cache.config import DemoConfig, ExplainConfig
 @RUN
 @IMAGES
 @option("--out", type=FILE, help="CSV file to write instead of printing the likeliest findings.")
-@MODEL_OF_RUN
+@option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Name of the run's encoder, if it has moved; for a run of several stores, given once for "
+    "each of their encoders.  [default: as recorded]",
+)
 @DEVICE
 def predict(
-    run: Path, images: tuple[Path, ...], out: Path | None, model: str | None, device: str
+    run: Path, images: tuple[Path, ...], out: Path | None, models: tuple[str, ...], device: str
 ) -> None:
     """Give probabilities and decisions for image files, or folders of them."""
     from cxr_cache.common.tables import write_table
@@ -41,10 +48,10 @@ def predict(
     if out is not None:
         require_folder(out.parent)
     opened = Run.open(run)
-    encoder = load_encoder_of_run(opened, model, device)
+    encoders = load_encoders_of_run(opened, models, device)
     from cxr_cache.models.predict import predict_images
 
-    predictions = predict_images(opened, paths, encoder)
+    predictions = predict_images(opened, paths, encoders)
     if out is None:
         click.echo(predictions.to_text())
     else:

@@ -27,7 +27,8 @@ DECODE_RULES: Final = {
     "pydicom has it, scaled over the range that the header states; padding is black. "
     "Colour: palette, CMYK and YCbCr become RGB by Pillow; colour profiles and gamma are not "
     "applied. Alpha and transparent colours are composited over black. "
-    "EXIF orientation is applied, then the image is resized by Pillow (antialiased), then cropped."
+    "EXIF orientation is applied, then the image is resized by Pillow (antialiased, unless "
+    "antialias is false), then cropped."
 }
 """The rules in words, for people; only their numbers are compared."""
 
@@ -44,7 +45,7 @@ def number_decode_rule(encoder: Mapping[str, Any]) -> dict[str, Any]:
     return {**encoder, "preprocessing": {**preprocessing, "decode_rule": int(found[1])}}
 
 
-_LATER_FIELDS: Final = {"resize_px": None, "crop_rounding": "nearest"}
+_LATER_FIELDS: Final = {"resize_px": None, "crop_rounding": "nearest", "antialias": True}
 """Fields that version 0.1.0 did not have, with what they were then."""
 
 
@@ -66,6 +67,8 @@ class Preprocessing:
     ``resize_px`` is the size before the centre is cut out, where it is larger: DINOv2 resizes to
     256 and cuts out 224. ``crop_rounding`` says where the cut begins if the margin is odd:
     open_clip rounds half a pixel to the nearest even number, transformers rounds it ``"down"``.
+    Without ``antialias`` a pixel is interpolated between the four nearest ones of the image,
+    however much smaller that becomes: TensorFlow's ``tf.image.resize``.
     """
 
     image_size_px: int
@@ -76,6 +79,7 @@ class Preprocessing:
     bits_stored: int | None = None
     resize_px: int | None = None
     crop_rounding: Literal["nearest", "down"] = "nearest"
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         if self.image_size_px < 1:
@@ -102,6 +106,11 @@ class Preprocessing:
         if self.crop_rounding not in ("nearest", "down"):
             raise ConfigError(
                 f"crop_rounding is '{self.crop_rounding}'; choose from nearest, down."
+            )
+        if not self.antialias and self.interpolation != "bilinear":
+            raise ConfigError(
+                f"Images are resized without antialias by bilinear interpolation only, and "
+                f"interpolation is '{self.interpolation}'. Leave out --no-antialias."
             )
 
     def scaled_to(self, size_px: int) -> Preprocessing:
@@ -202,7 +211,12 @@ def _resize(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """
     target = preprocessing.image_size_px
     width, height = _resized_size(picture.size, preprocessing)
-    resized = picture.resize((width, height), _RESAMPLING[preprocessing.interpolation])
+    method = _RESAMPLING[preprocessing.interpolation]
+    if preprocessing.antialias:
+        resized = picture.resize((width, height), method)
+    else:  # a transform looks at the pixels around one point
+        scales = (picture.width / width, 0, 0, 0, picture.height / height, 0)
+        resized = picture.transform((width, height), Image.Transform.AFFINE, scales, method)
     is_nearest = preprocessing.crop_rounding == "nearest" and preprocessing.resize != "pad"
     rounded = round if is_nearest else int
     left, top = rounded((width - target) / 2), rounded((height - target) / 2)

@@ -148,9 +148,15 @@ class Encoder(nn.Module):
             raise EncoderError(
                 f"{self._name} cannot show where it looked: that is read off the class token's "
                 "attention, and this tower pools other tokens, or has blocks of its own kind. "
-                "Choose a ViT that pools its class token, as BiomedCLIP does."
+                "Choose a ViT that pools its class token, as BiomedCLIP does, or extract with "
+                "--pool cls where it has one."
             )
         return split.tail_with_attention(tokens.to(self.device).float(), n_unfrozen)
+
+    @property
+    def tokens_hold_positions(self) -> bool:
+        """Whether the tail may be given fewer patches; only for a tower that can be split."""
+        return self._require_split(1).tokens_hold_positions
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -216,7 +222,7 @@ class Encoder(nn.Module):
             raise EncoderError(
                 f"{self._name} cannot be split into frozen and trainable blocks: its image tower "
                 f"is a {type(inner).__name__}, and only plain vision transformers are taken "
-                "apart. Work with its embeddings, or choose a ViT."
+                "apart. Work with its embeddings (train), or choose a ViT."
             )
         n_blocks = len(self._split.blocks)
         if not 1 <= n_unfrozen <= n_blocks:
@@ -254,6 +260,7 @@ class Encoder(nn.Module):
             pooled_width=pooled.shape[1],
             embedding_width=embedding.shape[1],
             is_random=source.weights is None,
+            notes=source.notes,
             pool=getattr(self.visual, "pool", "default"),
             positions_from_px=getattr(self.visual, "positions_from_px", None),
         )

@@ -25,80 +25,79 @@ from cxr_cache.encoders.layouts import (
     rename_tensors,
 )
 from cxr_cache.encoders.sources import (
-    CONFIG_FILE,
+    ADAPTER_CONFIG,
+    CONFIG_FILES,
     HUGGING_FACE_CONFIG,
     IMAGENET,
     Family,
+    Place,
     Source,
-    fetch_from_hub,
-    first_file,
+    find_in_places,
 )
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
-from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
+from cxr_cache.encoders.weights import (
+    fill_tower,
+    list_parts,
+    read_names,
+    read_tensors,
+    require_numbers,
+)
 from cxr_cache.errors import ConfigError, EncoderError
 
-WEIGHTS_FILES: Final = ("model.safetensors", "pytorch_model.bin", "model.pt")
+WEIGHTS_FILES: Final = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+)
 PREPROCESSING_FILES: Final = ("preprocessor_config.json", "processor_config.json")
-_ADAPTER_CONFIG: Final = "adapter_config.json"
 
 
-def find_in_folder(identifier: str) -> Source | None:
-    """Read what a folder in the layout of transformers holds; None if it is timm's."""
-    folder = Path(identifier).expanduser().resolve()
-    _refuse_adapter(str(folder), [path.name for path in folder.iterdir()])
-    config_path = folder / HUGGING_FACE_CONFIG
+def _find(place: Place) -> Source | None:
+    """Read what a place in the layout of transformers holds; None if it is timm's."""
+    config_path = place.fetch(CONFIG_FILES, f"has no {HUGGING_FACE_CONFIG}.")
+    if ADAPTER_CONFIG in (config_path.name, *(path.name for path in config_path.parent.iterdir())):
+        raise EncoderError(
+            f"{place.folder or place.repo} holds an adapter (LoRA), which is a change to another "
+            "model and no model by itself. Merge the two and save the result: peft's "
+            "merge_and_unload(), then save_pretrained()."
+        )
     config = _read_json(config_path)
     if "model_type" not in config and "architecture" in config:
         return None
     _require_known(config, config_path)
-    weights = first_file(folder, WEIGHTS_FILES)
-    if weights is None:
-        shards = sorted(path.name for path in folder.glob("*.index.json"))
-        raise EncoderError(
-            f"{folder} has its weights in parts ({shards[0]}), which are not read. Save the model "
-            "again in one file: model.save_pretrained(FOLDER, max_shard_size='100GB')."
-            if shards
-            else f"{folder} has a configuration, but no weights. Put one of these beside "
-            f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}."
-        )
-    preprocessing = first_file(folder, PREPROCESSING_FILES)
-    if preprocessing is None:
-        raise EncoderError(
-            f"{folder} has no {PREPROCESSING_FILES[0]}, so it is unknown how images must be "
-            "resized and normalised. Copy it from the model's repository."
-        )
-    return _describe(f"local-dir:{folder}", config_path, config, preprocessing, weights)
-
-
-def find_on_hub(identifier: str) -> Source | None:
-    """Read a repository in the layout of transformers, ``ORG/REPO`` or ``ORG/REPO@REVISION``."""
-    repo, _, revision = identifier.partition("@")
-    config_path = fetch_from_hub(
-        repo, (CONFIG_FILE, HUGGING_FACE_CONFIG, _ADAPTER_CONFIG), revision or None
+    place = place.pin(config_path)
+    weights = place.fetch(
+        WEIGHTS_FILES,
+        "has a configuration, but no weights. Put one of these beside "
+        f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}.",
     )
-    _refuse_adapter(repo, [config_path.name])
-    config = _read_json(config_path)
-    if "model_type" not in config and "architecture" in config:
-        return None
-    _require_known(config, config_path)
-    commit = config_path.parent.name
-    preprocessing = fetch_from_hub(repo, PREPROCESSING_FILES, commit)
-    weights = fetch_from_hub(repo, WEIGHTS_FILES, commit)
-    return _describe(f"hf-hub:{identifier}", config_path, config, preprocessing, weights, commit)
+    for part in list_parts(weights):
+        place.fetch(
+            (part.name,),
+            f"lacks {part.name}, a part of the weights that {weights.name} lists. Copy it from the "
+            "model's repository.",
+        )
+    preprocessing_path = place.fetch(
+        PREPROCESSING_FILES,
+        f"has no {PREPROCESSING_FILES[0]}, so it is unknown how images must be resized and "
+        "normalised. Copy it from the model's repository.",
+    )
+    preprocessing = read_processor(preprocessing_path)
+    return Source(place.name, str(config_path), config, preprocessing, weights, place.revision)
 
 
-def _describe(
-    name: str,
-    config_path: Path,
-    config: dict[str, Any],
-    preprocessing_path: Path,
-    weights: Path,
-    revision: str | None = None,
-) -> Source:
-    preprocessing = _read_json(preprocessing_path)
-    preprocessing = preprocessing.get("image_processor", preprocessing)
-    origin = {"origin": str(preprocessing_path)}
-    return Source(name, str(config_path), config, preprocessing | origin, weights, revision)
+def read_processor(path: Path) -> dict[str, Any]:
+    """Read what a family's own image processor does with images, and name the file as its origin.
+
+    Raises
+    ------
+    EncoderError
+        The file is no JSON.
+    """
+    content = _read_json(path)
+    return {**content.get("image_processor", content), "origin": str(path)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -111,15 +110,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise EncoderError(f"{path} is no configuration: it holds a {type(content).__name__}.")
     return content
-
-
-def _refuse_adapter(where: str, files: list[str]) -> None:
-    if _ADAPTER_CONFIG in files:
-        raise EncoderError(
-            f"{where} holds an adapter (LoRA), which is a change to another model and no model by "
-            "itself. Merge the two and save the result: peft's merge_and_unload(), then "
-            "save_pretrained()."
-        )
 
 
 def _require_known(config: Mapping[str, Any], path: Path) -> None:
@@ -144,7 +134,8 @@ def build_tower(source: Source) -> nn.Module:
     model_type = source.model_cfg["model_type"]
     settings = read_settings(source.model_cfg, source.origin)
     # Where images are of any shape, read_preprocessing asks the caller for one.
-    image_px = read_size(source.preprocess_cfg, settings["image_size"], "squash")[0]
+    own_px = read_size(source.preprocess_cfg, settings["image_size"], "squash")[0]
+    image_px = source.img_size or own_px
     try:
         trunk = build_trunk(model_type, settings, image_px)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -274,7 +265,9 @@ def read_preprocessing(
 ) -> Preprocessing:
     """Read what a family's own image processor does, overridden by the caller."""
     cfg = source.preprocess_cfg
-    origin, px = cfg["origin"], visual.trunk.patch_embed.img_size[0]
+    # Of towers that are not timm's: open_clip's own
+    sides = visual.trunk.patch_embed.img_size if hasattr(visual, "trunk") else visual.image_size
+    origin, px = cfg["origin"], sides[0]
     size_px, resized, mode = read_size(cfg, px, resize)
     resample = cfg.get("resample", _DEFAULT_RESAMPLING.get(_find_kind(cfg)))
     if resample not in _RESAMPLING:
@@ -306,15 +299,19 @@ def read_preprocessing(
             interpolation=_RESAMPLING[resample],
             resize=mode,
             resize_px=None if resized == size_px else resized,
-            crop_rounding="down" if mode == "crop" or resized != size_px else "nearest",
+            crop_rounding=cfg.get("crop_rounding", "down")
+            if mode == "crop" or resized != size_px
+            else "nearest",
         )
     except (ConfigError, TypeError) as error:
         raise EncoderError(f"{origin}: {error}") from error
+    if source.img_size is not None:
+        preprocessing = preprocessing.scaled_to(source.img_size)
     return replace(preprocessing, bits_stored=bits_stored)
 
 
 FAMILY: Final = Family(
-    find={"hf-hub": find_on_hub, "local-dir": find_in_folder},
+    find=find_in_places(_find),
     build=build_tower,
     fill=fill_with_weights,
     read_preprocessing=read_preprocessing,

@@ -10,7 +10,7 @@ from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import CxrCacheError, EncoderError, StoreMismatchError
 
-_LATER_FIELDS: Final = {"pool": "default", "positions_from_px": None}
+_LATER_FIELDS: Final = {"pool": "default", "positions_from_px": None, "notes": ()}
 """Fields that version 0.1.0 did not have, with what they were then."""
 
 
@@ -41,6 +41,8 @@ class EncoderIdentity:
     """How tokens became the embedding, if not as the encoder does by itself."""
     positions_from_px: int | None = None
     """Size of the images that position embeddings were trained on, where they were resampled."""
+    notes: tuple[str, ...] = ()
+    """What to know of features of this encoder, in sentences: on the page and the model card."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-able, without those of later versions that say nothing."""
@@ -49,6 +51,12 @@ class EncoderIdentity:
             for name, value in asdict(self).items()
             if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
         }
+
+    def to_text(self) -> str:
+        """Name, revision and digest of the weights, for a line of a terminal or a paper."""
+        is_said = self.revision is None or self.name.endswith(f"@{self.revision}")
+        where = "" if is_said else f" at revision {self.revision}"
+        return f"{self.name}{where}, weights sha256 {self.weights_sha256}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderIdentity:
@@ -64,17 +72,19 @@ class EncoderIdentity:
             raise EncoderError(
                 f"An encoder's identity holds the fields {sorted(expected)}, not {sorted(values)}."
             )
-        return cls(**number_decode_rule(values))
+        notes = tuple(values.get("notes", ()))
+        return cls(**(number_decode_rule(values) | {"notes": notes}))
 
     def differences(self, other: EncoderIdentity) -> dict[str, tuple[Any, Any]]:
         """What makes features of the two incomparable: field -> (mine, theirs).
 
-        Equal weights under two names are the same encoder, so names count only where the
-        weights differ. An empty answer means that the features may be mixed.
+        Equal weights under two names are the same encoder, so names and revisions count only where
+        the weights differ. An empty answer means that the features may be mixed.
         """
         mine, theirs = self._comparable(), other._comparable()
         if self.weights_sha256 == other.weights_sha256:
-            mine["name"] = theirs["name"] = None
+            for name in ("name", "revision"):
+                mine[name] = theirs[name] = None
         return find_differences(mine, theirs)
 
     def _comparable(self) -> dict[str, Any]:
@@ -82,7 +92,7 @@ class EncoderIdentity:
         fields = {
             name: value
             for name, value in asdict(self).items()
-            if name not in ("revision", "preprocessing", "is_random")
+            if name not in ("preprocessing", "is_random", "notes")
         }
         return fields | dict(self.preprocessing)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxr_cache.encoders.weights import held_twice
 from cxr_cache.errors import EncoderError
 
 
@@ -232,15 +233,15 @@ def _arguments_of_vit(
     return arguments
 
 
-_PREFIXES: Final = re.compile(
-    r"^(?:module\.|model\.|_orig_mod\.|backbone\.|vision_model\.|dinov2\.|dinov2_with_registers\.|vit\.)+"
-)
+_PREFIXES: Final = re.compile(r"^(?:vision_model|dinov2|dinov2_with_registers|vit)\.")
+"""What models for more than embeddings call the tower."""
 _IGNORED: Final = re.compile(
-    r"text_model\..*|text_projection\..*|logit_scale|logit_bias|classifier\..*"
+    r"text_model\..*|text_projection\..*|logit_scale|logit_bias|classifier\..*|head\.(weight|bias)"
+    r"|(?:dino_head|ibot_head|student)\..*"
     r"|(?:embeddings\.)?mask_token|.*\.position_ids|rope_embeddings\.inv_freq"
 )
-"""Tensors that no embedding of an image needs: the other tower, what was trained on top, what
-masked patches were replaced by, and positions counted from 0."""
+"""Tensors that no embedding of an image needs: the other tower, what was trained on top or beside,
+what masked patches were replaced by, and positions counted from 0."""
 
 _WB: Final = r"(\.weight|\.bias)"
 _NAMES: Final = [
@@ -255,7 +256,8 @@ _NAMES: Final = [
         r"patch_embed\.proj" + _WB: r"trunk.patch_embed.proj\1",
         r"pre_layrnorm" + _WB: r"trunk.norm_pre\1",  # spelt like this by transformers
         r"(?:layernorm|post_layernorm|norm)" + _WB: r"trunk.norm\1",
-        r"(?:encoder\.)?(?:layers?|blocks)\.(\d+)\.(.*)": r"trunk.blocks.\1.\2",
+        # DINOv2's own trainer keeps blocks in groups, with their numbers after the group's.
+        r"(?:encoder\.)?(?:layers?|blocks)\.(?:\d+\.)?(\d+)\.(.*)": r"trunk.blocks.\1.\2",
         r"visual_projection(\.weight)": r"head\1",
         r"pooler\.dense" + _WB: r"head.dense\1",
         r"head\.probe": "trunk.attn_pool.latent",
@@ -306,10 +308,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor
             continue
         new = _rename(bare)
         if new in renamed:
-            raise EncoderError(
-                f"{path} holds the same tensor twice, as {origins[new]} and as {name}. Take the "
-                "file from the model's repository."
-            )
+            raise held_twice(path, origins[new], name)
         renamed[new], origins[new] = tensor, name
     for whole, parts in _JOINED.items():
         for name in [name for name in renamed if re.search(rf"{re.escape(parts[0])}\.\w+$", name)]:

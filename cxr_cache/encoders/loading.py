@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from torch import nn
+
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
 from cxr_cache.config import DEFAULT_ENCODER, POOLS, EncoderOptions
-from cxr_cache.encoders import hugging_face, open_clip, timm_models
+from cxr_cache.encoders import bare_files, hugging_face, open_clip, timm_models
+from cxr_cache.encoders.catalogue.known import spell_out
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.sources import IMAGENET, Family, Source
@@ -16,6 +20,7 @@ from cxr_cache.encoders.timm_vit import find_random, pool_otherwise, split_poole
 from cxr_cache.errors import EncoderError
 
 FAMILIES: Final[dict[str, Family]] = {
+    **bare_files.FAMILIES,
     "open_clip": open_clip.FAMILY,
     "hugging_face": hugging_face.FAMILY,
     "timm": timm_models.FAMILY,
@@ -28,22 +33,38 @@ the encoder lacks."""
 def find_encoder(name: str) -> tuple[Family, Source]:
     """Read what a name stands for: its family, its configuration, and where the weights are.
 
+    Names are those of :func:`load_encoder`.
+
     Raises
     ------
     EncoderError
         No family knows the name, or what it leads to is not whole.
     """
-    scheme, colon, identifier = name.partition(":")
+    plain, img_size = _split_size(spell_out(name))
+    scheme, colon, identifier = plain.partition(":")
     if not colon:
-        scheme, identifier = "", name
+        scheme, identifier = "", plain
     for family in FAMILIES.values():
         if identifier and scheme in family.find and (source := family.find[scheme](identifier)):
-            return family, source
+            if img_size is None:
+                return family, source
+            sized = f"{source.name}?img_size={img_size}"
+            return family, replace(source, name=sized, img_size=img_size)
     raise EncoderError(
-        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, timm:NAME, "
-        "random:TIMM_NAME, or an open_clip architecture with its weights, "
+        f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, local-file:PATH, "
+        "timm:NAME, random:TIMM_NAME, or an open_clip architecture with its weights, "
         "ViT-B-32/laion2b_s34b_b79k."
     )
+
+
+def _split_size(name: str) -> tuple[str, int | None]:
+    """Split the size of the images off a name, NAME?img_size=224; paths may hold a '?', too."""
+    plain, _, query = name.rpartition("?")
+    if match := re.fullmatch(r"img_size=([1-9]\d{0,4})", query):
+        return plain, int(match[1])
+    if plain and (query.startswith("img_size") or not name.startswith("local-")):
+        raise EncoderError(f"'?{query}' in {name} is not of the form ?img_size=224.")
+    return name, None
 
 
 def load_encoder(
@@ -54,6 +75,7 @@ def load_encoder(
     resize: str | None = None,
     normalize: str = "encoder",
     bits_stored: int | None = None,
+    antialias: bool = True,
     pool: str = "default",
 ) -> Encoder:
     """Load the vision tower that a name stands for, frozen and ready to encode.
@@ -64,13 +86,19 @@ def load_encoder(
     Parameters
     ----------
     name
+        A short name of ``cxr-cache encoders``, such as ``biomedclip``, or
         ``hf-hub:ORG/REPO`` or ``hf-hub:ORG/REPO@REVISION``: from the Hugging Face cache, else
         from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights, or
         with ``config.json``, weights and ``preprocessor_config.json`` as transformers writes them
-        for DINOv2, ViT, CLIP and SigLIP.
-        ``timm:NAME`` or ``timm:NAME?img_size=224``: timm's published weights.
+        for DINOv2, DINOv3, ViT, CLIP and SigLIP.
+        ``local-file:PATH``: weights without a configuration, of OpenAI's CLIP (CheXzero), of the
+        DINOv2 repository (RAD-DINO, CheXFound) or of EVA-X, with a ``preprocessor_config.json``
+        beside them or a note on what was assumed.
+        ``timm:NAME``: timm's published weights.
         ``ARCHITECTURE/TAG`` as open_clip lists them (``ViT-B-32/laion2b_s34b_b79k``).
         ``random:TIMM_NAME`` or ``random:TIMM_NAME:SEED``: seeded random weights.
+        Any of them may end in ``?img_size=224``, for images of another size than the encoder's own;
+        position embeddings are resampled, which the identity records.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the best there is.
     precision
@@ -83,6 +111,9 @@ def load_encoder(
         ``"encoder"`` for its own mean and standard deviation, ``"imagenet"`` for ImageNet's.
     bits_stored
         Bits in use in 16-bit grey files, None for all; recorded with the preprocessing.
+    antialias
+        False resizes as ``tf.image.resize`` does, without smoothing; only by bilinear
+        interpolation.
     pool
         ``"default"`` for the encoder's own embedding. ``"cls"``, ``"mean"`` and ``"cls+mean"``
         take the class token, the mean over patches or both, after the final norm and without
@@ -99,7 +130,7 @@ def load_encoder(
         The name is unknown, a file is missing, damaged or of another model, the hub cannot be
         reached, or the device does not exist. The message names the file and the remedy.
     ConfigError
-        `resize`, `normalize`, `precision`, `bits_stored` or `pool` is out of range.
+        `resize`, `normalize`, `precision`, `bits_stored`, `antialias` or `pool` is out of range.
 
     Examples
     --------
@@ -117,11 +148,29 @@ def load_encoder(
     family, source = find_encoder(name)
     visual = family.build(source)
     preprocessing = family.read_preprocessing(source, visual, resize, normalize, bits_stored)
+    if normalize == "imagenet":
+        source = replace(source, notes=(*source.notes, *_note_statistics(family, source, visual)))
+    preprocessing = replace(preprocessing, antialias=antialias)
     family.fill(visual, source)
     split = family.split
     if pool != "default":
         visual, split = pool_otherwise(visual, pool, source.name), split_pooled
     return Encoder(visual.to(chosen_device), split(visual), preprocessing, chosen_precision, source)
+
+
+def _note_statistics(family: Family, source: Source, visual: nn.Module) -> Iterator[str]:
+    """Say where ImageNet's statistics of pixels are not the encoder's own."""
+    try:
+        own = family.read_preprocessing(source, visual, "squash", "encoder", None)
+    except EncoderError:  # it states none
+        return
+    if (own.mean, own.std) != (IMAGENET["mean"], IMAGENET["std"]):
+        mean, std = (", ".join(f"{n:.4g}" for n in numbers) for numbers in (own.mean, own.std))
+        yield (
+            f"Pixels were normalised by ImageNet's mean and standard deviation, not by those that "
+            f"{source.name} was trained with (mean {mean}; standard deviation {std}): its features "
+            "are worse than they could be. Extract again without --normalize imagenet."
+        )
 
 
 def reload_encoder(
@@ -158,5 +207,6 @@ def recorded_options(recorded: Mapping[str, Any]) -> EncoderOptions:
         resize=preprocessing.get("resize"),
         normalize="imagenet" if is_imagenet else "encoder",
         bits_stored=preprocessing.get("bits_stored"),
+        antialias=preprocessing.get("antialias", True),
         pool=identity.pool,
     )

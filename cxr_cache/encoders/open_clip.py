@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, Literal, cast
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
+from cxr_cache.encoders.catalogue.known import read_known
 from cxr_cache.encoders.sources import (
     CONFIG_FILE,
+    CONFIG_FILES,
     HUGGING_FACE_CONFIG,
     IMAGENET,
     Family,
+    Place,
     Source,
     fetch_from_hub,
-    first_file,
+    find_in_places,
 )
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
@@ -40,51 +44,25 @@ WEIGHTS_FILES = (  # in open_clip's own order of preference
 )
 
 
-def find_in_folder(identifier: str) -> Source | None:
-    """Read what a folder in open_clip's layout holds: its configuration and its weights.
-
-    Gives None if it has another library's configuration.
-    """
-    folder = Path(identifier).expanduser().resolve()
-    if not folder.is_dir():
-        raise EncoderError(
-            f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} or "
-            f"{HUGGING_FACE_CONFIG} and the weights, for example a copy of the model's Hugging "
-            "Face repository."
-        )
-    if not (folder / CONFIG_FILE).is_file():
-        if any((folder / name).is_file() for name in (HUGGING_FACE_CONFIG, "adapter_config.json")):
-            return None
-        raise EncoderError(
-            f"{folder} has no {CONFIG_FILE}, nor a {HUGGING_FACE_CONFIG} as transformers and timm "
-            "write it. Copy it from the model's repository, beside the weights."
-        )
-    weights = first_file(folder, WEIGHTS_FILES)
-    if weights is None:
-        raise EncoderError(
-            f"{folder} has no weights. Put one of these beside {CONFIG_FILE}: "
-            f"{', '.join(WEIGHTS_FILES)}."
-        )
-    return _describe(f"local-dir:{folder}", folder / CONFIG_FILE, weights)
-
-
-def find_on_hub(identifier: str) -> Source | None:
-    """Read a repository in open_clip's layout, ``ORG/REPO`` or ``ORG/REPO@REVISION``.
-
-    Gives None if it has another library's configuration.
-    """
-    repo, _, revision = identifier.partition("@")
-    config = fetch_from_hub(
-        repo, (CONFIG_FILE, HUGGING_FACE_CONFIG, "adapter_config.json"), revision or None
+def _find(place: Place) -> Source | None:
+    """Read what a place in open_clip's layout holds; None if it is another library's."""
+    config = place.fetch(
+        CONFIG_FILES,
+        f"has no {CONFIG_FILE}, nor a {HUGGING_FACE_CONFIG} as transformers and timm write it. "
+        "Copy it from the model's repository, beside the weights. Weights that never had one are "
+        "named local-file:PATH.",
     )
     if config.name != CONFIG_FILE:
         return None
-    commit = config.parent.name  # .../snapshots/COMMIT/open_clip_config.json
-    weights = fetch_from_hub(repo, WEIGHTS_FILES, commit)
-    return _describe(f"hf-hub:{identifier}", config, weights, commit)
+    place = place.pin(config)
+    weights = place.fetch(
+        WEIGHTS_FILES,
+        f"has no weights. Put one of these beside {CONFIG_FILE}: {', '.join(WEIGHTS_FILES)}.",
+    )
+    return _describe(place, config, weights)
 
 
-def _describe(name: str, config_path: Path, weights: Path, revision: str | None = None) -> Source:
+def _describe(place: Place, config_path: Path, weights: Path) -> Source:
     """Read open_clip_config.json."""
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -98,7 +76,9 @@ def _describe(name: str, config_path: Path, weights: Path, revision: str | None 
             "Take the file from the repository that the weights are from."
         )
     preprocess_cfg = config.get("preprocess_cfg") or {}
-    return Source(name, str(config_path), config["model_cfg"], preprocess_cfg, weights, revision)
+    return Source(
+        place.name, str(config_path), config["model_cfg"], preprocess_cfg, weights, place.revision
+    )
 
 
 def find_in_open_clip(name: str) -> Source:
@@ -132,8 +112,9 @@ def _parse_open_clip_name(name: str) -> tuple[str, str]:
     if architecture not in list_models():
         raise EncoderError(
             f"open_clip has no architecture '{architecture or name}'."
-            f"{suggest(architecture or name, list_models())} A model of the Hugging Face hub is "
-            "named hf-hub:ORG/REPO, a folder local-dir:PATH."
+            f"{suggest(architecture or name, [*list_models(), *read_known()])} A model of the "
+            "Hugging Face hub is named hf-hub:ORG/REPO, a folder local-dir:PATH; cxr-cache "
+            "encoders lists more."
         )
     tags = list_pretrained_tags_by_model(architecture)
     if not tag and len(tags) == 1:
@@ -231,7 +212,10 @@ def build_tower(source: Source) -> nn.Module:
             f"{source.origin} wants the architecture '{timm_name}', which timm "
             f"{timm.__version__} does not have.{suggest(timm_name, timm.list_models())}"
         )
-    vision_cfg = replace(vision_cfg, timm_model_pretrained=False)  # its weights come from us
+    own_px = _pair(vision_cfg.image_size)[0]
+    px = source.img_size or own_px
+    # Its weights come from us
+    vision_cfg = replace(vision_cfg, timm_model_pretrained=False, image_size=px)
     try:
         with torch.random.fork_rng(devices=[]):  # towers draw their initial weights
             torch.default_generator.manual_seed(source.seed)
@@ -242,6 +226,8 @@ def build_tower(source: Source) -> nn.Module:
         raise EncoderError(
             f"The image tower that {source.origin} describes cannot be built: {error}"
         ) from error
+    if px != own_px:
+        visual.positions_from_px = own_px  # type: ignore[assignment]
     return visual
 
 
@@ -286,12 +272,25 @@ def _three(value: float | Sequence[float]) -> tuple[float, float, float]:
     return (value, value, value) if isinstance(value, int | float) else tuple(value)  # type: ignore[return-value]
 
 
-def fill_tower(visual: nn.Module, source: Source) -> None:
+def fill_tower(visual: Any, source: Source) -> None:
     """Put a checkpoint's weights into a tower, or noise where there is none."""
     if source.weights is None:
         fill_with_noise(visual, source.seed)
     else:
-        load_weights(visual, source.weights)
+        load_weights(visual, source.weights, None if source.img_size is None else _fit_positions)
+    if source.img_size is not None and hasattr(getattr(visual, "trunk", None), "set_input_size"):
+        visual.trunk.set_input_size(source.img_size)  # timm resamples positions in place
+
+
+def _fit_positions(visual: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Resample positions of open_clip's own tower as open_clip does, for images of another size."""
+    from open_clip.model import resize_pos_embed
+
+    name = "positional_embedding"
+    if name in tensors and tensors[name].ndim == 2:
+        state = {f"visual.{name}": tensors[name].float()}
+        resize_pos_embed(state, SimpleNamespace(visual=visual))
+        tensors[name] = state[f"visual.{name}"]
 
 
 def split_tower(visual: Any) -> SplitTower | None:
@@ -308,7 +307,7 @@ def split_tower(visual: Any) -> SplitTower | None:
 
 
 FAMILY: Final = Family(
-    find={"hf-hub": find_on_hub, "local-dir": find_in_folder, "": find_in_open_clip},
+    find={**find_in_places(_find), "": find_in_open_clip},
     build=build_tower,
     fill=fill_tower,
     read_preprocessing=read_preprocessing,

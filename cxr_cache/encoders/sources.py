@@ -7,7 +7,7 @@ seconds, and a command that only reads features should not wait for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CONFIG_FILE = "open_clip_config.json"
 HUGGING_FACE_CONFIG = "config.json"
 """Of transformers and of timm; open_clip's repositories may hold one, too."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""Of peft, whose adapters are no model by themselves."""
+CONFIG_FILES: Final = (CONFIG_FILE, HUGGING_FACE_CONFIG, ADAPTER_CONFIG)
 IMAGENET: Final = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """Statistics of the pixels that ``--normalize imagenet`` stands for."""
 
@@ -43,6 +46,59 @@ class Source:
     """None for random weights."""
     revision: str | None = None
     seed: int = 0
+    img_size: int | None = None
+    """Side of the images, in pixels, where a name asks for another than the tower's own."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what had to be assumed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, or a repository of the Hugging Face hub at one revision, that holds an encoder."""
+
+    name: str
+    folder: Path | None = None
+    repo: str = ""
+    revision: str | None = None
+
+    def fetch(self, files: Sequence[str], lack: str) -> Path:
+        """Give the first of `files` that is here.
+
+        Raises
+        ------
+        EncoderError
+            There is none. For a folder the message is its path and `lack`.
+        """
+        if self.folder is None:
+            return fetch_from_hub(self.repo, files, self.revision)
+        found = first_file(self.folder, files)
+        if found is None:
+            raise EncoderError(f"{self.folder} {lack}")
+        return found
+
+    def pin(self, file: Path) -> Place:
+        """Give the same place at the commit that `file` is from, .../snapshots/COMMIT/FILE."""
+        return self if self.folder else replace(self, revision=file.parent.name)
+
+
+def find_in_places(find: Callable[[Place], Source | None]) -> dict[str, Callable[[str], Any]]:
+    """Give :attr:`Family.find` of a family whose folders and repositories hold the same files."""
+
+    def in_folder(identifier: str) -> Source | None:
+        folder = Path(identifier).expanduser().resolve()
+        if not folder.is_dir():
+            raise EncoderError(
+                f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} "
+                f"or {HUGGING_FACE_CONFIG} and the weights, for example a copy of the model's "
+                "Hugging Face repository."
+            )
+        return find(Place(f"local-dir:{folder}", folder))
+
+    def on_hub(identifier: str) -> Source | None:
+        repo, _, revision = identifier.partition("@")
+        return find(Place(f"hf-hub:{identifier}", None, repo, revision or None))
+
+    return {"hf-hub": on_hub, "local-dir": in_folder}
 
 
 @dataclass(frozen=True)
@@ -100,17 +156,20 @@ def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Pat
                     raise
     # huggingface_hub 0.x raises errors of requests and 1.x those of httpx; they share no base
     except Exception as error:
-        raise _hub_error(repo, files, error) from error
+        raise _hub_error(repo, files, revision, error) from error
     raise EncoderError(
         f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be loaded. "
         "Check the name; it must be a repository in the format of open_clip, transformers or timm."
     )
 
 
-def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderError:
+def _hub_error(
+    repo: str, files: Sequence[str], revision: str | None, error: Exception
+) -> EncoderError:
     """Say which file of which repository is missing, why, and what to do."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
+        GatedRepoError,
         HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -119,17 +178,28 @@ def _hub_error(repo: str, files: Sequence[str], error: Exception) -> EncoderErro
 
     if isinstance(error, HFValidationError):
         return EncoderError(f"'{repo}' is not the name of a repository, which is ORG/REPO.")
+    if isinstance(error, GatedRepoError):
+        return EncoderError(
+            f"{repo} is gated: sign in on https://huggingface.co/{repo}, accept its terms there, "
+            "and set HF_TOKEN to a token of the account that was given access."
+        )
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return EncoderError(
             f"The Hugging Face hub does not give out {repo}: {first_line(error)} Check the name "
-            "and the revision; for a private or gated model accept its terms on "
-            f"https://huggingface.co/{repo} and set HF_TOKEN."
+            f"and the revision on https://huggingface.co/{repo}; for a private model set HF_TOKEN."
         )
     offline = isinstance(error, OfflineModeIsEnabled)
     reason = "HF_HUB_OFFLINE is set" if offline else first_line(error)
+    snapshots = Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    others = sorted({path.name for path in snapshots.glob("*")} - {revision})
+    where, hint = repo, ""
+    if revision is not None:
+        where = f"{repo}@{revision}"
+        if others:
+            hint = f"It holds hf-hub:{repo}@{others[-1]}, whose weights may be others.\n"
     return EncoderError(
-        f"{' or '.join(files[:2])} of {repo} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
-        f"cannot be downloaded: {reason}\n"
+        f"{' or '.join(files[:2])} of {where} is not in the Hugging Face cache {HF_HUB_CACHE}, and "
+        f"cannot be downloaded: {reason}\n{hint}"
         "Either connect to the network once, or set HF_HOME to a cache that holds the model, or "
         f"copy the files of https://huggingface.co/{repo} into a folder and name it local-dir:PATH."
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -19,9 +17,10 @@ from cxr_cache.encoders.sources import (
     HUGGING_FACE_CONFIG,
     IMAGENET,
     Family,
+    Place,
     Source,
     fetch_from_hub,
-    first_file,
+    find_in_places,
 )
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
 from cxr_cache.encoders.weights import fill_tower, read_tensors, require_numbers
@@ -30,13 +29,10 @@ from cxr_cache.errors import ConfigError, EncoderError
 WEIGHTS_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 
 
-def find_by_name(identifier: str) -> Source:
-    """Read what ``NAME`` or ``NAME?img_size=224`` stands for: timm's own published weights."""
+def find_by_name(name: str) -> Source:
+    """Read what ``NAME`` stands for: timm's own published weights."""
     import timm
 
-    name, _, query = identifier.partition("?")
-    if query and not re.fullmatch(r"img_size=[1-9]\d{0,4}", query):
-        raise EncoderError(f"'?{query}' in timm:{identifier} is not of the form ?img_size=224.")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise EncoderError(
@@ -58,38 +54,22 @@ def find_by_name(identifier: str) -> Source:
         )
     named = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ()
     weights = fetch_from_hub(cfg.hf_hub_id, (*named, *WEIGHTS_FILES), None)
-    model_cfg: dict[str, Any] = {"architecture": architecture, "model_args": {}}
-    if query:
-        model_cfg["img_size"] = int(query.partition("=")[2])
-    revision = weights.parent.name
-    return Source(f"timm:{identifier}", f"timm:{name}", model_cfg, asdict(cfg), weights, revision)
+    model_cfg = {"architecture": architecture, "model_args": {}}
+    name = f"timm:{name}"
+    return Source(name, name, model_cfg, asdict(cfg), weights, weights.parent.name)
 
 
-def find_in_folder(identifier: str) -> Source | None:
-    """Read what a folder in timm's layout holds."""
-    folder = Path(identifier).expanduser().resolve()
-    weights = first_file(folder, WEIGHTS_FILES)
-    if weights is None:
-        raise EncoderError(
-            f"{folder} has a configuration, but no weights. Put one of these beside "
-            f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}."
-        )
-    return _describe(f"local-dir:{folder}", folder / HUGGING_FACE_CONFIG, weights)
-
-
-def find_on_hub(identifier: str) -> Source | None:
-    """Read a repository in timm's layout, ``ORG/REPO`` or ``ORG/REPO@REVISION``."""
-    repo, _, revision = identifier.partition("@")
-    config_path = fetch_from_hub(repo, (HUGGING_FACE_CONFIG,), revision or None)
-    commit = config_path.parent.name
-    weights = fetch_from_hub(repo, WEIGHTS_FILES, commit)
-    return _describe(f"hf-hub:{identifier}", config_path, weights, commit)
-
-
-def _describe(name: str, config_path: Path, weights: Path, revision: str | None = None) -> Source:
+def _find(place: Place) -> Source:
     """Read timm's config.json, which :mod:`cxr_cache.encoders.hugging_face` has seen before."""
     import timm
 
+    config_path = place.fetch((HUGGING_FACE_CONFIG,), f"has no {HUGGING_FACE_CONFIG}.")
+    place = place.pin(config_path)
+    weights = place.fetch(
+        WEIGHTS_FILES,
+        "has a configuration, but no weights. Put one of these beside "
+        f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}.",
+    )
     config = json.loads(config_path.read_text(encoding="utf-8"))
     architecture = str(config["architecture"])
     if not timm.is_model(architecture):
@@ -101,7 +81,7 @@ def _describe(name: str, config_path: Path, weights: Path, revision: str | None 
     model_cfg = {"architecture": architecture, "model_args": config.get("model_args") or {}}
     if "global_pool" in config:
         model_cfg["global_pool"] = config["global_pool"]
-    return Source(name, str(config_path), model_cfg, cfg, weights, revision)
+    return Source(place.name, str(config_path), model_cfg, cfg, weights, place.revision)
 
 
 def build_tower(source: Source) -> nn.Module:
@@ -110,15 +90,15 @@ def build_tower(source: Source) -> nn.Module:
     import torch
 
     cfg = source.model_cfg
-    architecture, img_size = cfg["architecture"], cfg.get("img_size")
+    architecture, img_size = cfg["architecture"], source.img_size
     arguments = {"num_classes": 0, **cfg["model_args"]}
     arguments["num_classes"] = 0
     if cfg.get("global_pool"):
         arguments["global_pool"] = cfg["global_pool"]
     if "dinov3" in architecture:  # trained with its class token; timm takes the mean
         arguments["global_pool"] = "token"
-    if img_size is not None:
-        arguments["img_size"] = img_size
+    if img_size is not None and source.preprocess_cfg.get("fixed_input_size", True):
+        arguments["img_size"] = img_size  # others take images of any size
     try:
         with torch.random.fork_rng(devices=[]):  # towers draw their initial weights
             trunk = timm.create_model(
@@ -161,9 +141,8 @@ def read_preprocessing(
     """Read what timm's transform for evaluation does, overridden by the caller."""
     from timm.data.config import resolve_data_config
 
-    img_size = source.model_cfg.get("img_size")
     resolve: Callable[..., dict[str, Any]] = resolve_data_config
-    cfg = resolve({"img_size": img_size}, dict(source.preprocess_cfg))
+    cfg = resolve({"img_size": source.img_size}, dict(source.preprocess_cfg))
     if normalize == "imagenet":
         cfg |= IMAGENET
     height, width = cfg["input_size"][1:]
@@ -193,7 +172,7 @@ def read_preprocessing(
 
 
 FAMILY: Final = Family(
-    find={"timm": find_by_name, "hf-hub": find_on_hub, "local-dir": find_in_folder},
+    find={"timm": find_by_name, **find_in_places(_find)},
     build=build_tower,
     fill=fill_with_weights,
     read_preprocessing=read_preprocessing,

@@ -187,11 +187,15 @@ class EvaTower(SplitTower):
     They depend on the grid alone, so that a tail makes them again.
     """
 
-    reads_class_token_only = False
+    tokens_hold_positions = False
 
     def __init__(self, visual: PooledTower) -> None:
         self._visual = visual
         self.blocks = [_RotatedBlock(block, visual.trunk) for block in visual.trunk.blocks]
+        own = visual.pool == "default" and visual.trunk.global_pool == "token"
+        self.reads_class_token_only = (
+            visual.pool == "cls" or own
+        ) and visual.trunk.attn_pool is None
         self.patch_grid = tuple(visual.trunk.patch_embed.grid_size)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -200,13 +204,23 @@ class EvaTower(SplitTower):
         return tokens
 
     def class_token_block(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError("the last block runs whole")
+        mixed: Tensor = self.blocks[-1](tokens)
+        return mixed[:, :1]
 
     def shows_attention(self, block: nn.Module) -> bool:
-        return False
+        return True
 
     def block_with_attention(self, block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the attention of rotated queries is not shown")
+        attn = block.block.attn
+        seen: list[Tensor] = []  # it passes its dropout, unless one kernel computes all
+        hook = attn.attn_drop.register_forward_hook(lambda _m, _i, output: seen.append(output))
+        is_fused, attn.fused_attn = attn.fused_attn, False
+        try:
+            tokens = block(tokens)
+        finally:
+            attn.fused_attn = is_fused
+            hook.remove()
+        return tokens, seen[0]
 
     def finish(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         trunk: Any = self._visual.trunk

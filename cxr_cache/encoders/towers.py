@@ -24,6 +24,9 @@ class SplitTower(ABC):
     """Whether nothing but the class token is read after the last block."""
     patch_grid: tuple[int, int]
     """Numbers of rows and columns of patches; their tokens are the last ones, row by row."""
+    tokens_hold_positions = True
+    """Whether blocks see the place of a patch in its token alone, so that others may be left
+    out."""
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:

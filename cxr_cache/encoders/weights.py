@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,19 +20,31 @@ from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.errors import EncoderError
 
 _VISION_PREFIX = "visual."
+_WRAPPERS = re.compile(r"^(?:module\.|model\.|_orig_mod\.|backbone\.|teacher\.)+")
+"""What training programs put before the names of tensors."""
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "module")
+"""Where training programs keep a model's tensors among other things."""
 
 
-def load_weights(visual: nn.Module, path: Path) -> None:
-    """Copy a checkpoint's vision tensors into the tower, and raise unless all of them fit."""
+def load_weights(
+    visual: nn.Module, path: Path, fit: Callable[[nn.Module, dict[str, Tensor]], None] | None = None
+) -> None:
+    """Copy a checkpoint's vision tensors into the tower, and raise unless all of them fit.
+
+    `fit` may change the tensors before.
+    """
     tensors = {
         name.removeprefix(_VISION_PREFIX): tensor
         for name, tensor in read_tensors(path, _VISION_PREFIX).items()
     }
+    require_numbers(tensors, path)
     if not tensors:
         raise EncoderError(
             f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
             "open_clip. Take the file from the repository that the configuration is from."
         )
+    if fit is not None:
+        fit(visual, tensors)
     fill_tower(visual, tensors, path, "image")
 
 
@@ -67,23 +82,70 @@ def fill_tower(tower: nn.Module, tensors: dict[str, Tensor], path: Path, kind: s
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """Read a checkpoint's tensors whose names begin with `prefix`, without running its code.
 
+    What training programs put before the names is taken off them. `path` may be the list of the
+    parts that a checkpoint is kept in, ``model.safetensors.index.json``.
+
     Raises
     ------
     EncoderError
-        The file is damaged, of another kind, or holds more than tensors.
+        A file is missing, damaged, of another kind, or holds more than tensors, or one twice.
     """
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
-    return read(path, prefix)
+    tensors: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    for part in list_parts(path):
+        read = _read_safetensors if part.suffix == ".safetensors" else _read_pickle
+        for name, tensor in read(part, prefix).items():
+            bare = _unwrap(name)
+            if bare in tensors:
+                raise held_twice(path, origins[bare], name)
+            tensors[bare], origins[bare] = tensor, name
+    return tensors
+
+
+def held_twice(path: Path, first: str, second: str) -> EncoderError:
+    """Give the error of a file that holds one tensor under two names."""
+    return EncoderError(
+        f"{path} holds the same tensor twice, as {first} and as {second}. Take the file from the "
+        "model's repository."
+    )
+
+
+def _unwrap(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def list_parts(path: Path) -> list[Path]:
+    """List the files that a checkpoint is kept in: `path` itself, unless that is a list of parts.
+
+    Raises
+    ------
+    EncoderError
+        The list is damaged.
+    """
+    if not path.name.endswith(".index.json"):
+        return [path]
+    try:
+        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not parts or any(Path(part).name != part for part in parts):
+            raise ValueError(f"parts {parts}")
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise EncoderError(
+            f"{path} does not list the parts of a checkpoint ({error!r}). Copy or download it "
+            "again."
+        ) from error
+    return [path.parent / part for part in parts]
 
 
 def read_names(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Read the names and shapes of a checkpoint's tensors.
+    """Read the names and shapes of a checkpoint's tensors; names as :func:`read_tensors` has them.
 
     Raises
     ------
     EncoderError
         As :func:`read_tensors`.
     """
+    if (parts := list_parts(path)) != [path]:
+        return [found for part in parts for found in read_names(part)]
     if path.suffix != ".safetensors":
         return [(name, tuple(t.shape)) for name, t in read_tensors(path).items()]
     from safetensors import SafetensorError, safe_open
@@ -91,7 +153,7 @@ def read_names(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            return [(name, tuple(file.get_slice(name).get_shape())) for name in names]
+            return [(_unwrap(name), tuple(file.get_slice(name).get_shape())) for name in names]
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -111,7 +173,7 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
             return {
                 name: file.get_tensor(name)
                 for name in file.keys()  # noqa: SIM118 -- the file is no mapping
-                if name.startswith(prefix)
+                if _unwrap(name).startswith(prefix)
             }
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
@@ -119,10 +181,16 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
     """Read tensors of a checkpoint of torch; it is memory-mapped, so that others are not read."""
-    try:
-        checkpoint = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive and _holds_program(path):
+        raise EncoderError(
+            f"{path} is an archive of TorchScript, which holds a program beside the weights. "
+            f"Save these alone: torch.save(torch.jit.load({path.name!r}, 'cpu').state_dict(), "
+            "'weights.pt')."
         )
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         raise EncoderError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code "
@@ -134,13 +202,30 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
             f"{path} is damaged, or not a checkpoint of torch ({first_line(error)}). Copy or "
             "download it again."
         ) from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
-    named = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = checkpoint if isinstance(checkpoint, dict) else {}
+    while inner := [key for key in _CONTAINERS if isinstance(state.get(key), Mapping)]:
+        state = state[inner[0]]
     return {
-        name: value
-        for name, value in named.items()
-        if name.startswith(prefix) and isinstance(value, Tensor)
+        str(name): value
+        for name, value in state.items()
+        if _unwrap(str(name)).startswith(prefix) and isinstance(value, Tensor)
     }
+
+
+def _holds_program(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _numpy_globals() -> list[Any]:
+    """List what pickled numbers of NumPy are made of, such as a training program's best loss.
+
+    They hold no code. NumPy 2 has moved the first of them.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"]
+    moved = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*moved, np.dtype, *kinds]
 
 
 def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -148,7 +233,7 @@ def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     packed = [
         name
         for name, tensor in tensors.items()
-        if not name.endswith(("position_ids", "num_batches_tracked"))
+        if tensor.dtype not in (torch.int64, torch.bool)  # counts and indices, masks
         and (not tensor.is_floating_point() or tensor.element_size() == 1)
     ]
     if packed:

@@ -15,8 +15,17 @@ from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
-from cxr_cache.evaluation.scored import ScoredImages, read_scored
-from cxr_cache.metrics.intervals import LEVEL, count_rarer_class, macro_error, standard_errors
+from cxr_cache.evaluation.figures import MEASURES, to_number
+from cxr_cache.evaluation.scored import ScoredImages, read_scored, read_trainings
+from cxr_cache.metrics.intervals import (
+    LEVEL,
+    add_training_error,
+    count_rarer_class,
+    drop_rounding,
+    macro_error,
+    standard_errors,
+    student_interval,
+)
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
@@ -30,8 +39,13 @@ COLUMNS: Final = (
     *("first", "second", "difference", "low", "high", "p", "p_holm", "n_undefined_resamples"),
 )
 
-_NAMES: Final = {"auroc": "macro AUROC", "ap": "macro AP"}
 Rows: TypeAlias = Literal["images", "studies"]
+_MACRO_FIGURES: Final[tuple[tuple[str, str, Rows], ...]] = (
+    ("macro AUROC", "auroc", "images"),
+    ("macro AP", "ap", "images"),
+    ("macro AUROC, by study", "auroc", "studies"),
+    ("macro AP, by study", "ap", "studies"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +60,8 @@ class Comparison:
     """What was resampled."""
     table: pd.DataFrame
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
+    notes: tuple[str, ...] = ()
+    """What the differences do not speak of."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
@@ -64,19 +80,36 @@ class Comparison:
             "differences to "
             f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
         ]
-        for run in self.runs[1:]:
-            width = max(len(self.runs[0]), len(run), 10)
-            lines.append(f"  {'':<22}{self.runs[0]:>{width}}  {run:>{width}}  difference")
-            for rows in ("images", "studies"):
-                for measure in COMPARED:
-                    row = self.macro(run, measure, rows)
-                    name = _NAMES[measure] + (", by study" if rows == "studies" else "")
-                    lines.append(
-                        f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
-                        + _describe(row)
-                    )
-            lines += self._differing(run)
-        return "\n".join(lines)
+        lines += self._pair() if len(self.runs) == 2 else self._several()
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+    def _pair(self) -> list[str]:
+        first, second = self.runs
+        width = max(len(first), len(second), 10)
+        lines = [f"  {'':<22}{first:>{width}}  {second:>{width}}  difference"]
+        for name, measure, rows in _MACRO_FIGURES:
+            row = self.macro(second, measure, rows)
+            lines.append(
+                f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
+                + _describe(row)
+            )
+        return lines + self._differing(second)
+
+    def _several(self) -> list[str]:
+        """A table of all runs per figure, and what each has of findings that differ."""
+        first, *others = self.runs
+        width = max(22, *map(len, self.runs))
+        lines = []
+        for name, measure, rows in _MACRO_FIGURES:
+            of_runs = {run: self.macro(run, measure, rows) for run in others}
+            lines += [f"  {name}", f"    {first:<{width}}{of_runs[others[0]]['first']:.3f}"]
+            lines += [
+                f"    {run:<{width}}{row['second']:.3f}  {_describe(row)}"
+                for run, row in of_runs.items()
+            ]
+        for run in others:
+            lines += [f"  {run}", *(f"  {line}" for line in self._differing(run))]
+        return lines
 
     def _differing(self, run: str) -> list[str]:
         """Findings whose AUROC by image differs beyond luck, largest difference first."""
@@ -95,7 +128,9 @@ class Comparison:
 
 
 def _describe(row: Any) -> str:
-    bounds = "" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    bounds = (
+        " [no interval]" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    )
     p = "" if np.isnan(row["p_holm"]) else f", p = {row['p_holm']:.2g}"
     return f"{row['difference']:+.3f}{bounds}{p}"
 
@@ -104,6 +139,10 @@ def compare_runs(
     *runs: Run, n_resamples: int = CompareConfig.n_resamples, seed: int = CompareConfig.seed
 ) -> Comparison:
     """Compare runs with the first by a paired bootstrap: each resample scores all.
+
+    Where every run has several trainings (``train --repeats``), figures are means over them, and
+    the variance of a recipe's training is added to that over studies: recipes are compared. Else
+    the runs' models are, and the result says so.
 
     The interval of a difference is the difference and Student's t times its standard error over
     the resamples, and its p value belongs to the same statistic (as in pROC's bootstrap test;
@@ -132,21 +171,50 @@ def compare_runs(
     if len(runs) < 2:
         raise RunError("There is nothing to compare: give two runs or more.")
     names = _name(runs)
-    first = read_scored(runs[0])
-    images = [first]
-    for run in runs[1:]:
-        images.append(_align(runs[0], first, run, read_scored(run)))
+    trainings = [read_trainings(run) for run in runs]
+    n_trainings = min(map(len, trainings))
+    if n_trainings == 1:  # then only the models that the runs keep can be compared
+        trainings = [[read_scored(run)] for run in runs]
+    first = trainings[0][0]
+    images = [
+        [_align(runs[0], first, run, each) for each in of_run]
+        for run, of_run in zip(runs, trainings, strict=True)
+    ]
     images = _share_patients(images)
-    kinds: dict[Rows, list[ScoredImages]] = {
+    kinds: dict[Rows, list[list[ScoredImages]]] = {
         "images": images,
-        "studies": [part.by_study() for part in images],
+        "studies": [[each.by_study() for each in of_run] for of_run in images],
     }
     tables = [
         _tabulate(names, rows, parts, _score(parts, n_resamples, seed))
         for rows, parts in kinds.items()
     ]
     table = pd.concat(tables, ignore_index=True)
-    return Comparison(names, len(first), first.n_studies, images[0].unit, table)
+    notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
+    return Comparison(names, len(first), first.n_studies, images[0][0].unit, table, notes)
+
+
+def _list_notes(
+    names: Sequence[str], runs: Sequence[Run], n_trainings: Sequence[int]
+) -> tuple[str, ...]:
+    """Say what is compared, and what else differs from the first run's recipe."""
+    notes = [
+        f"This compares recipes: figures are means over {' and '.join(map(str, n_trainings))} "
+        "trainings, and intervals hold both the test sample and the training."
+        if min(n_trainings) > 1
+        else "This compares trained models, not recipes: of one run or more only one training is "
+        "known, and another seed of the same recipe gives another model. Train with --repeats to "
+        "compare recipes."
+    ]
+    finals = [run.config.get(run.config.get("kind", ""), {}).get("final") for run in runs]
+    for name, final in zip(names[1:], finals[1:], strict=True):
+        if None not in (final, finals[0]) and final != finals[0]:
+            notes.append(
+                f"{names[0]} has --final {finals[0]} and {name} --final {final}. An average of "
+                "models is better than one of them, so the difference is not of the recipes alone; "
+                "train both with the same --final."
+            )
+    return tuple(notes)
 
 
 def _name(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -177,11 +245,11 @@ def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) ->
     return theirs
 
 
-def _share_patients(images: Sequence[ScoredImages]) -> list[ScoredImages]:
+def _share_patients(images: Sequence[Sequence[ScoredImages]]) -> list[list[ScoredImages]]:
     """All runs with the patients of the first that names any; those of old versions name none."""
-    known = (part.patient_ids for part in images if part.unit != "study")
-    patient_ids = next(known, images[0].patient_ids)
-    return [replace(part, patient_ids=patient_ids) for part in images]
+    known = (of_run[0].patient_ids for of_run in images if of_run[0].unit != "study")
+    patient_ids = next(known, images[0][0].patient_ids)
+    return [[replace(each, patient_ids=patient_ids) for each in of_run] for of_run in images]
 
 
 def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) -> None:
@@ -203,39 +271,86 @@ def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: Scor
 class _Scores:
     """AUROC and AP of K runs by measure."""
 
-    estimates: dict[str, FloatArray]  # (K, F)
-    resampled: dict[str, FloatArray]  # (R, K, F), the same resamples for all runs
+    trainings: dict[str, list[FloatArray]]  # of every run, (T, F)
+    resampled: dict[str, FloatArray]  # means over trainings, (R, K, F), the same resamples for all
 
 
-def _score(images: Sequence[ScoredImages], n_resamples: int, seed: int) -> _Scores:
-    ranked = [RankedScores(part.targets, part.probabilities) for part in images]
+def _score(images: Sequence[Sequence[ScoredImages]], n_resamples: int, seed: int) -> _Scores:
+    ranked = [
+        [RankedScores(each.targets, each.probabilities) for each in of_run] for of_run in images
+    ]
 
-    def statistics(weights: NDArray[Any]) -> dict[str, FloatArray]:
-        pairs = [of_run.auroc_and_ap(weights) for of_run in ranked]
+    def of_trainings(weights: NDArray[Any]) -> dict[str, list[FloatArray]]:  # each (R, T, F)
+        pairs = [[each.auroc_and_ap(weights) for each in of_run] for of_run in ranked]
         return {
-            measure: np.stack([pair[i] for pair in pairs], axis=1)
+            measure: [np.stack([pair[i] for pair in of_run], axis=1) for of_run in pairs]
             for i, measure in enumerate(COMPARED)
         }
 
-    once = statistics(np.ones((1, len(images[0]))))
-    resampled = bootstrap(statistics, images[0].clusters, n_resamples, seed)
-    return _Scores({measure: values[0] for measure, values in once.items()}, resampled)
+    def statistics(weights: NDArray[Any]) -> dict[str, FloatArray]:
+        return {
+            measure: np.stack([of_run.mean(axis=1) for of_run in of_runs], axis=1)
+            for measure, of_runs in of_trainings(weights).items()
+        }
+
+    first = images[0][0]
+    once = of_trainings(np.ones((1, len(first))))
+    resampled = bootstrap(statistics, first.clusters, n_resamples, seed)
+    return _Scores(
+        {measure: [of_run[0] for of_run in of_runs] for measure, of_runs in once.items()}, resampled
+    )
+
+
+def describe_recipe(run: Run, *, n_resamples: int, seed: int) -> dict[str, Any]:
+    """Estimate the macro AUROC and AP of a run's recipe from its trainings, as metrics.json has it.
+
+    Each is the mean over trainings; its interval holds the test studies (or patients) and the
+    training, ``std`` is the spread of single trainings. Empty for a run without repeats.
+    """
+    trainings = read_trainings(run)
+    if len(trainings) < 2 or not n_resamples:
+        return {}
+    scores = _score([trainings], n_resamples, seed)
+    n_clusters = count_rarer_class(trainings[0].targets, trainings[0].clusters)
+    described: dict[str, Any] = {"n_trainings": len(trainings)}
+    for measure in COMPARED:
+        [of_trainings], resampled = scores.trainings[measure], scores.resampled[measure]
+        means, macros = of_trainings.mean(axis=0), macro_mean(of_trainings)
+        spread = macro_error(means, resampled[:, 0], n_clusters, widen=MEASURES[measure].widen)
+        error, freedom = add_training_error(
+            np.array(spread.error), np.array(spread.n_clusters - 1), [macros]
+        )
+        interval = student_interval(macros.mean(), error, freedom + 1, "logit")
+        described[f"macro_{measure}"] = {
+            "value": to_number(macros.mean()),
+            "low": to_number(interval.low),
+            "high": to_number(interval.high),
+            "std": to_number(macros.std(ddof=1)),
+        }
+    return described
 
 
 def _tabulate(
-    names: Sequence[str], rows: Rows, images: Sequence[ScoredImages], scores: _Scores
+    names: Sequence[str],
+    rows: Rows,
+    images: Sequence[Sequence[ScoredImages]],
+    scores: _Scores,
 ) -> pd.DataFrame:
     """All runs but the first against the first, finding by finding and their mean."""
-    targets = images[0].targets
+    targets = images[0][0].targets
     n_positive = (targets == 1).sum(axis=0)
-    n_clusters = count_rarer_class(targets, images[0].clusters)
+    n_clusters = count_rarer_class(targets, images[0][0].clusters)
     parts = []
     for measure in COMPARED:
-        estimates, resampled = scores.estimates[measure], scores.resampled[measure]
+        trainings, resampled = scores.trainings[measure], scores.resampled[measure]
         of_runs = [
             tabulate_differences(
-                estimates[0], estimates[k], resampled[:, k] - resampled[:, 0], n_clusters
-            ).assign(run=names[k], finding=[*images[0].findings, MACRO])
+                trainings[0],
+                trainings[k],
+                resampled[:, k] - resampled[:, 0],
+                n_clusters,
+                widen=MEASURES[measure].widen,
+            ).assign(run=names[k], finding=[*images[0][0].findings, MACRO])
             for k in range(1, len(names))
         ]
         part = pd.concat(of_runs, ignore_index=True).assign(measure=measure)
@@ -249,27 +364,40 @@ def _tabulate(
 
 
 def tabulate_differences(
-    first: FloatArray, second: FloatArray, resampled: FloatArray, n_clusters: FloatArray
+    first: FloatArray,
+    second: FloatArray,
+    resampled: FloatArray,
+    n_clusters: FloatArray,
+    *,
+    widen: bool = True,
 ) -> pd.DataFrame:
     """Differences with interval and p value, per finding and, last, of their mean, F + 1 rows.
 
     Parameters
     ----------
     first, second
-        Figures whose difference, second minus first, is asked for, ``(F,)``.
+        Figures whose difference, second minus first, is asked for, ``(F,)``; or those of several
+        trainings of either recipe, ``(T, F)``, whose means are compared.
     resampled
         These differences on resampled clusters, ``(R, F)``.
     n_clusters
         Number of clusters on which each difference rests, ``(F,)``.
+    widen
+        As in :func:`cxr_cache.metrics.intervals.standard_errors`.
     """
-    n_undefined = np.isnan(resampled).sum(axis=0)
-    of_macro = macro_error(resampled, n_clusters)
-    error = np.append(standard_errors(resampled, n_clusters), of_macro.error)
-    first, second = (np.append(values, macro_mean(values)) for values in (first, second))
+    trainings = [
+        np.column_stack([values, macro_mean(values)])
+        for values in (np.atleast_2d(first), np.atleast_2d(second))
+    ]
+    first, second = (values.mean(axis=0) for values in trainings)
     difference = second - first
+    n_undefined = np.isnan(resampled).sum(axis=0)
+    of_macro = macro_error(difference[:-1], resampled, n_clusters, widen=widen)
+    error = np.append(standard_errors(resampled, n_clusters, widen=widen), of_macro.error)
     freedom = np.append(np.maximum(n_clusters - 1, 1.0), of_macro.n_clusters - 1)
-    # Without any spread there is nothing to measure a difference by.
-    error = np.where((error == 0) & (difference != 0), np.nan, error)
+    if min(map(len, trainings)) > 1:
+        error, freedom = add_training_error(error, freedom, trainings)
+    error = drop_rounding(difference, error)
     with np.errstate(invalid="ignore"):
         t = np.where(difference == 0, 0.0, np.abs(difference) / error)
     reach = stdtrit(freedom, (1 + LEVEL) / 2) * error

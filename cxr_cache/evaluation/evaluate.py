@@ -15,6 +15,7 @@ from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
+from cxr_cache.evaluation.compare import describe_recipe
 from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
 from cxr_cache.evaluation.figures import (
     Entry,
@@ -55,7 +56,8 @@ _N_DIFFERENCES: Final = 5
 """Between groups, that a summary names."""
 _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a {method} over {units} "
-    "and the number of {units} that a figure rests on"
+    "and the number of {units} that a figure rests on; for the AUROC of a finding, the values "
+    "whose own error explains it"
 )
 
 
@@ -223,10 +225,12 @@ def score_run(
     if groups is None:
         groups = run.groups_path
     evaluation = _evaluate(images.take(is_test), reading, groups)
+    recipe = describe_recipe(run, n_resamples=n_resamples, seed=seed)
     metrics = {
         **evaluation.metrics,
         "train": reading.estimate(train, resample=False).overall(),
         "out_of_fold": reading.estimate(held_out, resample=False).overall(),
+        **({"recipe": recipe} if recipe else {}),
         "n_train_images": len(train),
         "n_train_studies": train.n_studies,
         **{name: run.config[name] for name in ("split",) if name in run.config},  # whose it is
@@ -437,6 +441,7 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
         f"{_with_interval(test['macro_sensitivity'])}, specificity "
         f"{_with_interval(test['macro_specificity'])}",
+        *_describe_recipe(metrics.get("recipe", {})),
         *_describe_gain(metrics["calibration"]),
         *_describe_groups(metrics),
     ]
@@ -467,6 +472,16 @@ def _describe_logistic(logistic: Mapping[str, Any] | None) -> list[str]:
         f"    regression    {_with_interval(logistic['macro_auroc'])} (logistic, L2, C = "
         f"{logistic['C']:g}, on the same folds and features); the head minus it "
         f"{_with_interval(logistic['difference'], '{:+.3f}')}"
+    ]
+
+
+def _describe_recipe(recipe: Mapping[str, Any]) -> list[str]:
+    """What other trainings of the recipe would change; nothing where there was one."""
+    return [
+        f"  {name:<14}  {_with_interval(recipe[key])} as the mean of {recipe['n_trainings']} "
+        f"trainings, which spread by {recipe[key]['std']:.3f}; the interval holds the training too"
+        for name, key in (("recipe, AUROC", "macro_auroc"), ("recipe, AP", "macro_ap"))
+        if key in recipe
     ]
 
 
@@ -508,10 +523,12 @@ def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
 def _with_interval(
     entry: Mapping[str, float | None], form: str = "{:.3f}", *, bounds: bool = True
 ) -> str:
-    """``0.722 [0.701, 0.741]``, or ``undefined``."""
+    """``0.722 [0.701, 0.741]``, ``0.722 [no interval]``, or ``undefined``."""
     value, low, high = (entry.get(name) for name in ("value", "low", "high"))
     if value is None:
         return "undefined"
-    if not bounds or low is None or high is None:
+    if not bounds or "low" not in entry:  # nothing was resampled
         return form.format(value)
+    if low is None or high is None:
+        return f"{form.format(value)} [no interval]"
     return f"{form.format(value)} [{form.format(low)}, {form.format(high)}]"

@@ -15,6 +15,7 @@ from cxr_cache.evaluation.scored import ScoredImages
 from cxr_cache.metrics.intervals import (
     Interval,
     Scale,
+    auroc_interval,
     interval_of_mean,
     macro_interval,
     standard_errors,
@@ -72,6 +73,8 @@ class Measure(NamedTuple):
     """Whether it stands at the top of the page and on the model card."""
     is_in_panel: bool = False
     """Whether it stands among the figures of a single finding, beside its curves."""
+    widen: bool = True
+    """Whether resamples of few clusters show too little of its variance, as they do of means."""
     hub_metric: str = ""
     """Its name among the metrics of the Hugging Face Hub, where a model card is to report it."""
 
@@ -88,6 +91,7 @@ MEASURES: Final = {
     "ap": Measure(
         *("average precision", "both", "logit", "ap_of_chance", "guessing"),
         is_headline=True,
+        widen=False,
         hub_metric="average_precision",
     ),
     "prevalence": Measure("prevalence, beside average precision", "labelled"),
@@ -331,9 +335,17 @@ def _intervals(
     for name, measure in RESAMPLED.items():
         assert measure.scale is not None
         scale, n, values = measure.scale, n_clusters_of[measure.counted_over], resampled[name]
-        errors = standard_errors(values, n)
+        errors = standard_errors(values, n, widen=measure.widen)
         intervals[name] = student_interval(figures[name], errors, n, scale)
-        intervals[f"macro_{name}"] = macro_interval(figures[name], values, n, scale)
+        if name == "auroc":
+            of_classes = n_clusters_of["positive"], n_clusters_of["negative"]
+            intervals[name] = auroc_interval(figures[name], errors, *of_classes)
+        (defined,) = np.nonzero(~np.isnan(figures[name]))
+        intervals[f"macro_{name}"] = (
+            Interval(*(bounds[defined[0]] for bounds in intervals[name]))
+            if len(defined) == 1
+            else macro_interval(figures[name], values, n, scale, widen=measure.widen)
+        )
     intervals["balanced_accuracy"] = interval_of_mean(
         figures["balanced_accuracy"],
         *((figures[name], intervals[name]) for name in ("sensitivity", "specificity")),

@@ -207,12 +207,17 @@ def recipe_of(run: Run) -> TrainConfig:
     Raises
     ------
     RunError
-        The run was fine-tuned.
+        The run was fine-tuned, or reads several stores.
     """
     if run.config.get("kind") != "train":
         raise RunError(
             f"{run.path} was fine-tuned; the leak is measured with heads on cached embeddings. "
             "Give a run of `cxr-cache train`."
+        )
+    if len(run.stores) > 1:
+        raise RunError(
+            f"{run.path} reads {len(run.stores)} stores side by side; the leak is measured with "
+            "heads on one. Give a run of `cxr-cache train` on this store alone."
         )
     return replace(TrainConfig(**run.config["train"]), early_stopping=None)
 

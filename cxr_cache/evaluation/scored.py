@@ -374,6 +374,22 @@ def _require_few(values: NDArray[np.object_], column: str, path: Path) -> None:
         )
 
 
+def read_trainings(run: Run) -> list[ScoredImages]:
+    """Test predictions of every training of a run, calibrated as its first, whose model it keeps.
+
+    A run without repeats has one. Errors are those of :func:`read_scored`.
+    """
+    if not run.has_table("repeats"):
+        return [read_scored(run)]
+    table, targets = run.read_table("repeats"), run.read_table("targets")
+    trainings = [
+        parse_predictions(part, targets, run.config["findings"])
+        for _, part in table.groupby("repeat")
+    ]
+    calibrate = run.calibration.apply
+    return [each.with_probabilities(calibrate(each.probabilities)) for each in trainings]
+
+
 def read_scored(
     run: Run, rows: Literal["test", "train", "out_of_fold"] = "test", *, calibrated: bool = True
 ) -> ScoredImages:

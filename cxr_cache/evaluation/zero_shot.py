@@ -239,8 +239,8 @@ def name_prompts(pairs: Sequence[PromptPair]) -> dict[str, list[str]]:
 
 
 def _is_encoder_of(run: Run, store: FeatureStore) -> bool:
-    trained_with = run.config["store"]["encoder"].get("weights_sha256")
-    return bool(trained_with == store.header.encoder["weights_sha256"])
+    trained_with = {one["encoder"].get("weights_sha256") for one in run.stores}
+    return store.header.encoder["weights_sha256"] in trained_with
 
 
 def _notes(run: Run, store: FeatureStore) -> Iterator[str]:

@@ -18,7 +18,7 @@ from cxr_cache.evaluation.overlap import find_overlap
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run, TableName
 from cxr_cache.report.report import write_external_report
-from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _MARK: Final = "matching.csv"
 
 def evaluate_on_store(
     run: Run,
-    store_path: str | Path,
+    store_path: StorePaths,
     *,
     labels: str | Path | None = None,
     name_map: str | Path | None = None,
@@ -51,7 +51,8 @@ def evaluate_on_store(
     run
         A finished run.
     store_path
-        Feature store of the same encoder.
+        Feature store of the same encoder; for a run of several stores, one of each encoder, in the
+        run's order and of the same images.
     labels
         Table whose targets replace the store's; see
         :func:`cxr_cache.datasets.labels.read_labels`.
@@ -72,7 +73,8 @@ def evaluate_on_store(
     Raises
     ------
     StoreMismatchError
-        The store is of another encoder, or lacks the tokens that the run's blocks read.
+        The store is of another encoder, or lacks the tokens that the run's blocks read; or there
+        are not as many stores as the run was trained on.
     TableError
         The other data set labels none of the run's findings, or a table cannot be read.
     ConfigError
@@ -88,7 +90,8 @@ def evaluate_on_store(
     """
     wanted = parse_relations(relations)
     folder = None if out is None or _is_json(out) else _require_free(Path(out))
-    with FeatureStore.open(store_path) as features:
+    paths = list_stores(store_path)
+    with open_stores(store_path) as (features, *further):
         cohort = features.cohort if labels is None else read_labels(labels, features.cohort)
         data_set = "" if labels else name_data_set(features.findings, features.header.reading)
         matching = match_findings(
@@ -99,11 +102,13 @@ def evaluate_on_store(
             own=name_map,
             relations=wanted,
         )
-        require_scored(matching, run.path, labels or store_path)
+        require_scored(matching, run.path, labels or paths[0])
         encoder = None
         if run.load_model().tail is not None and not features.header.encoder.get("imported"):
             encoder = reload_encoder(features.header.encoder, model=model, device=device)
-        predictions, targets = predict_store(run, features, encoder, cohort)
+        predictions, targets = predict_store(
+            run, features, encoder, None if labels is None else cohort, further=further
+        )
         overlap = find_overlap(run, features, predictions)
     for warning in overlap.warnings:
         logger.warning("%s", warning)
@@ -114,7 +119,8 @@ def evaluate_on_store(
         matching,
         overlap,
         described={
-            "store": str(store_path),
+            "store": str(paths[0]),
+            **({"further_stores": [str(path) for path in paths[1:]]} if further else {}),
             "data_set": data_set,
             "labels": None if labels is None else str(labels),
             "map": None if name_map is None else str(name_map),

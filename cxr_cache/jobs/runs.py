@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_cache.config import FinetuneConfig, TrainConfig
+from cxr_cache.config import FinetuneConfig, RepeatConfig, TrainConfig
 from cxr_cache.evaluation.evaluate import format_summary, score_run
 from cxr_cache.evaluation.scored import read_groups
 from cxr_cache.jobs.scoring import what_is_left
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
+from cxr_cache.store.side_by_side import StorePaths, list_stores
 from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.fit_on_cores import release_cores
 from cxr_cache.training.outcome import TrainResult
@@ -35,7 +36,7 @@ def _count_nothing(_n_done: int, _n_all: int) -> None:
 
 
 def train_head(
-    store_path: str | Path,
+    store_path: StorePaths,
     run_dir: str | Path,
     config: TrainConfig | None = None,
     *,
@@ -43,10 +44,11 @@ def train_head(
     groups: str | Path | None = None,
     allow_pending: bool = False,
     overwrite: bool = False,
+    n_repeats: int = RepeatConfig.n_repeats,
     tell: Callable[[str], object] = _say_nothing,
     on_progress: Callable[[int, int], None] = _count_nothing,
 ) -> TrainResult:
-    """Train a head on a store, test it once, and write its page and model card.
+    """Train a head on a store, or on several, test it once, and write its page and model card.
 
     It leaves the same run folder as ``cxr-cache train``. Test rows take part in nothing but the
     final figures; thresholds come from out-of-fold predictions.
@@ -54,7 +56,8 @@ def train_head(
     Parameters
     ----------
     store_path
-        Feature store with embeddings.
+        Feature store with embeddings; or several stores of the same images, whose features the head
+        reads side by side. Labels and split come from the first.
     run_dir
         Folder to write; it may not hold a finished run unless `overwrite`.
     config
@@ -68,6 +71,9 @@ def train_head(
         Train although extraction has not finished.
     overwrite
         Replace a finished run.
+    n_repeats
+        Number of trainings on the same split, each from its own seed. The first becomes the run's
+        model; ``repeats.csv`` has the test predictions of all.
     tell
         Takes each part of the result in words, as soon as it is known: ``print`` in a notebook.
     on_progress
@@ -88,6 +94,9 @@ def train_head(
     StoreIncompleteError, StoreFormatError
         The store cannot be trained on; see
         :func:`cxr_cache.store.rows.find_labelled_rows`.
+    StoreMismatchError
+        Two stores hold other images, files or labels; see
+        :func:`cxr_cache.store.side_by_side.match_rows`.
     TrainingError
         The loss diverged, or no AUROC is defined in some fold.
 
@@ -105,6 +114,7 @@ def train_head(
         labels=labels,
         allow_pending=allow_pending,
         overwrite=overwrite,
+        n_repeats=n_repeats,
         on_progress=on_progress,
     )
     release_cores()  # evaluating needs the memory
@@ -113,7 +123,7 @@ def train_head(
 
 
 def finetune_tail(
-    store_path: str | Path,
+    store_path: StorePaths,
     run_dir: str | Path,
     config: FinetuneConfig | None = None,
     *,
@@ -137,7 +147,7 @@ def finetune_tail(
     Parameters
     ----------
     store_path
-        Feature store, with tokens unless `image_dir` is given.
+        Feature store, with tokens unless `image_dir` is given; one alone.
     run_dir
         Folder to write; it may not hold a finished run unless `overwrite`.
     config
@@ -205,7 +215,7 @@ def is_another_process() -> bool:
 
 def refit_best(
     ablation: Ablation,
-    store_path: str | Path,
+    store_path: StorePaths,
     run_dir: str | Path,
     *,
     n_jobs: int = TrainConfig.n_jobs,
@@ -222,8 +232,9 @@ def refit_best(
     n_jobs
         Processes that share the folds.
     """
-    config = replace(ablation.best.config, n_jobs=n_jobs)
-    return train_head(store_path, run_dir, config, **options)
+    config, paths = replace(ablation.best.config, n_jobs=n_jobs), list_stores(store_path)
+    chosen = [paths[i] for i in ablation.best.stores]
+    return train_head(chosen, run_dir, config, **options)
 
 
 def _require_groups(groups: str | Path | None) -> None:

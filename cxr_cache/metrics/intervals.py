@@ -11,10 +11,14 @@ Student's t on a scale without bounds:
 where g is the logit for shares and n the number of clusters on which the figure rests, for example
 those with a positive. The root makes the error of a mean of n values equal to the textbook's. Let d
 be their mean square deviation: a mean under exponential weights that sum to one has the variance
-d / (n + 1) (Rubin 1981), where the textbook has d / (n - 1). The interval contains the estimate,
-stays inside [0, 1] and, with n = 3, is as wide as three studies deserve. A mean over findings has
-the degrees of freedom of Satterthwaite (1946). ``scripts/interval_coverage.py`` measures how often
-such intervals cover the true value.
+d / (n + 1) (Rubin 1981), where the textbook has d / (n - 1). AP does without the root: each
+positive counts in the precision at its own score, so resamples of few positives show enough.
+
+A mean over findings has its covariances from the resamples as they are, since those come from
+clusters that are in all findings; the root is applied to each finding's own variance. Its degrees
+of freedom are Satterthwaite's (1946). The AUROC of a single finding has an interval of its own
+(:func:`auroc_interval`). ``scripts/interval_coverage.py`` measures how often intervals cover the
+true value, and how often equal models are called different.
 
 Differences of AUROCs need no resampling: their errors follow from the influence of every row.
 """
@@ -22,11 +26,12 @@ Differences of AUROCs need no resampling: their errors follow from the influence
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import ndtr, ndtri, stdtrit
 
 from cxr_cache.metrics.scores import Array, FloatArray, macro_mean, mean_ranks
 
@@ -35,6 +40,15 @@ LEVEL: Final = 0.95
 
 Scale: TypeAlias = Literal["logit", "log", "identity"]
 """Scale on which a figure's error is symmetric: for shares, positive numbers, or differences."""
+
+_ROUNDING: Final = 1e-6
+"""Share of a figure up to which its error is rounding; some are summed in float32."""
+_PRIOR_CLUSTERS: Final = 20
+"""Clusters that the variance of normal scores is worth beside the observed one in an AUROC's
+interval. Chosen by simulation: with fewer, AUROCs near 1 are covered too often; with more, scores
+of another shape are covered more rarely."""
+_NORMAL: Final = np.linspace(-8, 8, 81)
+_DENSITY: Final = np.exp(-np.square(_NORMAL) / 2) / np.exp(-np.square(_NORMAL) / 2).sum()
 
 
 class Interval(NamedTuple):
@@ -48,13 +62,19 @@ Bounded: TypeAlias = tuple[Array, Interval]
 """Figures and their intervals."""
 
 
-def standard_errors(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
+def standard_errors(
+    resampled: FloatArray, n_clusters: Array | int, *, widen: bool = True
+) -> FloatArray:
     """Compute standard deviations over resamples, corrected for the number of clusters.
 
     `resampled`, ``(R, ...)``, is NaN where a resample leaves a figure undefined; `n_clusters`,
-    ``(...)``, is the number of clusters on which each figure rests. NaN with fewer than two.
+    ``(...)``, is the number of clusters on which each figure rests. NaN with fewer than two. With
+    `widen` they are multiplied by the root in the module's docstring.
     """
-    errors: FloatArray = _deviations(resampled, n_clusters).std(axis=0)
+    variances = _centre(resampled).var(axis=0)
+    n = np.asarray(n_clusters, np.float64)
+    is_shown = (n > 1) & ~np.isnan(resampled).all(axis=0)
+    errors: FloatArray = np.sqrt(np.where(is_shown, variances * _widening(n, widen), np.nan))
     return errors
 
 
@@ -68,7 +88,8 @@ def student_interval(
     """Compute Student's t interval on a scale without bounds.
 
     A share of exactly 0 or 1 shows no variance. It gets the bound of Clopper and Pearson (1934) for
-    its number of clusters, which also holds for the mean of any values inside [0, 1].
+    its number of clusters, which also holds for the mean of any values inside [0, 1]. Another
+    figure without variance has no interval: NaN, never a point.
 
     Parameters
     ----------
@@ -84,32 +105,150 @@ def student_interval(
     )
     tail = (1 - level) / 2
     quantile = stdtrit(np.where(n_clusters > 1, n_clusters - 1, np.nan), 1 - tail)
-    low, high = _on_scale(estimates, quantile * errors, scale)
+    low, high = _on_scale(estimates, quantile * drop_rounding(estimates, errors), scale)
     if scale == "logit":
-        with np.errstate(divide="ignore"):
-            # The share with which all n clusters are hits in a fraction `tail` of samples.
-            furthest = tail ** (1 / np.maximum(n_clusters, 0))
-        is_none, is_all = estimates == 0, estimates == 1
-        low = np.where(is_none, 0.0, np.where(is_all, furthest, low))
-        high = np.where(is_none, 1 - furthest, np.where(is_all, 1.0, high))
+        low, high = _bound_extremes(estimates, Interval(low, high), n_clusters, tail)
     return Interval(low, high)
 
 
+def drop_rounding(estimates: FloatArray, errors: FloatArray) -> FloatArray:
+    """Replace errors by NaN where the resamples show no spread of a figure that is not 0.
+
+    Nothing is known of its error then, and an interval of one point would claim certainty.
+    """
+    is_rounding = (errors <= _ROUNDING * np.abs(estimates)) & (estimates != 0)
+    shown: FloatArray = np.where(is_rounding, np.nan, errors)
+    return shown
+
+
+def _bound_extremes(
+    estimates: FloatArray, interval: Interval, n_clusters: FloatArray, tail: float
+) -> Interval:
+    """Give shares of exactly 0 or 1 the bound of Clopper and Pearson."""
+    with np.errstate(divide="ignore"):
+        # The share with which all n clusters are hits in a fraction `tail` of samples.
+        furthest = tail ** (1 / np.maximum(n_clusters, 0))
+    is_none, is_all = estimates == 0, estimates == 1
+    return Interval(
+        np.where(is_none, 0.0, np.where(is_all, furthest, interval.low)),
+        np.where(is_none, 1 - furthest, np.where(is_all, 1.0, interval.high)),
+    )
+
+
+def auroc_interval(
+    estimates: Array, errors: Array, n_positive: Array, n_negative: Array, level: float = LEVEL
+) -> Interval:
+    """Compute intervals of AUROCs: the values from which the estimate is not too far.
+
+    The AUROC of few positives near 1 rests on the rarest of them, those that score low. Where a
+    sample has none, the observed error is far too small, and an interval around the estimate
+    covers too rarely. So an AUROC A lies in the interval if the estimate is at most t errors away,
+    with the error that belongs to A, as in Wilson's interval of a share and in Newcombe's method 5
+    of an AUROC ("Confidence intervals for an effect measure based on the Mann-Whitney statistic,
+    part 2", 2006). The variance that belongs to A is that of normal scores of one variance in both
+    classes, multiplied by
+
+        (m * observed variance / variance of normal scores + 20) / (m + 20),
+
+    and t has m + 20 degrees of freedom. Here m is what the observed variance is worth: n - 1, with
+    n clusters of the rarer class, or 2 (n - 1) / (kurtosis - 1), which is fewer where A is near 1,
+    since a variance of values with such a kurtosis is that uncertain.
+
+    Parameters
+    ----------
+    estimates, errors
+        AUROCs and their standard errors, widened, ``(...)``.
+    n_positive, n_negative
+        Clusters with a positive and with a negative, ``(...)``. With fewer than two of either, the
+        interval is NaN, and Clopper and Pearson's if the AUROC is 0 or 1.
+    level
+        Share of intervals that shall contain the true value, in (0, 1).
+    """
+    given = (estimates, errors, n_positive, n_negative)
+    estimates, errors, n_positive, n_negative = np.broadcast_arrays(
+        *(np.asarray(values, np.float64) for values in given)
+    )
+    rarer, tail = np.minimum(n_positive, n_negative), (1 - level) / 2
+
+    def is_inside(distances: FloatArray) -> NDArray[np.bool_]:
+        """Whether normal scores so far apart, in standard deviations, explain the estimates."""
+        areas, variance, kurtosis = _place_normal_scores(distances)
+        variances = areas * (1 - areas) + (n_positive + n_negative - 2) * variance
+        variances /= n_positive * n_negative
+        worth = (rarer - 1) * np.minimum(1, 2 / (kurtosis - 1))
+        weights = worth + _PRIOR_CLUSTERS
+        ratio = (worth * np.square(errors) / variances + _PRIOR_CLUSTERS) / weights
+        reach: FloatArray = stdtrit(weights, 1 - tail) * np.sqrt(variances * ratio)
+        return np.abs(estimates - areas) <= reach
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle = math.sqrt(2) * ndtri(estimates)
+        bounds = [_find_last(is_inside, middle, np.full_like(middle, end)) for end in (-12.0, 12.0)]
+    low, high = (ndtr(bound / math.sqrt(2)) for bound in bounds)
+    is_known = (rarer > 1) & ~np.isnan(errors)
+    interval = Interval(np.where(is_known, low, np.nan), np.where(is_known, high, np.nan))
+    return _bound_extremes(estimates, interval, rarer, tail)
+
+
+def _place_normal_scores(distances: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """AUROC of normal scores, and variance and kurtosis of the share that a positive beats."""
+    beaten = ndtr(distances[..., None] + _NORMAL)
+    areas = beaten @ _DENSITY
+    off = np.square(beaten - areas[..., None])
+    variance = off @ _DENSITY
+    return areas, variance, np.square(off) @ _DENSITY / np.square(variance)
+
+
+def _find_last(
+    is_inside: Callable[[FloatArray], NDArray[np.bool_]], inside: FloatArray, outside: FloatArray
+) -> FloatArray:
+    """Find by bisection where, from inside to outside, an interval ends."""
+    for _ in range(30):
+        between = (inside + outside) / 2
+        found = is_inside(between)
+        inside, outside = np.where(found, between, inside), np.where(found, outside, between)
+    return inside
+
+
 def macro_interval(
-    estimates: Array, resampled: FloatArray, n_clusters: Array, scale: Scale, level: float = LEVEL
+    estimates: Array,
+    resampled: FloatArray,
+    n_clusters: Array,
+    scale: Scale,
+    level: float = LEVEL,
+    *,
+    widen: bool = True,
 ) -> Interval:
     """Compute the interval of a mean over findings that share their clusters.
 
     Takes one figure per finding, ``(F,)``, NaN where undefined; these figures on resampled
     clusters, ``(R, F)``; and the number of clusters on which each rests, ``(F,)``. `scale` and
-    `level` are those of :func:`student_interval`.
+    `level` are those of :func:`student_interval`, `widen` is that of :func:`standard_errors`.
     """
-    mean, spread = macro_mean(estimates), macro_error(resampled, n_clusters)
+    mean = macro_mean(estimates)
+    spread = macro_error(estimates, resampled, n_clusters, widen=widen)
     if scale == "logit" and mean in (0, 1):  # take the number of the finding with most clusters
         return student_interval(mean, spread.error, np.max(n_clusters), scale, level)
-    # No variance, although the mean is neither 0 nor 1, says nothing about its error.
-    error = spread.error or math.nan
-    return student_interval(mean, error, spread.n_clusters, scale, level)
+    return student_interval(mean, *spread, scale, level)
+
+
+def add_training_error(
+    errors: FloatArray, freedom: FloatArray, trainings: Sequence[Array]
+) -> tuple[FloatArray, FloatArray]:
+    """Add what other trainings of the same recipes would change, to ``(...)`` and ``(...)``.
+
+    `errors` are those over clusters, with their degrees of freedom, of a figure of means over
+    trainings; `trainings` has the figures of each recipe's trainings, ``(T, ...)``, T at least 2.
+    The variances add up, that of a recipe's training being s^2 / T, with T - 1 degrees of freedom,
+    and the degrees of freedom of the sum are Satterthwaite's.
+    """
+    of_training = [np.var(each, axis=0, ddof=1) / len(each) for each in trainings]
+    total = np.square(errors) + sum(of_training)
+    scatter = errors**4 / freedom
+    for variance, each in zip(of_training, trainings, strict=True):
+        scatter = scatter + np.square(variance) / (len(each) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(total), np.where(scatter > 0, np.square(total) / scatter, freedom)
 
 
 class MeanError(NamedTuple):
@@ -120,36 +259,51 @@ class MeanError(NamedTuple):
     """Satterthwaite's degrees of freedom, plus one."""
 
 
-def macro_error(resampled: FloatArray, n_clusters: Array) -> MeanError:
-    """Compute the standard error of a mean over findings, from ``(R, F)`` and ``(F,)``.
+def macro_error(
+    estimates: Array, resampled: FloatArray, n_clusters: Array, *, widen: bool = True
+) -> MeanError:
+    """Compute the standard error of a mean over findings, from ``(F,)``, ``(R, F)`` and ``(F,)``.
 
     All findings share the resamples, so the variance of their mean contains their covariance. A
-    finding that rests on one cluster shows no variance at all. It is given the average variance of
-    one cluster of the others, as survey sampling does with strata of a single unit.
+    finding that rests on one cluster shows no variance of its own. It is given the square of its
+    distance from the mean over findings, as survey sampling does with strata of a single unit
+    (``lonely.psu = "adjust"`` in Lumley's ``survey``). `widen` is that of :func:`standard_errors`.
     """
-    defined = ~np.isnan(resampled).all(axis=0)
-    n = np.asarray(n_clusters, np.float64)[defined]
+    is_defined = ~np.isnan(resampled).all(axis=0)
+    figures = np.asarray(estimates, np.float64)[is_defined]
+    n = np.asarray(n_clusters, np.float64)[is_defined]
+    deviations = _centre(resampled[:, is_defined])
+    own = deviations.var(axis=0)
+    shared = deviations.sum(axis=1).var() - own.sum()
+    if (n > 1).any():
+        own = np.where(n > 1, own, np.square(figures - macro_mean(figures)))
+    return _error_of_mean(own, shared, n, widen)
+
+
+def _error_of_mean(own: FloatArray, shared: float, n: FloatArray, widen: bool) -> MeanError:
+    """Add the findings' own variances, ``(F,)``, widened, and what all their covariances sum to."""
     measured = n > 1
     if not measured.any():
         return MeanError(math.nan, math.nan)
-    deviations = _deviations(resampled[:, defined], n)
-    variances = deviations.var(axis=0)[measured]
-    variance = np.nan_to_num(deviations).mean(axis=1).var()
-    of_one_cluster = (variances * n[measured]).mean()
-    variance += of_one_cluster * (~measured).sum() / len(n) ** 2
-    return MeanError(math.sqrt(variance), pool_clusters(variances, n[measured]))
+    own = own * np.where(measured, _widening(n, widen), 1.0)
+    total = max(0.0, float(own.sum() + shared))
+    return MeanError(
+        math.sqrt(total) / len(n), pool_clusters(own[measured], n[measured], total=total)
+    )
 
 
-def pool_clusters(variances: Array, n_clusters: Array) -> float:
+def pool_clusters(variances: Array, n_clusters: Array, *, total: float = 0.0) -> float:
     """Compute how many clusters would show the variance of a sum equally well.
 
     This is Satterthwaite's number of degrees of freedom ("An approximate distribution of estimates
     of variance components", 1946) plus one, since a variance from n clusters has n - 1 of them.
-    Infinite without variance. Variances are those of the terms, ``(F,)``, their covariances left
-    out; behind each is more than one cluster.
+    Infinite without variance. Variances are those of the terms, ``(F,)``, behind each of which is
+    more than one cluster. `total` is the variance of the sum, where it exceeds theirs by what is
+    known much better, such as covariances, which all clusters show.
     """
     scatter = float((np.square(variances) / (np.asarray(n_clusters) - 1)).sum())
-    return float(np.square(np.sum(variances))) / scatter + 1 if scatter > 0 else math.inf
+    whole = max(total, float(np.sum(variances)))
+    return whole**2 / scatter + 1 if scatter > 0 else math.inf
 
 
 def interval_of_mean(estimate: Array, first: Bounded, second: Bounded) -> Interval:
@@ -166,15 +320,24 @@ def interval_of_mean(estimate: Array, first: Bounded, second: Bounded) -> Interv
     )
 
 
+def count_classes(targets: Array, clusters: Array) -> FloatArray:
+    """Count each finding's clusters with a positive, and those with a negative, ``(2, F)``.
+
+    Takes targets ``(N, F)`` and the cluster of every row, ``(N,)``.
+    """
+    counts = [
+        [len(np.unique(clusters[target == value])) for target in targets.T] for value in (1, 0)
+    ]
+    return np.array(counts, np.float64)
+
+
 def count_rarer_class(targets: Array, clusters: Array) -> FloatArray:
     """Count each finding's clusters with a positive, or with a negative where those are fewer.
 
     Targets ``(N, F)`` and the cluster of every row, ``(N,)``, to whole numbers, ``(F,)``.
     """
-    counts = [
-        min(len(np.unique(clusters[target == value])) for value in (0, 1)) for target in targets.T
-    ]
-    return np.array(counts, np.float64)
+    rarer: FloatArray = count_classes(targets, clusters).min(axis=0)
+    return rarer
 
 
 def auroc_influence(targets: Array, scores: Array) -> FloatArray:
@@ -204,35 +367,35 @@ def clustered_error(
     """Compute the standard error of a sum of figures, whose clusters were sampled as a whole.
 
     Takes the influence of every row on each figure, ``(N, F)`` (for differences of two figures, the
-    differences of their influences), and the cluster of every row, ``(N,)``. Sums of squares are
-    divided by n - 1, with n the number of clusters on which each figure rests, ``(F,)``. A figure
-    of fewer than two clusters shows no variance.
+    differences of their influences), and the cluster of every row, ``(N,)``. Each figure's own sum
+    of squares is multiplied by n / (n - 1), with n the number of clusters on which it rests,
+    ``(F,)``. A figure of fewer than two clusters shows no variance.
     """
     _, codes = np.unique(groups, return_inverse=True)
     sums = np.zeros((codes.max(initial=-1) + 1, influence.shape[1]))
     np.add.at(sums, codes, influence)
     measured = n_clusters > 1
     sums, n = sums[:, measured], n_clusters[measured]
-    sums *= np.sqrt(n / (n - 1))
+    if not measured.any():
+        return MeanError(math.nan, math.nan)
     variances = np.square(sums).sum(axis=0)
-    error = math.sqrt(np.square(sums.sum(axis=1)).sum())
-    return MeanError(error if measured.any() else math.nan, pool_clusters(variances, n))
+    shared = np.square(sums.sum(axis=1)).sum() - variances.sum()
+    variances *= n / (n - 1)
+    total = max(0.0, float(variances.sum() + shared))
+    return MeanError(math.sqrt(total), pool_clusters(variances, n, total=total))
 
 
-def _deviations(resampled: FloatArray, n_clusters: Array | int) -> FloatArray:
-    """Subtract the mean over resamples, and widen by the root in the module's docstring.
-
-    NaN with fewer than two clusters; an undefined figure of a resample deviates by 0.
-    """
+def _centre(resampled: FloatArray) -> FloatArray:
+    """Subtract the mean over resamples; an undefined figure of a resample deviates by 0."""
     n_defined = (~np.isnan(resampled)).sum(axis=0)
     centre = np.nansum(resampled, axis=0) / np.maximum(n_defined, 1)
-    deviations = np.nan_to_num(resampled - centre)
-    n = np.asarray(n_clusters, np.float64)
-    with np.errstate(invalid="ignore"):  # infinity / infinity
-        share_shown = np.where(np.isinf(n), 1.0, (n - 1) / (n + 1))
-    share_shown = np.where((n > 1) & (n_defined > 0), share_shown, np.nan)
-    widened: FloatArray = deviations / np.sqrt(share_shown)
-    return widened
+    centred: FloatArray = np.nan_to_num(resampled - centre)
+    return centred
+
+
+def _widening(n: FloatArray, widen: bool) -> FloatArray | float:
+    """The factor (n + 1) / (n - 1) of variances; 1 where there is nothing to widen."""
+    return 1 + 2 / np.maximum(n - 1, 1) if widen else 1.0
 
 
 def _on_scale(

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxr_cache.metrics.intervals import (
+    Interval,
     Scale,
-    count_rarer_class,
+    auroc_interval,
+    count_classes,
     macro_error,
     standard_errors,
     student_interval,
@@ -58,26 +60,35 @@ class JointAuroc:
     """On the rows themselves, ``(F,)``."""
     resampled: FloatArray
     """On the resamples, ``(R, F)``."""
-    n_clusters: FloatArray
-    """Number of clusters with a positive, or with a negative where those are fewer, ``(F,)``."""
-    scale: Scale = "logit"
+    n_of_class: FloatArray
+    """Number of clusters with a positive, and with a negative, ``(2, F)``."""
+    is_difference: bool = False
 
     def macro(self) -> Figure:
-        """Average over the defined findings."""
-        return self._figure(macro_mean(self.once), *macro_error(self.resampled, self.n_clusters))
+        """Average over the defined findings; that of a single one is its own figure."""
+        (defined,) = np.nonzero(~np.isnan(self.once))
+        if len(defined) == 1:
+            return self.of_finding(int(defined[0]))
+        mean, rarer = macro_mean(self.once), self.n_of_class.min(axis=0)
+        spread = macro_error(self.once, self.resampled, rarer)
+        scale: Scale = "identity" if self.is_difference else "logit"
+        return _to_figure(mean, student_interval(mean, *spread, scale))
 
     def of_finding(self, f: int) -> Figure:
         """Give the figure of finding number `f`."""
-        errors = standard_errors(self.resampled, self.n_clusters)
-        return self._figure(self.once[f], errors[f], self.n_clusters[f])
+        value, n = self.once[f], self.n_of_class[:, f]
+        error = standard_errors(self.resampled[:, f], int(n.min()))
+        if self.is_difference:
+            return _to_figure(value, student_interval(value, error, n.min(), "identity"))
+        return _to_figure(value, auroc_interval(value, error, *n))
 
     def minus(self, other: JointAuroc) -> JointAuroc:
         """Subtract, finding by finding and resample by resample; NaN where either is undefined."""
         return JointAuroc(
             self.once - other.once,
             self.resampled - other.resampled,
-            np.minimum(self.n_clusters, other.n_clusters),
-            "identity",
+            np.minimum(self.n_of_class, other.n_of_class),
+            is_difference=True,
         )
 
     @classmethod
@@ -86,13 +97,13 @@ class JointAuroc:
         return cls(
             np.mean([one.once for one in trainings], axis=0),
             np.mean([one.resampled for one in trainings], axis=0),
-            trainings[0].n_clusters,
-            trainings[0].scale,
+            trainings[0].n_of_class,
+            trainings[0].is_difference,
         )
 
-    def _figure(self, value: Array, error: Array | float, n_clusters: Array | float) -> Figure:
-        interval = student_interval(value, error, n_clusters, self.scale)
-        return Figure(float(value), float(interval.low), float(interval.high))
+
+def _to_figure(value: Array, interval: Interval) -> Figure:
+    return Figure(float(value), float(interval.low), float(interval.high))
 
 
 def score_jointly(
@@ -115,7 +126,7 @@ def score_jointly(
     resampled = bootstrap(areas, clusters, n_resamples, seed)
     return {
         name: JointAuroc(
-            once[name][0], resampled[name], count_rarer_class(model.targets, clusters[model.rows])
+            once[name][0], resampled[name], count_classes(model.targets, clusters[model.rows])
         )
         for name, model in models.items()
     }

@@ -18,7 +18,7 @@ from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import ConfigError, ImageError, RunError
 from cxr_cache.metrics.scores import NEVER, UNDECIDED
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.models.predict import Predictor, require_encoder_of_run
+from cxr_cache.models.predict import Predictor, require_encoder_of_run, require_one_encoder
 from cxr_cache.models.run import Run, SavedModel
 
 DEFAULT_BLOCKS = 2
@@ -105,7 +105,8 @@ def explain_images(
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none; or the head reads the pooled output.
+        `encoder` is not the run's, or there is none, or several; or the head reads the pooled
+        output.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
 
@@ -151,9 +152,11 @@ def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
     Raises
     ------
     RunError
-        `encoder` is not the run's, or there is none; or the head reads the pooled output.
+        `encoder` is not the run's, or there is none, or several; or the head reads the pooled
+        output.
     """
     model = run.load_model()
+    require_one_encoder(run, model, "a map follows one encoder back.")
     require_encoder_of_run(run, model.encoder, encoder)
     if model.features != "projected":
         raise RunError(

@@ -18,7 +18,7 @@ from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
 from cxr_cache.models.export_onnx import require_onnx, write_onnx
 from cxr_cache.models.export_open_clip import HEAD_FILE, require_one_checkpoint, write_open_clip
-from cxr_cache.models.predict import require_encoder_of_run
+from cxr_cache.models.predict import require_encoder_of_run, require_one_encoder
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import name_blocks
 
@@ -97,6 +97,7 @@ def export_run(
     """
     require_choice("format", file_format, tuple(FORMATS))
     chosen, out, saved = FORMATS[file_format], Path(out).expanduser().resolve(), run.load_model()
+    require_one_encoder(run, saved, "an export holds one encoder with its head.")
     require_encoder_of_run(run, saved.encoder, None)
     chosen.require(run, saved)
     with _one_writer(out):

@@ -122,6 +122,11 @@ def _require_text_tower(source: Source, tensors: Mapping[str, Tensor]) -> None:
 
 def _preprocess_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
     """What the run was trained on, in open_clip's words; the tower knows its size."""
+    if not preprocessing.antialias:
+        raise ExportError(
+            "The run's images were resized without antialias, which open_clip cannot be told. Use "
+            "--format onnx, or extract again without --no-antialias."
+        )
     return {
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),

@@ -25,7 +25,7 @@ from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
-from cxr_cache.store.rows import FEATURES, find_done_rows, prepare_features
+from cxr_cache.store.rows import FEATURES, find_beside, find_done_rows, prepare_features
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
@@ -117,7 +117,9 @@ class Predictions:
         return "\n".join(lines)
 
 
-def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> Predictions:
+def predict_images(
+    run: Run, paths: Sequence[str | Path], encoder: Encoder | Sequence[Encoder]
+) -> Predictions:
     """Probabilities for image files, calibrated as the run says.
 
     Parameters
@@ -127,7 +129,8 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     paths
         Image files.
     encoder
-        The encoder whose embeddings the run's head was trained on.
+        The encoder whose embeddings the run's head was trained on; of a run of several stores, all
+        of them in the order of the stores.
 
     Raises
     ------
@@ -141,9 +144,11 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
     >>> predict_images(run, ["a.png", "b.png"], encoder).to_table()  # doctest: +SKIP
     """
     model = run.load_model()
-    require_encoder_of_run(run, model.encoder, encoder)
-    predictor = Predictor(model, encoder)
-    if unused := find_unused_bits(None, [str(path) for path in paths], encoder.preprocessing):
+    encoders = _as_encoders(encoder)
+    require_encoders_of_run(run, model, encoders)
+    predictor = Predictor(model, encoders)
+    preps = [one.preprocessing for one in encoders]
+    if unused := find_unused_bits(None, [str(path) for path in paths], preps[0]):
         logger.warning(
             "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
             "nearly black to it; write them with the full range of 16 bits",
@@ -156,12 +161,13 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
         decoded = {}
         for i, path in enumerate(map(Path, paths[start : start + _IMAGES_AT_ONCE]), start):
             try:
-                decoded[i] = read_image(None, str(path), encoder.preprocessing).pixels
+                decoded[i] = [read_image(None, str(path), prep).pixels for prep in preps]
             except ImageError as error:
                 errors[i] = str(error)
         if decoded:
-            pixels = torch.from_numpy(np.stack(list(decoded.values())))
-            probabilities[list(decoded)] = predictor.from_pixels(pixels)
+            of_encoders = zip(*decoded.values(), strict=True)  # each has images of its own size
+            pixels = [torch.from_numpy(np.stack(images)) for images in of_encoders]
+            probabilities[list(decoded)] = predictor.from_pixels(*pixels)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     point = model.operating_point
@@ -176,6 +182,37 @@ def predict_images(run: Run, paths: Sequence[str | Path], encoder: Encoder) -> P
         tuple(undecided.tolist()),
         point.calibration.method != "none",
     )
+
+
+def _as_encoders(encoder: Encoder | Sequence[Encoder] | None) -> tuple[Encoder, ...]:
+    if encoder is None or isinstance(encoder, Encoder):
+        return () if encoder is None else (encoder,)
+    return tuple(encoder)
+
+
+def require_encoders_of_run(run: Run, model: SavedModel, encoders: Sequence[Encoder]) -> None:
+    """Raise RunError unless these are the encoders of the run's stores, in their order."""
+    if len(encoders) != len(model.encoders):
+        raise RunError(
+            f"{run.path} reads the features of {count(len(model.encoders), 'encoder')} "
+            f"({_name_encoders(model)}), and {len(encoders):,} "
+            f"{'is' if len(encoders) == 1 else 'are'} given. Give all of them in this order."
+        )
+    for recorded, encoder in zip(model.encoders, encoders, strict=True):
+        require_encoder_of_run(run, recorded, encoder)
+
+
+def require_one_encoder(run: Run, model: SavedModel, consequence: str) -> None:
+    """Raise RunError with this consequence where a run reads several encoders side by side."""
+    if model.further_encoders:
+        raise RunError(
+            f"{run.path} reads the features of {len(model.encoders)} encoders side by side "
+            f"({_name_encoders(model)}); {consequence} Train a run on one of its stores for that."
+        )
+
+
+def _name_encoders(model: SavedModel) -> str:
+    return list_names([str(encoder["name"]) for encoder in model.encoders])
 
 
 def require_encoder_of_run(
@@ -209,24 +246,34 @@ class Predictor:
 
     Loading takes longer than a batch, so keep one for all batches. The members of an ensemble are
     averaged; a row whose input holds NaN or infinity becomes NaN. `encoder` is the run's, as it is
-    before fine-tuning, which it stays; embeddings need none.
+    before fine-tuning, which it stays; a run of several stores has one for each. Embeddings need
+    none.
     """
 
-    def __init__(self, model: SavedModel, encoder: Encoder | None = None) -> None:
-        self.model, self._encoder = model, encoder
+    def __init__(
+        self, model: SavedModel, encoder: Encoder | Sequence[Encoder] | None = None
+    ) -> None:
+        self.model, self._encoders = model, _as_encoders(encoder)
         self._bank = HeadBank.from_snapshot(model.head_tensors) if model.tail is None else None
-        self.members = load_members(model, encoder) if model.tail is not None and encoder else []
+        is_tuned = model.tail is not None and self._encoders
+        self.members = load_members(model, self._encoders[0]) if is_tuned else []
 
     @torch.inference_mode()
-    def from_pixels(self, pixels: Tensor) -> NDArray[np.float32]:
-        """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them."""
-        assert self._encoder is not None, "pixels go through an encoder"
+    def from_pixels(self, *pixels: Tensor) -> NDArray[np.float32]:
+        """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them.
+
+        Each encoder has a batch of its own, of the same images in the size that it reads.
+        """
+        assert self._encoders, "pixels go through an encoder"
         if self.model.tail is None:
-            pooled, embeddings = (part.cpu().numpy() for part in self._encoder.encode(pixels))
-            outputs = {"embeddings": embeddings, "pooled": pooled}
-            return self.from_embeddings(*(outputs[name] for name in FEATURES[self.model.features]))
-        n_unfrozen = self.model.tail["unfreeze_layers"]
-        tokens = self._encoder.stem(self._encoder.prepare(pixels), n_unfrozen)
+            read = []
+            for encoder, batch in zip(self._encoders, pixels, strict=True):
+                pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(batch))
+                outputs = {"embeddings": embeddings, "pooled": pooled}
+                read += [outputs[name] for name in FEATURES[self.model.features]]
+            return self.from_embeddings(*read)
+        (encoder,), (batch,) = self._encoders, pixels
+        tokens = encoder.stem(encoder.prepare(batch), self.model.tail["unfreeze_layers"])
         return self.from_tokens(as_cached(tokens, self.model))
 
     @torch.inference_mode()
@@ -241,8 +288,8 @@ class Predictor:
     def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
-        They come in the order of :data:`cxr_cache.store.rows.FEATURES`: most often the embeddings
-        alone.
+        They come in the order of :data:`cxr_cache.store.rows.FEATURES`, encoder after encoder: most
+        often the embeddings alone.
         """
         assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
@@ -261,12 +308,15 @@ def predict_store(
     store: FeatureStore,
     encoder: Encoder | None = None,
     cohort: Cohort | None = None,
+    *,
+    further: Sequence[FeatureStore] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Predictions of a run for the finished rows of a store, and the store's own targets.
 
     The store may have any findings. A fine-tuned run also needs tokens that enter its blocks, and
     the store's `encoder`. `cohort` describes and labels the store's images otherwise than the store
-    does, as a table of the user's own may.
+    does, as a table of the user's own may. A run of several stores needs `further` stores of the
+    same images, in the order of the run's.
 
     Returns
     -------
@@ -278,16 +328,26 @@ def predict_store(
     Raises
     ------
     StoreMismatchError
-        The store's embeddings come from another encoder.
+        The store's embeddings come from another encoder, or there are not as many stores as the run
+        was trained on.
     StoreIncompleteError, StoreFormatError
         Rows are pending or damaged; see :func:`cxr_cache.store.rows.find_done_rows`.
     """
     model = run.load_model()
-    _require_same_features(run, model, store)
-    rows = find_done_rows(store)
+    _require_same_features(run, model, [store, *further])
+    rows, beside = find_done_rows(store), ()
+    if further:
+        kept, beside, notes = find_beside((store, rows), further, check_labels=cohort is None)
+        rows = rows[kept]
+        for note in notes:
+            logger.warning("%s", note)
     cohort = (store.cohort if cohort is None else cohort).take(rows)
     if model.tail is None:
-        outputs = (store.read_rows(name, rows)[:, 0] for name in FEATURES[model.features])
+        outputs = (
+            one.read_rows(name, of_store)[:, 0]
+            for one, of_store in ((store, rows), *beside)
+            for name in FEATURES[model.features]
+        )
         probabilities = Predictor(model).from_embeddings(*outputs)
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
@@ -319,15 +379,24 @@ def _predict_cached(
     return np.concatenate(parts)
 
 
-def _require_same_features(run: Run, model: SavedModel, store: FeatureStore) -> None:
-    require_same_encoder(
-        store.header.encoder,
-        model.encoder,
-        "in the store",
-        "in the run",
-        "Extract the images with the run's encoder.",
-        problem=f"{store.path} holds embeddings of another encoder than {run.path} was trained on",
-    )
+def _require_same_features(run: Run, model: SavedModel, stores: Sequence[FeatureStore]) -> None:
+    if len(stores) != len(model.encoders):
+        raise StoreMismatchError(
+            f"{run.path} reads the features of {count(len(model.encoders), 'store')} "
+            f"({_name_encoders(model)}), and {len(stores):,} "
+            f"{'is' if len(stores) == 1 else 'are'} given. Give one of each encoder, in this order."
+        )
+    for one, recorded in zip(stores, model.encoders, strict=True):
+        require_same_encoder(
+            one.header.encoder,
+            recorded,
+            "in the store",
+            "in the run",
+            "Extract the images with the run's encoder.",
+            problem=f"{one.path} holds embeddings of another encoder than {run.path} was trained "
+            "on",
+        )
+    store = stores[0]
     if model.tail is not None:
         needed = {"boundary_block": model.tail["boundary_block"]}
         there = {"boundary_block": store.header.boundary_block}

@@ -46,6 +46,7 @@ TableName = Literal[
     "predictions",
     "out_of_fold",
     "logistic",
+    "repeats",
     "per_finding",
     "per_finding_by_study",
     "groups",
@@ -75,6 +76,8 @@ _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
     *("tail", "threshold_rule", "calibration", "min_positives"),
 )
+_FURTHER: Final = "further_encoders"
+"""What a model says beside :data:`_MODEL_FIELDS`, if it reads several stores."""
 
 logger = logging.getLogger(__name__)
 _LATER_FIELDS: Final = {
@@ -120,6 +123,13 @@ class SavedModel:
     """Map from the model's probabilities to those the thresholds belong to; None is none."""
     min_positives: int = 0
     """Positive patients or studies without which a finding got no threshold."""
+    further_encoders: tuple[dict[str, Any], ...] = ()
+    """Identities of the encoders whose features follow the first's, where there are several."""
+
+    @property
+    def encoders(self) -> tuple[dict[str, Any], ...]:
+        """Identities of all encoders whose features the head reads, in the order of its inputs."""
+        return (self.encoder, *self.further_encoders)
 
     @property
     def n_members(self) -> int:
@@ -190,8 +200,8 @@ class Run:
         lines = [f"Run {self.path} ({kind}, {status})"]
         if findings := self.config.get("findings"):
             lines.append(f"  {count(len(findings), 'finding')}: {list_names(findings, 5)}")
-        if encoder := self.config.get("store", {}).get("encoder", {}).get("name"):
-            lines.append(f"  encoder: {encoder}")
+        if names := [one["encoder"]["name"] for one in self.stores if "encoder" in one]:
+            lines.append(f"  {'encoder' if len(names) == 1 else 'encoders'}: {list_names(names)}")
         if "chosen_epochs" in self.config:
             lines.append(f"  trained for {count(self.config['chosen_epochs'], 'epoch')}")
         with suppress(RunError, KeyError, TypeError):  # not evaluated, or by an earlier version
@@ -345,6 +355,11 @@ class Run:
             self.path / _CONFIG, json.dumps(self.config, indent=2, default=_jsonable).encode()
         )
 
+    @property
+    def stores(self) -> list[dict[str, Any]]:
+        """What the run records of each store that it was trained on: path, encoder, cohort."""
+        return [self.config.get("store", {}), *self.config.get("further_stores", ())]
+
     # -- tables -------------------------------------------------------------------------
 
     def write_table(self, name: TableName, table: pd.DataFrame) -> Path:
@@ -367,7 +382,7 @@ class Run:
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         text_columns = [*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ())]
         try:
-            if name in ("predictions", "out_of_fold", "logistic"):
+            if name in ("predictions", "out_of_fold", "logistic", "repeats"):
                 text_columns += _read_image_columns(path)
             dtypes = dict.fromkeys(text_columns, str)
             table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
@@ -533,6 +548,8 @@ class Run:
         from safetensors.torch import save
 
         description = {field: getattr(model, field) for field in _MODEL_FIELDS}
+        if model.further_encoders:
+            description[_FURTHER] = model.further_encoders
         # One entry: safetensors writes several in an order that changes from call to call.
         metadata = {_MODEL_ENTRY: json.dumps(description, default=_jsonable)}
         write_whole(self.path / _MODEL, save(_plain(model.tensors), metadata))
@@ -586,7 +603,10 @@ class Run:
                 from cxr_cache.models.heads import find_norm
 
                 description["head"]["norm"] = find_norm(tensors)
-            return SavedModel(tensors, **{**description, "findings": tuple(stored["findings"])})
+            description["findings"] = tuple(stored["findings"])
+            return SavedModel(
+                tensors, **description, further_encoders=tuple(stored.get(_FURTHER, ()))
+            )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path} is not a model of cxr-cache: {error}. Train again.") from error
 

@@ -79,7 +79,13 @@ def read_card(run: Run) -> dict[str, Any]:
 def _header(view: RunView, license_id: str, dataset_id: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # takes half a second
 
-    metrics, encoder = view.metrics, str(view.config["store"]["encoder"]["name"])
+    metrics = view.metrics
+    encoders = [str(store["encoder"]["name"]) for store in view.stores]
+    on_hub = [
+        name.removeprefix(_HUB_PREFIX).partition("@")[0]
+        for name in encoders
+        if name.startswith(_HUB_PREFIX)
+    ]
     results = [
         EvalResult(
             task_type="image-classification",
@@ -103,7 +109,7 @@ def _header(view: RunView, license_id: str, dataset_id: str) -> str:
         tags=list(_TAGS),
         datasets=None if dataset_id == UNKNOWN else [dataset_id],
         metrics=sorted({kind for _, kind, _ in _METRICS}),
-        base_model=encoder.removeprefix(_HUB_PREFIX) if encoder.startswith(_HUB_PREFIX) else None,
+        base_model=(on_hub if len(on_hub) > 1 else on_hub[0]) if on_hub else None,
         model_name=view.name,
         eval_results=results,
     )

@@ -112,6 +112,16 @@ class RunView:
         return f"{kind} head" + (f" with {norm}" if hidden else "")
 
     @property
+    def stores(self) -> list[dict[str, Any]]:
+        """What is recorded of each store that it was trained on: path, encoder, cohort."""
+        return [self.config["store"], *self.config.get("further_stores", ())]
+
+    @property
+    def encoders(self) -> str:
+        """Names of the encoders whose features it reads."""
+        return " and of ".join(str(store["encoder"]["name"]) for store in self.stores)
+
+    @property
     def features(self) -> str:
         """Which outputs of the encoder it reads."""
         return _FEATURES[self.options.get("features", "projected")]

@@ -78,10 +78,11 @@ def format_store(summary: dict[str, Any]) -> str:
         f"encoder   {encoder['name']}"
         + ("  (RANDOM WEIGHTS: no medical meaning)" if encoder.get("is_random") else ""),
         f"  weights sha256  {encoder['weights_sha256'][:16]}…",
+        *(f"  Note: {note}" for note in encoder.get("notes", ())),
     ]
     details = {k: v for k, v in encoder.items() if isinstance(v, str | int | float)}
     counts = ("n_blocks", "n_tokens", "pooled_width", "embedding_width")
-    for key in ("precision", *counts, "pool", "positions_from_px"):
+    for key in ("revision", "precision", *counts, "pool", "positions_from_px"):
         if key in details:
             lines.append(f"  {key.replace('_', ' '):<15} {details[key]}")
     for key, value in dict(encoder.get("preprocessing", {})).items():

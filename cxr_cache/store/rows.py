@@ -16,6 +16,7 @@ from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.labels import read_labels
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.side_by_side import Source, match_rows
 
 FEATURES: Final = {
     "projected": ("embeddings",),
@@ -61,15 +62,22 @@ class LabelledRows:
     """The N images, with the targets to train on."""
     notes: tuple[str, ...]
     """What a reader of the results should know about the rows left out."""
+    further: tuple[Source, ...] = ()
+    """Other stores with the rows of the same N images, whose features are read beside these."""
 
 
 def find_labelled_rows(
-    store: FeatureStore, *, labels: Path | None = None, allow_pending: bool = False
+    store: FeatureStore,
+    *,
+    further: Sequence[FeatureStore] = (),
+    labels: Path | None = None,
+    allow_pending: bool = False,
 ) -> LabelledRows:
     """Find the rows of a store that can be trained on, and check their digests.
 
     The targets of the CSV `labels` replace the store's. `allow_pending` takes what is there
-    although extraction has not finished.
+    although extraction has not finished. Of `further` stores of the same images those rows are
+    found that belong to the images; see :func:`cxr_cache.store.side_by_side.match_rows`.
 
     Raises
     ------
@@ -81,6 +89,8 @@ def find_labelled_rows(
         `labels` cannot be read, or names none of the images.
     TrainingError
         No image has a label.
+    StoreMismatchError
+        A further store holds other images, files or labels.
     """
     done = find_done_rows(store, allow_pending=allow_pending)
     cohort = store.cohort
@@ -104,9 +114,33 @@ def find_labelled_rows(
         for why, n in left_out.items()
         if n
     ]
+    notes += store.header.encoder.get("notes", [])
     if labels is not None and cohort.reading is not None:
         notes += cohort.reading.notes
-    return LabelledRows(rows, cohort.take(rows), tuple(notes))
+    sources: tuple[Source, ...] = ()
+    if further:
+        kept, sources, of_stores = find_beside(
+            (store, rows), further, check_labels=labels is None, allow_pending=allow_pending
+        )
+        rows, notes = rows[kept], [*notes, *of_stores]
+    return LabelledRows(rows, cohort.take(rows), tuple(notes), sources)
+
+
+def find_beside(
+    first: Source,
+    further: Sequence[FeatureStore],
+    *,
+    check_labels: bool = True,
+    allow_pending: bool = False,
+) -> tuple[NDArray[np.bool_], tuple[Source, ...], tuple[str, ...]]:
+    """Find the images of some rows of a store in further stores, and check these stores' digests.
+
+    Gives which rows are kept, the further stores with their rows, and notes. Errors are those of
+    :func:`find_done_rows` and :func:`cxr_cache.store.side_by_side.match_rows`.
+    """
+    done = [(one, find_done_rows(one, allow_pending=allow_pending)) for one in further]
+    kept, rows, notes = match_rows(first, done, check_labels=check_labels)
+    return kept, tuple(zip(further, rows, strict=True)), notes
 
 
 def find_done_rows(store: FeatureStore, *, allow_pending: bool = False) -> NDArray[np.intp]:
@@ -152,22 +186,44 @@ def require_features(store: FeatureStore, config: TrainConfig) -> None:
 
 
 def read_features(
-    store: FeatureStore, rows: NDArray[np.intp], config: TrainConfig
+    store: FeatureStore,
+    rows: NDArray[np.intp],
+    config: TrainConfig,
+    further: Sequence[Source] = (),
 ) -> NDArray[np.float32]:
     """Embeddings of some rows as a head of this recipe reads them, ``(V, N, D)``.
 
-    Errors are those of :func:`require_features`.
+    Those of further stores follow along D, in the views that all stores hold. Errors are those of
+    :func:`require_features`.
     """
-    require_features(store, config)
-    columns = FEATURES[config.features]
-    n_views = store.feature_shapes["embeddings"][0] if config.flip else 1
-    width = sum(store.feature_shapes[name][1] for name in columns)
+    sources = ((store, rows), *further)
+    for one, _ in sources:
+        require_features(one, config)
+    columns = [(*source, name) for source in sources for name in FEATURES[config.features]]
+    n_views = count_views([one for one, _ in sources]) if config.flip else 1
+    width = sum(one.feature_shapes[name][1] for one, _, name in columns)
     prepared = np.empty((n_views, len(rows), width), np.float32)
     for start in range(0, len(rows), _ROWS_AT_ONCE):  # so that they are in memory once
-        part = rows[start : start + _ROWS_AT_ONCE]
-        parts = [store.read_rows(name, part)[:, :n_views].swapaxes(0, 1) for name in columns]
-        prepared[:, start : start + len(part)] = prepare_features(parts, config.input_norm)
+        part = slice(start, start + _ROWS_AT_ONCE)
+        parts = [
+            one.read_rows(name, of_store[part])[:, :n_views].swapaxes(0, 1)
+            for one, of_store, name in columns
+        ]
+        prepared[:, part] = prepare_features(parts, config.input_norm)
     return prepared
+
+
+def count_views(stores: Sequence[FeatureStore]) -> int:
+    """Views that all stores hold: 2 where each has the mirrored one, else 1."""
+    return min(store.feature_shapes["embeddings"][0] for store in stores)
+
+
+def note_views(stores: Sequence[FeatureStore], config: TrainConfig) -> tuple[str, ...]:
+    """Say where a store's mirrored views are left aside, because another has none."""
+    single = [str(one.path) for one in stores if one.feature_shapes["embeddings"][0] == 1]
+    if not config.flip or len(single) in (0, len(stores)):
+        return ()
+    return (f"Mirrored images are not trained on, since {', '.join(single)} has none.",)
 
 
 @dataclass(frozen=True)
@@ -191,6 +247,7 @@ def load_training_data(
     store: FeatureStore,
     config: TrainConfig,
     *,
+    further: Sequence[FeatureStore] = (),
     labels: Path | None = None,
     allow_pending: bool = False,
 ) -> TrainingData:
@@ -199,5 +256,7 @@ def load_training_data(
     Parameters and errors are those of :func:`cxr_cache.store.rows.find_labelled_rows` and
     :func:`cxr_cache.store.rows.read_features`.
     """
-    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
-    return TrainingData(read_features(store, found.rows, config), found.cohort, found.notes)
+    found = find_labelled_rows(store, further=further, labels=labels, allow_pending=allow_pending)
+    embeddings = read_features(store, found.rows, config, found.further)
+    notes = (*found.notes, *note_views([store, *further], config))
+    return TrainingData(embeddings, found.cohort, notes)

@@ -31,13 +31,13 @@ from cxr_cache.metrics.intervals import (
     student_interval,
 )
 from cxr_cache.metrics.scores import FloatArray, has_both_classes
-from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import (
-    LabelledRows,
     find_labelled_rows,
-    load_training_data,
+    note_views,
+    read_features,
     require_features,
 )
+from cxr_cache.store.side_by_side import Source, StorePaths, list_stores, open_stores
 from cxr_cache.training.ablation_folds import Method, Results, Setting, train_folds
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
@@ -85,6 +85,7 @@ class Ablation:
         ]
         for row in shown.to_dict("records"):
             bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["difference"] else ""
+            bounds = "[no interval]" if np.isnan(row["low"]) else bounds
             lines.append(
                 f"{row['rank']:>4}  {row['setting']:<{width}}  {row['chosen']:>7}  "
                 f"{row['mean_auroc']:.4f} ± {row['std_auroc']:.4f}          "
@@ -96,7 +97,7 @@ class Ablation:
 
 
 def run_ablation(
-    store_path: str | Path,
+    store_path: StorePaths,
     out: str | Path,
     settings: Sequence[Setting],
     *,
@@ -116,7 +117,8 @@ def run_ablation(
     Parameters
     ----------
     store_path
-        Feature store.
+        Feature store; or several stores of the same images, of which every setting reads those that
+        it names. All settings train on the images that have an embedding in all of them.
     out
         Folder for ``ablation.csv`` and what was finished.
     settings
@@ -137,6 +139,10 @@ def run_ablation(
         `out` holds an ablation of other data or folds; both values are named.
     StoreFormatError
         The store lacks features that one of the settings reads.
+    StoreMismatchError
+        Two stores hold other images, files or labels.
+    ConfigError
+        A store is read by no setting.
     TrainingError
         A setting diverges; it is named.
 
@@ -149,17 +155,25 @@ def run_ablation(
     >>> ablation.table.head()  # doctest: +SKIP
     """
     out, base = Path(out), settings[0].config
+    _require_all_read(store_path, settings)
     methods = [Method.of_setting(setting) for setting in settings]
-    methods += [Method.of_baseline(baseline, base) for baseline in baselines]
-    with FeatureStore.open(store_path) as store:
-        is_random = bool(store.header.encoder.get("is_random"))
-        found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+    methods += _make_baselines(baselines, settings)
+    with open_stores(store_path) as stores:
+        is_random = any(bool(store.header.encoder.get("is_random")) for store in stores)
+        found = find_labelled_rows(
+            stores[0], further=stores[1:], labels=labels, allow_pending=allow_pending
+        )
+        sources = ((stores[0], found.rows), *found.further)
         split = split_cohort(found.cohort, base)
         weighing = weigh_findings(found.cohort.targets, found.cohort.groups, split, base.select_by)
+        views: dict[str, None] = {}
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
-            require_features(store, setting.config)
-        results = Results.open(out, _identify(store, found, split), split.n_folds)
+            read = [stores[i] for i in setting.stores]
+            for store in read:
+                require_features(store, setting.config)
+            views |= dict.fromkeys(note_views(read, setting.config))
+        results = Results.open(out, _identify(sources, found.cohort, split), split.n_folds)
         folds = range(split.n_folds)
         todo = [method for method in methods if not results.has(method)]
         n_done = sum(results.has(method, k) for method in methods for k in folds)
@@ -168,10 +182,11 @@ def run_ablation(
         n_workers = n_workers or cpu_count()
         for methods_of_data in _by_data(todo, base):
             config = methods_of_data[0].config or base
-            data = load_training_data(store, config, labels=labels, allow_pending=allow_pending)
+            first, *others = (sources[i] for i in methods_of_data[0].stores)
+            embeddings = read_features(*first, config, others)
             missing = [(m, k) for m in methods_of_data for k in folds if not results.has(m, k)]
             trained = train_folds(
-                PlainRows(data.embeddings, data.targets),
+                PlainRows(embeddings, found.cohort.targets),
                 missing,
                 split=split,
                 base=base,
@@ -187,7 +202,7 @@ def run_ablation(
                     on_progress(n_done, n_all)
     table = _tabulate(methods, results, found.cohort, split, weighing.weights)
     write_table(out / TABLE, table, digits=6)
-    notes = (*split.notes, *_describe_horizons(settings))
+    notes = (*found.notes, *views, *split.notes, *_describe_horizons(settings))
     return Ablation(table, tuple(settings), notes, is_random, weighing.measure)
 
 
@@ -199,19 +214,42 @@ def _by_data(methods: Sequence[Method], base: TrainConfig) -> list[list[Method]]
     groups: dict[tuple[Any, ...], list[Method]] = {}
     for method in methods:
         config = method.config or base
-        what_is_read = (config.features, config.flip, config.input_norm == "l2")
+        what_is_read = (method.stores, config.features, config.flip, config.input_norm == "l2")
         groups.setdefault(what_is_read, []).append(method)
     return list(groups.values())
 
 
-def _identify(store: FeatureStore, found: LabelledRows, split: Split) -> dict[str, Any]:
+def _require_all_read(paths: StorePaths, settings: Sequence[Setting]) -> None:
+    read = {i for setting in settings for i in setting.stores}
+    if idle := [str(path) for i, path in enumerate(list_stores(paths)) if i not in read]:
+        raise ConfigError(
+            f"{idle[0]} is given, and no setting reads it. Leave it out, or name it in --set store="
+            "..., with + between stores that are read side by side."
+        )
+
+
+def _make_baselines(baselines: Sequence[Baseline], settings: Sequence[Setting]) -> list[Method]:
+    """Every baseline on all that some setting reads; prevalence alone reads nothing."""
+    base = settings[0].config
+    read = {setting.stores: setting.varied.get("store") for setting in settings}
+    methods = []
+    for baseline in baselines:
+        method = Method.of_baseline(baseline, base)
+        for stores, name in list(read.items())[: None if baseline.knob else 1]:
+            label = f"{method.label} store={name}" if name and baseline.knob else method.label
+            methods.append(replace(method, stores=stores, label=label))
+    return methods
+
+
+def _identify(sources: Sequence[Source], cohort: Cohort, split: Split) -> dict[str, Any]:
     """What all results in a folder must have in common, JSON-able."""
-    cohort, digest = found.cohort, hashlib.sha256()
+    digest = hashlib.sha256()
     for array in (np.char.encode(cohort.image_ids, "utf-8"), cohort.targets):
         digest.update(np.ascontiguousarray(array).data)
-    digest.update(store.read_rows("row_digest", found.rows).data)
+    for store, rows in sources:
+        digest.update(store.read_rows("row_digest", rows).data)
     return {
-        "encoder": store.header.encoder["name"],
+        "encoder": ", ".join(store.header.encoder["name"] for store, _ in sources),
         "n_images": len(cohort),
         "data_sha256": digest.hexdigest()[:16],
         "n_folds": split.n_folds,
@@ -300,10 +338,17 @@ _FLAGS: Final = {
 }
 """Field of every option whose flag is another word, such as ``lr``."""
 _LARGEST_GRID: Final = 10_000
+_STORE: Final = "store"
+"""The option that says which of several stores are read."""
 
 
 def make_settings(
-    base: TrainConfig, options: Sequence[str], *, n_sampled: int | None = None, seed: int = 0
+    base: TrainConfig,
+    options: Sequence[str],
+    *,
+    n_sampled: int | None = None,
+    seed: int = 0,
+    stores: Sequence[str | Path] = (),
 ) -> list[Setting]:
     """Every combination of the options' values, the first values first, or a sample of them.
 
@@ -311,14 +356,20 @@ def make_settings(
     has everything that they do not name. `n_sampled` takes so many at random by `seed`, the first
     among them; None takes all.
 
+    Of several `stores`, ``store=a,b,a+b`` says which are read, by the names of their files without
+    ending. Where that is not given, settings read each store by itself, and then all side by side.
+
     Raises
     ------
     ConfigError
         An option or value is unknown or out of range, or there are too many combinations.
     """
     choices: dict[str, list[str]] = {}
+    names = _name_stores(stores)
+    if len(names) > 1 and not any(option.partition("=")[0].strip() == _STORE for option in options):
+        choices[_STORE] = [*names, "+".join(names)]
     for option in options:
-        name, listed = _parse_option(option)
+        name, listed = _parse_option(option, names)
         if _field(name) in map(_field, choices):
             raise ConfigError(f"--set {option}: {name} was given before. List all values at once.")
         choices[name] = listed
@@ -336,9 +387,17 @@ def make_settings(
     settings = []
     for combination in combinations:
         written = dict(zip(choices, combination, strict=True))
-        parsed = {_field(name): _parse_value(name, text) for name, text in written.items()}
-        settings.append(Setting(replace(base, **parsed), {name: written[name] for name in varied}))
+        parsed = {_field(name): _parse(name, text, names) for name, text in written.items()}
+        which = parsed.pop(_STORE, (0,))
+        differing = {name: written[name] for name in varied}
+        settings.append(Setting(replace(base, **parsed), differing, which))
     return settings
+
+
+def _name_stores(paths: Sequence[str | Path]) -> list[str]:
+    """Names of the files without ending, or paths where two files share theirs."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _nth(choices: Mapping[str, Sequence[str]], n: int) -> tuple[str, ...]:
@@ -347,13 +406,13 @@ def _nth(choices: Mapping[str, Sequence[str]], n: int) -> tuple[str, ...]:
     return tuple(values[int(i)] for values, i in zip(choices.values(), places, strict=True))
 
 
-def _parse_option(option: str) -> tuple[str, list[str]]:
+def _parse_option(option: str, stores: Sequence[str]) -> tuple[str, list[str]]:
     name, equals, values = option.partition("=")
     name = name.strip().replace("-", "_")
     listed = [value.strip() for value in values.split(",")]
     if not equals or not all(listed):
         raise ConfigError(f"--set {option}: write NAME=VALUE,VALUE, such as lr=1e-4,1e-3.")
-    if len({_parse_value(name, value) for value in listed}) < len(listed):
+    if len({_parse(name, value, stores) for value in listed}) < len(listed):
         raise ConfigError(f"--set {option}: a value is given twice.")
     return name, listed
 
@@ -361,6 +420,8 @@ def _parse_option(option: str) -> tuple[str, list[str]]:
 def _field(name: str) -> str:
     """The field that an option means, if settings may differ in it."""
     field = _FLAGS.get(name, name)
+    if field == _STORE:
+        return field
     allowed = [f.name for f in fields(TrainConfig) if f.name not in _SHARED]
     if field in _SHARED:
         instead = (
@@ -371,6 +432,21 @@ def _field(name: str) -> str:
         hint = suggest(name, [*_FLAGS, *allowed]) or f" Choose from {', '.join(allowed)}."
         raise ConfigError(f"--set {name}: there is no such option.{hint}")
     return field
+
+
+def _parse(name: str, text: str, stores: Sequence[str]) -> Any:
+    """A value of an option of train; of ``store``, the numbers of the stores with + between."""
+    if name != _STORE:
+        return _parse_value(name, text)
+    if unknown := [part for part in text.split("+") if part not in stores]:
+        raise ConfigError(
+            f"--set store={text}: there is no store {unknown[0]!r}. Choose from "
+            f"{', '.join(stores)}, and join those that are read side by side with +."
+        )
+    chosen = tuple(map(stores.index, text.split("+")))
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"--set store={text}: a store is named twice.")
+    return chosen
 
 
 def _parse_value(name: str, text: str) -> Any:

@@ -44,6 +44,8 @@ class Setting:
     config: TrainConfig
     varied: Mapping[str, str]
     """The options that differ between settings, as they were written."""
+    stores: tuple[int, ...] = (0,)
+    """Which of the ablation's stores are read side by side."""
 
     @property
     def label(self) -> str:
@@ -62,18 +64,24 @@ class Method:
     """Epochs of a head; the one number that a baseline chooses."""
     config: TrainConfig | None = None
     baseline: Baseline | None = None
+    stores: tuple[int, ...] = (0,)
+    """Which of the ablation's stores are read side by side."""
 
     @property
     def key(self) -> str:
         """Name of its files."""
-        text = json.dumps(self.identity, sort_keys=True, default=list)
+        identity = dict(self.identity)
+        if self.stores != (0,):
+            identity["stores"] = self.stores
+        text = json.dumps(identity, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
     def of_setting(cls, setting: Setting) -> Method:
         """A recipe for heads."""
         config = {k: v for k, v in asdict(setting.config).items() if k not in ("n_jobs", "device")}
-        return cls(setting.label, config, setting.config.epochs, config=setting.config)
+        epochs, stores = setting.config.epochs, setting.stores
+        return cls(setting.label, config, epochs, config=setting.config, stores=stores)
 
     @classmethod
     def of_baseline(cls, baseline: Baseline, base: TrainConfig) -> Method:

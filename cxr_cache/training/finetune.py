@@ -40,6 +40,7 @@ from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
 from cxr_cache.store.rows import LabelledRows, find_labelled_rows
+from cxr_cache.store.side_by_side import StorePaths, require_one_store
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
 from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
@@ -167,7 +168,7 @@ def _open_source(
 
 
 def tune_run(
-    store_path: str | Path,
+    store_path: StorePaths,
     run_dir: str | Path,
     config: FinetuneConfig | None = None,
     *,
@@ -187,7 +188,10 @@ def tune_run(
     as one that was not interrupted, and one of several processes with those of a single one.
     """
     config = config or FinetuneConfig()
-    run_dir, store_path = Path(run_dir), Path(store_path)
+    run_dir = Path(run_dir)
+    store_path = require_one_store(
+        store_path, "Fine-tuning trains the last blocks of one encoder, on its tokens in one store"
+    )
     image_dir, labels = (None if p is None else Path(p) for p in (image_dir, labels))
     require_free(run_dir, overwrite=overwrite)
     if from_run is not None and run_dir.resolve() == Path(from_run).resolve():
@@ -209,7 +213,10 @@ def tune_run(
         require_continuable(store, encoder)
         tail = copy_tail(encoder, config.unfreeze_layers)  # refuses before an old run gives way
         settled = replace(
-            config, precision=resolve_precision(config.precision, device), source=source
+            config,
+            precision=resolve_precision(config.precision, device),
+            source=source,
+            patch_dropout=_settle_patch_dropout(encoder, config.patch_dropout),
         )
         logger.info("%s: %s images on %s, with %s", store_path, len(found.cohort), device, settled)
         notes = found.notes + note_split(split, found.cohort)
@@ -289,6 +296,18 @@ def _memory_explained() -> Iterator[None]:
             "kept. Continue with --grad-checkpointing or --tokens-in ram; or start again with a "
             "smaller --batch-size and as much more --accumulate."
         ) from error
+
+
+def _settle_patch_dropout(encoder: Encoder, share: float | None) -> float:
+    """Return the share of patches to leave out of training; raises where none can be."""
+    if encoder.tokens_hold_positions:
+        return 0.5 if share is None else share
+    if share:
+        raise ConfigError(
+            f"--patch-dropout {share} cannot leave patches out of {encoder.identity.name}: its "
+            "blocks read a patch's place from its number (rotary positions). Use --patch-dropout 0."
+        )
+    return 0.0
 
 
 def _require_whole_parts(config: FinetuneConfig) -> None:

@@ -21,7 +21,7 @@ from cxr_cache.store.rows import LabelledRows
 from cxr_cache.training.losses import LOSS_OPTIONS
 
 _OF_THE_RUN: Final = (
-    *("n_folds", "test_fraction", "split", "split_by", "seed"),
+    *("n_folds", "test_fraction", "split", "split_by", "seed", "final"),
     *("hidden", "dropout", "norm", "input_norm"),
     *LOSS_OPTIONS,
 )
@@ -44,20 +44,24 @@ class Start:
     final_head: dict[str, Tensor]
 
 
-def config_from_run(run: Run, **given: Any) -> FinetuneConfig:
-    """Options for fine-tuning on from a frozen run: its folds, head, epochs, rule and calibration.
+def config_from_run(run: Run, recipe: str = "tuned", **given: Any) -> FinetuneConfig:
+    """Options for fine-tuning on from a frozen run: its folds, head, rule and calibration.
 
-    Options that the user has `given` go before the run's.
+    The final model is of the run's kind, too, so that the two can be compared; a refit against an
+    average of folds would show what averaging is worth. Everything else is that of the `recipe`, of
+    which the reference's trains for as long as the run did. Options that the user has `given` go
+    before the run's.
     """
     _require_frozen(run)
     taken = {name: run.config["train"][name] for name in _OF_THE_RUN if name in run.config["train"]}
     taken.setdefault("split", "new")  # version 0.1.0 took no given ones
     if taken["input_norm"] == "standard":
         taken["input_norm"] = "none"  # mean and spread are in the head's first layer
-    taken["epochs"] = (run.config["chosen_epochs"],)
+    if recipe == "reference":
+        taken["epochs"] = (run.config["chosen_epochs"],)
     taken["threshold_rule"] = run.threshold_rule  # of the model: `evaluate` may have chosen anew
     taken["calibration"] = run.calibration.method
-    return FinetuneConfig(**(taken | given))
+    return FinetuneConfig.of_recipe(recipe, **(taken | given))
 
 
 def _require_frozen(run: Run) -> None:
@@ -65,6 +69,11 @@ def _require_frozen(run: Run) -> None:
         raise RunError(
             f"{run.path} is a run of `cxr-cache {run.config['kind']}`; --from-run starts from one "
             "of `cxr-cache train`."
+        )
+    if len(run.stores) > 1:
+        raise RunError(
+            f"{run.path} reads {len(run.stores)} stores side by side, and fine-tuning trains the "
+            "blocks of one encoder. Start from a run on the one store whose encoder is fine-tuned."
         )
     if (features := run.config["train"].get("features", "projected")) != "projected":
         raise RunError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,13 +220,15 @@ class _Trainer:
         self.model.bank.generators[0].manual_seed(_seed(self.task.seed, epoch, "dropout"))
         total = torch.zeros((), device=self.targets.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        shares = self._draw_shares(epoch)
+        shares, kept = self._draw_shares(epoch), self._draw_patches(epoch)
         n_each = self.config.accumulate
         n_steps = -(-self.n_batches // n_each)
         for i, tokens in enumerate(self._own_batches(order, views, seeds)):
             step = i // n_each
             n_averaged = min(n_each, self.n_batches - step * n_each)  # the last may have fewer
             is_last = i == step * n_each + n_averaged - 1
+            if kept is not None:
+                tokens = tokens[:, kept[i]]
             with self._syncing(is_last=is_last):
                 loss = self._loss_of(tokens, self.targets[rows[i]], float(shares[i]))
                 (loss / n_averaged).backward()  # type: ignore[no-untyped-call]
@@ -251,6 +254,23 @@ class _Trainer:
             return np.ones(self.n_batches)
         rng = np.random.default_rng(_seed(self.task.seed, epoch, "mixup"))
         return rng.beta(self.config.mixup, self.config.mixup, self.n_batches)
+
+    def _draw_patches(self, epoch: int) -> Tensor | None:
+        """Which tokens every batch of this epoch keeps, rising, ``(n_batches, n)``; None for all.
+
+        Class token and registers always stay.
+        """
+        if not self.config.patch_dropout:
+            return None
+        encoder = self.model.encoder
+        n_patches = math.prod(encoder.patch_grid)
+        n_prefix = int(encoder.identity.n_tokens or 0) - n_patches
+        n_kept = max(1, round(n_patches * (1 - self.config.patch_dropout)))
+        generator = torch.Generator().manual_seed(_seed(self.task.seed, epoch, "patches"))
+        order = torch.rand(self.n_batches, n_patches, generator=generator).argsort(dim=1)
+        patches = n_prefix + order[:, :n_kept].sort(dim=1).values
+        prefix = torch.arange(n_prefix).expand(self.n_batches, -1)
+        return torch.cat([prefix, patches], dim=1).to(self.targets.device)
 
     def _loss_of(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
         """The loss of a batch, whose neighbours are mixed unless the share is 1.
@@ -327,7 +347,7 @@ def group_parameters(model: TailAndHead, config: FinetuneConfig) -> list[dict[st
     decay.
     """
     blocks = name_blocks(model.tail)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in (*model.tail.items(), *model.bank.named_parameters()):
         if not parameter.requires_grad:
             continue
@@ -352,7 +372,7 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
 
 def _swap(x: Tensor) -> Tensor:
     """Exchange the first with the second row, the third with the fourth, and so on."""
-    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x)
 
 
 def _seed(seed: int, epoch: int, purpose: str) -> int:

@@ -63,7 +63,8 @@ def example(option: click.Option) -> tuple[str, Any]:
     if inner.name == "texts":
         return "this,that", ("this", "that")
     if isinstance(inner, click.Path):
-        return "somewhere", Path("somewhere")
+        path = Path("somewhere")
+        return "somewhere", (path,) if option.multiple else path
     text = {"integer": "7", "integer range": "7", "float": "0.5"}.get(inner.name, "text")
     value: Any = {"integer": 7, "integer range": 7, "float": 0.5}.get(inner.name, "text")
     return text, (value,) if option.multiple else value
@@ -122,7 +123,7 @@ def test_a_command_without_options_is_its_config(made):
     command = "train" if made is TrainConfig else "finetune"
     parsed = parse(command, "x", "--run-dir", "r")
     assert made(**pick(made, parsed["all"])) == made()
-    assert set(parsed["given"]) == {"store", "run_dir"}
+    assert set(parsed["given"]) == {"stores", "run_dir"}
 
 
 def test_help_shows_the_value_that_is_used_and_both_where_recipes_differ():
@@ -244,7 +245,12 @@ def test_the_config_of_an_old_run_trains_the_same(folder, command, made):
     now = json.loads(json.dumps(asdict(config)))
     assert {name: now[name] for name in recorded[command]} == recorded[command]
     added = {name: value for name, value in now.items() if name not in recorded[command]}
-    assert added == {"split": "given"}, "what came later has its default: old stores give no split"
+    expected = {"split": "given"}  # what came later has its default: old stores give no split
+    expected |= {"min_positives": 0, "select_by": "macro", "within_one_se": False}
+    expected |= {"baseline": True} if command == "train" else {}
+    if command == "finetune":  # or does nothing, as before
+        expected |= {"layer_decay": 1.0, "mixup": 0.0, "ema_decay": 0.0, "patch_dropout": 0.0}
+    assert added == expected
     started = (recorded.get("from_run") or {}).get("path")
     assert parsed["all"].get("from_run") == (COMPAT.absolute() / started if started else None)
     other = "finetune" if command == "train" else "train"
@@ -304,4 +310,4 @@ def test_paths_of_a_run_are_found_from_another_folder(monkeypatch, tmp_path):
 def test_a_file_of_comments_gives_nothing(name, tmp_path):
     (tmp_path / name).write_text("# lr: later\n")
     parsed = parse("train", "x", "--run-dir", "r", "--config", str(tmp_path / name))
-    assert parsed["given"] == {"run_dir": Path("r"), "store": Path("x")}
+    assert parsed["given"] == {"run_dir": Path("r"), "stores": (Path("x"),)}

@@ -23,7 +23,8 @@ from cxr_cache.models.run import Run
 from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.training.finetune import tune_run
 
-CONFIG = FinetuneConfig(
+CONFIG = FinetuneConfig.of_recipe(
+    "reference",
     epochs=(1, 2),
     n_folds=2,
     batch_size=8,
@@ -50,6 +51,7 @@ def torchrun(store: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "cxr_cache", "finetune", str(store), "--run-dir", str(run_dir)),
+        *("--recipe", "reference"),
         *("--epochs", "1,2", "--folds", "2", "--batch-size", "8", "--accumulate", "2"),
         *("--lr", "1e-3", "--head-lr", "1e-2", "--hidden", "16", "--device", "cpu"),
         *("--precision", "fp32"),

@@ -151,6 +151,34 @@ def test_resizing_equals_open_clips_even_one_pixel_wide(size, preprocessing):
     np.testing.assert_array_equal(pixels, open_clip_pixels(image, preprocessing))
 
 
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+@pytest.mark.parametrize("size", [(300, 190), (77, 101), (20, 25)])
+def test_without_antialias_pixels_are_those_of_tf_image_resize(tmp_path, size, resize):
+    """Which torch's own interpolation gives, too: half-pixel centres, four neighbours."""
+    plain = Preprocessing(32, CLIP_MEAN, CLIP_STD, "bilinear", resize, antialias=False)
+    picture = noise(*size)
+    picture.save(tmp_path / "x.png")
+    width, height = images._resized_size(size, plain)
+    grey = torch.from_numpy(np.array(picture, dtype=np.float32))[None, None]
+    theirs = torch.nn.functional.interpolate(grey, size=(height, width), mode="bilinear")[0, 0]
+    canvas = Image.fromarray(theirs.numpy())
+    rounded = int if resize == "pad" else round
+    left, top = rounded((width - 32) / 2), rounded((height - 32) / 2)
+    expected = np.asarray(canvas.crop((left, top, left + 32, top + 32)))
+    assert np.abs(read(tmp_path / "x.png", plain)[0] - expected).max() <= 1
+    assert (read(tmp_path / "x.png", replace(plain, antialias=True)) != expected).mean() > 0.5
+    Image.fromarray(np.asarray(picture).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.abs(read(tmp_path / "deep.png", plain)[0] - expected).max() <= 1
+
+
+def test_antialias_is_recorded_where_it_is_off_and_goes_with_bilinear():
+    plain = replace(SQUASH, interpolation="bilinear", antialias=False)
+    assert Preprocessing.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
+    assert "antialias" not in SQUASH.to_dict()  # stores of earlier versions do not have it
+    with pytest.raises(ConfigError, match=r"bilinear interpolation only.*'bicubic'.*--no-anti"):
+        replace(SQUASH, antialias=False)
+
+
 def test_a_large_jpeg_is_decoded_at_full_size(tmp_path):
     """Pillow's draft mode would be quicker, and change pixels."""
     smooth(1300, 1100).save(tmp_path / "a.jpg", quality=60)

@@ -568,7 +568,11 @@ DAMAGE = {
     ),
     "NaN": (
         lambda folder: edit_weights(folder, lambda t: t[QKV].fill_(torch.nan)),
-        "NaN or infinity.*damaged",
+        "holds NaN or infinity in trunk.blocks.0.attn.qkv.weight.*damaged",
+    ),
+    "quantised": (
+        lambda folder: edit_weights(folder, lambda t: t.update({QKV: t[QKV].to(torch.int8)})),
+        "holds quantised weights .trunk.blocks.0.attn.qkv.weight: torch.int8.",
     ),
 }
 
@@ -589,6 +593,19 @@ def test_a_tower_that_pools_nothing_gives_no_embedding(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(EncoderError, match=r"nowhere is not a folder.*open_clip_config\.json"):
         load_encoder(f"local-dir:{tmp_path / 'nowhere'}")
+
+
+def test_a_tower_of_timm_takes_images_of_another_size_as_open_clip_has_it(tiny_folder):
+    encoder = load_encoder(f"local-dir:{tiny_folder}?img_size=192", precision="fp32")
+    theirs = open_clip.create_model(f"local-dir:{tiny_folder}").visual.eval()
+    theirs.set_input_size(192)
+    pixels = draw_pixels(2, 192)
+    with torch.inference_mode():
+        expected = theirs(encoder.prepare(pixels))
+    for n_unfrozen in (1, encoder.identity.n_blocks):
+        embedding = encoder.encode_with_tokens(pixels, n_unfrozen)[2]
+        assert relative_error(embedding, expected) < 1e-5
+    assert encoder.identity.positions_from_px == 160
 
 
 @pytest.mark.parametrize("wrap", ["module.", "state_dict"])

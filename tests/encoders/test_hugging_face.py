@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -253,18 +252,6 @@ def test_names_of_the_dinov2_repository_are_the_same_tower(tmp_path, family):
     assert load_encoder(name).identity == encoder.identity
 
 
-def test_a_gated_model_is_named_with_its_page(monkeypatch):
-    def refuse(*_, **__):
-        raise GatedRepoError.__new__(GatedRepoError, "Access is restricted.")  # without its reply
-
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
-    with pytest.raises(
-        EncoderError,
-        match=r"gated model accept its terms on https://huggingface\.co/org/g.*HF_TOKEN",
-    ):
-        load_encoder("hf-hub:org/gated")
-
-
 def test_a_cached_repository_loads(tmp_path, monkeypatch):
     name, _ = write_model(tmp_path / COMMIT, *FAMILIES["dinov2"])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -275,6 +262,8 @@ def test_a_cached_repository_loads(tmp_path, monkeypatch):
 
     assert (identity.name, identity.revision) == ("hf-hub:org/dino", COMMIT)
     assert identity.differences(load_encoder(name, precision="fp32").identity) == {}
+    (tmp_path / "hub" / "models--org--dino" / "refs" / "main").unlink()
+    assert load_encoder(f"hf-hub:org/dino@{COMMIT}").identity.revision == COMMIT
 
 
 # --- Pooling -------------------------------------------------------------------------------------
@@ -455,6 +444,13 @@ def use_pickle(folder: Path, content: Any) -> None:
     torch.save(content, folder / "pytorch_model.bin")
 
 
+def lose_a_part(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    model = transformers.ViTModel(transformers.ViTConfig(**FAMILIES["vit"][2]))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    next(folder.glob("model-00002*")).unlink()
+
+
 QUERY = "encoder.layer.0.attention.attention.query.weight"
 DAMAGE: dict[str, tuple[Any, str]] = {
     "text only": (
@@ -487,9 +483,16 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda folder: (folder / "model.safetensors").unlink(),
         "has a configuration, but no weights. Put one of these.*model.safetensors",
     ),
-    "weights in parts": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "model.index.json"),
-        r"weights in parts \(model.index.json\).*max_shard_size",
+    "a part that is missing": (
+        lose_a_part,
+        r"lacks model-00002-of-0.*, a part of the weights that model\.safetensors\.index\.json",
+    ),
+    "a list of parts elsewhere": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a"}}'),
+        ),
+        r"model\.safetensors\.index\.json does not list the parts of a checkpoint",
     ),
     "no preprocessing": (
         lambda folder: (folder / "preprocessor_config.json").unlink(),
@@ -591,6 +594,57 @@ def test_prefixes_of_training_programs_are_taken_off(vit, prefix):
     assert load_encoder(f"local-dir:{vit}").identity == expected
     use_pickle(vit, load_file(vit / "model.safetensors"))
     assert load_encoder(f"local-dir:{vit}").identity == expected
+
+
+def test_weights_in_parts_are_the_same_tower(tmp_path):
+    name, theirs = write_model(tmp_path / "m", *FAMILIES["vit"])
+    expected = load_encoder(name).identity
+    (tmp_path / "m" / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path / "m", max_shard_size="60KB")
+    assert len([*(tmp_path / "m").glob("model-*.safetensors")]) > 2
+    assert load_encoder(name).identity == expected
+
+
+@pytest.mark.parametrize("family", ["dinov2", "registers", "siglip vision", "dinov3"])
+def test_a_name_may_ask_for_another_size(tmp_path, family):
+    """As if the processor of the folder said so."""
+    name, theirs = write_model(tmp_path / "m", *FAMILIES[family])
+    own_px = FAMILIES[family][2]["image_size"]
+    px = 96 if own_px == 64 else 98
+    encoder = load_encoder(f"{name}?img_size={px}", precision="fp32")
+    require_equal(encoder, theirs, draw_pixels(2, px))
+    assert encoder.identity.name == f"{name}?img_size={px}"
+    assert encoder.identity.positions_from_px == (None if family == "dinov3" else own_px)
+    recorded = recorded_options(encoder.identity.to_dict())
+    assert load_encoder(**vars(recorded)).identity == encoder.identity
+
+
+def test_another_size_sees_the_same_part_of_an_image(vit):
+    write_processing(vit, size={"shortest_edge": 80}, do_center_crop=True, crop_size=64)
+    preprocessing = load_encoder(f"local-dir:{vit}?img_size=128").preprocessing
+    assert (preprocessing.image_size_px, preprocessing.resize_px) == (128, 160)
+
+
+def test_statistics_that_are_not_the_encoders_own_are_noted(vit):
+    (note,) = load_encoder(f"local-dir:{vit}", normalize="imagenet").identity.notes
+    assert re.match(
+        "Pixels were normalised by ImageNet's mean .*, not by those that local-dir:.* was trained "
+        r"with \(mean 0\.5, 0\.4, 0\.3; .*Extract again without --normalize imagenet",
+        note,
+    )
+    assert load_encoder(f"local-dir:{vit}").identity.notes == ()
+    write_processing(vit, size={"height": 64, "width": 64}, **{
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]
+    })  # fmt: skip
+    assert load_encoder(f"local-dir:{vit}", normalize="imagenet").identity.notes == ()
+
+
+def test_notes_are_recorded_and_keep_no_features_apart(vit):
+    noted = load_encoder(f"local-dir:{vit}", normalize="imagenet").identity
+    recorded = json.loads(json.dumps(noted.to_dict()))
+    assert EncoderIdentity.from_dict(recorded) == noted
+    older = {name: value for name, value in recorded.items() if name != "notes"}
+    assert EncoderIdentity.from_dict(older).differences(noted) == {}
 
 
 # --- A real tower and real radiographs -----------------------------------------------------------

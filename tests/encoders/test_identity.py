@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cxr_cache.encoders.identity import compare_encoders, require_not_imported, require_same_encoder
@@ -28,6 +30,22 @@ def test_what_differs_is_named_with_both_values_and_the_remedy(encoder):
     )
     with pytest.raises(RunError):
         require_same_encoder(recorded, other, *PLACES, problem="", error=RunError)
+
+
+def test_where_weights_differ_names_and_revisions_are_shown(encoder):
+    recorded = encoder.identity.to_dict() | {"revision": "abc"}
+    other = recorded | {"weights_sha256": "0", "revision": "def"}
+    assert compare_encoders(recorded, other) == {
+        "revision": ("abc", "def"),
+        "weights_sha256": (recorded["weights_sha256"], "0"),
+    }
+
+
+def test_a_line_says_which_weights_these_are(encoder):
+    pinned = replace(encoder.identity, name="hf-hub:a/b@abc", revision="abc", weights_sha256="0f")
+    assert pinned.to_text() == "hf-hub:a/b@abc, weights sha256 0f"
+    found = replace(pinned, name="hf-hub:a/b")
+    assert found.to_text() == "hf-hub:a/b at revision abc, weights sha256 0f"
 
 
 def test_of_imported_embeddings_only_the_width_is_compared(encoder):

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
@@ -18,7 +19,7 @@ from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.encoder import trainable_parameter_names
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import EncoderError
-from tests.encoders.test_encoder import COMMIT, draw_pixels, relative_error
+from tests.encoders.test_encoder import COMMIT, draw_pixels, relative_error, write_hub_cache
 from tests.encoders.test_hugging_face import draw_image
 
 EVA = {"embed_dim": 48, "depth": 3, "num_heads": 4}
@@ -36,7 +37,8 @@ def write_folder(folder: Path, architecture: str, **model_args: Any) -> tuple[st
     if img_size := model_args.get("img_size"):
         cfg |= {"input_size": (3, img_size, img_size)}
     config = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": cfg}
-    config |= {"global_pool": getattr(model, "global_pool", "avg"), "model_args": model_args}
+    pool = getattr(model, "global_pool", "avg")  # a ResNet's is a layer
+    config |= {"global_pool": pool if isinstance(pool, str) else "avg", "model_args": model_args}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), folder / "model.safetensors")
     return f"local-dir:{folder}", model
@@ -84,6 +86,52 @@ def test_a_folder_encodes_as_timm_does(tmp_path, architecture, model_args):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=tolerance)
 
 
+SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4, "img_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [
+        ("test_convnext", {}),
+        ("test_resnet", {}),
+        ("swin_tiny_patch4_window7_224", SWIN),
+        ("densenet121", {}),
+    ],
+)
+def test_towers_of_other_kinds_embed_and_say_that_they_have_no_tokens(
+    tmp_path, architecture, model_args
+):
+    name, model = write_folder(tmp_path / "m", architecture, **model_args)
+    if architecture.startswith("swin"):  # as older files have them
+        path = tmp_path / "m" / "model.safetensors"
+        index = torch.zeros(16, 16, dtype=torch.int64)
+        save_file(load_file(path) | {"layers.0.blocks.0.attn.relative_position_index": index}, path)
+    encoder = load_encoder(name, precision="fp32")
+    pixels = draw_pixels(2, encoder.preprocessing.image_size_px)
+    with torch.inference_mode():
+        features = model.forward_features(encoder.prepare(pixels))
+        expected = model.forward_head(features, pre_logits=True)
+    assert relative_error(encoder.encode(pixels)[1], expected) < 1e-5
+    assert encoder.identity.n_tokens is None
+    for ask in (lambda: encoder.stem(pixels, 1), lambda: encoder.encode_with_tokens(pixels, 2)):
+        with pytest.raises(
+            EncoderError,
+            match=rf"cannot be split .*is a {type(model).__name__}, .*Work with its embeddings",
+        ):
+            ask()
+
+
+def test_towers_for_images_of_any_size_take_another_too(tmp_path):
+    name, model = write_folder(tmp_path / "m", "test_convnext")
+    encoder = load_encoder(f"{name}?img_size=96", precision="fp32")
+    pixels = draw_pixels(2, 96)
+    with torch.inference_mode():
+        features = model.forward_features(encoder.prepare(pixels))
+        expected = model.forward_head(features, pre_logits=True)
+    assert relative_error(encoder.encode(pixels)[1], expected) < 1e-5
+    assert encoder.identity.positions_from_px is None
+
+
 def test_dinov3_can_still_be_pooled_as_timm_does(tmp_path):
     name, model = write_folder(tmp_path / "m", "vit_small_patch16_dinov3", **EVA, img_size=64)
     encoder = load_encoder(name, precision="fp32", pool="mean")
@@ -112,6 +160,23 @@ def test_pixels_are_those_of_timms_own_transform(tmp_path, crop_mode, crop_pct):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_border_in_the_mean_colour_is_not_offered(tmp_path):
+    name, _ = write_folder(tmp_path / "m", "test_vit")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"]["crop_mode"] = "border"
+    path.write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match=r"crop_mode 'border'.*--resize squash, crop or pad"):
+        load_encoder(name)
+    assert load_encoder(name, resize="pad").preprocessing.resize == "pad"
+
+
+def test_another_size_of_a_folder_is_that_of_the_name(published):
+    folder = load_encoder(f"local-dir:{published}?img_size=96", precision="fp32").identity
+    named = load_encoder("timm:test_vit?img_size=96", precision="fp32").identity
+    assert folder.differences(named) == {}
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch) -> Path:
     """timm's weights of test_vit, which stand for a download."""
@@ -131,6 +196,15 @@ def test_a_name_of_timm_loads_its_published_weights(published):
 
     assert (encoder.identity.name, encoder.identity.revision) == ("timm:test_vit", COMMIT)
     assert encoder.identity.differences(folder.identity) == {}
+
+
+def test_a_revision_of_a_repository_in_timms_layout_can_be_named(tmp_path, monkeypatch):
+    write_folder(tmp_path / "m", "test_vit")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = ("config.json", "model.safetensors")
+    write_hub_cache(tmp_path / "hub", "org/vit", tmp_path / "m", files)
+    (tmp_path / "hub" / "models--org--vit" / "refs" / "main").unlink()
+    assert load_encoder(f"hf-hub:org/vit@{COMMIT}").identity.revision == COMMIT
 
 
 def test_another_input_size_resamples_positions_and_says_so(published):

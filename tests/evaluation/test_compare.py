@@ -79,10 +79,12 @@ def test_figures_intervals_and_p_values_are_those_of_an_independent_loop(runs):
                 for f in runs[0].config["findings"]
             ]
         )
-        widened = (resampled - resampled.mean(axis=0)) * np.sqrt((n + 1) / (n - 1))
-        error = np.append(widened.std(axis=0), widened.mean(axis=1).std())
-        v = widened.var(axis=0)
-        freedom = np.append(n - 1, v.sum() ** 2 / (v**2 / (n - 1)).sum())
+        covariance = np.cov(resampled.T, ddof=0)
+        shown = covariance.diagonal()
+        own = shown * ((n + 1) / (n - 1) if measure == "auroc" else 1)  # not of AP
+        total = covariance.sum() - shown.sum() + own.sum()  # what is shared is left as it is
+        error = np.sqrt([*own, total / len(n) ** 2])
+        freedom = np.append(n - 1, max(total, own.sum()) ** 2 / (own**2 / (n - 1)).sum())
         difference = rows["difference"].to_numpy()
         reach = stats.t.ppf(0.975, freedom) * error
         np.testing.assert_allclose(rows["low"], np.maximum(difference - reach, -1), atol=1e-6)
@@ -217,6 +219,31 @@ def test_the_text_names_runs_figures_and_findings_that_differ(runs):
     assert "findings tested (Holm, 5 %)" in text
     same = compare_runs(runs[0], runs[1], n_resamples=2).to_text()
     assert "nan" not in same
+
+
+def test_the_text_says_of_what_it_speaks(runs, tmp_path):
+    """A difference of ensembling is no difference of recipes, and one training is no recipe."""
+    copy = Run.open(shutil.copytree(runs[1].path, tmp_path / "averaged"))
+    copy.config["train"]["final"] = "ensemble"
+    assert runs[0].config["train"]["final"] == "refit"
+
+    alike, mixed = (compare_runs(runs[0], run, n_resamples=5) for run in (runs[1], copy))
+
+    (note,) = alike.notes
+    assert note.startswith("This compares trained models, not recipes: of one run or more only one")
+    assert f"Note: {note}" in alike.to_text()
+    assert mixed.notes[1].startswith(
+        "weak has --final refit and averaged --final ensemble. An average of models is better"
+    )
+
+
+def test_a_difference_without_an_interval_says_so(runs):
+    comparison = compare_runs(*runs, n_resamples=5)
+    is_macro = comparison.table["finding"] == ""
+    comparison.table.loc[is_macro, ["low", "high", "p", "p_holm"]] = np.nan
+
+    macro = comparison.macro("strong")
+    assert f"{macro['difference']:+.3f} [no interval]" in comparison.to_text()
 
 
 def test_table_and_picture_are_written(runs, tmp_path):

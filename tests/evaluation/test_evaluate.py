@@ -505,6 +505,24 @@ def test_a_rare_finding_has_a_wide_interval_and_one_study_none():
     assert table["n_undefined_resamples"].eq(0).all()
 
 
+def test_an_interval_that_cannot_be_computed_is_said_to_be_so():
+    """All images are of one patient: nothing shows how much another patient would change."""
+    tables = make_tables(0)
+    predictions = tables["predictions"].assign(patient_id="one")
+
+    evaluation = evaluate_predictions(
+        predictions, tables["targets"], dict.fromkeys(FINDINGS, 0.5), n_resamples=50
+    )
+
+    macro = evaluation.metrics["test"]["macro_auroc"]
+    assert (macro["low"], macro["high"]) == (None, None)
+    assert f"macro AUROC     {macro['value']:.3f} [no interval]" in format_summary(
+        evaluation.metrics
+    )
+    written = evaluation.per_finding.to_csv(columns=["auroc_low", "auroc_high"], index=False)
+    assert set(written.splitlines()[1:]) == {","}
+
+
 @pytest.mark.parametrize("rows", ["one row", "all positive", "all negative", "all unlabelled"])
 def test_degenerate_tables_are_evaluated_without_a_figure_that_is_not_there(rows):
     tables = make_tables(0)

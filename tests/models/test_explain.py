@@ -46,6 +46,8 @@ from cxr_cache.training.finetune import tune_run
 from cxr_cache.training.train import fit_run
 from tests import synthetic
 from tests.encoders.test_encoder import TINY_VIT, draw_pixels, write_open_clip_model
+from tests.encoders.test_timm_models import EVA
+from tests.encoders.test_timm_models import write_folder as write_timm_folder
 from tests.report.test_report import Page
 
 FINDINGS = ("Cardiomegaly", "Consolidation", "Pleural Effusion", "Pneumothorax")
@@ -90,8 +92,14 @@ def runs(tmp_path_factory, tiny) -> dict[str, Path]:
     frozen = TrainConfig(
         epochs=(1,), n_folds=2, batch_size=8, hidden=(16,), final="ensemble", n_jobs=1
     )
-    tuned = FinetuneConfig(
-        epochs=(1,), n_folds=2, batch_size=8, hidden=(16,), precision="fp32", device="cpu"
+    tuned = FinetuneConfig.of_recipe(
+        "reference",
+        epochs=(1,),
+        n_folds=2,
+        batch_size=8,
+        hidden=(16,),
+        precision="fp32",
+        device="cpu",
     )
     fit_run(folder / "f.h5", folder / "frozen", frozen)
     tune_run(folder / "f.h5", folder / "tuned", tuned)
@@ -102,12 +110,17 @@ def runs(tmp_path_factory, tiny) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("n_blocks", [1, 3])
-@pytest.mark.parametrize("kind", ["timm", "open_clip"])
+@pytest.mark.parametrize("kind", ["timm", "open_clip", "eva"])
 def test_attention_spelled_out_is_the_towers(kind, n_blocks, tiny, tmp_path):
     """The embedding that depends on the attention is the one that the quick way gives."""
     encoder = tiny
     if kind == "open_clip":
         encoder = load_encoder(write_open_clip_model(tmp_path / "m", TINY_VIT), precision="fp32")
+    if kind == "eva":  # DINOv3's kind, with four registers behind the class token
+        name, _ = write_timm_folder(
+            tmp_path / "m", "vit_small_patch16_dinov3", **EVA, img_size=SIZE_PX
+        )
+        encoder = load_encoder(name, precision="fp32")
     size_px = encoder.preprocessing.image_size_px
     with torch.no_grad():
         tokens = encoder.stem(encoder.prepare(draw_pixels(2, size_px)), n_blocks)
@@ -117,8 +130,17 @@ def test_attention_spelled_out_is_the_towers(kind, n_blocks, tiny, tmp_path):
     rows, columns = encoder.patch_grid
     assert len(attentions) == n_blocks
     for attention in attentions:
-        assert attention.shape[-1] == rows * columns + 1
+        assert attention.shape[-1] == rows * columns + (5 if kind == "eva" else 1)
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+def test_a_tower_that_pools_other_tokens_says_that_it_cannot_show_where_it_looked(tmp_path):
+    """EVA-X's kind takes the mean, unless it is told to take the class token."""
+    name, _ = write_timm_folder(tmp_path / "m", "eva02_tiny_patch14_224", **EVA, img_size=56)
+    tokens = torch.zeros(1, 17, EVA["embed_dim"])
+    with pytest.raises(EncoderError, match=r"cannot show where it looked: .*pools other tokens"):
+        load_encoder(name, precision="fp32").tail_with_attention(tokens, 1)
+    assert load_encoder(name, precision="fp32", pool="cls").tail_with_attention(tokens, 1)
 
 
 def test_attention_is_what_timm_computes(tiny):
@@ -405,7 +427,8 @@ def test_fine_tuned_runs_look_where_the_finding_is(tmp_path, tiny):
     store = tmp_path / "features.h5"
     caching = ExtractConfig(num_workers=0, unfreeze_layers=6)
     extract_embeddings(cohort, tmp_path / "images", store, tiny, caching)
-    tuned = FinetuneConfig(
+    tuned = FinetuneConfig.of_recipe(
+        "reference",
         epochs=(30,),
         unfreeze_layers=6,
         batch_size=32,

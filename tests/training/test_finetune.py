@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,8 @@ FROZEN = TrainConfig(
     hidden=(16,),
     n_jobs=1,
 )
-TUNED = FinetuneConfig(
+TUNED = FinetuneConfig.of_recipe(
+    "reference",
     epochs=(1, 2),
     n_folds=2,
     batch_size=8,
@@ -280,6 +282,18 @@ def test_a_store_without_the_tokens_is_refused_for_evaluation(tuned, without_tok
 # -- tokens or images -------------------------------------------------------------------
 
 
+def test_towers_with_rotary_positions_keep_all_patches_unless_asked(store, tmp_path):
+    settled = tune_run(store, tmp_path / "run", replace(TUNED, patch_dropout=None)).run
+    assert settled.config["finetune"]["patch_dropout"] == 0.5
+
+    eva = SimpleNamespace(tokens_hold_positions=False, identity=SimpleNamespace(name="timm:eva"))
+    assert finetune_module._settle_patch_dropout(eva, None) == 0.0
+    with pytest.raises(
+        ConfigError, match=r"--patch-dropout 0.5 cannot leave patches out of timm:eva"
+    ):
+        finetune_module._settle_patch_dropout(eva, 0.5)
+
+
 def test_images_give_the_run_that_tokens_give(without_tokens, images, store, tmp_path):
     """Tokens are rounded to float16 in the store, so figures agree to about three digits.
 
@@ -339,8 +353,10 @@ def test_missing_images_are_counted_before_an_old_run_gives_way(
 # -- from a frozen run ------------------------------------------------------------------
 
 
-def test_a_frozen_run_gives_split_epochs_and_heads(store, frozen, tmp_path):
-    config = config_from_run(frozen, **{"batch_size": 8, "device": "cpu", "precision": "fp32"})
+def test_a_frozen_run_gives_split_final_model_and_heads(store, frozen, tmp_path):
+    here = {"batch_size": 8, "device": "cpu", "precision": "fp32"}
+    config = config_from_run(frozen, "reference", **here)
+    assert config.final == frozen.config["train"]["final"]
     assert config.epochs == (frozen.config["chosen_epochs"],)
     assert config.hidden == (16,)
     still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12, epochs=(1,))
@@ -373,7 +389,8 @@ def test_rule_and_calibration_are_those_that_the_frozen_run_has_now(frozen, tmp_
 def test_the_final_model_starts_from_a_member_of_an_ensemble(store, tmp_path):
     ensemble = fit_run(store, tmp_path / "frozen", replace(FROZEN, final="ensemble")).run
     config = config_from_run(ensemble, batch_size=8, device="cpu", precision="fp32", epochs=(1,))
-    still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12)
+    assert config.final == "ensemble"
+    still = replace(config, final="refit", learning_rate=1e-12, head_learning_rate=1e-12)
 
     run = tune_run(store, tmp_path / "run", still, from_run=ensemble.path).run
 

@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -51,6 +52,7 @@ TABLES = (
     "history",
     "predictions",
     "out_of_fold",
+    "logistic",
     "per_finding",
 )
 QUICKER = replace(QUICK, epochs=(1, 2), n_folds=2)
@@ -454,12 +456,15 @@ def test_an_interrupted_training_is_no_run_and_can_be_repeated(store, tmp_path):
 # --- Which rows -----------------------------------------------------------------------------------
 
 
-def make_partial_store(path: Path, *, n_pending: int, n_failed: int) -> Path:
+def make_partial_store(
+    path: Path, *, n_pending: int, n_failed: int, encoder: dict[str, Any] | None = None
+) -> Path:
     """The last rows pending, those before failed."""
     cohort = make_cohort()
     n_done = len(cohort) - n_pending - n_failed
     shapes = {"embeddings": (1, WIDTH)}
-    with FeatureStore.create(path, cohort, encoder=IMPORTED, features=shapes) as store:
+    encoder = encoder or IMPORTED
+    with FeatureStore.create(path, cohort, encoder=encoder, features=shapes) as store:
         rows = np.arange(n_done)
         values = {"embeddings": make_embeddings(cohort)[:n_done]}
         if n_done:
@@ -479,6 +484,22 @@ def test_a_store_with_pending_rows_is_refused_unless_allowed(tmp_path):
     result = fit_run(store, tmp_path / "run", QUICKER, allow_pending=True)
     assert result.notes == ("4 of 120 images were still pending and are left out.",)
     assert len(read(result.run, "predictions")) == 116
+
+
+def test_what_to_know_of_the_encoder_is_a_warning_of_every_run(tmp_path):
+    note = "Pixels were normalised by ImageNet's mean."
+    encoder = IMPORTED | {"notes": [note]}
+    store = make_partial_store(tmp_path / "s.h5", n_pending=0, n_failed=0, encoder=encoder)
+
+    result = fit_run(store, tmp_path / "run", QUICKER)
+    score_run(result.run, n_resamples=10)
+    write_report(result.run)
+
+    assert result.notes == (note,)
+    files = ("report.html", "model_card.md")
+    page, card = ((tmp_path / "run" / name).read_text() for name in files)
+    assert note.replace("'", "&#39;") in page
+    assert f"* {note}" in card
 
 
 def test_failed_rows_are_left_out_and_counted(tmp_path):

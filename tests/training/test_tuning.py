@@ -25,7 +25,8 @@ from cxr_cache.training.tuning import Keeper, TuningData, build_model, group_par
 from tests.oracles import reference_focal_loss
 
 N_IMAGES, N_FINDINGS = 44, 5
-CONFIG = FinetuneConfig(
+CONFIG = FinetuneConfig.of_recipe(
+    "reference",
     epochs=(3,),
     batch_size=8,
     learning_rate=1e-3,
@@ -345,6 +346,32 @@ def test_mixed_batches_have_the_mixture_of_both_losses(data, monkeypatch):
         assert torch.allclose(mixed, share * own + (1 - share) * other, atol=1e-4)
 
 
+def test_patches_are_left_out_of_training_and_of_nothing_else(data, monkeypatch):
+    """Each batch another half; the class token stays; scores see every patch."""
+    seen = {True: [], False: []}
+
+    class Recording(TailAndHead):
+        def forward(self, tokens):
+            seen[self.training].append(tokens.clone())
+            return super().forward(tokens)
+
+    monkeypatch.setattr("cxr_cache.training.tuning.TailAndHead", Recording)
+    run(data, n_epochs=1)
+    whole = seen[True]
+    seen[True], seen[False] = [], []
+    run(data, replace(CONFIG, patch_dropout=0.5), n_epochs=1)
+    assert {tokens.shape[1] for tokens in seen[False]} == {101}
+    chosen = []
+    for own, fewer in zip(whole, seen[True], strict=True):
+        assert fewer.shape[1] == 51
+        assert torch.equal(fewer[:, 0], own[:, 0])
+        places = [(own[0] == token).all(dim=1).nonzero().item() for token in fewer[0]]
+        assert torch.equal(fewer, own[:, places])
+        assert places == sorted(places)
+        chosen.append(tuple(places))
+    assert len(set(chosen)) == len(chosen)
+
+
 def test_activations_computed_again_change_nothing(data):
     kept = run(data)
     computed_again = run(data, replace(CONFIG, grad_checkpointing=True))
@@ -458,7 +485,9 @@ def test_at_full_size_tokens_train_the_model_that_images_train(tmp_path):
     cached = torch.stack(stem, dim=1)
     labels = (np.random.default_rng(0).random((16, 35)) < 0.2).astype(np.float32)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    config = FinetuneConfig(batch_size=4, learning_rate=1e-4, device="cpu", precision="fp32")
+    config = FinetuneConfig.of_recipe(
+        "reference", batch_size=4, learning_rate=1e-4, device="cpu", precision="fp32"
+    )
     tail = copy_tail(encoder, 2)
     sources = {
         "tokens": ResidentTokens(cached),

@@ -175,7 +175,7 @@
     const point = points[0];
     if (several) return `${words} ${points.map((one) => fixed(one[name])).join(" · ")}`;
     if (point[name] === null) return "";
-    const interval = point[name + "_low"] === null ? "" : ` (${fixed(point[name + "_low"])} to ${fixed(point[name + "_high"])})`;
+    const interval = point[name + "_low"] === null ? " (no interval)" : ` (${fixed(point[name + "_low"])} to ${fixed(point[name + "_high"])})`;
     return `${words} ${fixed(point[name])}${interval}`;
   }
 
@@ -195,7 +195,7 @@
 
   function zeroShot(rows) {
     const sign = (value) => (value > 0 ? "+" : "") + fixed(value);
-    const interval = (row, name, form) => (row[name + "_low"] === null ? "" : ` (${form(row[name + "_low"])} to ${form(row[name + "_high"])})`);
+    const interval = (row, name, form) => (row[name + "_low"] === null ? " (no interval)" : ` (${form(row[name + "_low"])} to ${form(row[name + "_high"])})`);
     return rows.flatMap((row, run) => (row === null || row.zero_shot === null ? [] : [make("p", { class: "zero-shot" },
       `${several ? data.runs[run].name + ": prompts" : "Prompts"} alone, without training, have AUROC ${fixed(row.zero_shot)}${interval(row, "zero_shot", fixed)}; `
       + `the run minus zero-shot is ${sign(row.difference)}${interval(row, "difference", sign)}.`
@@ -209,7 +209,7 @@
       make("th", { scope: "row" }, `${row.group.replaceAll("_", " ")} ${row.value}`),
       ...(several ? [make("td", {}, data.runs[run].name)] : []),
       make("td", {}, count(row.n_positive_test)), make("td", {}, count(row.n_test)),
-      make("td", {}, fixed(row.auroc), row.auroc_low === null ? "" : make("span", { class: "interval" }, ` ${fixed(row.auroc_low)} to ${fixed(row.auroc_high)}`)),
+      make("td", {}, fixed(row.auroc), row.auroc === null ? "" : make("span", { class: "interval" }, row.auroc_low === null ? " no interval" : ` ${fixed(row.auroc_low)} to ${fixed(row.auroc_high)}`)),
       make("td", {}, fixed(row.sensitivity)), make("td", {}, fixed(row.specificity)))));
     return table(head, rows, "By group");
   }

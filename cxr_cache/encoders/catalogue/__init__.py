@@ -1,0 +1,1 @@
+"""Known encoders by their short names, and the check of any encoder."""
