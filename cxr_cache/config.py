@@ -58,6 +58,7 @@ SplitBy: TypeAlias = Literal["study", "image"]
 FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
 InputNorm: TypeAlias = Literal["l2", "standard", "none"]
+Level: TypeAlias = Literal["image", "study"]
 
 
 RECIPES: Final = ("tuned", "reference")
@@ -292,6 +293,12 @@ class Recipe(Config):
         "study where patients are unknown; image splits single images, as the published notebook "
         "did, so that a patient can be in training and in the test.",
     )
+    level: Level = option(
+        "image",
+        "What is given a prediction: each image by itself, or each study as a whole. study reads "
+        "the mean of a study's frontal images beside that of its lateral ones, either of which may "
+        "be missing.",
+    )
     final: FinalModel = option(
         "refit",
         "What becomes the final model: one trained again on all folds (refit), the average of the "
@@ -300,7 +307,9 @@ class Recipe(Config):
     seed: int = option(
         42, "Seed of the split, the initial weights, the order and dropout.", check=at_least(0)
     )
-    batch_size: int = option(16, "Images per step.", check=at_least(2, "batch norm needs two rows"))
+    batch_size: int = option(
+        16, "Images, or studies, per step.", check=at_least(2, "batch norm needs two rows")
+    )
     learning_rate: float = option(2e-5, "Learning rate of AdamW.", flag="--lr", check=_POSITIVE)
     weight_decay: float = option(1e-4, "Weight decay of AdamW.", check=_FINITE)
     max_grad_norm: float | None = option(
@@ -389,6 +398,8 @@ class Recipe(Config):
         yield from super()._find_problems()
         if self.epochs == ():
             yield "epochs", "must be 1 or more, and there are none"
+        if (self.level, self.split_by) == ("study", "image"):
+            yield "split_by", "must be study where the level is study, which needs whole studies"
         try:
             parse_threshold_rule(str(self.threshold_rule))
         except ConfigError as error:
@@ -636,6 +647,11 @@ class FinetuneConfig(Recipe):
                     "standard needs embeddings that stay as they are; fine-tuning takes l2 or none"
                 )
             yield name, problem
+        if self.level == "study" and self.mixup:
+            yield (
+                "mixup",
+                "must be 0 where the level is study: the images of two studies do not pair",
+            )
 
     @property
     def searches(self) -> bool:
@@ -689,6 +705,13 @@ class AblateConfig(WorkersConfig):
     baselines: bool = option(
         True,
         "Also rank three baselines: prevalence, logistic regression and nearest neighbours.",
+    )
+    n_repeats: int = option(
+        1,
+        "Number of times that every fold is trained, with other initial weights and, where "
+        "--set n_train draws images, on others of these.",
+        flag="--repeats",
+        check=at_least(1),
     )
     refit: bool = option(
         False, "Train the best setting as a run in OUT/best, which is tested once."

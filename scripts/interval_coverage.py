@@ -147,10 +147,8 @@ def cover_auroc(repeats: int, n_resamples: int) -> list[dict[str, float]]:
                 distance = norm.ppf(area) * np.hypot(1, spread)
                 scores = rng.standard_normal(targets.shape)
                 scores[present] = distance + spread * scores[present]
-                ranked, n = (
-                    RankedScores(targets, scores),
-                    np.array([[n_positive], [800 - n_positive]]),
-                )
+                ranked = RankedScores(targets, scores)
+                n = np.array([[n_positive], [800 - n_positive]])
                 once = ranked.auroc_and_ap(np.ones((1, 800)))[0][0]
                 areas = bootstrap(partial(_areas, ranked), np.arange(800), n_resamples, 0)["auroc"]
                 errors = standard_errors(areas, min(n))

@@ -365,10 +365,9 @@ def load_encoders_of_run(run: Run, models: Sequence[str], device: str) -> list[E
             f"--model is given {count(len(models), 'time')}, and {run.path} has "
             f"{count(len(recorded), 'encoder')}: {names}. Give it once for each, in this order."
         )
-    names_now: Sequence[str | None] = models or [None] * len(recorded)
     return [
-        _load_encoder(run, encoder, model, device)
-        for encoder, model in zip(recorded, names_now, strict=True)
+        _load_encoder(run, encoder, models[i] if models else None, device)
+        for i, encoder in enumerate(recorded)
     ]
 
 

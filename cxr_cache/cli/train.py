@@ -97,7 +97,8 @@ def train(
     metavar="NAME=A,B",
     help="Option of train and the values to try, such as lr=1e-4,1e-3 or hidden=512x256,256; and "
     "of several stores those that are read, such as store=a,b,a+b for a.h5, b.h5 and both. Given "
-    "several times, all combinations are tried.",
+    "several times, all combinations are tried. n_train=50,200,all gives a learning curve: whole "
+    "patients are drawn until each fold trains on about so many images; 1%,10%,all are shares.",
 )
 @option(
     "--recipe",
@@ -107,7 +108,8 @@ def train(
 )
 @options_of(AblateConfig)
 @options_of(
-    TrainConfig, "n_folds", "split", "split_by", "test_fraction", "seed", "device", "select_by"
+    TrainConfig,
+    *("n_folds", "split", "split_by", "level", "test_fraction", "seed", "device", "select_by"),
 )
 @LABELS
 @ALLOW_PENDING
@@ -120,13 +122,14 @@ def ablate(
     allow_pending: bool,
     **options: Any,
 ) -> None:
-    """Compare recipes for the head, or encoders, on the same folds: a ranked table, and a plot.
+    """Compare recipes or encoders on the same folds: a ranked table, and a plot.
 
     Several STORES of the same images are compared with each other and with all of them side by
-    side, unless --set store= says otherwise.
+    side, unless --set store= says otherwise. With --set n_train, also how the score grows with the
+    number of training images.
     """
     from cxr_cache.jobs.runs import refit_best
-    from cxr_cache.report.plots import draw_ablation
+    from cxr_cache.report.plots import draw_ablation, draw_curve
     from cxr_cache.training.ablate import make_settings, run_ablation
     from cxr_cache.training.baselines import BASELINES
 
@@ -141,6 +144,7 @@ def ablate(
             labels=labels,
             allow_pending=allow_pending,
             baselines=BASELINES if own.baselines else (),
+            n_repeats=own.n_repeats,
             backend=own.backend,
             n_workers=own.n_workers,
             scheduler=own.scheduler,
@@ -150,6 +154,9 @@ def ablate(
     plot = draw_ablation(ablation.table, out / "ablation.png")
     click.echo(ablation.to_text())
     click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
+    if ablation.curve is not None:
+        plot = draw_curve(ablation.curve, out / "curve.png")
+        click.echo(f"Learning curve: {out / 'curve.csv'}, {plot}")
     if own.refit:
         with counting("epochs") as on_progress:
             refit_best(

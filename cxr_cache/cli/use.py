@@ -30,6 +30,12 @@ from cxr_cache.config import DemoConfig, ExplainConfig
 @IMAGES
 @option("--out", type=FILE, help="CSV file to write instead of printing the likeliest findings.")
 @option(
+    "--studies",
+    type=FILE,
+    help="For a run of --level study: CSV file with the columns image_id, study_uid and "
+    "projection, which says what images make a study.  [default: each image is one]",
+)
+@option(
     "--model",
     "models",
     multiple=True,
@@ -38,10 +44,16 @@ from cxr_cache.config import DemoConfig, ExplainConfig
 )
 @DEVICE
 def predict(
-    run: Path, images: tuple[Path, ...], out: Path | None, models: tuple[str, ...], device: str
+    run: Path,
+    images: tuple[Path, ...],
+    out: Path | None,
+    studies: Path | None,
+    models: tuple[str, ...],
+    device: str,
 ) -> None:
     """Give probabilities and decisions for image files, or folders of them."""
     from cxr_cache.common.tables import write_table
+    from cxr_cache.common.wording import count
     from cxr_cache.models.run import Run
 
     paths = _require_files(images)
@@ -51,16 +63,16 @@ def predict(
     encoders = load_encoders_of_run(opened, models, device)
     from cxr_cache.models.predict import predict_images
 
-    predictions = predict_images(opened, paths, encoders)
+    predictions = predict_images(opened, paths, encoders, studies=studies)
     if out is None:
         click.echo(predictions.to_text())
     else:
         write_table(out, predictions.to_table(), digits=6)
-        click.echo(f"{len(paths) - predictions.n_failed:,} predictions written to {out}")
+        n_written = len(predictions.image_ids) - predictions.n_failed
+        click.echo(f"{n_written:,} predictions written to {out}")
     if predictions.n_failed:
-        raise click.ClickException(
-            f"{predictions.n_failed:,} of {len(paths):,} images could not be used."
-        )
+        n_all = count(len(predictions.image_ids), predictions.row)
+        raise click.ClickException(f"{predictions.n_failed:,} of {n_all} could not be used.")
 
 
 @click.command()

@@ -110,9 +110,13 @@ def count(n: int, noun: str) -> str:
     >>> count(1, "study"), count(2000, "study"), count(0, "test image")
     ('1 study', '2,000 studies', '0 test images')
     """
+    return f"{n:,} {noun if n == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Several of a noun: ``"test images"``, ``"studies"``."""
     *before, last = noun.split()
-    plural = noun if n == 1 else " ".join([*before, _IRREGULAR.get(last, f"{last}s")])
-    return f"{n:,} {plural}"
+    return " ".join([*before, _IRREGULAR.get(last, f"{last}s")])
 
 
 @cache

@@ -83,7 +83,7 @@ def locate_images(
     if not image_dir.is_dir():
         raise TableError(f"{image_dir} is not a folder; give the one with the images.")
     files = list_images(image_dir)
-    found = _match(plain, files, source)
+    found = match_paths(plain, files, source)
     if None in found and all(_UID.fullmatch(name) for name in plain[:_N_TRIED]):
         instances = find_instances(image_dir)
         found = [file or instances.get(name) for name, file in zip(plain, found, strict=True)]
@@ -109,7 +109,7 @@ def _to_posix(name: str, image_dir: Path) -> str:
     return path.as_posix()
 
 
-def _match(names: Sequence[str], files: Sequence[str], source: str) -> list[str | None]:
+def match_paths(names: Sequence[str], files: Sequence[str], source: str) -> list[str | None]:
     """The file of each name: of that path, else of a path that ends as it does, or the other way.
 
     Two paths that only end alike are two images: ``patient1/a.png`` is not ``patient2/a.png``.

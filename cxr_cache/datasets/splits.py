@@ -64,6 +64,39 @@ class Split:
         return np.flatnonzero(~self.is_test & (self.fold != fold))
 
 
+def draw_rows(
+    rows: NDArray[np.int64], groups: NDArray[Any], n_images: int, seed: Sequence[int]
+) -> NDArray[np.int64]:
+    """Draw whole groups at random until about so many of some rows are drawn.
+
+    The groups come in a random order, which depends on the seed alone. As many are taken from its
+    beginning as come closest to `n_images`, and at least one. So a smaller draw is part of a
+    larger one, and draws from other rows share what these rows have in common.
+
+    Parameters
+    ----------
+    rows
+        Rows to draw from, in ascending order.
+    groups
+        Patient or study of all N rows, shape ``(N,)``.
+    n_images
+        Number of rows to come close to.
+    seed
+        Seed of the order, of one or more numbers.
+
+    Returns
+    -------
+    NDArray
+        The rows drawn, in ascending order.
+    """
+    _, codes = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(codes.max() + 1)
+    place = order[codes[rows]]
+    reached = np.cumsum(np.bincount(place))
+    furthest = np.argmin(np.where(reached > 0, np.abs(reached - n_images), np.inf))
+    return rows[place <= furthest]
+
+
 def make_split(
     targets: NDArray[np.float32],
     groups: NDArray[Any],

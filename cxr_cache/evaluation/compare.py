@@ -66,9 +66,15 @@ class Comparison:
     def __repr__(self) -> str:
         return first_lines(self.to_text())
 
-    def macro(self, run: str, measure: str = "auroc", rows: Rows = "images") -> pd.Series[Any]:
-        """The row of one mean over findings."""
-        table = self.table
+    @property
+    def rows(self) -> tuple[Rows, ...]:
+        """What is compared: images and studies, or studies alone where a run predicts these."""
+        found: tuple[Rows, ...] = tuple(self.table["rows"].unique())
+        return found
+
+    def macro(self, run: str, measure: str = "auroc", rows: Rows | None = None) -> pd.Series[Any]:
+        """The row of one mean over findings, by image unless studies alone are compared."""
+        table, rows = self.table, rows or self.rows[0]
         chosen = (table["run"] == run) & (table["measure"] == measure) & (table["rows"] == rows)
         row: pd.Series[Any] = table[chosen & (table["finding"] == MACRO)].iloc[0]
         return row
@@ -87,7 +93,7 @@ class Comparison:
         first, second = self.runs
         width = max(len(first), len(second), 10)
         lines = [f"  {'':<22}{first:>{width}}  {second:>{width}}  difference"]
-        for name, measure, rows in _MACRO_FIGURES:
+        for name, measure, rows in self._macro_figures():
             row = self.macro(second, measure, rows)
             lines.append(
                 f"  {name:<22}{row['first']:>{width}.3f}  {row['second']:>{width}.3f}  "
@@ -100,7 +106,7 @@ class Comparison:
         first, *others = self.runs
         width = max(22, *map(len, self.runs))
         lines = []
-        for name, measure, rows in _MACRO_FIGURES:
+        for name, measure, rows in self._macro_figures():
             of_runs = {run: self.macro(run, measure, rows) for run in others}
             lines += [f"  {name}", f"    {first:<{width}}{of_runs[others[0]]['first']:.3f}"]
             lines += [
@@ -111,10 +117,15 @@ class Comparison:
             lines += [f"  {run}", *(f"  {line}" for line in self._differing(run))]
         return lines
 
+    def _macro_figures(self) -> list[tuple[str, str, Rows]]:
+        return [figure for figure in _MACRO_FIGURES if figure[-1] in self.rows]
+
     def _differing(self, run: str) -> list[str]:
-        """Findings whose AUROC by image differs beyond luck, largest difference first."""
+        """Findings whose AUROC differs beyond luck, largest difference first."""
         table = self.table
-        chosen = (table["run"] == run) & (table["rows"] == "images") & (table["finding"] != MACRO)
+        chosen = (
+            (table["run"] == run) & (table["rows"] == self.rows[0]) & (table["finding"] != MACRO)
+        )
         areas = table[chosen & (table["measure"] == "auroc")].dropna(subset=["p_holm"])
         found = areas[areas["p_holm"] < 1 - LEVEL].sort_values("difference", key=abs)[::-1]
         n_tested = count(len(areas), "finding")
@@ -153,7 +164,9 @@ def compare_runs(
     Parameters
     ----------
     runs
-        Two or more finished runs with the same test images, findings and targets.
+        Two or more finished runs with the same test images, findings and targets. Where one of
+        them predicts whole studies, the others' probabilities are averaged by study, and studies
+        alone are compared.
         What is resampled are the patients of the first of them that names any, else studies.
     n_resamples, seed
         As in :func:`cxr_cache.metrics.resampled.bootstrap`.
@@ -175,6 +188,8 @@ def compare_runs(
     n_trainings = min(map(len, trainings))
     if n_trainings == 1:  # then only the models that the runs keep can be compared
         trainings = [[read_scored(run)] for run in runs]
+    if any(each.rows == "studies" for of_run in trainings for each in of_run):
+        trainings = [[each.by_study() for each in of_run] for of_run in trainings]
     first = trainings[0][0]
     images = [
         [_align(runs[0], first, run, each) for each in of_run]
@@ -182,16 +197,17 @@ def compare_runs(
     ]
     images = _share_patients(images)
     kinds: dict[Rows, list[list[ScoredImages]]] = {
-        "images": images,
-        "studies": [[each.by_study() for each in of_run] for of_run in images],
+        "studies": [[each.by_study() for each in of_run] for of_run in images]
     }
+    if first.rows == "images":
+        kinds = {"images": images, **kinds}
     tables = [
         _tabulate(names, rows, parts, _score(parts, n_resamples, seed))
         for rows, parts in kinds.items()
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
-    return Comparison(names, len(first), first.n_studies, images[0][0].unit, table, notes)
+    return Comparison(names, first.count_images(), first.n_studies, images[0][0].unit, table, notes)
 
 
 def _list_notes(
@@ -239,10 +255,14 @@ def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) ->
         if differs.any():
             raise RunError(
                 f"{first.path} and {second.path} were tested on other {what} for "
-                f"{differs.sum():,} of {count(len(ours), 'image')}, the first is "
+                f"{differs.sum():,} of {_count_rows(ours)}, the first is "
                 f"{ours.image_ids[differs.argmax()]!r}. Train both with the same labels."
             )
     return theirs
+
+
+def _count_rows(images: ScoredImages) -> str:
+    return count(len(images), "image" if images.rows == "images" else "study")
 
 
 def _share_patients(images: Sequence[Sequence[ScoredImages]]) -> list[list[ScoredImages]]:
@@ -261,7 +281,7 @@ def _require_same_test(first: Run, ours: ScoredImages, second: Run, theirs: Scor
     shared = np.isin(ours.image_ids, theirs.image_ids).sum()
     if shared != len(ours) or len(ours) != len(theirs):
         raise RunError(
-            f"{first.path} was tested on {count(len(ours), 'image')} and {second.path} on "
+            f"{first.path} was tested on {_count_rows(ours)} and {second.path} on "
             f"{len(theirs):,}, of which {shared:,} are the same. Only runs with the same split can "
             "be compared: train with the same store and seed, or fine-tune with --from-run."
         )

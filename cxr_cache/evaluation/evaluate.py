@@ -231,7 +231,7 @@ def score_run(
         "train": reading.estimate(train, resample=False).overall(),
         "out_of_fold": reading.estimate(held_out, resample=False).overall(),
         **({"recipe": recipe} if recipe else {}),
-        "n_train_images": len(train),
+        "n_train_images": train.count_images(),
         "n_train_studies": train.n_studies,
         **{name: run.config[name] for name in ("split",) if name in run.config},  # whose it is
     }
@@ -239,7 +239,7 @@ def score_run(
         metrics["logistic"], column = _compare_logistic(run, images.take(is_test), reading)
         evaluation.per_finding["auroc_logistic"] = column
     present = images.targets == 1
-    evaluation.per_finding.insert(1, "n_images", present.sum(axis=0))
+    evaluation.per_finding.insert(1, "n_images", images.count_images(present))
     evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
     run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
     return metrics
@@ -293,9 +293,10 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
     ]
     by_group: dict[str, dict[str, Any]] = {"projection": {}}
     for group, value, part, estimates in subsets:
-        counts = {"n_images": len(part), "n_studies": part.n_studies}
+        counts = {"n_images": part.count_images(), "n_studies": part.n_studies}
         by_group.setdefault(group, {})[value] = estimates.overall() | counts
     metrics = {
+        "rows": images.rows,
         "test": by_image.overall(),
         "test_by_study": by_study.overall(),
         "test_by_projection": by_group.pop("projection"),
@@ -343,7 +344,7 @@ def _counts(images: ScoredImages, areas: FloatArray, point: OperatingPoint) -> d
         ),
         "findings_undecided": _named(images.findings, point.undecided),
         "best_constant": _named(images.findings, best_constant),
-        "n_test_images": len(images),
+        "n_test_images": images.count_images(),
         "n_test_studies": images.n_studies,
     }
 
@@ -418,12 +419,13 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         _with_interval(test[name], "{:.2%}", bounds=False)
         for name in ("label_accuracy_all_negative", "exact_match_best_constant")
     )
+    of_studies = metrics.get("rows") == "studies"
+    by_study = f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}"
     lines = [
-        f"test: {count(metrics['n_test_images'], 'image')} of "
-        f"{count(metrics['n_test_studies'], 'study')}, {metrics['n_findings_scored']} of "
-        f"{count(metrics['n_findings'], 'finding')} scored",
+        f"test: {describe_sample(metrics, 'test')}, "
+        f"{metrics['n_findings_scored']} of {count(metrics['n_findings'], 'finding')} scored",
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
-        f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}",
+        *([] if of_studies else [by_study]),
         *_describe_logistic(metrics.get("logistic")),
         f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "
         f"{_with_interval(test['macro_ap_of_chance'])}",
@@ -473,6 +475,17 @@ def _describe_logistic(logistic: Mapping[str, Any] | None) -> list[str]:
         f"{logistic['C']:g}, on the same folds and features); the head minus it "
         f"{_with_interval(logistic['difference'], '{:+.3f}')}"
     ]
+
+
+def describe_sample(metrics: Mapping[str, Any], side: str, what: str = "") -> str:
+    """How many images and studies are on a side, ``"test"`` or ``"train"``; what is scored first.
+
+    A word `what`, such as ``"test "``, is put before it.
+    """
+    n_images, n_studies = metrics[f"n_{side}_images"], metrics[f"n_{side}_studies"]
+    if metrics.get("rows") == "studies":
+        return f"{count(n_studies, f'{what}study')} with {count(n_images, 'image')}"
+    return f"{count(n_images, f'{what}image')} of {count(n_studies, 'study')}"
 
 
 def _describe_recipe(recipe: Mapping[str, Any]) -> list[str]:

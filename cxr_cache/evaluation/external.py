@@ -171,7 +171,8 @@ def score_external(
         "matching": matching.table.to_dict("records"),
         "overlap": overlap.to_dict(),
         "warnings": list(overlap.warnings),
-        "own_test": own_test.overall() | {"n_images": len(own), "n_studies": own.n_studies},
+        "own_test": own_test.overall()
+        | {"n_images": own.count_images(), "n_studies": own.n_studies},
         "recalibrated": recalibrated.overall(),
         "recalibrated_with": {"calibration": method, "threshold_rule": point.rule},
     }
@@ -202,8 +203,9 @@ def _read_own_test(run: Run, findings: list[str], calibration: Calibration) -> S
 
 
 def _train_prevalence(run: Run, findings: list[str]) -> FloatArray:
-    splits, targets = run.read_table("splits"), run.read_table("targets")
-    in_train = targets["image_id"].isin(splits.loc[splits["split"] == "train", "image_id"])
+    predictions, targets = run.read_table("predictions"), run.read_table("targets")
+    train = predictions.loc[predictions["split"] == "train", "image_id"]
+    in_train = targets["image_id"].isin(train)
     return weighted_mean(targets.loc[in_train, findings].to_numpy(np.float64))
 
 
@@ -212,7 +214,7 @@ def _complete(table: pd.DataFrame, matching: Matching, images: ScoredImages) -> 
     rows = matching.table[matching.table["is_scored"]].set_index("finding")
     table = table.copy()
     present = images.targets == 1
-    table.insert(1, "n_images", present.sum(axis=0))
+    table.insert(1, "n_images", images.count_images(present))
     table.insert(2, "n_studies", images.count_studies(present))
     names = [";".join(matching.scored[finding]) for finding in table["finding"]]
     relations = rows["relation"].groupby(level=0).first().loc[table["finding"]].to_numpy()

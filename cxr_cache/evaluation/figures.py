@@ -452,7 +452,7 @@ def tabulate_groups(
     for group, value, images, estimates in subsets:
         part = tabulate_findings(images, cuts, estimates)
         described = pd.DataFrame(
-            [(group, value, len(images), images.n_studies)] * len(part), columns=names
+            [(group, value, images.count_images(), images.n_studies)] * len(part), columns=names
         )
         parts.append(pd.concat([described, part], axis=1))
     table: pd.DataFrame = (

@@ -214,6 +214,7 @@ def recipe_of(run: Run) -> TrainConfig:
             f"{run.path} was fine-tuned; the leak is measured with heads on cached embeddings. "
             "Give a run of `cxr-cache train`."
         )
+    run.require_images("the leak between images of a study is measured on single images")
     if len(run.stores) > 1:
         raise RunError(
             f"{run.path} reads {len(run.stores)} stores side by side; the leak is measured with "

@@ -87,7 +87,7 @@ class Overlap:
         }
 
 
-def find_overlap(run: Run, store: FeatureStore, images: pd.DataFrame) -> Overlap:
+def find_overlap(run: Run, store: FeatureStore, scored: pd.DataFrame) -> Overlap:
     """Compare images of a store with those of a run, as far as the run's own store is there.
 
     Bytes are compared by the SHA-256 that stores keep. Embeddings are compared as ``audit`` does
@@ -99,13 +99,19 @@ def find_overlap(run: Run, store: FeatureStore, images: pd.DataFrame) -> Overlap
         A finished run.
     store
         Of the same encoder.
-    images
-        Columns image_id and patient_id of those of its images that are scored, N of them.
+    scored
+        Columns image_id and patient_id of those of its images that are scored, N of them; of a run
+        of whole studies, the column study_uid names their images.
     """
-    known = run.read_table("predictions").set_index("image_id")
+    images = scored
+    if run.level == "study":
+        images = store.cohort.take(store.embedded_rows).images
+        images = images[images["study_uid"].isin(scored["study_uid"])]
+    predictions = run.read_table("predictions")
+    known = run.read_table("splits").set_index("image_id")
     rows = pd.Index(store.image_ids).get_indexer(pd.Index(images["image_id"]))
     patients = images["patient_id"]
-    is_known = (patients != "") & patients.isin(set(known.get("patient_id", ())))
+    is_known = (patients != "") & patients.isin(set(predictions.get("patient_id", ())))
     theirs, note = _read_files(store, rows), ""
     ours = _Files(known.index.to_numpy(str), np.full(len(known), "", object), None)
     try:

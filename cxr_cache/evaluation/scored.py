@@ -21,6 +21,7 @@ from cxr_cache.datasets.cohort import (
     name_unit,
     require_one_patient_per_study,
 )
+from cxr_cache.datasets.studies import N_IMAGES
 from cxr_cache.errors import TableError
 from cxr_cache.metrics.scores import Array, FloatArray, count_clusters
 from cxr_cache.models.run import Run
@@ -59,6 +60,8 @@ class ScoredImages:
     groups
         What the images are divided by, such as sex, name to values of shape ``(N,)``; ``""`` where
         unknown.
+    n_images
+        How many images each row stands for, ``(N,)``; None where the rows are images.
     """
 
     image_ids: NDArray[np.object_]
@@ -69,6 +72,7 @@ class ScoredImages:
     probabilities: FloatArray
     findings: tuple[str, ...]
     groups: dict[str, NDArray[np.object_]] = field(default_factory=dict)
+    n_images: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -87,6 +91,16 @@ class ScoredImages:
     def unit(self) -> Unit:
         """What the clusters are."""
         return name_unit(self.patient_ids)
+
+    @property
+    def rows(self) -> Literal["images", "studies"]:
+        """What the rows are."""
+        return "images" if self.n_images is None else "studies"
+
+    def count_images(self, cells: NDArray[np.bool_] | None = None) -> Any:
+        """Images of the rows with such a cell, per finding, ``(N, F)`` -> ``(F,)``; or of all."""
+        n_each = np.ones(len(self), np.int64) if self.n_images is None else self.n_images
+        return int(n_each.sum()) if cells is None else n_each @ cells
 
     def count_studies(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Studies with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
@@ -107,6 +121,7 @@ class ScoredImages:
             self.probabilities[rows],
             self.findings,
             {name: values[rows] for name, values in self.groups.items()},
+            None if self.n_images is None else self.n_images[rows],
         )
 
     def with_probabilities(self, probabilities: FloatArray) -> ScoredImages:
@@ -125,15 +140,19 @@ class ScoredImages:
             return self
         order, starts = _bring_together(self.study_uids)
         uids = self.study_uids[order][starts]
-        n_images = np.diff(np.append(starts, len(order)))[:, None]
+        n_rows = np.diff(np.append(starts, len(order)))
         return ScoredImages(
             image_ids=uids,
             study_uids=uids,
             patient_ids=self.patient_ids[order][starts],
             projections=np.full(len(uids), "", dtype=object),
             targets=np.fmax.reduceat(self.targets[order], starts, axis=0),  # NaN only if all are
-            probabilities=np.add.reduceat(self.probabilities[order], starts, axis=0) / n_images,
+            probabilities=np.add.reduceat(self.probabilities[order], starts, axis=0)
+            / n_rows[:, None],
             findings=self.findings,
+            n_images=n_rows
+            if self.n_images is None
+            else np.add.reduceat(self.n_images[order], starts),
         )
 
 
@@ -153,7 +172,8 @@ def parse_predictions(
     ----------
     predictions
         Columns image_id, study_uid, projection and one probability per finding; patient_id, blank
-        where unknown, if there is any.
+        where unknown, if there is any. Rows that are whole studies have their uid as image_id too,
+        and a column n_images.
     targets
         Columns image_id and one target per finding: 1, 0 or NaN. More rows than predictions are
         fine.
@@ -198,7 +218,16 @@ def parse_predictions(
         targets=wanted,
         probabilities=probabilities,
         findings=findings,
+        n_images=_read_numbers_of_images(predictions),
     )
+
+
+def _read_numbers_of_images(predictions: pd.DataFrame) -> NDArray[np.int64] | None:
+    """How many images each study has, where the rows are studies."""
+    of_studies = (predictions["image_id"] == predictions["study_uid"]).all()
+    if N_IMAGES not in predictions or not of_studies:
+        return None
+    return predictions[N_IMAGES].to_numpy(np.int64)
 
 
 def find_groups(predictions: pd.DataFrame) -> dict[str, NDArray[np.object_]]:
@@ -303,6 +332,7 @@ def join_groups(images: ScoredImages, path: str | Path) -> ScoredImages:
         raise TableError(
             f"{path} has no row for any of the {count(len(ids), 'image')}: its first {key} is "
             f"{table[key].iloc[0]!r}, the first of the images {ids[0]!r}."
+            + (" Its rows are studies: name them by study_uid." if images.rows == "studies" else "")
         )
     groups = dict(images.groups)
     for name in table.columns.drop([name for name in _KEYS_OF_GROUPS if name in table]):

@@ -22,7 +22,8 @@ class AlignedImages:
     places: NDArray[np.intp]
     """Which of the N images these are, ``(M,)``, rising."""
     cohort: Cohort
-    """The store's description of them, with the run's findings and targets."""
+    """The store's description of them, with the run's findings and targets: of a run of whole
+    studies, those of its study for each."""
     fold: NDArray[np.int64]
     """Fold of each in the run, from 0; -1 for its test images; ``(M,)``."""
 
@@ -60,7 +61,8 @@ def align_run(
     chosen = split.iloc[rows[places]]
     fold = chosen["fold"].to_numpy(np.float64, na_value=np.nan) - 1
     findings = tuple(run.config["findings"])
-    targets = run.read_table("targets").set_index("image_id").loc[chosen.index, list(findings)]
+    targets = run.read_table("targets").set_index("image_id")[list(findings)]
+    targets = targets.loc[chosen["study_uid"] if run.level == "study" else chosen.index]
     found = replace(cohort.take(places), targets=targets.to_numpy(np.float32), findings=findings)
     is_test = (chosen["split"] == "test").to_numpy()
     return AlignedImages(places, found, np.where(is_test, TEST, fold).astype(np.int64))

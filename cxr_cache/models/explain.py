@@ -106,7 +106,7 @@ def explain_images(
     ------
     RunError
         `encoder` is not the run's, or there is none, or several; or the head reads the pooled
-        output.
+        output or whole studies.
     EncoderError
         The tower does not pool its class token alone, cannot be split, or has fewer blocks.
 
@@ -155,6 +155,7 @@ def load_traceable_model(run: Run, encoder: Encoder) -> TraceableModel:
         `encoder` is not the run's, or there is none, or several; or the head reads the pooled
         output.
     """
+    run.require_images("maps of where it looked are of single images")
     model = run.load_model()
     require_one_encoder(run, model, "a map follows one encoder back.")
     require_encoder_of_run(run, model.encoder, encoder)

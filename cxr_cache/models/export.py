@@ -97,6 +97,7 @@ def export_run(
     """
     require_choice("format", file_format, tuple(FORMATS))
     chosen, out, saved = FORMATS[file_format], Path(out).expanduser().resolve(), run.load_model()
+    run.require_images("an export goes from the pixels of one image to its probabilities")
     require_one_encoder(run, saved, "an export holds one encoder with its head.")
     require_encoder_of_run(run, saved.encoder, None)
     chosen.require(run, saved)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from torch import Tensor
 from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
+from cxr_cache.datasets.studies import group_by_study, read_studies
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
@@ -26,25 +27,49 @@ from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.rows import FEATURES, find_beside, find_done_rows, prepare_features
+from cxr_cache.store.side_by_side import Source
+from cxr_cache.store.studies import StudyBatch, average_views
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
 _N_PRINTED = 2  # images whose predictions are shown where a result is printed
 
 logger = logging.getLogger(__name__)
 
+_Pick: TypeAlias = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64] | None]]
+"""Finds the images of some rows, and their slots where the rows are studies."""
+
+
+def _pick_images(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], None]:
+    """Each row is an image."""
+    return rows, None
+
+
+def _split(n_rows: int) -> list[NDArray[np.int64]]:
+    """Rows in parts of a batch."""
+    return np.array_split(np.arange(n_rows), max(1, -(-n_rows // _IMAGES_AT_ONCE)))
+
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities, or scores, of N images and what they mean at the run's thresholds."""
+    """Probabilities, or scores, of N images or studies; what they mean at the run's thresholds."""
 
     image_ids: tuple[str, ...]
+    """Paths as they were given, or uids of studies."""
     findings: tuple[str, ...]
     probabilities: NDArray[np.float32]
-    """Calibrated if the run is, ``(N, F)``; NaN for an image that could not be used."""
+    """Calibrated if the run is, ``(N, F)``; NaN where an image could not be used."""
     decisions: NDArray[np.bool_]
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
     """Why an image could not be used; empty where it could."""
+    views: tuple[str, ...] = ()
+    """Of studies: the projections of each one's images, such as ``"Frontal + Lateral"``."""
+
+    @property
+    def row(self) -> str:
+        """What has a prediction: ``"image"`` or ``"study"``."""
+        return "study" if self.views else "image"
+
     undecided: tuple[str, ...] = ()
     """Findings that are ranked only, since too few positives were there to choose a threshold."""
     is_calibrated: bool = True
@@ -59,7 +84,7 @@ class Predictions:
             decisions=self.decisions[few],
             errors=self.errors[few],
         )
-        n_images, n_failed = count(len(self.image_ids), "image"), self.n_failed
+        n_images, n_failed = count(len(self.image_ids), self.row), self.n_failed
         failed = f" ({n_failed:,} could not be used)" if n_failed else ""
         lines = [f"Predictions of {count(len(self.findings), 'finding')} for {n_images}{failed}"]
         lines += head.to_text(n_shown=2).splitlines()
@@ -69,22 +94,26 @@ class Predictions:
 
     @property
     def n_failed(self) -> int:
-        """Images without a prediction."""
+        """Images, or studies, without a prediction."""
         return sum(bool(error) for error in self.errors)
 
     def to_table(self) -> pd.DataFrame:
         """One row per image: image, present (findings, ``;`` between), error, probabilities.
 
-        A further column too_few_to_decide lists the findings that are never decided, if any.
+        Of studies the first columns are study and views. A further column too_few_to_decide lists
+        the findings that are never decided, if there are any.
         """
         names = np.array(self.findings)
-        columns: dict[str, Any] = {
-            "image": self.image_ids,
-            "present": [";".join(names[row]) for row in self.decisions],
-        }
-        if self.undecided:
-            columns["too_few_to_decide"] = ";".join(self.undecided)
-        described: pd.DataFrame = pd.DataFrame({**columns, "error": self.errors})
+        undecided = ";".join(self.undecided)
+        described: pd.DataFrame = pd.DataFrame(
+            {
+                self.row: self.image_ids,
+                **({"views": self.views} if self.views else {}),
+                "present": [";".join(names[row]) for row in self.decisions],
+                **({"too_few_to_decide": undecided} if undecided else {}),
+                "error": self.errors,
+            }
+        )
         table: pd.DataFrame = pd.concat(
             [described, pd.DataFrame(self.probabilities, columns=list(self.findings))], axis=1
         )
@@ -118,9 +147,13 @@ class Predictions:
 
 
 def predict_images(
-    run: Run, paths: Sequence[str | Path], encoder: Encoder | Sequence[Encoder]
+    run: Run,
+    paths: Sequence[str | Path],
+    encoder: Encoder | Sequence[Encoder],
+    *,
+    studies: str | Path | None = None,
 ) -> Predictions:
-    """Probabilities for image files, calibrated as the run says.
+    """Probabilities for image files, or their studies, calibrated as the run says.
 
     Parameters
     ----------
@@ -131,11 +164,18 @@ def predict_images(
     encoder
         The encoder whose embeddings the run's head was trained on; of a run of several stores, all
         of them in the order of the stores.
+    studies
+        Of a run of whole studies: the CSV that says which images make a study, as
+        :func:`cxr_cache.datasets.studies.read_studies` takes it. A study has no prediction if one
+        of its images cannot be used.
 
     Raises
     ------
     RunError
-        `encoder` is another one, or the run was trained on imported embeddings.
+        `encoder` is another one, or the run was trained on imported embeddings; or `studies` are
+        given to a run of single images.
+    TableError
+        `studies` cannot be read, or lacks an image.
 
     Examples
     --------
@@ -146,39 +186,54 @@ def predict_images(
     model = run.load_model()
     encoders = _as_encoders(encoder)
     require_encoders_of_run(run, model, encoders)
+    if studies is not None and model.level == "image":
+        raise RunError(
+            f"{run.path} predicts single images; --studies goes with a run of --level study."
+        )
+    names = [str(path) for path in paths]
+    grouped = None if model.level == "image" else read_studies(studies, names)
+    for note in () if grouped is None else grouped.notes:
+        logger.warning("%s", note)
     predictor = Predictor(model, encoders)
     preps = [one.preprocessing for one in encoders]
-    if unused := find_unused_bits(None, [str(path) for path in paths], preps[0]):
+    if unused := find_unused_bits(None, names, preps[0]):
         logger.warning(
             "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
             "nearly black to it; write them with the full range of 16 bits",
             unused[1],
             unused[0],
         )
-    probabilities = np.full((len(paths), len(model.findings)), np.nan, np.float32)
-    errors = [""] * len(paths)
-    for start in range(0, len(paths), _IMAGES_AT_ONCE):
-        decoded = {}
-        for i, path in enumerate(map(Path, paths[start : start + _IMAGES_AT_ONCE]), start):
+    pick: _Pick = _pick_images
+    ids, of = names, np.arange(len(names))
+    if grouped is not None:
+        ids, pick, of = grouped.cohort.image_ids.tolist(), grouped.pick, grouped.study_of
+    probabilities = np.full((len(ids), len(model.findings)), np.nan, np.float32)
+    errors = [""] * len(ids)
+    for chosen in _split(len(ids)):
+        decoded: dict[int, list[NDArray[np.uint8]]] = {}
+        for i in pick(chosen)[0].tolist():
             try:
-                decoded[i] = [read_image(None, str(path), prep).pixels for prep in preps]
+                decoded[i] = [read_image(None, names[i], prep).pixels for prep in preps]
             except ImageError as error:
-                errors[i] = str(error)
-        if decoded:
-            of_encoders = zip(*decoded.values(), strict=True)  # each has images of its own size
-            pixels = [torch.from_numpy(np.stack(images)) for images in of_encoders]
-            probabilities[list(decoded)] = predictor.from_pixels(*pixels)
+                errors[of[i]] = str(error) if grouped is None else f"{names[i]}: {error}"
+        usable = chosen[[not errors[k] for k in chosen]]
+        if len(usable):
+            rows, slots = pick(usable)
+            of_encoders = zip(*(decoded[i] for i in rows.tolist()), strict=True)
+            pixels = [torch.from_numpy(np.stack(images)) for images in of_encoders]  # own sizes
+            probabilities[usable] = predictor.from_pixels(*pixels, slots=slots)
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     point = model.operating_point
     undecided = np.array(model.findings)[point.undecided]
     calibrated = point.calibration.apply(probabilities)
     return Predictions(
-        tuple(map(str, paths)),
+        tuple(ids),
         model.findings,
         calibrated.astype(np.float32),
         calibrated >= point.thresholds,
         tuple(errors),
+        tuple(name or "unknown" for name in grouped.cohort.projections.tolist()) if grouped else (),
         tuple(undecided.tolist()),
         point.calibration.method != "none",
     )
@@ -259,10 +314,14 @@ class Predictor:
         self.members = load_members(model, self._encoders[0]) if is_tuned else []
 
     @torch.inference_mode()
-    def from_pixels(self, *pixels: Tensor) -> NDArray[np.float32]:
+    def from_pixels(
+        self, *pixels: Tensor, slots: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """Probabilities ``(B, F)`` of images as :meth:`Encoder.encode` takes them.
 
         Each encoder has a batch of its own, of the same images in the size that it reads.
+        A model of whole studies also needs the study and projection of each image, as
+        :meth:`cxr_cache.datasets.studies.Studies.pick` gives them; B is then the studies.
         """
         assert self._encoders, "pixels go through an encoder"
         if self.model.tail is None:
@@ -271,36 +330,46 @@ class Predictor:
                 pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(batch))
                 outputs = {"embeddings": embeddings, "pooled": pooled}
                 read += [outputs[name] for name in FEATURES[self.model.features]]
-            return self.from_embeddings(*read)
+            return self.from_embeddings(*read, slots=slots)
         (encoder,), (batch,) = self._encoders, pixels
         tokens = encoder.stem(encoder.prepare(batch), self.model.tail["unfreeze_layers"])
-        return self.from_tokens(as_cached(tokens, self.model))
+        return self.from_tokens(as_cached(tokens, self.model), slots)
 
     @torch.inference_mode()
-    def from_tokens(self, tokens: Tensor) -> NDArray[np.float32]:
-        """Probabilities ``(B, F)`` of a fine-tuned model for tokens ``(B, T, W)``."""
+    def from_tokens(
+        self, tokens: Tensor, slots: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Probabilities ``(B, F)`` of a fine-tuned model for tokens ``(B, T, W)``.
+
+        `slots` are those of :meth:`from_pixels`.
+        """
         assert self.members, "tokens go through fine-tuned blocks of an encoder"
-        mean = torch.stack([torch.sigmoid(member(tokens)) for member in self.members]).mean(dim=0)
+        batch = tokens if slots is None else StudyBatch(tokens, torch.from_numpy(slots))
+        mean = torch.stack([torch.sigmoid(member(batch)) for member in self.members]).mean(dim=0)
         finite = mean.isfinite().all(dim=1, keepdim=True)
         probabilities: NDArray[np.float32] = mean.where(finite, torch.nan).cpu().numpy()
         return probabilities
 
-    def from_embeddings(self, *outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    def from_embeddings(
+        self, *outputs: NDArray[np.float32], slots: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """Probabilities ``(N, F)`` for encoder-scale outputs ``(N, D)`` that the head reads.
 
         They come in the order of :data:`cxr_cache.store.rows.FEATURES`, encoder after encoder: most
-        often the embeddings alone.
+        often the embeddings alone. `slots` are those of :meth:`from_pixels`.
         """
         assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
-        probabilities = np.empty((n_rows, len(self.model.findings)), np.float32)
-        for start in range(0, n_rows, _ROWS_AT_ONCE):
-            parts = [output[start : start + _ROWS_AT_ONCE] for output in outputs]
+        n_at_once = _ROWS_AT_ONCE if slots is None else n_rows  # a study stays whole
+        averaged = []
+        for start in range(0, n_rows, n_at_once):
+            parts = [output[start : start + n_at_once] for output in outputs]
             prepared = prepare_features(parts, self.model.head["input_norm"])
             prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
-            averaged = predict_probabilities(self._bank, torch.from_numpy(prepared))
-            probabilities[start : start + len(prepared)] = averaged.numpy()
-        return probabilities
+            read = torch.from_numpy(prepared)
+            read = read if slots is None else average_views(read, torch.from_numpy(slots))
+            averaged.append(predict_probabilities(self._bank, read).numpy())
+        return np.concatenate(averaged)
 
 
 def predict_store(
@@ -321,7 +390,8 @@ def predict_store(
     Returns
     -------
     predictions
-        The columns of the image table and one probability per finding, not calibrated.
+        The columns of the image table and one probability per finding, not calibrated. Of a run of
+        whole studies, the rows are those of :attr:`cxr_cache.datasets.studies.Studies.cohort`.
     targets
         Columns image_id and one target per finding of the cohort, whatever the run predicts.
 
@@ -335,24 +405,32 @@ def predict_store(
     """
     model = run.load_model()
     _require_same_features(run, model, [store, *further])
-    rows, beside = find_done_rows(store), ()
+    rows = find_done_rows(store)
+    beside: tuple[Source, ...] = ()
     if further:
         kept, beside, notes = find_beside((store, rows), further, check_labels=cohort is None)
         rows = rows[kept]
         for note in notes:
             logger.warning("%s", note)
     cohort = (store.cohort if cohort is None else cohort).take(rows)
+    pick: _Pick = _pick_images
+    if model.level == "study":
+        studies = group_by_study(cohort)
+        cohort, pick = studies.cohort, studies.pick
+        for note in studies.notes:
+            logger.warning("%s", note)
     if model.tail is None:
+        places, slots = pick(np.arange(len(cohort)))
         outputs = (
-            one.read_rows(name, of_store)[:, 0]
+            one.read_rows(name, of_store[places])[:, 0]
             for one, of_store in ((store, rows), *beside)
             for name in FEATURES[model.features]
         )
-        probabilities = Predictor(model).from_embeddings(*outputs)
+        probabilities = Predictor(model).from_embeddings(*outputs, slots=slots)
     else:
         assert encoder is not None, "fine-tuned blocks belong to an encoder"
         require_encoder_of_run(run, model.encoder, encoder)
-        probabilities = _predict_cached(model, encoder, store, rows)
+        probabilities = _predict_cached(model, encoder, store, rows, len(cohort), pick)
     predicted = replace(
         cohort, targets=np.full_like(probabilities, np.nan), findings=model.findings
     )
@@ -363,7 +441,12 @@ def predict_store(
 
 
 def _predict_cached(
-    model: SavedModel, encoder: Encoder, store: FeatureStore, rows: NDArray[np.intp]
+    model: SavedModel,
+    encoder: Encoder,
+    store: FeatureStore,
+    rows: NDArray[np.intp],
+    n_predicted: int,
+    pick: _Pick,
 ) -> NDArray[np.float32]:
     lacking = rows[store.status[rows] != DONE]
     if len(lacking):
@@ -373,9 +456,10 @@ def _predict_cached(
             "again."
         )
     predictor, parts = Predictor(model, encoder), []
-    for chosen in np.array_split(rows, -(-len(rows) // _IMAGES_AT_ONCE)):
-        tokens = store.read_views("tokens", chosen, np.zeros_like(chosen))
-        parts.append(predictor.from_tokens(as_cached(decode_tokens(tokens), model)))
+    for chosen in _split(n_predicted):
+        places, slots = pick(chosen)
+        tokens = store.read_views("tokens", rows[places], np.zeros_like(places))
+        parts.append(predictor.from_tokens(as_cached(decode_tokens(tokens), model), slots))
     return np.concatenate(parts)
 
 

@@ -143,6 +143,12 @@ class SavedModel:
         return features
 
     @property
+    def level(self) -> str:
+        """What is given a prediction: ``"image"``, as before there was a choice, or ``"study"``."""
+        level: str = self.head.get("level", "image")
+        return level
+
+    @property
     def head_tensors(self) -> dict[str, Tensor]:
         """Weights of the heads."""
         return {k: v.float() for k, v in self.tensors.items() if not k.startswith(_ENCODER_PREFIX)}
@@ -359,6 +365,20 @@ class Run:
     def stores(self) -> list[dict[str, Any]]:
         """What the run records of each store that it was trained on: path, encoder, cohort."""
         return [self.config.get("store", {}), *self.config.get("further_stores", ())]
+
+    @property
+    def level(self) -> str:
+        """What is given a prediction, as :attr:`SavedModel.level` says."""
+        level: str = self.config.get(self.config.get("kind", ""), {}).get("level", "image")
+        return level
+
+    def require_images(self, why: str) -> None:
+        """Raise RunError if the run predicts studies as a whole; `why` says what needs images."""
+        if self.level == "study":
+            raise RunError(
+                f"{self.path} predicts whole studies (--level study), and {why}. Give a run of "
+                "--level image."
+            )
 
     # -- tables -------------------------------------------------------------------------
 

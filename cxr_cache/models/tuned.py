@@ -18,6 +18,7 @@ from cxr_cache.common.distributed import gather_batch, gather_parts, slice_of_pr
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.run import SavedModel
+from cxr_cache.store.studies import StudyBatch, StudyTokens, average_views
 from cxr_cache.store.tokens import TokenSource
 
 _SCORED_AT_ONCE: Final = 64  # images, whose tokens are on their way together
@@ -61,17 +62,23 @@ class TailAndHead(nn.Module):
             for i in range(bank.n_hidden):
                 bank.get_parameter(f"bias_{i}").requires_grad_(False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, T, W)`` -> ``(B, F)``; several processes give their parts and all get the whole."""
+    def forward(self, batch: Tensor | StudyBatch) -> Tensor:
+        """``(B, T, W)`` -> ``(B, F)``; several processes give their parts and all get the whole.
+
+        Of a batch of B studies, the embeddings of their images are averaged before the head.
+        """
+        tokens, slots = batch if isinstance(batch, StudyBatch) else (batch, None)
         _, embeddings = self.encoder.tail(
             tokens,
             self.n_unfrozen,
             precision=self._precision,
             keeps_activations=self._keeps_activations,
         )
-        embeddings = gather_batch(embeddings) if self.training else embeddings
         if self._input_norm == "l2":
             embeddings = F.normalize(embeddings, dim=-1)
+        if slots is not None:
+            embeddings = average_views(embeddings, slots)
+        embeddings = gather_batch(embeddings) if self.training else embeddings
         logits: Tensor = self.bank(embeddings)[0]
         return logits
 
@@ -100,12 +107,14 @@ class TailAndHead(nn.Module):
         self.bank.load_state_dict({k: v for k, v in state.items() if k not in self.tail})
 
     @torch.no_grad()
-    def probabilities(self, source: TokenSource, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of the upright view of some images, ``(n, F)``; processes share the work."""
+    def probabilities(
+        self, source: TokenSource | StudyTokens, rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Of the upright view of some images or studies, ``(n, F)``; processes share the work."""
         return torch.sigmoid(self.logits(source, rows)).cpu().numpy()
 
     @torch.no_grad()
-    def logits(self, source: TokenSource, rows: NDArray[np.int64]) -> Tensor:
+    def logits(self, source: TokenSource | StudyTokens, rows: NDArray[np.int64]) -> Tensor:
         """The same before the sigmoid, on the encoder's device."""
         self.eval()
         own = torch.from_numpy(rows[slice_of_process(len(rows))])

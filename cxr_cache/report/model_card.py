@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from cxr_cache.common.wording import count
 from cxr_cache.config import CardConfig
 from cxr_cache.datasets.labels import FINDINGS
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
+from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.models.run import Run
 from cxr_cache.report.page import make_environment
@@ -91,8 +90,7 @@ def _header(view: RunView, license_id: str, dataset_id: str) -> str:
             task_type="image-classification",
             task_name="multi-label findings on chest X-rays",
             dataset_type=dataset_id,
-            dataset_name=f"{dataset_id} ({count(metrics['n_test_images'], 'test image')} of "
-            f"{count(metrics['n_test_studies'], 'study')})",
+            dataset_name=f"{dataset_id} ({describe_sample(metrics, 'test', 'test ')})",
             dataset_split="test",
             metric_type=kind,
             metric_name=name,

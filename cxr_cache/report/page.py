@@ -18,7 +18,7 @@ from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.compare import COMPARED
 from cxr_cache.evaluation.curves import MAX_POINTS
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
+from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
 from cxr_cache.report.views import RunView, collect_charts
@@ -72,7 +72,7 @@ def render_page(
         units=UNITS[unit],
         has_pictures=pictures is not None,
         problems=problems or [],
-        charts=charts,
+        charts=charts | {"rows": wording.plural(views[0].row)},
         warnings=_collect_warnings(views),
         program=program,
         program_hash=base64.b64encode(hashlib.sha256(program.encode()).digest()).decode(),
@@ -104,6 +104,8 @@ def make_environment() -> jinja2.Environment:
         "plain": _plain,
         "log_share": _log_share,
         "plural": UNITS.get,
+        "several": wording.plural,
+        "sample": describe_sample,
         "folder_name": _folder_name,
         "ap_of_chance": _ap_of_chance,
         "f1_of_calling_all": _f1_of_calling_all,

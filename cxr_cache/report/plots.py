@@ -58,8 +58,9 @@ _MIDDLE: Final[dict[str, Any]] = {"ha": "center", "va": "center"}
 _CLASS_COLUMNS = ("finding", "n_images", "n_studies")
 _MARKERS: Final = "osD^v*"  # runs differ by more than their colour
 _MAX_SETTINGS: Final = 40  # of an ablation, the best
+_MAX_CURVES: Final = 6  # as many as there are colours
 _COUNTS_LABEL: Final = "with the finding (log scale)"
-_AUROC_LABEL: Final = "AUROC on the test images"
+_AUROC_LABEL: Final = "AUROC in test"
 
 
 # -- of one run ---
@@ -158,7 +159,7 @@ def _draw_per_finding(per_finding: pd.DataFrame, path: Path) -> None:
     table = per_finding.sort_values("auroc", na_position="first", kind="stable")
     names = zip(table["finding"], table["n_positive_test"], strict=True)
     labels = [f"{finding}  ({n})" for finding, n in names]
-    ylabel = "finding (images with it in test)"
+    ylabel = "finding (how many have it in test)"
     with open_rows(path, labels, xlabel=_AUROC_LABEL, ylabel=ylabel) as axes:
         _draw_auroc(axes, table)
 
@@ -349,7 +350,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     the file exists.
     """
     table = comparison.table
-    table = table[(table["rows"] == "images") & (table["measure"] == "auroc")]
+    table = table[(table["rows"] == comparison.rows[0]) & (table["measure"] == "auroc")]
     findings = _order_findings(table)
     runs = comparison.runs[1:]
     furthest = max(0.05, 1.4 * table["difference"].abs().max())
@@ -420,4 +421,53 @@ def draw_ablation(table: pd.DataFrame, path: str | Path) -> Path:
                 label = f"{name}, mean over folds"
                 axes.plot(means, places[kind], marker, color=color, label=label)
         put_legend_on_top(axes, 2)
+    return path
+
+
+def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
+    """Draw how the score grows with the number of training images, as a PNG.
+
+    Of the curve of :class:`cxr_cache.training.ablate.Ablation`, baselines and those six settings
+    are drawn that are best on the most images. Every repeat is a dot, and bars are the standard
+    deviation over repeats. The folder of the file exists.
+    """
+    path = Path(path)
+    last = curve.groupby("setting", sort=False).tail(1)
+    heads = last[last["kind"] == "head"].nlargest(_MAX_CURVES, "mean_auroc")["setting"].tolist()
+    baselines = last[last["kind"] == "baseline"]["setting"].tolist()
+    repeats = [name for name in curve if str(name).startswith("repeat_")]
+    with open_figure(path, 6.5, 4.2) as figure:
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        # Bars of one number of images stand side by side.
+        n_curves = len(heads) + len(baselines)
+        shifts = iter(1.03 ** (np.arange(n_curves) - (n_curves - 1) / 2))
+        styles = [("-", PALETTE), ("--", (INK, GREY, *PALETTE))]
+        for names, (line, colors) in zip((heads, baselines), styles, strict=True):
+            for i, name in enumerate(names):
+                rows, color = curve[curve["setting"] == name], colors[i % len(colors)]
+                places = rows["images"] * next(shifts)
+                axes.plot(places, rows[repeats], ".", color=color, markersize=3, alpha=0.5)
+                axes.errorbar(
+                    *(places, rows["mean_auroc"], rows["std_repeats"]),
+                    color=color,
+                    linestyle=line,
+                    marker=_MARKERS[i % len(_MARKERS)],
+                    markersize=5,
+                    capsize=3,
+                    label=name,
+                )
+        ticks = curve.drop_duplicates("n_train")
+        labels = [
+            f"{row.images:,.0f}" + ("" if row.n_train.isdigit() else f"\n({row.n_train})")
+            for row in ticks.itertuples()
+        ]
+        axes.set_xticks(ticks["images"], labels)
+        axes.minorticks_off()
+        spread = "mean ± standard deviation over repeats" if len(repeats) > 1 else "one repeat"
+        axes.set(
+            xlabel="training images of each fold (log scale)",
+            ylabel=f"macro AUROC on held-out folds\n{spread}",
+        )
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
     return path

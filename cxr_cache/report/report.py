@@ -134,6 +134,12 @@ def write_joint_report(
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or give another.")
     for run in runs:
         run.read_metrics()  # what can fail at once fails before the long part
+    for run in runs:
+        if run.level != runs[0].level:
+            raise RunError(
+                f"{runs[0].path} predicts by {runs[0].level} and {run.path} by {run.level}, which "
+                "does not go on one page. `cxr-cache compare` compares them by study."
+            )
     comparison = compare_runs(*runs, n_resamples=n_resamples)
     views = [read_view(run, name) for run, name in zip(runs, comparison.runs, strict=True)]
     shown = {} if image_dir is None else _show_cases(runs, image_dir)
@@ -148,6 +154,7 @@ def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:
     """Cases of every run, fewer where there are several, and the pictures that they need."""
     cases = []
     for run in runs:
+        run.require_images("the pictures on a page are of single images")
         images = read_scored(run)
         cuts = run.operating_point.thresholds
         cases.append(find_cases(images, cuts, max(1, PER_KIND // len(runs))))

@@ -122,6 +122,16 @@ class RunView:
         return " and of ".join(str(store["encoder"]["name"]) for store in self.stores)
 
     @property
+    def row(self) -> str:
+        """What is given a prediction: ``"image"`` or ``"study"``."""
+        return "study" if self.metrics.get("rows") == "studies" else "image"
+
+    @property
+    def averaged(self) -> str:
+        """How the images of a study come together, to be added to a sentence."""
+        return ", averaged over a study’s images by projection" if self.row == "study" else ""
+
+    @property
     def features(self) -> str:
         """Which outputs of the encoder it reads."""
         return _FEATURES[self.options.get("features", "projected")]
@@ -226,8 +236,8 @@ def to_records(table: pd.DataFrame) -> list[Record]:
 
 
 def collect_differences(comparison: Comparison) -> dict[str, dict[str, dict[str, Record]]]:
-    """Rows of a comparison over images, by run, measure and finding (blank: macro)."""
-    of_images = comparison.table[comparison.table["rows"] == "images"]
+    """Rows of a comparison, over images if it has them, by run, measure and finding or blank."""
+    of_images = comparison.table[comparison.table["rows"] == comparison.rows[0]]
     nested: dict[str, dict[str, dict[str, Record]]] = {}
     for row in to_records(of_images):
         by_measure = nested.setdefault(row["run"], {}).setdefault(row["measure"], {})

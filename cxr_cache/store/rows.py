@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.labels import read_labels
+from cxr_cache.datasets.studies import Studies, group_by_study
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.side_by_side import Source, match_rows
@@ -59,11 +60,26 @@ class LabelledRows:
     rows: NDArray[np.intp]
     """Their numbers in the store, ``(N,)``."""
     cohort: Cohort
-    """The N images, with the targets to train on."""
+    """The N images, or the studies that they make, with the targets to train on."""
     notes: tuple[str, ...]
     """What a reader of the results should know about the rows left out."""
     further: tuple[Source, ...] = ()
     """Other stores with the rows of the same N images, whose features are read beside these."""
+    studies: Studies | None = None
+    """How the images make studies, where those are trained on."""
+
+    @property
+    def images(self) -> Cohort:
+        """The N images."""
+        return self.cohort if self.studies is None else self.studies.images
+
+    def by(self, level: str) -> LabelledRows:
+        """Make studies of the images for the level ``"study"``; for ``"image"``, change nothing."""
+        if level == "image":
+            return self
+        studies = group_by_study(self.cohort)
+        notes = self.notes + studies.notes
+        return replace(self, cohort=studies.cohort, notes=notes, studies=studies)
 
 
 def find_labelled_rows(
@@ -72,12 +88,15 @@ def find_labelled_rows(
     further: Sequence[FeatureStore] = (),
     labels: Path | None = None,
     allow_pending: bool = False,
+    level: str = "image",
 ) -> LabelledRows:
     """Find the rows of a store that can be trained on, and check their digests.
 
     The targets of the CSV `labels` replace the store's. `allow_pending` takes what is there
     although extraction has not finished. Of `further` stores of the same images those rows are
-    found that belong to the images; see :func:`cxr_cache.store.side_by_side.match_rows`.
+    found that belong to the images; see :func:`cxr_cache.store.side_by_side.match_rows`. With the
+    level ``"study"``, an image without a label is taken where another one of its study has one;
+    :meth:`LabelledRows.by` then makes studies.
 
     Raises
     ------
@@ -102,6 +121,9 @@ def find_labelled_rows(
             f"None of the {len(done):,} finished images of {store.path} has a label. Give a CSV "
             "with --labels."
         )
+    if level == "study":
+        uids = cohort.study_uids[done]
+        labelled = np.isin(uids, uids[labelled])
     rows = done[labelled]
     n_failed = store.count_rows().n_failed
     left_out = {
@@ -190,11 +212,13 @@ def read_features(
     rows: NDArray[np.intp],
     config: TrainConfig,
     further: Sequence[Source] = (),
+    studies: Studies | None = None,
 ) -> NDArray[np.float32]:
     """Embeddings of some rows as a head of this recipe reads them, ``(V, N, D)``.
 
-    Those of further stores follow along D, in the views that all stores hold. Errors are those of
-    :func:`require_features`.
+    Those of further stores follow along D, in the views that all stores hold. With `studies`, the
+    images' features become theirs by :func:`cxr_cache.store.studies.average_views`. Errors are
+    those of :func:`require_features`.
     """
     sources = ((store, rows), *further)
     for one, _ in sources:
@@ -210,7 +234,7 @@ def read_features(
             for one, of_store, name in columns
         ]
         prepared[:, part] = prepare_features(parts, config.input_norm)
-    return prepared
+    return prepared if studies is None else _average(prepared, studies)
 
 
 def count_views(stores: Sequence[FeatureStore]) -> int:
@@ -233,9 +257,11 @@ class TrainingData:
     embeddings: NDArray[np.float32]
     """``(V, N, D)``, prepared by :func:`cxr_cache.store.rows.prepare_features`."""
     cohort: Cohort
-    """The N images; targets are NaN where unlabelled."""
+    """The N images or studies; targets are NaN where unlabelled."""
     notes: tuple[str, ...] = ()
     """What a reader of the results should know about the rows left out."""
+    studies: Studies | None = None
+    """How images make the studies, where those are trained on."""
 
     @property
     def targets(self) -> NDArray[np.float32]:
@@ -253,10 +279,27 @@ def load_training_data(
 ) -> TrainingData:
     """Read the embeddings that can be trained on, prepared as the head reads them.
 
-    Parameters and errors are those of :func:`cxr_cache.store.rows.find_labelled_rows` and
-    :func:`cxr_cache.store.rows.read_features`.
+    Parameters and errors are those of :func:`find_labelled_rows` and :func:`read_features`.
     """
-    found = find_labelled_rows(store, further=further, labels=labels, allow_pending=allow_pending)
-    embeddings = read_features(store, found.rows, config, found.further)
+    found = find_labelled_rows(
+        store,
+        further=further,
+        labels=labels,
+        allow_pending=allow_pending,
+        level=config.level,
+    ).by(config.level)
+    embeddings = read_features(store, found.rows, config, found.further, found.studies)
     notes = (*found.notes, *note_views([store, *further], config))
-    return TrainingData(embeddings, found.cohort, notes)
+    return TrainingData(embeddings, found.cohort, notes, found.studies)
+
+
+def _average(features: NDArray[np.float32], studies: Studies) -> NDArray[np.float32]:
+    """What a head reads of studies, of what it reads of their images."""
+    import torch  # others need no torch to read features
+
+    from cxr_cache.store.studies import average_views
+
+    rows, slots = studies.pick(np.arange(len(studies.cohort)))
+    in_order, of = torch.from_numpy(features[:, rows]), torch.from_numpy(slots)
+    averaged: NDArray[np.float32] = average_views(in_order, of).numpy()
+    return averaged

@@ -138,8 +138,7 @@ def _locate(store: FeatureStore, other: FeatureStore) -> NDArray[np.intp]:
 
 
 def _has_digest(store: FeatureStore, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-    known: NDArray[np.bool_] = np.asarray(store.read_column("image_sha256"))[rows].any(axis=1)
-    return known
+    return np.asarray(np.asarray(store.read_column("image_sha256"))[rows].any(axis=1))
 
 
 def _require_same_files(store: FeatureStore, other: FeatureStore, places: NDArray[np.intp]) -> None:

@@ -1,4 +1,4 @@
-"""Many recipes on the same folds: a ranked table, with baselines and paired differences."""
+"""Many recipes on the same folds: a ranked table, and a curve over numbers of training images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 from joblib import cpu_count
+from numpy.typing import NDArray
 
 from cxr_cache.common.backends import open_backend, streams_results
 from cxr_cache.common.tables import write_table
@@ -28,9 +29,10 @@ from cxr_cache.metrics.intervals import (
     auroc_influence,
     clustered_error,
     count_rarer_class,
+    pool_clusters,
     student_interval,
 )
-from cxr_cache.metrics.scores import FloatArray, has_both_classes
+from cxr_cache.metrics.scores import has_both_classes
 from cxr_cache.store.rows import (
     find_labelled_rows,
     note_views,
@@ -38,14 +40,24 @@ from cxr_cache.store.rows import (
     require_features,
 )
 from cxr_cache.store.side_by_side import Source, StorePaths, list_stores, open_stores
-from cxr_cache.training.ablation_folds import Method, Results, Setting, train_folds
+from cxr_cache.training.ablation_folds import (
+    Amount,
+    Draw,
+    Method,
+    Results,
+    Setting,
+    draw_tasks,
+    name_amount,
+    train_folds,
+)
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import require_trainable_folds, split_cohort, weigh_findings
+from cxr_cache.training.search import require_trainable_folds, split_rows, weigh_findings
 
 logger = logging.getLogger(__name__)
 
 TABLE: Final = "ablation.csv"
+CURVE: Final = "curve.csv"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +66,15 @@ class Ablation:
 
     table: pd.DataFrame
     """One row per setting and baseline, the best first: rank, setting, kind, chosen, mean_auroc,
-    std_auroc, fold_1 ... fold_K, difference, low, high, seconds."""
+    std_auroc (over folds), fold_1 ... fold_K, difference, low, high, seconds; and, of several
+    repeats, repeats and std_repeats. With several numbers of training images, it is that of the
+    most images."""
     settings: tuple[Setting, ...]
+    curve: pd.DataFrame | None = None
+    """Where settings draw their training images: a row per setting and number of images, the
+    fewest first: setting, kind, n_train, images, studies, patients, findings_with_positive,
+    findings_scored, chosen, mean_auroc, std_repeats, std_folds, repeat_1 ... repeat_R, difference,
+    low, high, seconds."""
     notes: tuple[str, ...] = ()
     is_random: bool = False
     """Whether the encoder has random weights."""
@@ -77,22 +96,32 @@ class Ablation:
         table = self.table
         n_before = (table["kind"] == "head").cumsum()
         shown = table[(table["kind"] == "baseline") | (n_before <= n_shown)]
-        width = max(len("setting"), *(len(str(label)) for label in shown["setting"]))
-        lines = [
-            f"Ranked by {self.measure}, mean and spread over folds",
-            f"{'rank':>4}  {'setting':<{width}}  {'chosen':>7}  AUROC over folds         "
-            "difference to the first setting",
-        ]
-        for row in shown.to_dict("records"):
-            bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["difference"] else ""
-            bounds = "[no interval]" if np.isnan(row["low"]) else bounds
-            lines.append(
-                f"{row['rank']:>4}  {row['setting']:<{width}}  {row['chosen']:>7}  "
-                f"{row['mean_auroc']:.4f} ± {row['std_auroc']:.4f}          "
-                f"{row['difference']:+.4f} {bounds}"
-            )
+        heading = self.measure if self.measure == Ablation.measure else "AUROC"
+        lines = _lay_out(
+            {
+                "rank": shown["rank"].map(str),
+                "setting": shown["setting"],
+                "chosen": shown["chosen"],
+                heading: shown["mean_auroc"].map("{:.4f}".format),
+                "over folds": shown["std_auroc"].map("± {:.4f}".format),
+                **_describe_repeats(shown),
+                "difference to the first setting": _describe_differences(shown),
+            }
+        )
+        if self.measure != Ablation.measure:
+            lines.insert(0, f"Ranked by {self.measure}")
         if len(shown) < len(table):
             lines.append(f"      ... and {len(table) - len(shown):,} more in the table.")
+        if self.curve is not None:
+            of_shown = self.curve[self.curve["setting"].isin(shown["setting"])]
+            most = self.curve["n_train"].iloc[-1]
+            lines = [
+                f"On n_train={most}:",
+                *lines,
+                "",
+                "Learning curve:",
+                *_write_curve(of_shown, heading),
+            ]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -104,6 +133,7 @@ def run_ablation(
     labels: Path | None = None,
     allow_pending: bool = False,
     baselines: Sequence[Baseline] = BASELINES,
+    n_repeats: int = 1,
     backend: str = "loky",
     n_workers: int | None = None,
     scheduler: str | None = None,
@@ -120,13 +150,16 @@ def run_ablation(
         Feature store; or several stores of the same images, of which every setting reads those that
         it names. All settings train on the images that have an embedding in all of them.
     out
-        Folder for ``ablation.csv`` and what was finished.
+        Folder for ``ablation.csv``, ``curve.csv`` and what was finished.
     settings
         From :func:`make_settings`; the others are compared with the first.
     labels, allow_pending
         As in :func:`cxr_cache.training.train.fit_run`.
     baselines
         Models to put into the table.
+    n_repeats
+        Trainings of every fold, each with other initial weights and, where a setting says how many
+        images to train on, other images.
     backend, n_workers, scheduler
         Where to train, see :func:`cxr_cache.common.backends.open_backend`; one worker per core by
         default. On a GPU, settings that can are trained side by side in this process instead.
@@ -135,6 +168,8 @@ def run_ablation(
 
     Raises
     ------
+    ConfigError
+        A setting asks for more training images than a fold has; both numbers are named.
     RunError
         `out` holds an ablation of other data or folds; both values are named.
     StoreFormatError
@@ -156,16 +191,17 @@ def run_ablation(
     """
     out, base = Path(out), settings[0].config
     _require_all_read(store_path, settings)
-    methods = [Method.of_setting(setting) for setting in settings]
-    methods += _make_baselines(baselines, settings)
     with open_stores(store_path) as stores:
         is_random = any(bool(store.header.encoder.get("is_random")) for store in stores)
         found = find_labelled_rows(
-            stores[0], further=stores[1:], labels=labels, allow_pending=allow_pending
-        )
+            stores[0],
+            further=stores[1:],
+            labels=labels,
+            allow_pending=allow_pending,
+            level=base.level,
+        ).by(base.level)
         sources = ((stores[0], found.rows), *found.further)
-        split = split_cohort(found.cohort, base)
-        weighing = weigh_findings(found.cohort.targets, found.cohort.groups, split, base.select_by)
+        split = split_rows(found.cohort, found.studies, base)
         views: dict[str, None] = {}
         for setting in settings:
             require_trainable_folds(found.cohort.targets, split, setting.config)
@@ -173,6 +209,8 @@ def run_ablation(
             for store in read:
                 require_features(store, setting.config)
             views |= dict.fromkeys(note_views(read, setting.config))
+        rows = _plan(settings, baselines, base, found.cohort, split, n_repeats)
+        methods = list({method.key: method for row in rows for method in row.methods}.values())
         results = Results.open(out, _identify(sources, found.cohort, split), split.n_folds)
         folds = range(split.n_folds)
         todo = [method for method in methods if not results.has(method)]
@@ -183,14 +221,12 @@ def run_ablation(
         for methods_of_data in _by_data(todo, base):
             config = methods_of_data[0].config or base
             first, *others = (sources[i] for i in methods_of_data[0].stores)
-            embeddings = read_features(*first, config, others)
+            embeddings = read_features(*first, config, others, found.studies)
             missing = [(m, k) for m in methods_of_data for k in folds if not results.has(m, k)]
             trained = train_folds(
                 PlainRows(embeddings, found.cohort.targets),
                 missing,
-                split=split,
-                base=base,
-                weighing=weighing,
+                device=base.device,
                 open_pool=partial(open_backend, backend, n_workers=n_workers, scheduler=scheduler),
                 streams=streams_results(backend),
             )
@@ -200,13 +236,61 @@ def run_ablation(
                     logger.info("Fold %s of %s is finished", fold.fold + 1, fold.key)
                     n_done += 1
                     on_progress(n_done, n_all)
-    table = _tabulate(methods, results, found.cohort, split, weighing.weights)
+    scores = Scores(results, found.cohort, split)
+    table = scores.rank([row for row in rows if row.n_train == rows[-1].n_train])
     write_table(out / TABLE, table, digits=6)
-    notes = (*found.notes, *views, *split.notes, *_describe_horizons(settings))
-    return Ablation(table, tuple(settings), notes, is_random, weighing.measure)
+    notes, curve = (*found.notes, *views, *split.notes, *_describe_horizons(settings)), None
+    if any(setting.n_train is not None for setting in settings):
+        curve = scores.trace(rows)
+        write_table(out / CURVE, curve, digits=6)
+        notes += (_describe_draws(split), *_describe_short(settings, curve))
+    weighing = rows[0].methods[0].draw.weighing
+    measure = Ablation.measure if weighing is None else weighing.measure
+    return Ablation(table, tuple(settings), curve, notes, is_random, measure)
 
 
 # -- what there is to do ----------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of the tables: a setting or a baseline, on so many images."""
+
+    label: str
+    n_train: Amount
+    n_images: float
+    """Images drawn, mean over folds and repeats."""
+    methods: list[Method]
+    """One per repeat."""
+
+
+def _plan(
+    settings: Sequence[Setting],
+    baselines: Sequence[Baseline],
+    base: TrainConfig,
+    cohort: Cohort,
+    split: Split,
+    n_repeats: int,
+) -> list[Row]:
+    """Every row, those of the fewest images first; settings before baselines."""
+    groups = cohort.groups if base.split_by == "study" else np.arange(len(cohort))
+    weighing = weigh_findings(cohort.targets, cohort.groups, split, base.select_by)
+    rows: list[Row] = []
+    for n_train in dict.fromkeys(setting.n_train for setting in settings):
+        draws = [
+            draw_tasks(split, groups, base.seed, n_train, r, weighing) for r in range(n_repeats)
+        ]
+        n_images = float(np.mean([len(task.train_rows) for d in draws for task in d.tasks]))
+        makers: list[tuple[str, Callable[[Draw], Method]]] = [
+            (setting.label, partial(Method.of_setting, setting))
+            for setting in settings
+            if setting.n_train == n_train
+        ]
+        makers += [
+            (label, partial(Method.of_baseline, baseline, base, stores=stores))
+            for label, baseline, stores in _list_baselines(baselines, settings)
+        ]
+        rows += [Row(name, n_train, n_images, [make(d) for d in draws]) for name, make in makers]
+    return sorted(rows, key=lambda row: row.n_images)
 
 
 def _by_data(methods: Sequence[Method], base: TrainConfig) -> list[list[Method]]:
@@ -228,17 +312,15 @@ def _require_all_read(paths: StorePaths, settings: Sequence[Setting]) -> None:
         )
 
 
-def _make_baselines(baselines: Sequence[Baseline], settings: Sequence[Setting]) -> list[Method]:
+def _list_baselines(
+    baselines: Sequence[Baseline], settings: Sequence[Setting]
+) -> Iterator[tuple[str, Baseline, tuple[int, ...]]]:
     """Every baseline on all that some setting reads; prevalence alone reads nothing."""
-    base = settings[0].config
-    read = {setting.stores: setting.varied.get("store") for setting in settings}
-    methods = []
+    read = {setting.stores: setting.varied.get(_STORE) for setting in settings}
     for baseline in baselines:
-        method = Method.of_baseline(baseline, base)
         for stores, name in list(read.items())[: None if baseline.knob else 1]:
-            label = f"{method.label} store={name}" if name and baseline.knob else method.label
-            methods.append(replace(method, stores=stores, label=label))
-    return methods
+            label = f"{baseline.label} store={name}" if name and baseline.knob else baseline.label
+            yield label, baseline, stores
 
 
 def _identify(sources: Sequence[Source], cohort: Cohort, split: Split) -> dict[str, Any]:
@@ -257,57 +339,239 @@ def _identify(sources: Sequence[Source], cohort: Cohort, split: Split) -> dict[s
     }
 
 
-# -- the table --------------------------------------------------------------------------
+# -- the tables -------------------------------------------------------------------------
 
 
-def _tabulate(
-    methods: Sequence[Method],
-    results: Results,
-    cohort: Cohort,
-    split: Split,
-    weights: FloatArray,
-) -> pd.DataFrame:
-    """Every method against the first, by influence: a bootstrap of each would cost its training."""
-    first, rows, first_influence = results.load(methods[0]), [], None
-    groups = cohort.groups[~split.is_test]
-    n_clusters = count_rarer_class(cohort.targets[~split.is_test], groups)
-    for method in methods:
-        finished = results.load(method)
-        influence = np.zeros(cohort.targets.shape)
-        for k, probabilities in enumerate(finished.probabilities):
-            held_out = split.held_out(k)
-            of_fold = auroc_influence(cohort.targets[held_out], probabilities)
-            counted = weights * has_both_classes(cohort.targets[held_out])
-            influence[held_out] = of_fold * counted / counted.sum() / split.n_folds
-        first_influence = influence if first_influence is None else first_influence
-        difference = float(finished.aurocs.mean() - first.aurocs.mean())
-        of_difference = (influence - first_influence)[~split.is_test]
-        spread = clustered_error(of_difference, groups, n_clusters)
-        interval = student_interval(np.array(difference), *spread, "identity")
-        rows.append(
-            {
-                "setting": method.label,
-                "kind": "head" if method.baseline is None else "baseline",
-                "chosen": _describe_choice(method, finished.chosen),
-                "mean_auroc": finished.aurocs.mean(),
-                "std_auroc": finished.aurocs.std(ddof=1),
-                **{f"fold_{k}": value for k, value in enumerate(finished.aurocs, start=1)},
-                "difference": difference,
-                "low": float(interval.low),
-                "high": float(interval.high),
-                "seconds": finished.seconds,
-            }
+class Scored(NamedTuple):
+    """What a row of the tables scored."""
+
+    chosen: str
+    aurocs: NDArray[np.float64]
+    """Macro AUROC of every repeat and fold, ``(R, K)``."""
+    influence: NDArray[np.float64]
+    """Of every image on their mean, by finding, ``(N, F)``."""
+    seconds: float
+
+    @property
+    def std_repeats(self) -> float:
+        """Standard deviation over repeats of the mean over folds; NaN of a single one."""
+        return _deviation(self.aurocs.mean(axis=1))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is finished, ready to be put into tables."""
+
+    results: Results
+    cohort: Cohort
+    split: Split
+
+    def rank(self, rows: Sequence[Row]) -> pd.DataFrame:
+        """Every row against the first, the best first."""
+        first, ranked = self._score(rows[0]), []
+        for row in rows:
+            scored = self._score(row)
+            folds = scored.aurocs.mean(axis=0)
+            n_repeats = len(row.methods)
+            repeats = {"repeats": n_repeats, "std_repeats": scored.std_repeats}
+            ranked.append(
+                {
+                    "setting": row.label,
+                    "kind": row.methods[0].kind,
+                    "chosen": scored.chosen,
+                    "mean_auroc": folds.mean(),
+                    "std_auroc": _deviation(folds),
+                    **(repeats if n_repeats > 1 else {}),
+                    **{f"fold_{k}": value for k, value in enumerate(folds, start=1)},
+                    **self._compare(scored, first),
+                    "seconds": scored.seconds,
+                }
+            )
+        table: pd.DataFrame = pd.DataFrame(ranked)
+        table = table.sort_values("mean_auroc", ascending=False, kind="stable", ignore_index=True)
+        table.insert(0, "rank", range(1, len(table) + 1))
+        return table
+
+    def trace(self, rows: Sequence[Row]) -> pd.DataFrame:
+        """Every row against the same setting on the most images, setting by setting.
+
+        Prevalence, which learns nothing, is 0.5 on any number of images and left out.
+        """
+        traced, learning = [], [row for row in rows if row.methods[0].candidates != ("",)]
+        for label in dict.fromkeys(row.label for row in learning):
+            of_label = [row for row in rows if row.label == label]
+            most = self._score(of_label[-1])
+            for row in of_label:
+                scored = self._score(row)
+                repeats = scored.aurocs.mean(axis=1)
+                traced.append(
+                    {
+                        "setting": label,
+                        "kind": row.methods[0].kind,
+                        "n_train": name_amount(row.n_train),
+                        **self._count_drawn(row),
+                        "chosen": scored.chosen,
+                        "mean_auroc": repeats.mean(),
+                        "std_repeats": scored.std_repeats,
+                        "std_folds": _deviation(scored.aurocs.mean(axis=0)),
+                        **{f"repeat_{r}": value for r, value in enumerate(repeats, start=1)},
+                        **self._compare(scored, most),
+                        "seconds": scored.seconds,
+                    }
+                )
+        table: pd.DataFrame = pd.DataFrame(traced)
+        return table
+
+    def _score(self, row: Row) -> Scored:
+        finished = [self.results.load(method) for method in row.methods]
+        influence = np.zeros(self.cohort.targets.shape)
+        for k in range(self.split.n_folds):
+            held_out = self.split.held_out(k)
+            targets = self.cohort.targets[held_out]
+            weighing = row.methods[0].draw.weighing
+            counted = has_both_classes(targets) * (1.0 if weighing is None else weighing.weights)
+            share = counted / max(counted.sum(), 1e-12) / self.split.n_folds / len(finished)
+            for repeat in finished:
+                influence[held_out] += auroc_influence(targets, repeat.probabilities[k]) * share
+        return Scored(
+            _describe_choices(row.methods[0], sorted({repeat.chosen for repeat in finished})),
+            np.stack([repeat.aurocs for repeat in finished]),
+            influence,
+            sum(repeat.seconds for repeat in finished),
         )
-    table: pd.DataFrame = pd.DataFrame(rows)
-    table = table.sort_values("mean_auroc", ascending=False, kind="stable", ignore_index=True)
-    table.insert(0, "rank", range(1, len(table) + 1))
-    return table
+
+    def _compare(self, ours: Scored, theirs: Scored) -> dict[str, float]:
+        """Difference with its interval, by influence: a bootstrap would cost as much as training.
+
+        The interval is over patients (or studies) and, of several repeats, over these too.
+        """
+        trained = ~self.split.is_test
+        groups, by_repeat = self.cohort.groups[trained], (ours.aurocs - theirs.aurocs).mean(axis=1)
+        n_clusters = count_rarer_class(self.cohort.targets[trained], groups)
+        influence = (ours.influence - theirs.influence)[trained]
+        error, n = clustered_error(influence, groups, n_clusters)
+        if len(by_repeat) > 1:
+            variances = np.array([error**2, by_repeat.var(ddof=1) / len(by_repeat)])
+            n = pool_clusters(variances, np.array([n, len(by_repeat)]))
+            error = math.sqrt(variances.sum())
+        difference = np.array(by_repeat.mean())
+        low, high = student_interval(difference, error, n, "identity")
+        return {"difference": float(difference), "low": float(low), "high": float(high)}
+
+    def _count_drawn(self, row: Row) -> dict[str, float]:
+        """How much was drawn, and what can be learned from it; means over folds and repeats."""
+        cohort, counts = self.cohort, []
+        for method in row.methods:
+            for k, task in enumerate(method.draw.tasks):
+                drawn, held_out = task.train_rows, cohort.targets[self.split.held_out(k)]
+                is_scored = has_both_classes(held_out)
+                counts.append(
+                    {
+                        "images": len(drawn),
+                        "studies": len(np.unique(cohort.study_uids[drawn])),
+                        "patients": len(set(cohort.patient_ids[drawn].tolist()) - {""}),
+                        "findings_with_positive": (
+                            (cohort.targets[drawn] == 1).any(axis=0) & is_scored
+                        ).sum(),
+                        "findings_scored": is_scored.sum(),
+                    }
+                )
+        return {name: float(np.mean([one[name] for one in counts])) for name in counts[0]}
 
 
-def _describe_choice(method: Method, chosen: int) -> str:
+def _deviation(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def _describe_choices(method: Method, chosen: Sequence[int]) -> str:
+    """The candidate of all repeats, or the smallest and the largest of them."""
+    ends = "-".join(dict.fromkeys(str(method.candidates[c]) for c in (chosen[0], chosen[-1])))
     if method.baseline is None:
-        return f"{method.candidates[chosen]} ep"
-    return f"{method.baseline.knob}={method.candidates[chosen]}" if method.baseline.knob else ""
+        return f"{ends} ep"
+    return f"{method.baseline.knob}={ends}" if method.baseline.knob else ""
+
+
+# -- tables as text ---------------------------------------------------------------------
+
+
+def _write_curve(curve: pd.DataFrame, heading: str) -> list[str]:
+    """The curve as lines; what was drawn is a mean over folds and repeats."""
+    positive, scored = (
+        curve[name].map("{:.1f}".format) for name in ("findings_with_positive", "findings_scored")
+    )
+    differences = _describe_differences(curve)
+    most = curve["n_train"].iloc[-1]
+    return _lay_out(
+        {
+            **{name: curve[name] for name in ("setting", "n_train")},
+            **{
+                name: curve[name].map("{:,.0f}".format)
+                for name in ("images", "studies", "patients")
+                if curve[name].any()
+            },
+            "findings with a positive": positive + " of " + scored,
+            "chosen": curve["chosen"],
+            heading: curve["mean_auroc"].map("{:.4f}".format),
+            **_describe_repeats(curve),
+            "over folds": curve["std_folds"].map("± {:.4f}".format),
+            f"difference to {most}": differences.where(curve["n_train"] != most, ""),
+        }
+    )
+
+
+def _describe_repeats(table: pd.DataFrame) -> dict[str, pd.Series[str]]:
+    """The column of the spread over repeats; none of a single one."""
+    if "std_repeats" not in table or table["std_repeats"].isna().all():
+        return {}
+    return {"over repeats": table["std_repeats"].map("± {:.4f}".format)}
+
+
+def _describe_differences(table: pd.DataFrame) -> pd.Series[str]:
+    columns = zip(table["difference"], table["low"], table["high"], strict=True)
+    words = [
+        f"{difference:+.4f} "
+        + ("[no interval]" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")
+        if difference
+        else ""
+        for difference, low, high in columns
+    ]
+    return pd.Series(words, table.index)
+
+
+def _lay_out(columns: Mapping[str, Iterable[str]]) -> list[str]:
+    """A heading and a line per row, cells to the right except for the settings' names."""
+    aligned = []
+    for heading, cells in columns.items():
+        cells = [heading, *cells]
+        width = max(map(len, cells))
+        is_text = heading == "setting" or heading.startswith("difference")
+        aligned.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
+
+
+def _describe_draws(split: Split) -> str:
+    whole = "single images" if split.by == "image" else "whole patients (or studies)"
+    return (
+        f"n_train counts images, of {whole} that are drawn at random. Every number is scored on "
+        "the same images and findings, also on those without a positive among the drawn images, "
+        "which cannot be learned. An epoch takes as many steps as on all images."
+    )
+
+
+def _describe_short(settings: Sequence[Setting], curve: pd.DataFrame) -> tuple[str, ...]:
+    """Say where a smaller number of epochs should be tried."""
+    all_epochs = {setting.label: setting.config.epochs for setting in settings}
+    fewest = {label: f"{epochs[0]} ep" for label, epochs in all_epochs.items() if epochs[0] > 1}
+    n = sum(
+        chosen == fewest.get(label)
+        for label, chosen in zip(curve["setting"], curve["chosen"], strict=True)
+    )
+    if not n:
+        return ()
+    return (
+        f"{count(n, 'row')} of the curve {'is' if n == 1 else 'are'} best at the smallest number "
+        "of epochs that was tried. Add smaller ones to --epochs.",
+    )
 
 
 def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
@@ -324,12 +588,12 @@ def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
 # -- text of options to settings --------------------------------------------------------
 
 _SHARED: Final = (
-    *("n_folds", "test_fraction", "split", "split_by", "seed", "device", "n_jobs"),
+    *("n_folds", "test_fraction", "split", "split_by", "level", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "min_positives", "calibration", "baseline"),
     *("select_by", "within_one_se"),
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
-_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:6]} | {
+_OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:7]} | {
     **{"n_folds": "--folds", "n_jobs": "--workers", "select_by": "--select-by"}
 }
 """Those of them that are options of `ablate`; the others are the recipe's."""
@@ -337,6 +601,8 @@ _FLAGS: Final = {
     option_of(field).flag.strip("-").replace("-", "_"): field.name for field in fields(TrainConfig)
 }
 """Field of every option whose flag is another word, such as ``lr``."""
+_N_TRAIN: Final = "n_train"
+"""The one thing to set that is no option of `train`."""
 _LARGEST_GRID: Final = 10_000
 _STORE: Final = "store"
 """The option that says which of several stores are read."""
@@ -353,8 +619,9 @@ def make_settings(
     """Every combination of the options' values, the first values first, or a sample of them.
 
     Options are ``NAME=VALUE,VALUE...``, with widths and epoch candidates joined by ``x``; `base`
-    has everything that they do not name. `n_sampled` takes so many at random by `seed`, the first
-    among them; None takes all.
+    has everything that they do not name. ``n_train`` says how many images the folds train on: a
+    number, a share such as ``10%``, or ``all``. `n_sampled` takes so many combinations of the other
+    options at random by `seed`, the first among them; None takes all.
 
     Of several `stores`, ``store=a,b,a+b`` says which are read, by the names of their files without
     ending. Where that is not given, settings read each store by itself, and then all side by side.
@@ -373,6 +640,7 @@ def make_settings(
         if _field(name) in map(_field, choices):
             raise ConfigError(f"--set {option}: {name} was given before. List all values at once.")
         choices[name] = listed
+    amounts = [_parse_value(_N_TRAIN, text) for text in choices.pop(_N_TRAIN, ["all"])]
     n_settings = math.prod(map(len, choices.values()))
     if n_settings > _LARGEST_GRID and n_sampled is None:
         raise ConfigError(
@@ -389,8 +657,9 @@ def make_settings(
         written = dict(zip(choices, combination, strict=True))
         parsed = {_field(name): _parse(name, text, names) for name, text in written.items()}
         which = parsed.pop(_STORE, (0,))
+        config = replace(base, **parsed)
         differing = {name: written[name] for name in varied}
-        settings.append(Setting(replace(base, **parsed), differing, which))
+        settings += [Setting(config, differing, which, n_train) for n_train in amounts]
     return settings
 
 
@@ -422,7 +691,7 @@ def _field(name: str) -> str:
     field = _FLAGS.get(name, name)
     if field == _STORE:
         return field
-    allowed = [f.name for f in fields(TrainConfig) if f.name not in _SHARED]
+    allowed = [_N_TRAIN, *(f.name for f in fields(TrainConfig) if f.name not in _SHARED)]
     if field in _SHARED:
         instead = (
             f"Use {_OF_ABLATE[field]} instead." if field in _OF_ABLATE else "It is the recipe's."
@@ -451,6 +720,8 @@ def _parse(name: str, text: str, stores: Sequence[str]) -> Any:
 
 def _parse_value(name: str, text: str) -> Any:
     """A value of the kind that the option takes; widths and epochs are joined by ``x``."""
+    if name == _N_TRAIN:
+        return _parse_amount(text)
     kind = kinds(TrainConfig)[_field(name)]
     if text == "none" and (kind.is_optional or kind.is_many):
         return () if kind.is_many else None
@@ -459,6 +730,23 @@ def _parse_value(name: str, text: str) -> Any:
         return tuple(map(parse, text.split("x"))) if kind.is_many else parse(text)
     except ValueError as error:
         raise ConfigError(f"--set {name}: {text!r} is not a value for it ({error}).") from error
+
+
+def _parse_amount(text: str) -> Amount:
+    """``all`` and ``100%`` are None, other shares lie below 1."""
+    number, percent, rest = text.partition("%")
+    try:
+        amount = float(number) / 100 if percent else int(number)
+    except ValueError:
+        amount = 0
+    if text == "all" or (percent and amount == 1):
+        return None
+    if rest or not (0 < amount < 1 if percent else amount >= 1):
+        raise ConfigError(
+            f"--set n_train: {text!r} is no number of images; write a whole number from 1, a share "
+            "such as 10%, or all."
+        )
+    return amount
 
 
 def _parse_bool(text: str) -> bool:

@@ -8,9 +8,9 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from cxr_cache.common.devices import resolve_device
 from cxr_cache.common.files import hold_folder, write_whole
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.config import TrainConfig
-from cxr_cache.datasets.splits import Split
-from cxr_cache.errors import RunError, TrainingError
+from cxr_cache.datasets.splits import Split, draw_rows
+from cxr_cache.errors import ConfigError, RunError, TrainingError
 from cxr_cache.training.baselines import Baseline
 from cxr_cache.training.fit import (
     HeadFit,
@@ -29,28 +29,105 @@ from cxr_cache.training.fit import (
     PlainRows,
     Trajectory,
     can_share_a_bank,
-    count_steps,
 )
 from cxr_cache.training.search import Weighing, choose_candidate, fold_tasks, score_fold
 
 _HEADS_IN_A_BANK: Final = 64
 """On a GPU: heads that train side by side."""
 
+Amount: TypeAlias = int | float | None
+"""How many images of its training part a fold trains on: a number, a share below 1, or all."""
+
+
+def name_amount(amount: Amount) -> str:
+    """Write an amount as options do: ``50``, ``10%`` or ``all``.
+
+    Examples
+    --------
+    >>> [name_amount(amount) for amount in (50, 0.025, None)]
+    ['50', '2.5%', 'all']
+    """
+    if amount is None:
+        return "all"
+    return f"{amount}" if isinstance(amount, int) else f"{100 * amount:g}%"
+
 
 @dataclass(frozen=True)
 class Setting:
-    """One recipe of an ablation, and what sets it apart."""
+    """One recipe of an ablation on so many images, and what sets it apart."""
 
     config: TrainConfig
     varied: Mapping[str, str]
     """The options that differ between settings, as they were written."""
     stores: tuple[int, ...] = (0,)
     """Which of the ablation's stores are read side by side."""
+    n_train: Amount = None
+    """Images that each fold trains on."""
 
     @property
     def label(self) -> str:
-        """Such as ``lr=0.001 hidden=256``."""
+        """Such as ``lr=0.001 hidden=256``; it does not say how many images there are."""
         return " ".join(f"{name}={value}" for name, value in self.varied.items()) or "as given"
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What a method is trained on in every fold: all images, or some that were drawn."""
+
+    tasks: Sequence[HeadTask]
+    """One per fold."""
+    n_passed: int
+    """Images that an epoch goes through: those of the smallest training part, also of a draw."""
+    n_train: Amount
+    repeat: int
+    """Number of the repeat, from 0."""
+    weighing: Weighing | None = None
+    """How much findings count in the scores; None counts all alike."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this draw from others; empty for the first training on all images."""
+        identity: dict[str, Any] = {"repeat": self.repeat} if self.repeat else {}
+        if self.n_train is not None:
+            digest = hashlib.sha256(b"".join(task.train_rows.tobytes() for task in self.tasks))
+            drawn = digest.hexdigest()[:16]
+            identity |= {"n_train": self.n_train, "repeat": self.repeat, "drawn": drawn}
+        return identity
+
+
+def draw_tasks(
+    split: Split,
+    groups: NDArray[Any],
+    seed: int,
+    n_train: Amount,
+    repeat: int,
+    weighing: Weighing | None = None,
+) -> Draw:
+    """Draw what the folds train on, of whole groups, ``(N,)``; what they hold out stays.
+
+    Every repeat has another order of groups, the same in all folds, and other initial weights.
+
+    Raises
+    ------
+    ConfigError
+        A fold has fewer images to train on than are asked for.
+    """
+    tasks = fold_tasks(split, seed)
+    fewest = min(tasks, key=lambda task: len(task.train_rows))
+    n_passed = len(fewest.train_rows)
+    if isinstance(n_train, int) and n_train > n_passed:
+        raise ConfigError(
+            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, 'image')} to train on, "
+            "fewer than that. Use n_train=all for all of them, or a smaller number."
+        )
+    drawn = []
+    for task in tasks:
+        rows = task.train_rows
+        if n_train is not None:
+            n = n_train if isinstance(n_train, int) else round(n_train * len(rows))
+            rows = draw_rows(rows, groups, n, (seed, repeat))
+        drawn.append(replace(task, train_rows=rows, seed=task.seed + 1000 * repeat))
+    return Draw(drawn, n_passed, n_train, repeat, weighing)
 
 
 @dataclass(frozen=True)
@@ -62,10 +139,16 @@ class Method:
     """All that its numbers depend on but the data; JSON-able."""
     candidates: tuple[Any, ...]
     """Epochs of a head; the one number that a baseline chooses."""
+    draw: Draw = field(compare=False)
     config: TrainConfig | None = None
     baseline: Baseline | None = None
     stores: tuple[int, ...] = (0,)
     """Which of the ablation's stores are read side by side."""
+
+    @property
+    def kind(self) -> str:
+        """What it is called in tables: ``head`` or ``baseline``."""
+        return "head" if self.baseline is None else "baseline"
 
     @property
     def key(self) -> str:
@@ -77,15 +160,23 @@ class Method:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
-    def of_setting(cls, setting: Setting) -> Method:
+    def of_setting(cls, setting: Setting, draw: Draw) -> Method:
         """A recipe for heads."""
         config = {k: v for k, v in asdict(setting.config).items() if k not in ("n_jobs", "device")}
-        epochs, stores = setting.config.epochs, setting.stores
-        return cls(setting.label, config, epochs, config=setting.config, stores=stores)
+        return cls(
+            setting.label,
+            config | draw.identity,
+            setting.config.epochs,
+            draw,
+            config=setting.config,
+            stores=setting.stores,
+        )
 
     @classmethod
-    def of_baseline(cls, baseline: Baseline, base: TrainConfig) -> Method:
-        """A baseline, on what the heads of `base` read."""
+    def of_baseline(
+        cls, baseline: Baseline, base: TrainConfig, draw: Draw, stores: tuple[int, ...] = (0,)
+    ) -> Method:
+        """A baseline, on what the heads of `base` read; nothing in it is random but the draw."""
         identity = {
             "baseline": baseline.label,
             "candidates": baseline.candidates,
@@ -93,8 +184,11 @@ class Method:
                 name: getattr(base, name)
                 for name in ("features", "input_norm", "seed", "select_by")
             },
+            **({} if draw.n_train is None else draw.identity),
         }
-        return cls(baseline.label, identity, baseline.candidates, baseline=baseline)
+        return cls(
+            baseline.label, identity, baseline.candidates, draw, baseline=baseline, stores=stores
+        )
 
 
 class Fold(NamedTuple):
@@ -112,24 +206,18 @@ def train_folds(
     rows: PlainRows,
     missing: Sequence[tuple[Method, int]],
     *,
-    split: Split,
-    base: TrainConfig,
-    weighing: Weighing,
+    device: str,
     open_pool: Callable[..., AbstractContextManager[Parallel]],
     streams: bool,
 ) -> Generator[Fold, None, None]:
     """Train methods in folds, in whatever order they finish."""
-    tasks = fold_tasks(split, base.seed)
-    if resolve_device(base.device).type != "cpu":
+    if resolve_device(device).type != "cpu":
         on_device = [(method, k) for method, k in missing if method.config is not None]
-        yield from _train_stacked(rows, on_device, tasks, weighing)
+        yield from _train_stacked(rows, on_device)
         missing = [(method, k) for method, k in missing if method.config is None]
     if not missing:
         return
-    jobs = [
-        delayed(_fit_fold)(rows.embeddings, rows.targets, tasks, method, k, weighing)
-        for method, k in missing
-    ]
+    jobs = [delayed(_fit_fold)(rows.embeddings, rows.targets, method, k) for method, k in missing]
     options = {"mmap_mode": "c", "return_as": "generator_unordered" if streams else "list"}
     with open_pool(**options) as pool:
         n_at_once = len(jobs) if streams else 4 * pool.n_jobs
@@ -140,19 +228,17 @@ def train_folds(
 def _fit_fold(
     embeddings: NDArray[np.float32],
     targets: NDArray[np.float32],
-    tasks: Sequence[HeadTask],
     method: Method,
     k: int,
-    weighing: Weighing,
 ) -> Fold:
-    started, task = time.perf_counter(), tasks[k]
+    started, task = time.perf_counter(), method.draw.tasks[k]
     if method.config is not None:
         try:
-            (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)], tasks, weighing)
+            (fitted,) = _fit_bank(PlainRows(embeddings, targets), [(method, k)])
         except TrainingError as error:
             raise TrainingError(
-                f"Setting {method.label}: {error} What the others have finished is kept; leave "
-                "this one out of --set and run the command again."
+                f"Setting {method.label}{_on_how_many(method)}: {error} What the others have "
+                "finished is kept; leave this one out of --set and run the command again."
             ) from error
         return fitted
     assert method.baseline is not None
@@ -163,16 +249,17 @@ def _fit_fold(
         method.candidates,
     )
     held_out = targets[task.held_out_rows]
+    weighing = method.draw.weighing
     aurocs = [score_fold(held_out, prediction, weighing) for prediction in predictions]
     return Fold(method.key, k, aurocs, predictions, time.perf_counter() - started)
 
 
-def _train_stacked(
-    rows: PlainRows,
-    missing: Sequence[tuple[Method, int]],
-    tasks: Sequence[HeadTask],
-    weighing: Weighing,
-) -> Iterator[Fold]:
+def _on_how_many(method: Method) -> str:
+    n_train = method.draw.n_train
+    return "" if n_train is None else f", n_train={name_amount(n_train)}"
+
+
+def _train_stacked(rows: PlainRows, missing: Sequence[tuple[Method, int]]) -> Iterator[Fold]:
     """Heads that can share a bank, side by side: on a GPU they cost little more than one."""
     waiting = list(missing)
     while waiting:
@@ -181,15 +268,10 @@ def _train_stacked(
         fitting = [(m, k) for m, k in waiting if m.config and can_share_a_bank([first, m.config])]
         bank = fitting[:_HEADS_IN_A_BANK]
         waiting = [pair for pair in waiting if pair not in bank]
-        yield from _fit_bank(rows, bank, tasks, weighing)
+        yield from _fit_bank(rows, bank)
 
 
-def _fit_bank(
-    rows: PlainRows,
-    bank: Sequence[tuple[Method, int]],
-    tasks: Sequence[HeadTask],
-    weighing: Weighing,
-) -> Iterator[Fold]:
+def _fit_bank(rows: PlainRows, bank: Sequence[tuple[Method, int]]) -> Iterator[Fold]:
     started, configs = time.perf_counter(), [m.config for m, _ in bank if m.config is not None]
     trajectories: list[dict[int, Trajectory]] = [{} for _ in bank]
     candidates, has_horizon = configs[0].epochs, any(config.has_horizon for config in configs)
@@ -197,10 +279,10 @@ def _fit_bank(
         keep = (horizon,) if has_horizon else candidates
         fit = HeadFit(
             rows,
-            [tasks[k] for _, k in bank],
+            [method.draw.tasks[k] for method, k in bank],
             configs,
             n_epochs=horizon,
-            n_steps=count_steps(tasks, configs[0].batch_size),
+            n_steps=bank[0][0].draw.n_passed // configs[0].batch_size,
             keep=keep,
         )
         fit.run()
@@ -209,8 +291,8 @@ def _fit_bank(
     seconds = (time.perf_counter() - started) / len(bank)
     for (method, k), of_head in zip(bank, trajectories, strict=True):
         kept = [of_head[epoch].probabilities[epoch] for epoch in method.candidates]
-        held_out = rows.targets[tasks[k].held_out_rows]
-        aurocs = [score_fold(held_out, probabilities, weighing) for probabilities in kept]
+        held_out = rows.targets[method.draw.tasks[k].held_out_rows]
+        aurocs = [score_fold(held_out, of_epoch, method.draw.weighing) for of_epoch in kept]
         yield Fold(method.key, k, aurocs, kept, seconds)
 
 

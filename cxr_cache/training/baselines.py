@@ -189,5 +189,5 @@ def predict_neighbours(
 BASELINES = (
     Baseline("prevalence", "", ("",), predict_prevalence),
     Baseline("logistic regression", "C", STRENGTHS, predict_logistic),
-    Baseline("nearest neighbours", "k", (20, 50, 100, 200), predict_neighbours),
+    Baseline("nearest neighbours", "k", (5, 20, 50, 100, 200), predict_neighbours),
 )

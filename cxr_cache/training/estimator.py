@@ -30,7 +30,7 @@ from cxr_cache.training.search import final_members, refit, search_epochs, train
 
 _SCORED_AT_ONCE: Final = 8192
 _CHECKS_OF_X: Final = {"dtype": np.float32, "order": "C"}
-_OF_THE_STORE: Final = ("test_fraction", "split", "split_by", "features", "flip")
+_OF_THE_STORE: Final = ("test_fraction", "split", "split_by", "level", "features", "flip")
 _OTHERWISE_SAID: Final = (*("seed", "threshold_rule", "min_positives", "calibration", "baseline"),)
 """Options of a recipe that are no parameters: `random_state` is the seed, and predictions are
 neither calibrated nor cut."""

@@ -41,6 +41,7 @@ from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
 from cxr_cache.store.rows import LabelledRows, find_labelled_rows
 from cxr_cache.store.side_by_side import StorePaths, require_one_store
+from cxr_cache.store.studies import StudyTokens
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
 from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
@@ -61,7 +62,7 @@ from cxr_cache.training.search import (
     replay_rates,
     require_trainable_folds,
     search_with,
-    split_cohort,
+    split_rows,
     stack_members,
     weigh_findings,
 )
@@ -122,13 +123,13 @@ def choose_source(store: FeatureStore, config: FinetuneConfig, image_dir: Path |
 
 
 def _find_rows(
-    store: FeatureStore, source: str, labels: Path | None, *, allow_pending: bool
+    store: FeatureStore, source: str, labels: Path | None, *, allow_pending: bool, level: str
 ) -> LabelledRows:
     """Labelled rows that have what the source needs."""
-    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending)
+    found = find_labelled_rows(store, labels=labels, allow_pending=allow_pending, level=level)
     has_tokens = store.status[found.rows] == DONE
     if source == "images" or has_tokens.all():
-        return found
+        return found.by(level)
     n_without = int((~has_tokens).sum())
     if not allow_pending or not has_tokens.any():
         raise StoreIncompleteError(
@@ -139,10 +140,22 @@ def _find_rows(
     verbs = "has no tokens yet and is" if n_without == 1 else "have no tokens yet and are"
     note = f"{n_without:,} of {count(len(store), 'image')} {verbs} left out."
     chosen = np.flatnonzero(has_tokens)
-    return LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
+    kept = LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
+    return kept.by(level)
 
 
 def _open_source(
+    store: FeatureStore,
+    found: LabelledRows,
+    encoder: Encoder,
+    config: FinetuneConfig,
+    image_dir: Path | None,
+) -> TokenSource | StudyTokens:
+    source = _open_images(store, found.rows, encoder, config, image_dir)
+    return source if found.studies is None else StudyTokens(source, found.studies)
+
+
+def _open_images(
     store: FeatureStore,
     rows: NDArray[np.intp],
     encoder: Encoder,
@@ -203,11 +216,11 @@ def tune_run(
     ):
         _require_whole_parts(config)
         source = choose_source(store, config, image_dir)
-        found = _find_rows(store, source, labels, allow_pending=allow_pending)
+        found = _find_rows(store, source, labels, allow_pending=allow_pending, level=config.level)
         if source == "images":
-            _require_images(found.cohort, image_dir)
+            _require_images(found.images, image_dir)
         start = None if from_run is None else load_start(Run.open(from_run), found, store, config)
-        split = start.split if start else split_cohort(found.cohort, config)
+        split = start.split if start else split_rows(found.cohort, found.studies, config)
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
         require_continuable(store, encoder)
@@ -218,12 +231,13 @@ def tune_run(
             source=source,
             patch_dropout=_settle_patch_dropout(encoder, config.patch_dropout),
         )
-        logger.info("%s: %s images on %s, with %s", store_path, len(found.cohort), device, settled)
-        notes = found.notes + note_split(split, found.cohort)
+        n_rows = count(len(found.cohort), config.level)
+        logger.info("%s: %s on %s, with %s", store_path, n_rows, device, settled)
+        notes = found.notes + note_split(split, found.cohort, config.level)
         decisive = _decisive(settled, store, found, labels, from_run, start, split)
         described = describe_split(split, found.cohort)
         run = _open_run(run_dir, decisive, settled, notes, described, overwrite=overwrite)
-        tokens = _open_source(store, found.rows, encoder, settled, image_dir)
+        tokens = _open_source(store, found, encoder, settled, image_dir)
         data = TuningData(encoder, tokens, found.cohort.targets, tail)
         if is_main():
             echo(_describe(build_model(data, settled), tokens, settled))
@@ -243,6 +257,7 @@ def tune_run(
                 settled,
                 predictions=predictions,
                 final_history=history,
+                studies=found.studies,
                 make_model=partial(
                     _to_model,
                     members,
@@ -256,7 +271,7 @@ def tune_run(
     return TrainResult(run, search, notes)
 
 
-def _describe(model: TailAndHead, source: TokenSource, config: FinetuneConfig) -> str:
+def _describe(model: TailAndHead, source: TokenSource | StudyTokens, config: FinetuneConfig) -> str:
     """What trains and what does not, by name and number, and what from."""
     n_tail = sum(p.numel() for p in model.tail.values())
     n_encoder = sum(p.numel() for p in model.encoder.parameters())
@@ -481,7 +496,7 @@ class _Job:
         return {name: tensor.float() for name, tensor in saved.items()}
 
     def predict(self, members: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Probabilities for all images, averaged over the members, ``(N, F)``."""
+        """Probabilities for all rows, averaged over the members, ``(N, F)``."""
         model = build_model(self._data, self._config)
         rows = np.arange(len(self._data.targets))
         parts = []

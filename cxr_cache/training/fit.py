@@ -101,7 +101,8 @@ class HeadFit:
 
     A head's result depends on its own task only: rows, order, dropout, clipping, schedule and
     stopping are its own. An epoch visits `n_steps` full batches of a fresh permutation of the
-    task's rows; the few that do not fill a batch wait for the next epoch.
+    task's rows; the few that do not fill a batch wait for the next epoch. A task with fewer rows
+    than that goes through them several times in an epoch.
 
     Parameters
     ----------
@@ -271,7 +272,7 @@ class HeadFit:
     def _train(self) -> Tensor:
         """One epoch of every head; mean loss of each, ``(H,)``."""
         n_rows = self._n_steps * self._batch_size
-        order = torch.stack([self._shuffle(h)[:n_rows] for h in range(len(self._rows))])  # (H, n)
+        order = torch.stack([self._shuffle(h, n_rows) for h in range(len(self._rows))])  # (H, n)
         views = torch.stack(
             [torch.randint(len(self._embeddings), (n_rows,), generator=g) for g in self._shuffles]
         ).to(order.device)
@@ -285,9 +286,10 @@ class HeadFit:
             total += self._take_steps(self._inputs(of, rows), self._targets[rows])
         return total / self._n_steps
 
-    def _shuffle(self, h: int) -> Tensor:
+    def _shuffle(self, h: int, n_rows: int) -> Tensor:
         rows = self._rows[h]
-        return rows[torch.randperm(len(rows), generator=self._shuffles[h]).to(rows.device)]
+        order = torch.randperm(max(len(rows), n_rows), generator=self._shuffles[h])[:n_rows]
+        return rows[order.to(rows.device) % len(rows)]
 
     def _inputs(self, views: Tensor | int, rows: Tensor) -> Tensor:
         """What the heads read of rows ``(H, n)``: ``(H, n, D)``."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cxr_cache.common.wording import describe_differences, find_differences
 from cxr_cache.config import FinetuneConfig
-from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split
 from cxr_cache.encoders.identity import compare_encoders
 from cxr_cache.errors import RunError
@@ -21,14 +20,14 @@ from cxr_cache.store.rows import LabelledRows
 from cxr_cache.training.losses import LOSS_OPTIONS
 
 _OF_THE_RUN: Final = (
-    *("n_folds", "test_fraction", "split", "split_by", "seed", "final"),
+    *("level", "n_folds", "test_fraction", "split", "split_by", "seed", "final"),
     *("hidden", "dropout", "norm", "input_norm"),
     *LOSS_OPTIONS,
 )
 """Options that a fine-tuning takes from the frozen run that it starts from."""
 
 _DECIDED_BY_THE_RUN: Final = (
-    *("findings", "hidden", "norm", "input_norm"),
+    *("level", "findings", "hidden", "norm", "input_norm"),
     *("n_folds", "split", "split_by", "test_fraction"),
 )
 """What cannot be chosen again after the frozen run: the shape of its heads, and its split."""
@@ -93,7 +92,10 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
     _require_frozen(run)
     model, cohort = run.load_model(), found.cohort
     recorded = (
-        {"split": "new"} | run.config["train"] | model.head | {"findings": list(model.findings)}
+        {"split": "new", "level": "image"}
+        | run.config["train"]
+        | model.head
+        | {"findings": list(model.findings)}
     )
     given = asdict(config) | {"findings": list(cohort.findings), "hidden": list(config.hidden)}
     before, now = (
@@ -108,7 +110,7 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
             + describe_differences(differences, "in the run", "now")
             + "\nStart from a run that was trained on this store, with the same options."
         )
-    split = _read_split(run, cohort, store, config)
+    split = _read_split(run, found, store, config)
     heads = run.load_fold_heads()
     fold_heads = ({name: t[k : k + 1] for name, t in heads.items()} for k in range(split.n_folds))
     # Of an ensemble any member will do: none has seen test.
@@ -116,20 +118,26 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
     return Start(split, tuple(fold_heads), final_head)
 
 
-def _read_split(run: Run, cohort: Cohort, store: FeatureStore, config: FinetuneConfig) -> Split:
-    """The run's split in the order of the cohort's rows."""
+def _read_split(
+    run: Run, found: LabelledRows, store: FeatureStore, config: FinetuneConfig
+) -> Split:
+    """The run's split in the order of the rows."""
+    cohort, studies = found.images, found.studies
     aligned = align_run(run, cohort, store.path)
     if len(aligned.cohort) < len(cohort):
         raise RunError(
             f"{run.path} was trained on {len(aligned.cohort):,} images of {store.path}, of which "
             f"{len(cohort):,} can be trained on now. Train it again on this store."
         )
-    before = aligned.cohort.targets
-    if not np.array_equal(before, cohort.targets, equal_nan=True):
-        n_other = int((~np.isclose(before, cohort.targets, equal_nan=True)).any(axis=1).sum())
+    before, now = aligned.cohort.targets, cohort.targets
+    if studies is not None:  # whose targets all their images have in a run
+        now = studies.cohort.targets[studies.study_of]
+    if not np.array_equal(before, now, equal_nan=True):
+        n_other = int((~np.isclose(before, now, equal_nan=True)).any(axis=1).sum())
         raise RunError(
             f"{run.path} was trained on other targets for {n_other:,} of {len(cohort):,} images. "
             "Give the same --labels, or train it again."
         )
     whose = run.config.get("split", {}).get("whose", "")
-    return Split(aligned.is_test, aligned.fold, config.split_by, whose)
+    split = Split(aligned.is_test, aligned.fold, config.split_by, whose)
+    return split if studies is None else studies.take_split(split, np.arange(len(cohort)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import OPTIMISM_OF_PLATEAU, Recipe
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
+from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.metrics.scores import count_clusters
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
@@ -76,13 +77,13 @@ class TrainResult:
         return [f"  early stopping: {stops} epochs"]
 
 
-def note_split(split: Split, cohort: Cohort) -> tuple[str, ...]:
+def note_split(split: Split, cohort: Cohort, level: str = "image") -> tuple[str, ...]:
     """What the split does to the figures: rare findings, and studies on both sides."""
     notes = [*split.notes]
     n_unnamed = int((cohort.patient_ids == "").sum())
     if 0 < n_unnamed < len(cohort):
         notes.append(
-            f"{n_unnamed:,} of {count(len(cohort), 'image')} "
+            f"{n_unnamed:,} of {count(len(cohort), level)} "
             f"{'names' if n_unnamed == 1 else 'name'} no patient. Their studies were kept whole; "
             "whether their patients have images on both sides is not known."
         )
@@ -132,7 +133,7 @@ def describe_head(config: Recipe) -> dict[str, Any]:
     head = {name: getattr(config, name) for name in ("input_norm", "hidden", "dropout", "norm")}
     if config.input_norm == "standard":
         head["input_norm"] = "none"
-    return head | {"features": getattr(config, "features", "projected")}
+    return head | {"features": getattr(config, "features", "projected"), "level": config.level}
 
 
 def write_outcome(
@@ -145,14 +146,16 @@ def write_outcome(
     predictions: NDArray[np.float32],
     final_history: list[dict[str, float]],
     make_model: Callable[[dict[str, float]], SavedModel],
+    studies: Studies | None = None,
     baseline: LogisticBaseline | None = None,
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
-    Predictions are probabilities of the final model for all images, ``(N, F)``; its history is
-    empty where a fold's model is the final one. `make_model` makes the model to save, given the
-    threshold of each finding, which is chosen on out-of-fold predictions. The `baseline`, if there
-    is one, is kept to stand beside the model.
+    Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``; its
+    history is empty where a fold's model is the final one. `make_model` makes the model to save,
+    given the threshold of each finding, which is chosen on out-of-fold predictions. Where the rows
+    are `studies`, the table of the split still names their images. The `baseline`, if there is one,
+    is kept to stand beside the model.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -167,7 +170,7 @@ def write_outcome(
         min_positives=config.min_positives,
     )
     run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
-    run.write_table("splits", _split_table(cohort, split))
+    run.write_table("splits", _split_table(cohort, split, studies))
     run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)
     run.write_table("history", _history_table(search, final_history, config))
@@ -186,7 +189,10 @@ def write_outcome(
     run.finish()
 
 
-def _split_table(cohort: Cohort, split: Split) -> pd.DataFrame:
+def _split_table(cohort: Cohort, split: Split, studies: Studies | None) -> pd.DataFrame:
+    if studies is not None:
+        cohort, of = studies.images, studies.study_of
+        split = replace(split, is_test=split.is_test[of], fold=split.fold[of])
     table: pd.DataFrame = pd.DataFrame(
         {
             "image_id": cohort.image_ids,

@@ -17,6 +17,7 @@ from cxr_cache.common.wording import count
 from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.splits import Split, has_given_split, make_split, take_given_split
+from cxr_cache.datasets.studies import Studies
 from cxr_cache.errors import TrainingError
 from cxr_cache.metrics.operating_point import find_rule
 from cxr_cache.metrics.scores import (
@@ -173,9 +174,10 @@ def weigh_findings(
     return Weighing(np.ones(targets.shape[1]), "macro AUROC")
 
 
-def score_fold(targets: Array, probabilities: Array, weighing: Weighing) -> float:
+def score_fold(targets: Array, probabilities: Array, weighing: Weighing | None) -> float:
     """Compute the weighted mean AUROC over the findings that are defined, of ``(n, F)``."""
-    return float(support_mean(auroc(targets, probabilities), weighing.weights))
+    weights = np.ones(targets.shape[1]) if weighing is None else weighing.weights
+    return float(support_mean(auroc(targets, probabilities), weights))
 
 
 def choose_candidate(scores: FloatArray, *, within_one_se: bool = False) -> int:
@@ -211,9 +213,9 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
         held_out = targets[task.held_out_rows]
         if not ((held_out == 1).any(axis=0) & (held_out == 0).any(axis=0)).any():
             raise TrainingError(
-                f"Among the {count(len(held_out), 'image')} of fold {k}, no finding has both a "
-                "positive and a negative one, so that no AUROC is defined. Use fewer --folds, or "
-                "more images."
+                f"Among the {count(len(held_out), config.level)} of fold {k}, no finding has both "
+                "a positive and a negative one, so that no AUROC is defined. Use fewer --folds, or "
+                "more data."
             )
 
 
@@ -226,6 +228,17 @@ def split_cohort(cohort: Cohort, config: Recipe) -> Split:
     if config.split == "given" and has_given_split(cohort):
         return take_given_split(cohort, **options)
     return make_split(cohort.targets, cohort.groups, cohort.findings, **options)
+
+
+def split_rows(cohort: Cohort, studies: Studies | None, config: Recipe) -> Split:
+    """Split the rows that are trained on: the images of a cohort, or the studies that they make.
+
+    The labelled images are split in either case, so that both have the same test studies and folds.
+    """
+    if studies is None:
+        return split_cohort(cohort, config)
+    rows = np.flatnonzero(~np.isnan(studies.images.targets).all(axis=1))
+    return studies.take_split(split_cohort(studies.images.take(rows), config), rows)
 
 
 def fold_tasks(split: Split, seed: int) -> list[HeadTask]:

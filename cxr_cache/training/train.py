@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.common.devices import resolve_device
+from cxr_cache.common.wording import count
 from cxr_cache.config import RepeatConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split
@@ -33,7 +35,7 @@ from cxr_cache.training.outcome import (
 from cxr_cache.training.search import (
     require_trainable_folds,
     search_epochs,
-    split_cohort,
+    split_rows,
     stack_members,
     train_final,
     weigh_findings,
@@ -67,16 +69,17 @@ def fit_run(
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
         )
-        described = [
+        described: list[dict[str, Any]] = [
             {"path": str(path), "encoder": one.header.encoder, "cohort": one.header.cohort}
             for path, one in zip(list_stores(store_path), stores, strict=True)
         ]
         reading = stores[0].header.reading
     cohort, encoders = data.cohort, [one["encoder"] for one in described]
-    logger.info("%s: %s images on %s, with %s", store_path, len(cohort), config.device, config)
-    split = split_cohort(cohort, config)
+    n_rows = count(len(cohort), config.level)
+    logger.info("%s: %s on %s, with %s", store_path, n_rows, config.device, config)
+    split = split_rows(cohort, data.studies, config)
     require_trainable_folds(cohort.targets, split, config)  # before an old run gives way
-    notes = data.notes + note_split(split, cohort)
+    notes = data.notes + note_split(split, cohort, config.level)
     run = Run.create(
         run_dir,
         {
@@ -128,6 +131,7 @@ def fit_run(
         config,
         predictions=probabilities.numpy(),
         final_history=final_history,
+        studies=data.studies,
         make_model=lambda thresholds: SavedModel(
             bank.snapshot(),
             cohort.findings,

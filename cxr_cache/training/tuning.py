@@ -22,6 +22,7 @@ from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.tuned import TailAndHead, name_blocks
+from cxr_cache.store.studies import StudyBatch, StudyTokens, head_width, take_tokens
 from cxr_cache.store.tokens import TokenSource
 from cxr_cache.training.fit import HeadTask, Trajectory, has_stopped, score_held_out, tell_of_epoch
 from cxr_cache.training.losses import make_loss
@@ -33,7 +34,7 @@ class TuningData:
     """What every fold trains from."""
 
     encoder: Encoder
-    source: TokenSource
+    source: TokenSource | StudyTokens
     targets: NDArray[np.float32]
     """``(N, F)``, NaN where unlabelled."""
     tail: Mapping[str, Tensor]
@@ -62,7 +63,7 @@ def build_model(
     """The encoder with its blocks as they were loaded, and a head: given, or drawn from `seed`."""
     bank = HeadBank.of_recipe(
         config,
-        data.encoder.identity.embedding_width,
+        head_width(data.encoder.identity.embedding_width, config.level),
         data.targets.shape[1],
         seeds=[seed],
         device=data.encoder.device,
@@ -228,7 +229,7 @@ class _Trainer:
             n_averaged = min(n_each, self.n_batches - step * n_each)  # the last may have fewer
             is_last = i == step * n_each + n_averaged - 1
             if kept is not None:
-                tokens = tokens[:, kept[i]]
+                tokens = take_tokens(tokens, kept[i])
             with self._syncing(is_last=is_last):
                 loss = self._loss_of(tokens, self.targets[rows[i]], float(shares[i]))
                 (loss / n_averaged).backward()  # type: ignore[no-untyped-call]
@@ -272,7 +273,7 @@ class _Trainer:
         prefix = torch.arange(n_prefix).expand(self.n_batches, -1)
         return torch.cat([prefix, patches], dim=1).to(self.targets.device)
 
-    def _loss_of(self, tokens: Tensor, targets: Tensor, share: float) -> Tensor:
+    def _loss_of(self, tokens: Tensor | StudyBatch, targets: Tensor, share: float) -> Tensor:
         """The loss of a batch, whose neighbours are mixed unless the share is 1.
 
         Rows come in random order, so that neighbours are random pairs; and pairs stay together
@@ -280,10 +281,11 @@ class _Trainer:
         """
         if share == 1:
             return self.loss(self.parallel(tokens), targets)
+        assert isinstance(tokens, Tensor), "studies are not mixed"
         logits = self.parallel(share * tokens.float() + (1 - share) * _swap(tokens).float())
         return share * self.loss(logits, targets) + (1 - share) * self.loss(logits, _swap(targets))
 
-    def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor]:
+    def _own_batches(self, *drawn: Tensor) -> Iterator[Tensor | StudyBatch]:
         """What this process does of every batch."""
         part = slice_of_process(self.config.batch_size)
         rows, views, seeds = (x.view(self.n_batches, -1)[:, part].flatten() for x in drawn)

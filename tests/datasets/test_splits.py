@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -17,6 +18,7 @@ from cxr_cache.datasets.splits import (
     Split,
     assign_folds,
     count_shared_studies,
+    draw_rows,
     make_split,
     split_test,
     split_test_by_image,
@@ -47,6 +49,31 @@ def labelled_groups(draw, min_groups: int = 6):
 def assert_whole(groups: np.ndarray, part: np.ndarray) -> None:
     for group in np.unique(groups):
         assert len(np.unique(part[groups == group])) == 1, f"{group} is on both sides"
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=labelled_groups(), share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+def test_whole_groups_are_drawn_and_a_smaller_draw_is_part_of_a_larger_one(data, share, seed):
+    _, groups = data
+    fold = assign_folds(data[0], groups, 2, 0)
+    rows, n = np.flatnonzero(fold == 0), round(share * (fold == 0).sum())
+    draws = [draw_rows(rows, groups, wanted, [seed]) for wanted in range(len(rows) + 1)]
+
+    drawn = draws[n]
+    assert len(drawn)
+    assert_whole(groups[rows], np.isin(rows, drawn))
+    sizes = np.unique([len(one) for one in draws])  # all that this order of groups can give
+    assert abs(len(drawn) - n) == np.abs(sizes - n).min()
+    assert all(set(a) <= set(b) for a, b in itertools.pairwise(draws))
+    np.testing.assert_array_equal(draws[-1], rows)
+
+
+def test_draws_from_other_rows_share_what_these_have_in_common():
+    groups = np.repeat(np.arange(100), 2)
+    first, second = (np.flatnonzero(groups % 5 != k) for k in (0, 1))
+    ours, theirs = (draw_rows(rows, groups, 80, [7]) for rows in (first, second))
+    assert len(np.intersect1d(ours, theirs)) > 50
+    assert len(np.intersect1d(ours, draw_rows(first, groups, 80, [8]))) < 60
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,18 +11,26 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from cxr_cache.cli.main import cli
-from cxr_cache.errors import RunError, StoreBusyError, StoreFormatError, TrainingError
+from cxr_cache.errors import (
+    ConfigError,
+    RunError,
+    StoreBusyError,
+    StoreFormatError,
+    TrainingError,
+)
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.run import Run
-from cxr_cache.report.plots import draw_ablation
+from cxr_cache.report.plots import draw_ablation, draw_curve
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import load_training_data
 from cxr_cache.training import ablation_folds as ablation_fit
-from cxr_cache.training.ablate import Ablation, make_settings, run_ablation
+from cxr_cache.training.ablate import Ablation, Scored, Scores, make_settings, run_ablation
+from cxr_cache.training.ablation_folds import draw_tasks
 from cxr_cache.training.baselines import (
     BASELINES,
     Baseline,
@@ -30,8 +38,8 @@ from cxr_cache.training.baselines import (
     predict_neighbours,
     predict_prevalence,
 )
-from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort, weigh_findings
+from cxr_cache.training.fit import PlainRows, fit_heads
+from cxr_cache.training.search import fold_tasks, search_epochs, split_cohort
 from tests.synthetic import IMPORTED, QUICK, make_cohort, make_store
 
 FOLDS = [f"fold_{k + 1}" for k in range(QUICK.n_folds)]
@@ -68,8 +76,7 @@ def test_a_setting_scores_what_a_search_of_its_own_does(store, ablation):
     table = ablation.table.set_index("setting")
     for setting in SETTINGS:
         data = load(store, setting.config)
-        split = split_cohort(data.cohort, setting.config)
-        search = search_epochs(data, split, setting.config, clusters=data.cohort.groups)
+        search = search_epochs(data, split_cohort(data.cohort, setting.config), setting.config)
         best = search.table.set_index("epochs").loc[search.chosen]
 
         row = table.loc[setting.label]
@@ -100,22 +107,18 @@ def test_heads_side_by_side_are_heads_trained_alone(store):
     """What a GPU would do, on the CPU: settings and folds in one bank, to 1e-5."""
     data = load(store)
     rows = PlainRows(data.embeddings, data.targets)
-    split = split_cohort(data.cohort, QUICK)
-    tasks, weighing = (
-        fold_tasks(split, QUICK.seed),
-        weigh_findings(rows.targets, None, split, "macro"),
-    )
+    draw = draw_tasks(split_cohort(data.cohort, QUICK), data.cohort.groups, QUICK.seed, None, 0)
     methods = [
-        ablation_fit.Method.of_setting(setting)
+        ablation_fit.Method.of_setting(setting, draw)
         for setting in make_settings(QUICK, ["lr=3e-3,3e-2", "loss=focal,weighted-bce"])
     ]
     pairs = [(method, k) for method in methods for k in range(QUICK.n_folds)]
 
-    stacked = list(ablation_fit._train_stacked(rows, pairs, tasks, weighing))
+    stacked = list(ablation_fit._train_stacked(rows, pairs))
 
     assert [(fold.key, fold.fold) for fold in stacked] == [(m.key, k) for m, k in pairs]
     for fold, (method, k) in zip(stacked, pairs, strict=True):
-        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, tasks, method, k, weighing)
+        alone = ablation_fit._fit_fold(rows.embeddings, rows.targets, method, k)
         np.testing.assert_allclose(fold.aurocs, alone.aurocs, rtol=1e-5)
         for ours, theirs in zip(fold.probabilities, alone.probabilities, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -197,6 +200,172 @@ def test_a_finding_of_one_class_keeps_its_prevalence():
 
     assert (prediction[:, 0] == 0).all()
     assert len(np.unique(prediction[:, 1])) == 5
+
+
+# --- Fewer training images ------------------------------------------------------------------------
+
+AMOUNTS = make_settings(QUICK, ["n_train=8,50%,all"])
+
+
+@pytest.fixture(scope="module")
+def curve(store, tmp_path_factory) -> Ablation:
+    return ablate(store, tmp_path_factory.mktemp("out") / "curve", AMOUNTS, n_repeats=2)
+
+
+def draw(store: Path, n_train, repeat=0, groups=None):
+    data = load(store)
+    groups = data.cohort.groups if groups is None else groups
+    return draw_tasks(split_cohort(data.cohort, QUICK), groups, QUICK.seed, n_train, repeat)
+
+
+@pytest.mark.parametrize("repeat", range(3))
+def test_a_fold_draws_whole_studies_of_its_own_training_part(store, repeat):
+    groups, smaller = load(store).cohort.groups, draw(store, 8, repeat)
+    half, whole = draw(store, 0.5, repeat), draw(store, None, repeat)
+    plain = fold_tasks(split_cohort(load(store).cohort, QUICK), QUICK.seed)
+    for few, some, task, as_ever in zip(smaller.tasks, half.tasks, whole.tasks, plain, strict=True):
+        assert set(few.train_rows) < set(some.train_rows) < set(task.train_rows)
+        left = np.setdiff1d(task.train_rows, some.train_rows)
+        assert not set(groups[left]) & set(groups[some.train_rows])
+        assert (len(few.train_rows), len(some.train_rows)) == (8, len(task.train_rows) // 2)
+        for drawn in (few, some, task):
+            np.testing.assert_array_equal(drawn.held_out_rows, as_ever.held_out_rows)
+            assert (drawn.seed == as_ever.seed) == (repeat == 0)
+        np.testing.assert_array_equal(task.train_rows, as_ever.train_rows)
+    assert (whole.identity == {}) == (repeat == 0)
+
+
+def test_repeats_draw_others_and_every_draw_has_a_key_of_its_own(store):
+    draws = [draw(store, n, repeat) for n in (8, 0.5, None) for repeat in range(3)]
+    methods = [ablation_fit.Method.of_setting(AMOUNTS[0], one) for one in draws]
+    assert len({method.key for method in methods}) == len(draws)
+    baselines = [ablation_fit.Method.of_baseline(NEIGHBOURS, QUICK, one) for one in draws]
+    assert len({method.key for method in baselines}) == 7  # on all images they know no repeats
+    by_image = draw(store, 8, groups=np.arange(len(load(store).cohort)))
+    assert by_image.identity != draws[0].identity
+
+
+def test_more_images_than_a_fold_has_are_refused_before_anything_is_written(store, tmp_path):
+    settings = make_settings(QUICK, ["n_train=8,9000"])
+    with pytest.raises(
+        ConfigError, match=r"n_train=9000: fold . of 3 has 6\d images .*n_train=all"
+    ):
+        ablate(store, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_of_the_curve_is_a_training_on_the_drawn_images_alone(store, curve):
+    """Fewer of them than a batch are no obstacle; and an epoch takes as many steps as ever."""
+    data, drawn = load(store), [draw(store, 8, repeat) for repeat in range(2)]
+    n_steps = draw(store, None).n_passed // QUICK.batch_size
+    scores = np.empty((2, QUICK.n_folds, len(QUICK.epochs)))
+    for r, of_repeat in enumerate(drawn):
+        for k, task in enumerate(of_repeat.tasks):
+            (head,) = fit_heads(data, [task], QUICK, n_epochs=6, keep=[6], n_steps=n_steps)
+            scores[r, k] = [head.auroc_after(epochs) for epochs in QUICK.epochs]
+    best = scores.mean(axis=1).max(axis=1)
+
+    row = curve.curve.set_index(["setting", "n_train"]).loc[("as given", "8")]
+    np.testing.assert_allclose(row[["repeat_1", "repeat_2"]].astype(float), best, rtol=1e-5)
+    assert (row["images"], row["studies"], row["patients"]) == (8, 4, 0)
+    np.testing.assert_allclose(
+        [row["mean_auroc"], row["std_repeats"]], [best.mean(), best.std(ddof=1)], rtol=1e-5
+    )
+    assert row["findings_with_positive"] < row["findings_scored"] == len(data.cohort.findings)
+
+
+def test_a_baseline_of_the_curve_reads_the_drawn_images_alone(store, curve):
+    data, scores = load(store), []
+    for task in draw(store, 0.5, 1).tasks:
+        x, y, held_out = data.embeddings[0], data.targets, task.held_out_rows
+        rows = task.train_rows
+        predictions = NEIGHBOURS.predict(x[rows], y[rows], x[held_out], NEIGHBOURS.candidates)
+        scores.append([float(macro_mean(auroc(y[held_out], p))) for p in predictions])
+    row = curve.curve.set_index(["setting", "n_train"]).loc[("nearest neighbours", "50%")]
+    np.testing.assert_allclose(row["repeat_2"], np.mean(scores, axis=0).max())
+
+
+def test_on_all_images_the_tables_say_what_they_say_without_a_curve(store, curve, tmp_path):
+    plain = ablate(store, tmp_path / "a", make_settings(QUICK, []), n_repeats=2)
+
+    untimed = [name for name in plain.table if name != "seconds"]
+    pd.testing.assert_frame_equal(curve.table[untimed], plain.table[untimed])
+    assert plain.curve is None
+    assert plain.best == AMOUNTS[-1]
+    whole = curve.curve[curve.curve["n_train"] == "all"].set_index("setting")["mean_auroc"]
+    ranked = curve.table.set_index("setting")["mean_auroc"]
+    assert whole.to_dict() == pytest.approx(ranked.to_dict())
+    once = ablate(store, tmp_path / "b", make_settings(QUICK, []))
+    assert "over repeats" in plain.to_text()
+    assert "repeats" not in once.to_text()
+    assert not (tmp_path / "b" / "curve.csv").exists()
+
+
+def test_the_curve_compares_each_setting_with_itself_on_the_most_images(curve):
+    for _, rows in curve.curve.groupby("setting"):
+        assert list(rows["n_train"]) == ["8", "50%", "all"]
+        assert len(set(rows["findings_scored"])) == 1
+        most, others = rows.iloc[-1], rows.iloc[:-1]
+        np.testing.assert_allclose(rows["difference"], rows["mean_auroc"] - most["mean_auroc"])
+        assert (most["low"], most["high"]) == (0, 0)
+        assert (others["low"] < others["difference"]).all()
+        assert (others["difference"] < others["high"]).all()
+
+
+def test_the_spread_over_repeats_is_part_of_the_interval(store):
+    """Where images tell nothing of the error, it is the paired t interval over repeats."""
+    cohort = load(store).cohort
+    aurocs = np.random.default_rng(0).random((2, 5, 3))
+    ours, theirs = (
+        Scored("", of_model, np.zeros(cohort.targets.shape), 0.0) for of_model in aurocs
+    )
+    scores = Scores(ablation_fit.Results(Path(), 3), cohort, split_cohort(cohort, QUICK))
+
+    found = scores._compare(ours, theirs)
+
+    by_repeat = (aurocs[0] - aurocs[1]).mean(axis=1)
+    expected = stats.ttest_1samp(by_repeat, 0).confidence_interval()
+    np.testing.assert_allclose([found["low"], found["high"]], expected)
+
+
+def test_text_and_plot_of_a_curve(curve, tmp_path):
+    said = curve.to_text()
+
+    heading = next(line for line in said.splitlines() if line.startswith("setting"))
+    assert " findings with a positive " in heading
+    assert heading.endswith("difference to all")
+    assert "n_train counts images, of whole patients (or studies)" in said
+    assert draw_curve(curve.curve, tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_a_point_that_is_best_at_the_fewest_epochs_asks_for_fewer(store, tmp_path):
+    settings = make_settings(replace(QUICK, epochs=(40,)), ["n_train=all"])
+    (note,) = [n for n in ablate(store, tmp_path / "a", settings).notes if "epochs" in n][1:]
+    assert note.startswith("1 row of the curve is best at the smallest number of epochs")
+
+
+def test_an_interrupted_curve_goes_on_and_further_numbers_are_added(store, curve, tmp_path):
+    calls: list[tuple[int, int]] = []
+
+    def stop_midway(*call: int) -> None:
+        calls.append(call)
+        if call[0] == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ablate(store, tmp_path / "a", AMOUNTS, n_repeats=2, on_progress=stop_midway)
+    calls.clear()
+    ablate(store, tmp_path / "a", AMOUNTS[1:], n_repeats=1, on_progress=lambda *c: calls.append(c))
+    again = ablate(
+        store, tmp_path / "a", AMOUNTS, n_repeats=2, on_progress=lambda *c: calls.append(c)
+    )
+
+    assert calls[-1] == (33, 33)  # three folds of 3 x 2 heads, and of 2 x 2 + 1 baselines
+    assert calls[0][0] < 10  # of what is asked for now
+    untimed = [name for name in again.curve if name != "seconds"]
+    pd.testing.assert_frame_equal(again.curve[untimed], curve.curve[untimed])
+    written = pd.read_csv(tmp_path / "a" / "curve.csv", dtype={"n_train": str})
+    np.testing.assert_allclose(written["mean_auroc"], curve.curve["mean_auroc"], rtol=1e-5)
 
 
 # --- Going on -------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ OF_ANY_RECIPE: dict[str, Any] = {
     "n_folds": 3,
     "test_fraction": 0.4,
     "split_by": "image",
+    "level": "study",
     "final": "ensemble",
     "seed": 7,
     "batch_size": 8,
@@ -86,7 +87,7 @@ OF_A_TAIL = OF_ANY_RECIPE | {
 }
 WHERE_THE_LOSS_STALLS = {"patience": 9, "early_stopping": 1}
 OF_THE_PROTOCOL = {
-    *("epochs", "n_folds", "test_fraction", "split_by", "final", "seed"),
+    *("epochs", "n_folds", "test_fraction", "split_by", "level", "final", "seed"),
     *("threshold_rule", "calibration", "half"),
 }
 OF_GIVEN_SPLITS = {"split"}
@@ -145,7 +146,7 @@ def test_a_head_heeds_every_option(store, head_run, tmp_path, name):
 
     assert outcome(run) != outcome(head_run)
     head = run.load_model().head
-    expected = {n: getattr(config, n) for n in ("hidden", "dropout", "norm", "features")}
+    expected = {n: getattr(config, n) for n in ("hidden", "dropout", "norm", "features", "level")}
     assert head == {**expected, "hidden": list(config.hidden), "input_norm": config.input_norm}
     with FeatureStore.open(store) as features:
         predicted, _ = predict_store(run, features)
@@ -205,7 +206,7 @@ def test_a_fine_tuned_run_heeds_every_option(tokens, tail_run, tmp_path, name):
     run = tune_run(tokens, tmp_path / "run", config).run
 
     assert outcome(run) != outcome(tail_run)
-    expected = {n: getattr(config, n) for n in ("dropout", "norm", "input_norm")}
+    expected = {n: getattr(config, n) for n in ("dropout", "norm", "input_norm", "level")}
     expected |= {"hidden": list(config.hidden), "features": "projected"}
     assert run.load_model().head == expected
 
@@ -240,7 +241,7 @@ def test_other_blocks_than_are_cached_are_refused(tokens, tmp_path):
 # -- fine-tuning that goes on from a frozen run -------------------------------------------
 
 TAKEN_OVER = {
-    *("n_folds", "test_fraction", "split_by", "seed", "final"),
+    *("n_folds", "test_fraction", "split_by", "level", "seed", "final"),
     *("hidden", "dropout", "norm", "input_norm"),
     *("loss", "alpha", "gamma", "threshold_rule", "calibration"),
 }

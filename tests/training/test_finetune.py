@@ -662,11 +662,13 @@ def test_the_module_reads_no_test_rows_before_the_end(store, tmp_path, monkeypat
         targets[is_test] = 1 - targets[is_test]
         return replace(found, cohort=replace(found.cohort, targets=targets))
 
-    split = finetune_module.split_cohort
+    split = finetune_module.split_rows
     monkeypatch.setattr(finetune_module, "find_labelled_rows", flipped)
     with FeatureStore.open(store) as features:
         original = features.cohort
-    monkeypatch.setattr(finetune_module, "split_cohort", lambda _, config: split(original, config))
+    monkeypatch.setattr(
+        finetune_module, "split_rows", lambda _, studies, config: split(original, studies, config)
+    )
     other = tune_run(store, tmp_path / "b", TUNED).run
     assert plain.thresholds == other.thresholds
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(plain).items())

@@ -412,6 +412,18 @@ def test_a_fold_smaller_than_a_batch_is_refused():
         count_steps(tasks, 16)
 
 
+@pytest.mark.parametrize("input_norm", ["l2", "standard"])
+def test_rows_that_do_not_fill_an_epoch_are_gone_through_several_times(in_float64, input_norm):
+    """As if they were listed so often, also where they are fewer than a batch."""
+    data, rows, held_out = in_double(make_data()), np.arange(8), np.arange(40, 60)
+    config = replace(QUICK, batch_size=12, input_norm=input_norm)
+    (once,), (often,) = (
+        fit(data, [HeadTask(listed, held_out, 3)], config, n_steps=2)
+        for listed in (rows, np.tile(rows, 3))
+    )
+    assert_same(once, often, rtol=1e-9)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_torchs_number_of_threads_is_given_back(fails):
     """Training takes one thread; the caller's setting survives it, and an error as well."""

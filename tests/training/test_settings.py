@@ -67,6 +67,21 @@ def test_what_may_be_none_and_what_is_whole():
     assert type(config.early_stopping) is int
 
 
+def test_every_setting_is_tried_on_every_number_of_images():
+    options = ["n_train=50,2.5%,all", "lr=1e-4,1e-3"]
+    settings = make_settings(BASE, options)
+    found = [(s.config.learning_rate, s.n_train, s.label) for s in settings]
+    assert found == [
+        (rate, n, f"lr={text}")
+        for rate, text in ((1e-4, "1e-4"), (1e-3, "1e-3"))
+        for n in (50, 0.025, None)
+    ]
+    sampled = make_settings(BASE, [*options, *GRID[1:]], n_sampled=2)
+    assert [s.n_train for s in sampled] == 2 * [50, 0.025, None]
+    (one,) = make_settings(BASE, ["n-train=7"])
+    assert (one.config, one.n_train, one.label) == (BASE, 7, "as given")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -88,6 +103,14 @@ def test_what_may_be_none_and_what_is_whole():
         (["seed=1,2"], "all settings share it. Use --seed instead"),
         (["folds=3"], "all settings share it. Use --folds instead"),
         (["n_jobs=3"], "all settings share it. Use --workers instead"),
+        (["n_train=0"], "'0' is no number of images; write a whole number from 1, a share such"),
+        (["n_train=few"], "'few' is no number of images"),
+        (["n_train=2.5"], "'2.5' is no number of images"),
+        (["n_train=110%"], "'110%' is no number of images"),
+        (["n_train=10%x"], "'10%x' is no number of images"),
+        (["n_train=nan%"], "'nan%' is no number of images"),
+        (["n_train=all,100%"], "given twice"),
+        (["n_trian=50"], "no such option. Did you mean n_train?"),
         (["final=refit"], "all settings share it. It is the recipe's"),
         (["dropout=1.5"], r"dropout must lie in \[0, 1\)"),
         (["loss=foca"], "loss is one of"),

@@ -636,6 +636,7 @@ def test_embeddings_are_not_normalised_where_that_is_asked_for(store, tmp_path):
     assert run.load_model().head == {
         "input_norm": "none",
         "features": "projected",
+        "level": "image",
         "hidden": list(config.hidden),
         "dropout": config.dropout,
         "norm": config.norm,

@@ -155,12 +155,12 @@
         figure("Precision and recall", area(points, "ap", "AP"), precisionRecallChart(curves, points, first.prevalence_test, name)),
         stages.some((stage) => stage !== null) ? figure("Calibration", stages.some((s) => s && s.after) ? "thin: before it was calibrated" : "", calibrationChart(stages, name)) : null));
       box.append(make("p", { class: "note" }, !isPooled
-        ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the last are tenths of the scale, larger where they hold more images."
+        ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the last are tenths of the scale, larger where they hold more."
         : "All labelled cells of all findings taken together. Dashed lines are what guessing gets, and perfect calibration."));
     } else {
       box.append(make("p", { class: "note" }, data.curves.every((of) => of.every((c) => c === null))
         ? "This run was evaluated before curves were kept; `cxr-cache evaluate RUN` and `cxr-cache report RUN` add them."
-        : "No curve: the test images hold no positive or no negative."));
+        : `No curve: the test ${data.rows} hold no positive or no negative.`));
     }
     if (!isPooled) box.append(figures(points));
     box.append(...zeroShot(data.zero_shot.map((of) => of[f])));
@@ -186,7 +186,7 @@
   ];
 
   function figures(points) {
-    const head = make("tr", {}, make("th", { scope: "col" }, several ? "Run" : "Test images"),
+    const head = make("tr", {}, make("th", { scope: "col" }, several ? "Run" : `Test ${data.rows}`),
       ...AT_THRESHOLD.map(([, label]) => make("th", { scope: "col" }, label)));
     const rows = points.map((point, run) => make("tr", {}, make("th", { scope: "row" }, several ? data.runs[run].name : `${count(point.n_test)}`),
       ...AT_THRESHOLD.map(([key, , form]) => make("td", {}, point[key] !== null ? form(point[key]) : key === "threshold" ? "too few to decide" : "–"))));
@@ -203,7 +203,7 @@
   }
 
   function groupTable(groups) {
-    const head = make("tr", {}, ...["Group", ...(several ? ["Run"] : []), "positives", "images", "AUROC", "sensitivity", "specificity"]
+    const head = make("tr", {}, ...["Group", ...(several ? ["Run"] : []), "positives", data.rows, "AUROC", "sensitivity", "specificity"]
       .map((label) => make("th", { scope: "col" }, label)));
     const rows = groups.flatMap((group, run) => (group || []).map((row) => make("tr", {},
       make("th", { scope: "row" }, `${row.group.replaceAll("_", " ")} ${row.value}`),
