@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from cxr_cache.cli.main import cli
 from cxr_cache.errors import (
@@ -164,6 +166,29 @@ def test_a_neighbour_without_a_label_does_not_vote():
 
     (share,) = predict_prevalence(embeddings, targets, embeddings[:1], (None,))
     np.testing.assert_allclose(votes[0], [(1 + share[0, 0]) / 2, share[0, 1]])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logistic_regressions_are_scikit_learns(seed):
+    """All findings and strengths in one fit of shared products, some cells unlabelled."""
+    rng = np.random.default_rng(seed)
+    embeddings = rng.standard_normal((300, 12)).astype(np.float32) * rng.uniform(0.1, 5, 12)
+    embeddings = embeddings.astype(np.float32)
+    chance = 1 / (1 + np.exp(2 - embeddings @ rng.standard_normal((12, 3)) / 4))
+    targets = (rng.random(chance.shape) < chance).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.1] = np.nan
+    strengths = (1e-3, 1e-2, 1.0)
+
+    ours = predict_logistic(embeddings, targets, embeddings[:50], strengths)
+
+    x = StandardScaler().fit_transform(embeddings)
+    for prediction, C in zip(ours, strengths, strict=True):
+        for f in range(3):
+            labelled = ~np.isnan(targets[:, f])
+            theirs = LogisticRegression(C=C, tol=1e-8, max_iter=1000)
+            theirs.fit(x[labelled], targets[labelled, f])
+            expected = theirs.predict_proba(x[:50])[:, 1]
+            np.testing.assert_allclose(prediction[:, f], expected, atol=2e-3)
 
 
 def test_a_finding_of_one_class_keeps_its_prevalence():

@@ -52,6 +52,7 @@ TABLES = (
     "history",
     "predictions",
     "out_of_fold",
+    "logistic",
     "per_finding",
 )
 QUICKER = replace(QUICK, epochs=(1, 2), n_folds=2)
