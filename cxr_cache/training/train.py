@@ -166,4 +166,5 @@ def _tabulate_repeats(
         finding_table(of_test, probabilities).assign(repeat=repeat)
         for repeat, probabilities in enumerate(tested, start=1)
     ]
-    return pd.concat(tables, ignore_index=True)
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    return table
