@@ -47,6 +47,8 @@ CONFIG = TrainConfig(
     learning_rate=1e-2,
     hidden=(16,),
     final="ensemble",
+    calibration="none",
+    min_positives=0,
     n_jobs=1,
 )
 
