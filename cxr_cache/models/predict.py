@@ -64,16 +64,15 @@ class Predictions:
     """Why an image could not be used; empty where it could."""
     views: tuple[str, ...] = ()
     """Of studies: the projections of each one's images, such as ``"Frontal + Lateral"``."""
+    undecided: tuple[str, ...] = ()
+    """Findings that are ranked only, since too few positives were there to choose a threshold."""
+    is_calibrated: bool = True
+    """Whether these are probabilities; otherwise they are scores, whose order alone means much."""
 
     @property
     def row(self) -> str:
         """What has a prediction: ``"image"`` or ``"study"``."""
         return "study" if self.views else "image"
-
-    undecided: tuple[str, ...] = ()
-    """Findings that are ranked only, since too few positives were there to choose a threshold."""
-    is_calibrated: bool = True
-    """Whether these are probabilities; otherwise they are scores, whose order alone means much."""
 
     def __repr__(self) -> str:
         few = slice(_N_PRINTED)

@@ -32,7 +32,7 @@ from cxr_cache.metrics.intervals import (
     pool_clusters,
     student_interval,
 )
-from cxr_cache.metrics.scores import has_both_classes
+from cxr_cache.metrics.scores import FloatArray, has_both_classes
 from cxr_cache.store.rows import (
     find_labelled_rows,
     note_views,
@@ -347,7 +347,7 @@ class Scored(NamedTuple):
 
     chosen: str
     aurocs: NDArray[np.float64]
-    """Macro AUROC of every repeat and fold, ``(R, K)``."""
+    """Mean AUROC of every repeat and fold, as findings are weighed, ``(R, K)``."""
     influence: NDArray[np.float64]
     """Of every image on their mean, by finding, ``(N, F)``."""
     seconds: float
@@ -428,8 +428,7 @@ class Scores:
         for k in range(self.split.n_folds):
             held_out = self.split.held_out(k)
             targets = self.cohort.targets[held_out]
-            weighing = row.methods[0].draw.weighing
-            counted = has_both_classes(targets) * (1.0 if weighing is None else weighing.weights)
+            counted = has_both_classes(targets) * _weights_of(row.methods[0])
             share = counted / max(counted.sum(), 1e-12) / self.split.n_folds / len(finished)
             for repeat in finished:
                 influence[held_out] += auroc_influence(targets, repeat.probabilities[k]) * share
@@ -464,7 +463,7 @@ class Scores:
         for method in row.methods:
             for k, task in enumerate(method.draw.tasks):
                 drawn, held_out = task.train_rows, cohort.targets[self.split.held_out(k)]
-                is_scored = has_both_classes(held_out)
+                is_scored = has_both_classes(held_out) & (_weights_of(method) > 0)
                 counts.append(
                     {
                         "images": len(drawn),
@@ -477,6 +476,12 @@ class Scores:
                     }
                 )
         return {name: float(np.mean([one[name] for one in counts])) for name in counts[0]}
+
+
+def _weights_of(method: Method) -> FloatArray:
+    """How much each finding counts in its scores, ``(F,)`` or the same for all, ``()``."""
+    weighing = method.draw.weighing
+    return np.ones(()) if weighing is None else weighing.weights
 
 
 def _deviation(values: NDArray[np.float64]) -> float:
