@@ -94,7 +94,14 @@ class Draw:
         return identity
 
 
-def draw_tasks(split: Split, groups: NDArray[Any], seed: int, n_train: Amount, repeat: int) -> Draw:
+def draw_tasks(
+    split: Split,
+    groups: NDArray[Any],
+    seed: int,
+    n_train: Amount,
+    repeat: int,
+    level: str = "image",
+) -> Draw:
     """Draw what the folds train on, of whole groups, ``(N,)``; what they hold out stays.
 
     Every repeat has another order of groups, the same in all folds, and other initial weights.
@@ -102,14 +109,14 @@ def draw_tasks(split: Split, groups: NDArray[Any], seed: int, n_train: Amount, r
     Raises
     ------
     ConfigError
-        A fold has fewer images to train on than are asked for.
+        A fold has fewer images (or studies, as `level` says) to train on than are asked for.
     """
     tasks = fold_tasks(split, seed)
     fewest = min(tasks, key=lambda task: len(task.train_rows))
     n_passed = len(fewest.train_rows)
     if isinstance(n_train, int) and n_train > n_passed:
         raise ConfigError(
-            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, 'image')} to train on, "
+            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, level)} to train on, "
             "fewer than that. Use n_train=all for all of them, or a smaller number."
         )
     drawn = []
