@@ -431,7 +431,7 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
     are drawn that are best on the most images. Every repeat is a dot, and bars are the standard
     deviation over repeats. The folder of the file exists.
     """
-    path = Path(path)
+    path, unit = Path(path), "images" if "images" in curve else "studies"
     last = curve.groupby("setting", sort=False).tail(1)
     heads = last[last["kind"] == "head"].nlargest(_MAX_CURVES, "mean_auroc")["setting"].tolist()
     baselines = last[last["kind"] == "baseline"]["setting"].tolist()
@@ -446,7 +446,7 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
         for names, (line, colors) in zip((heads, baselines), styles, strict=True):
             for i, name in enumerate(names):
                 rows, color = curve[curve["setting"] == name], colors[i % len(colors)]
-                places = rows["images"] * next(shifts)
+                places = rows[unit] * next(shifts)
                 axes.plot(places, rows[repeats], ".", color=color, markersize=3, alpha=0.5)
                 axes.errorbar(
                     *(places, rows["mean_auroc"], rows["std_repeats"]),
@@ -459,14 +459,14 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
                 )
         ticks = curve.drop_duplicates("n_train")
         labels = [
-            f"{row.images:,.0f}" + ("" if row.n_train.isdigit() else f"\n({row.n_train})")
-            for row in ticks.itertuples()
+            f"{n:,.0f}" + ("" if n_train.isdigit() else f"\n({n_train})")
+            for n, n_train in zip(ticks[unit], ticks["n_train"], strict=True)
         ]
-        axes.set_xticks(ticks["images"], labels)
+        axes.set_xticks(ticks[unit], labels)
         axes.minorticks_off()
         spread = "mean ± standard deviation over repeats" if len(repeats) > 1 else "one repeat"
         axes.set(
-            xlabel="training images of each fold (log scale)",
+            xlabel=f"training {unit} of each fold (log scale)",
             ylabel=f"macro AUROC on held-out folds\n{spread}",
         )
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)

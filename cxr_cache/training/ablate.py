@@ -22,7 +22,7 @@ from cxr_cache.common.backends import open_backend, streams_results
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines, suggest
 from cxr_cache.config import TrainConfig, kinds, option_of
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import UNITS, Cohort
 from cxr_cache.datasets.splits import Split
 from cxr_cache.errors import ConfigError
 from cxr_cache.metrics.intervals import (
@@ -72,9 +72,9 @@ class Ablation:
     settings: tuple[Setting, ...]
     curve: pd.DataFrame | None = None
     """Where settings draw their training images: a row per setting and number of images, the
-    fewest first: setting, kind, n_train, images, studies, patients, findings_with_positive,
-    findings_scored, chosen, mean_auroc, std_repeats, std_folds, repeat_1 ... repeat_R, difference,
-    low, high, seconds."""
+    fewest first: setting, kind, n_train, images (unless studies are trained on), studies, patients,
+    findings_with_positive, findings_scored, chosen, mean_auroc, std_repeats, std_folds, repeat_1
+    ... repeat_R, difference, low, high, seconds."""
     notes: tuple[str, ...] = ()
     is_random: bool = False
     """Whether the encoder has random weights."""
@@ -236,14 +236,14 @@ def run_ablation(
                     logger.info("Fold %s of %s is finished", fold.fold + 1, fold.key)
                     n_done += 1
                     on_progress(n_done, n_all)
-    scores = Scores(results, found.cohort, split)
+    scores = Scores(results, found.cohort, split, base.level)
     table = scores.rank([row for row in rows if row.n_train == rows[-1].n_train])
     write_table(out / TABLE, table, digits=6)
     notes, curve = (*found.notes, *views, *split.notes, *_describe_horizons(settings)), None
     if any(setting.n_train is not None for setting in settings):
         curve = scores.trace(rows)
         write_table(out / CURVE, curve, digits=6)
-        notes += (_describe_draws(split), *_describe_short(settings, curve))
+        notes += (_describe_draws(split, base.level), *_describe_short(settings, curve))
     weighing = rows[0].methods[0].draw.weighing
     measure = Ablation.measure if weighing is None else weighing.measure
     return Ablation(table, tuple(settings), curve, notes, is_random, measure)
@@ -276,9 +276,8 @@ def _plan(
     weighing = weigh_findings(cohort.targets, cohort.groups, split, base.select_by)
     rows: list[Row] = []
     for n_train in dict.fromkeys(setting.n_train for setting in settings):
-        draws = [
-            draw_tasks(split, groups, base.seed, n_train, r, weighing) for r in range(n_repeats)
-        ]
+        options = (split, groups, base.seed, n_train)
+        draws = [draw_tasks(*options, r, weighing, base.level) for r in range(n_repeats)]
         n_images = float(np.mean([len(task.train_rows) for d in draws for task in d.tasks]))
         makers: list[tuple[str, Callable[[Draw], Method]]] = [
             (setting.label, partial(Method.of_setting, setting))
@@ -365,6 +364,8 @@ class Scores:
     results: Results
     cohort: Cohort
     split: Split
+    level: str = "image"
+    """What a row of the cohort is."""
 
     def rank(self, rows: Sequence[Row]) -> pd.DataFrame:
         """Every row against the first, the best first."""
@@ -466,7 +467,7 @@ class Scores:
                 is_scored = has_both_classes(held_out) & (_weights_of(method) > 0)
                 counts.append(
                     {
-                        "images": len(drawn),
+                        **({"images": len(drawn)} if self.level == "image" else {}),
                         "studies": len(np.unique(cohort.study_uids[drawn])),
                         "patients": len(set(cohort.patient_ids[drawn].tolist()) - {""}),
                         "findings_with_positive": (
@@ -512,7 +513,7 @@ def _write_curve(curve: pd.DataFrame, heading: str) -> list[str]:
             **{
                 name: curve[name].map("{:,.0f}".format)
                 for name in ("images", "studies", "patients")
-                if curve[name].any()
+                if name in curve and curve[name].any()
             },
             "findings with a positive": positive + " of " + scored,
             "chosen": curve["chosen"],
@@ -554,12 +555,13 @@ def _lay_out(columns: Mapping[str, Iterable[str]]) -> list[str]:
     return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
-def _describe_draws(split: Split) -> str:
+def _describe_draws(split: Split, level: str) -> str:
+    rows = UNITS["study"] if level == "study" else "images"
     whole = "single images" if split.by == "image" else "whole patients (or studies)"
     return (
-        f"n_train counts images, of {whole} that are drawn at random. Every number is scored on "
-        "the same images and findings, also on those without a positive among the drawn images, "
-        "which cannot be learned. An epoch takes as many steps as on all images."
+        f"n_train counts {rows}, of {whole} that are drawn at random. Every number is scored on "
+        f"the same {rows} and findings, also on those without a positive among the drawn {rows}, "
+        f"which cannot be learned. An epoch takes as many steps as on all {rows}."
     )
 
 

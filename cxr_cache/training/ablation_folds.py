@@ -102,6 +102,7 @@ def draw_tasks(
     n_train: Amount,
     repeat: int,
     weighing: Weighing | None = None,
+    level: str = "image",
 ) -> Draw:
     """Draw what the folds train on, of whole groups, ``(N,)``; what they hold out stays.
 
@@ -110,14 +111,14 @@ def draw_tasks(
     Raises
     ------
     ConfigError
-        A fold has fewer images to train on than are asked for.
+        A fold has fewer images (or studies, as `level` says) to train on than are asked for.
     """
     tasks = fold_tasks(split, seed)
     fewest = min(tasks, key=lambda task: len(task.train_rows))
     n_passed = len(fewest.train_rows)
     if isinstance(n_train, int) and n_train > n_passed:
         raise ConfigError(
-            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, 'image')} to train on, "
+            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, level)} to train on, "
             "fewer than that. Use n_train=all for all of them, or a smaller number."
         )
     drawn = []

@@ -344,6 +344,18 @@ def test_the_curve_counts_the_findings_that_count_in_its_scores(store):
     assert counted["findings_with_positive"] <= counted["findings_scored"]
 
 
+def test_of_studies_studies_are_counted(store, tmp_path):
+    base = replace(QUICK, level="study", batch_size=8)
+    found = ablate(store, tmp_path / "a", make_settings(base, ["n_train=6,all"]), baselines=[])
+
+    assert found.curve["studies"].tolist()[0] == 6
+    assert "images" not in found.curve
+    assert "n_train counts studies, of whole patients" in found.to_text()
+    assert draw_curve(found.curve, tmp_path / "curve.png").exists()
+    with pytest.raises(ConfigError, match=r"of 3 has 3\d studies to train on, fewer than that"):
+        ablate(store, tmp_path / "b", make_settings(base, ["n_train=60"]))
+
+
 def test_text_and_plot_of_a_curve(curve, tmp_path):
     said = curve.to_text()
 
