@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.encoders import hugging_face, open_clip
-from cxr_cache.encoders.sources import CONFIG_FILES, IMAGENET, Family, Source, first_file
+from cxr_cache.encoders.sources import (
+    CONFIG_FILES,
+    HUGGING_FACE_CONFIG,
+    IMAGENET,
+    Family,
+    Source,
+    first_file,
+)
 from cxr_cache.encoders.timm_vit import PooledTower
 from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
 from cxr_cache.errors import EncoderError
@@ -254,6 +261,11 @@ def _of_files(
     def in_file(identifier: str) -> Source | None:
         path, shapes = _read_shapes(identifier)
         found = find(path, shapes)
+        if found is None and is_last and (path.parent / HUGGING_FACE_CONFIG).is_file():
+            raise EncoderError(
+                f"{path} does not tell by itself which image tower it is for, but "
+                f"{HUGGING_FACE_CONFIG} lies beside it: name the folder, local-dir:{path.parent}."
+            )
         if found is None and is_last:
             raise EncoderError(
                 f"{path} holds no image tower that its tensors tell: {list_names(list(shapes), 3)}."

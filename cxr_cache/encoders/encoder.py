@@ -222,7 +222,8 @@ class Encoder(nn.Module):
             raise EncoderError(
                 f"{self._name} cannot be split into frozen and trainable blocks: its image tower "
                 f"is a {type(inner).__name__}, and only plain vision transformers are taken "
-                "apart. Work with its embeddings (train), or choose a ViT."
+                "apart. Extract without --tokens and train heads on its embeddings (train), or "
+                "choose a vision transformer."
             )
         n_blocks = len(self._split.blocks)
         if not 1 <= n_unfrozen <= n_blocks:

@@ -117,15 +117,17 @@ def _require_known(config: Mapping[str, Any], path: Path) -> None:
     model_type = config.get("model_type")
     if model_type not in LAYOUTS:
         custom = " It has code of its own (auto_map), which is not run." * ("auto_map" in config)
+        says = f"has the model_type {model_type!r}, which is no image tower that is known here"
+        if model_type is None:
+            says = "does not name its model_type, so it is unknown how the tower is built"
         raise EncoderError(
-            f"{path} has the model_type {model_type!r}, which is no image tower that is known "
-            f"here.{custom} Known are {', '.join(LAYOUTS)}, and what open_clip and timm have. "
-            "Embeddings that were computed elsewhere come in by cxr-cache import."
+            f"{path} {says}.{custom} Known are {', '.join(LAYOUTS)}, and what open_clip and timm "
+            "have. Embeddings that were computed elsewhere come in by cxr-cache import."
         )
     if "quantization_config" in config:
         raise EncoderError(
-            f"{path} describes quantised weights (quantization_config), from which the tower's own "
-            "cannot be had back. Take the model that it was made from."
+            f"{path} describes quantised weights (quantization_config), from which the original "
+            "weights cannot be recovered. Take the model before it was quantised."
         )
 
 

@@ -147,6 +147,7 @@ def load_encoder(
     chosen_precision = resolve_precision(precision, chosen_device)
     family, source = find_encoder(name)
     visual = family.build(source)
+    _require_a_patch(visual, source)
     preprocessing = family.read_preprocessing(source, visual, resize, normalize, bits_stored)
     if normalize == "imagenet":
         source = replace(source, notes=(*source.notes, *_note_statistics(family, source, visual)))
@@ -156,6 +157,18 @@ def load_encoder(
     if pool != "default":
         visual, split = pool_otherwise(visual, pool, source.name), split_pooled
     return Encoder(visual.to(chosen_device), split(visual), preprocessing, chosen_precision, source)
+
+
+def _require_a_patch(visual: nn.Module, source: Source) -> None:
+    """Raise EncoderError where an image of the size that was asked for is less than one patch."""
+    embed = getattr(getattr(visual, "trunk", None), "patch_embed", visual)
+    side = max(getattr(embed, "patch_size", (0,)))
+    if source.img_size is not None and source.img_size < side:
+        raise EncoderError(
+            f"{source.name} asks for images of {source.img_size} x {source.img_size} pixels, which "
+            f"is less than one patch of this encoder, {side} x {side} pixels. Ask for a multiple "
+            f"of {side}, such as ?img_size={224 // side * side}."
+        )
 
 
 def _note_statistics(family: Family, source: Source, visual: nn.Module) -> Iterator[str]:

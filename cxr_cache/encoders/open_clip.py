@@ -110,11 +110,14 @@ def _parse_open_clip_name(name: str) -> tuple[str, str]:
         head, _, tag = name.rpartition("/")
         architecture = head.replace("/", "-")
     if architecture not in list_models():
+        kind = "dir" if Path(name).is_dir() else "file"
+        here = f" What lies here is named local-{kind}:{name}." if Path(name).exists() else ""
         raise EncoderError(
-            f"open_clip has no architecture '{architecture or name}'."
-            f"{suggest(architecture or name, [*list_models(), *read_known()])} A model of the "
-            "Hugging Face hub is named hf-hub:ORG/REPO, a folder local-dir:PATH; cxr-cache "
-            "encoders lists more."
+            f"'{name}' is no short name of an encoder, and open_clip has no architecture "
+            f"'{architecture or name}'."
+            f"{suggest(architecture or name, [*list_models(), *read_known()])}{here} A model of "
+            "the Hugging Face hub is named hf-hub:ORG/REPO, a folder local-dir:PATH; cxr-cache "
+            "encoders lists the short names."
         )
     tags = list_pretrained_tags_by_model(architecture)
     if not tag and len(tags) == 1:

@@ -120,9 +120,10 @@ def list_parts(path: Path) -> list[Path]:
     Raises
     ------
     EncoderError
-        The list is damaged.
+        The list is damaged, or the file is a pointer of Git LFS.
     """
     if not path.name.endswith(".index.json"):
+        _require_no_pointer(path)
         return [path]
     try:
         parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -134,6 +135,19 @@ def list_parts(path: Path) -> list[Path]:
             "again."
         ) from error
     return [path.parent / part for part in parts]
+
+
+def _require_no_pointer(path: Path) -> None:
+    """Raise EncoderError for what a clone without Git LFS holds in place of a large file."""
+    if not path.is_file():
+        return  # whoever reads it says so
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise EncoderError(
+                f"{path} is a pointer of Git LFS, which stands for the weights until they are "
+                "downloaded. Run git lfs pull in its folder, or download the file from the "
+                "model's page."
+            )
 
 
 def read_names(path: Path) -> list[tuple[str, tuple[int, ...]]]:
@@ -239,8 +253,8 @@ def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     if packed:
         raise EncoderError(
             f"{path} holds quantised weights ({list_names(packed, 3)}: "
-            f"{tensors[packed[0]].dtype}), from which the tower's own cannot be had back. Take "
-            "the model that it was made from."
+            f"{tensors[packed[0]].dtype}), from which the original weights cannot be recovered. "
+            "Take the model before it was quantised."
         )
     damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if damaged:
@@ -281,5 +295,6 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _refusal(error: Exception) -> str:
     """Extract the part of torch's long message that says what was refused."""
-    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    # Its first paragraph advises to switch the check off, which is no advice to hand on
+    found = re.search(r"(?:WeightsUnpickler error:\s*|\n\n)(\S.*)", str(error))
     return found[1] if found else first_line(error)

@@ -169,7 +169,9 @@ def test_an_encoder_that_no_name_leads_to_says_how_it_comes_in():
         EncoderError, match=r"weights of eva-x-b: download .*MapleF.* local-file:PA"
     ):
         load_encoder("eva-x-b")
-    with pytest.raises(EncoderError, match=r"ark-plus \(https.*is not loaded.*cxr-cache import"):
+    with pytest.raises(
+        EncoderError, match=r"ark-plus \(https.*cannot be loaded here.*cxr-cache import"
+    ):
         load_encoder("Ark-Plus")
     with pytest.raises(EncoderError, match=r"no architecture 'rad-din'. Did you mean rad-dino or"):
         load_encoder("rad-din")
@@ -231,6 +233,13 @@ def test_a_file_is_read_as_weights(folder):
     result = run("notes.pt")
     assert result.exit_code == 1
     assert "notes.pt was refused" in result.stderr
+    assert "()" not in result.stderr  # torch's reason is there
+
+
+def test_no_name_is_not_this_folder(folder):
+    result = run("")
+    assert result.exit_code == 1
+    assert "'' names no encoder" in result.stderr
 
 
 def test_a_tower_that_is_not_taken_apart_says_so():

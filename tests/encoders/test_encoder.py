@@ -428,12 +428,14 @@ def test_random_features_tell_images_apart(name):
     [
         ("ftp:somewhere", "'ftp:somewhere' names no encoder.*hf-hub:ORG/REPO"),
         ("local-dir:", "names no encoder"),
+        ("", "'' names no encoder"),
         ("microsoft/BiomedCLIP", "no architecture.*hf-hub:ORG/REPO"),
         ("ViT-B-3", "no architecture 'ViT-B-3'.*Did you mean ViT-B-32"),
         ("ViT-B-32", "does not say which weights.*ViT-B-32/laion2b_s34b_b79k"),
         ("ViT-B-32/nonsense", "does not say which weights.*ViT-B-32/laion2b_s34b_b79k"),
         ("ViT-B/32/openai", "another activation.*Use ViT-B-32-quickgelu/openai"),
         ("random:vit_tinny_patch16_224", "Did you mean vit_tiny_patch16_224"),
+        ("random:test_vit?img_size=7", "7 x 7 .*less than one patch.* 16 x 16 .*img_size=224"),
         ("random:test_vit:x", "seed in random:test_vit:x"),
         ("random:hf-hub:org/repo", "no architecture 'hf-hub'"),
     ],
@@ -441,6 +443,12 @@ def test_random_features_tell_images_apart(name):
 def test_a_name_that_means_nothing_says_what_would(name, message):
     with pytest.raises(EncoderError, match=message):
         load_encoder(name)
+
+
+def test_the_name_of_a_folder_alone_says_what_to_put_before_it(tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    with pytest.raises(EncoderError, match=f"What lies here is named local-dir:{tiny_folder.name}"):
+        load_encoder(tiny_folder.name)
 
 
 def test_open_clips_own_names_load_published_weights(tmp_path, monkeypatch):
@@ -636,8 +644,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_unrun(tiny_folder, tmp_path
     if writer == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
 
-    with pytest.raises(EncoderError, match=r"model\.bin was refused.*could run code.*safetensors"):
+    message = r"model\.bin was refused.*could run code.*\(.*GLOBAL.*\)\. Use the .*safetensors"
+    with pytest.raises(EncoderError, match=message) as refusal:
         load_encoder(f"local-dir:{tiny_folder}")
+    assert "weights_only" not in str(refusal.value)  # torch's advice would run it
     assert not trace.exists()
 
 

@@ -551,6 +551,16 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda folder: edit_weights(folder, lambda t: t.update({QUERY: t[QUERY] * torch.nan})),
         "holds NaN or infinity in .*query.weight. The file is damaged",
     ),
+    "no model_type": (
+        lambda folder: edit_config(folder, model_type=None),
+        "config.json does not name its model_type",
+    ),
+    "pointer of Git LFS": (
+        lambda folder: (folder / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        ),
+        "model.safetensors is a pointer of Git LFS.*Run git lfs pull",
+    ),
     "truncated": (
         lambda folder: (folder / "model.safetensors").write_bytes(
             (folder / "model.safetensors").read_bytes()[:-99]
@@ -578,6 +588,12 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         "config.json describes cannot be built",
     ),
 }
+
+
+def test_weights_named_without_their_folder_lead_to_it(vit):
+    message = f"config.json lies beside it: name the folder, local-dir:{vit}"
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(f"local-file:{vit / 'model.safetensors'}")
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())

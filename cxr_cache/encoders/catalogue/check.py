@@ -20,8 +20,9 @@ name               px  width  MB/image  licence
 _FOOT: Final = """
 MB/image: tokens of an image in float16, as extract --tokens keeps them.
 Type a name after --model; other encoders are named hf-hub:ORG/REPO,
-local-dir:FOLDER, timm:NAME or as open_clip does. Those without MB/image are
-not loaded. cxr-cache encoders NAME tells more of one, and checks it."""
+local-dir:FOLDER, local-file:WEIGHTS, timm:NAME or as open_clip does. Those
+without MB/image cannot be loaded here; their features come in by cxr-cache
+import. cxr-cache encoders NAME tells more of one, and checks it."""
 
 
 def format_known() -> str:
@@ -147,7 +148,7 @@ def _say_pinned(found: dict[str, Any]) -> str:
 
 
 def _list_known(known: dict[str, Any]) -> list[tuple[str, str]]:
-    seen = "which data sets, is not known here"
+    seen = "not known here; its page may say"
     if known["seen"]:
         seen = f"{list_names(known['seen'])}: a test on these is not clean"
     if known["seen"] == ("none",):

@@ -83,8 +83,8 @@ def spell_out(name: str) -> str:
         return name
     if not known.n_tokens:
         raise EncoderError(
-            f"{known.name} ({known.page}) is not loaded. {known.note} Features that its own code "
-            "computes come in by cxr-cache import."
+            f"{known.name} ({known.page}) cannot be loaded here. {known.note} Features that its "
+            "own code computes come in by cxr-cache import."
         )
     if not known.model:
         raise EncoderError(
