@@ -1,6 +1,6 @@
 """What cached tokens save: images/s of one training step, from the reference's way to ours.
 
-    python scripts/bench_finetune.py [--precision bf16] [--rounds 5] [--quick] [--out FILE]
+    python scripts/bench_finetune.py [--model NAME] [--precision bf16] [--rounds 5] [--quick]
 
 Everybody trains the last two blocks of the same encoder (ViT-B/16 at full size in BiomedCLIP's
 layout, random weights) and the same head with focal loss and AdamW, 16 images a step:
@@ -397,13 +397,15 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
+    parser.add_argument("--model", help="another encoder than the random ViT-B/16")
     parser.add_argument("--quick", action="store_true", help="a tiny tower: does it run at all?")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/finetune.json"))
     options = parser.parse_args()
     name, size_px = ("test_vit", 256) if options.quick else ("vit_base_patch16_224", 2048)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), f"random:{name}", options.precision, options.rounds)
+        model = options.model or f"random:{name}"
+        bench = Bench(Path(folder), model, options.precision, options.rounds)
         png_bytes = prepare(bench, size_px)
         results = {name: summarise(reports) for name, reports in run_rounds(bench).items()}
     judged, apart = judge(results), disagreement(results)

@@ -1,6 +1,6 @@
 """What the number format of cached tokens costs: the same trainings from tokens rounded otherwise.
 
-    python scripts/tokens_dtype.py DATA --model local-dir:TOWER --images 1500 --seeds 3 --epochs 2
+    python scripts/tokens_dtype.py DATA --model local-dir:TOWER --images 1500 --seeds 3 --epochs 4
 
 The tokens of the first images of a data set are computed once, in float32. Then the last two blocks
 and a head are trained from them, from the same rounded to bfloat16 and to float16, and once more
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -73,7 +73,12 @@ def main() -> None:
     rows = []
     for seed in range(given.seeds):
         config = FinetuneConfig(
-            epochs=(given.epochs,), seed=seed, precision=encoder.precision, patch_dropout=0.5
+            epochs=(given.epochs,),
+            seed=seed,
+            precision=encoder.precision,
+            batch_size=16,
+            warmup_steps=10,
+            patch_dropout=0.5,
         )
         task = fold_tasks(split_cohort(cohort, config), seed)[0]
         held_out = cohort.targets[task.held_out_rows]

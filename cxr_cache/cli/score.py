@@ -69,8 +69,8 @@ from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, External
 def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options: Any) -> None:
     """Score a run's predictions, with intervals; or the run on another store.
 
-    --threshold-rule and --calibration choose anew, on the run's out-of-fold predictions, and are
-    stored with its model.
+    --threshold-rule, --calibration and --min-positives choose anew, on the run's out-of-fold
+    predictions, and are stored with its model.
 
     With --store, findings are matched by their names and by a table of names that mean the same, or
     only look so. What is matched, what not and why is printed first.
@@ -86,10 +86,11 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         why = "; a run keeps its own metrics.json" if name == "out" else ""
         raise click.UsageError(f"--{flag} goes with --store{why}.")
     config = EvaluateConfig(**pick(EvaluateConfig, options))
-    if stores and (config.threshold_rule or config.calibration):
+    chosen = (config.threshold_rule, config.calibration, config.min_positives)
+    if stores and chosen != (None, None, None):
         raise click.UsageError(
-            "--threshold-rule and --calibration are chosen on the run's own out-of-fold "
-            "predictions, never on another store. Evaluate the run with them first."
+            "--threshold-rule, --calibration and --min-positives choose on the run's own "
+            "out-of-fold predictions, never on another store. Evaluate the run with them first."
         )
     opened = Run.open(run)
     if not stores:

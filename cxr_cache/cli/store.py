@@ -264,8 +264,10 @@ def extract(
     options = _encoder_options(store, pick(EncoderOptions, given))
     if workers.backend is None and workers != WorkersConfig():
         raise click.UsageError("--workers and --scheduler go with --backend.")
-    if config.unfreeze_layers is not None and not tokens:
-        raise click.UsageError("--unfreeze-layers goes with --tokens, which caches them.")
+    for name in ("unfreeze_layers", "tokens_dtype"):
+        if name in options_given(given) and not tokens:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} goes with --tokens, which caches them.")
     if tokens and config.unfreeze_layers is None:
         config = replace(config, unfreeze_layers=FinetuneConfig.unfreeze_layers)
     from cxr_cache.datasets.locate import default_image_dir

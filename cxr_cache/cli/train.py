@@ -107,7 +107,10 @@ def train(
     help="Recipe that supplies every option the ablation does not vary.",
 )
 @options_of(AblateConfig)
-@options_of(TrainConfig, "n_folds", "split", "split_by", "level", "test_fraction", "seed", "device")
+@options_of(
+    TrainConfig,
+    *("n_folds", "split", "split_by", "level", "test_fraction", "seed", "device", "select_by"),
+)
 @LABELS
 @ALLOW_PENDING
 def ablate(

@@ -327,9 +327,9 @@ def describe_recipe(run: Run, *, n_resamples: int, seed: int) -> dict[str, Any]:
     Each is the mean over trainings; its interval holds the test studies (or patients) and the
     training, ``std`` is the spread of single trainings. Empty for a run without repeats.
     """
-    trainings = read_trainings(run)
-    if len(trainings) < 2 or not n_resamples:
+    if not n_resamples or not run.has_table("repeats"):
         return {}
+    trainings = read_trainings(run)
     scores = _score([trainings], n_resamples, seed)
     n_clusters = count_rarer_class(trainings[0].targets, trainings[0].clusters)
     described: dict[str, Any] = {"n_trainings": len(trainings)}

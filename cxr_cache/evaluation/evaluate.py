@@ -22,6 +22,7 @@ from cxr_cache.evaluation.figures import (
     Estimates,
     calibration_columns,
     estimate,
+    pooled_recalibration,
     probability_errors,
     tabulate_findings,
     tabulate_groups,
@@ -36,18 +37,19 @@ from cxr_cache.evaluation.scored import (
 )
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
+from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.metrics.resampled import METHOD
 from cxr_cache.metrics.scores import (
     NEVER,
     FloatArray,
     drop_positives_only,
-    has_both_classes,
+    find_best_constant,
     macro_mean,
 )
 from cxr_cache.models.run import Run, TableName
 
 FEW_POSITIVES: Final = 10
-"""Findings with fewer positives in test are scored, and named as hardly measurable."""
+"""Findings with fewer positive patients (or studies) in test are named as hardly measurable."""
 
 
 _N_DIFFERENCES: Final = 5
@@ -162,6 +164,7 @@ def score_run(
     *,
     threshold_rule: str | None = None,
     calibration: str | None = None,
+    min_positives: int | None = None,
     groups: str | Path | None = None,
     n_resamples: int = EvaluateConfig.n_resamples,
     seed: int = EvaluateConfig.seed,
@@ -176,9 +179,9 @@ def score_run(
     ----------
     run
         A run with predictions; ``metrics.json`` and the tables are written to it.
-    threshold_rule, calibration
+    threshold_rule, calibration, min_positives
         Choose thresholds and calibration anew, on the run's out-of-fold predictions, and store them
-        with its model; None keeps what is stored, of both.
+        with its model; None keeps what is stored, of all three.
     groups
         As in :func:`evaluate_predictions`. They are kept in the run's ``groups.csv``, and taken
         from there where None are given.
@@ -205,13 +208,15 @@ def score_run(
     images = parse_predictions(predictions, targets, findings)
     images = replace(images, groups=find_groups(predictions))
     out_of_fold = parse_predictions(run.read_table("out_of_fold"), targets, findings)
-    is_chosen_anew = threshold_rule is not None or calibration is not None
+    is_chosen_anew = (threshold_rule, calibration, min_positives) != (None, None, None)
     if is_chosen_anew:
         point = choose_operating_point(
             out_of_fold.targets,
             out_of_fold.probabilities,
             rule=threshold_rule or point.rule,
             calibration=calibration or point.calibration.method,
+            clusters=out_of_fold.clusters,
+            min_positives=point.min_positives if min_positives is None else min_positives,
         )
     reading = _Reading(point, n_resamples, seed)
     is_test = (predictions["split"] == "test").to_numpy()
@@ -221,7 +226,6 @@ def score_run(
         groups = run.groups_path
     evaluation = _evaluate(images.take(is_test), reading, groups)
     recipe = describe_recipe(run, n_resamples=n_resamples, seed=seed)
-    uncalibrated = point.calibration.method == "platt" and ~has_both_classes(out_of_fold.targets)
     metrics = {
         **evaluation.metrics,
         "train": reading.estimate(train, resample=False).overall(),
@@ -231,12 +235,45 @@ def score_run(
         "n_train_studies": train.n_studies,
         **{name: run.config[name] for name in ("split",) if name in run.config},  # whose it is
     }
-    metrics["calibration"]["findings_uncalibrated"] = _named(images.findings, uncalibrated)
+    if run.has_table("logistic"):
+        metrics["logistic"], column = _compare_logistic(run, images.take(is_test), reading)
+        evaluation.per_finding["auroc_logistic"] = column
     present = images.targets == 1
     evaluation.per_finding.insert(1, "n_images", images.count_images(present))
     evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
     run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
     return metrics
+
+
+def _compare_logistic(
+    run: Run, images: ScoredImages, reading: _Reading
+) -> tuple[dict[str, Any], FloatArray]:
+    """The logistic regression that was trained beside a head, and how much better the head is.
+
+    Gives what metrics.json says, and the regression's AUROC of each finding, ``(F,)``.
+    """
+    table = run.read_table("logistic").set_index("image_id")
+    scores = {
+        "head": images.probabilities,
+        "logistic": table.loc[images.image_ids, list(images.findings)].to_numpy(np.float64),
+    }
+    targets, rows = drop_positives_only(images.targets), np.arange(len(images))
+    areas = score_jointly(
+        {name: ScoredRows(rows, targets, of) for name, of in scores.items()},
+        images.clusters,
+        n_resamples=max(2, reading.n_resamples),
+        seed=reading.seed,
+    )
+    figures = {
+        "macro_auroc": areas["logistic"].macro(),
+        "difference": areas["head"].minus(areas["logistic"]).macro(),
+    }
+    names = ("value", "low", "high") if reading.n_resamples else ("value",)
+    entries = {
+        figure: {name: to_number(getattr(of, name)) for name in names}
+        for figure, of in figures.items()
+    }
+    return {**run.config["logistic"], **entries}, areas["logistic"].once
 
 
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
@@ -265,14 +302,15 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "test_by_projection": by_group.pop("projection"),
         "test_by_group": by_group,
         "group_differences": describe_differences(differences),
-        **_counts(images, by_image.figures["auroc"], reading.point.thresholds),
+        **_counts(images, by_image.figures["auroc"], reading.point),
         "threshold_rule": reading.point.rule,
+        "min_positives": reading.point.min_positives,
         "calibration": _describe_calibration(raw, images, reading.point.calibration),
         "bootstrap": _describe_bootstrap(by_image, reading, images.unit),
     }
     tables: dict[TableName, pd.DataFrame] = {
         "per_finding": tabulate_findings(images, reading.point.thresholds, by_image).assign(
-            **calibration_columns(raw, reading.point.calibration)
+            **calibration_columns(raw, images, reading.point.calibration)
         ),
         "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
         "subgroups": tabulate_groups(subsets, reading.point.thresholds),
@@ -288,18 +326,24 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
     return Evaluation(metrics, tables)
 
 
-def _counts(images: ScoredImages, areas: FloatArray, cuts: FloatArray) -> dict[str, Any]:
+def _counts(images: ScoredImages, areas: FloatArray, point: OperatingPoint) -> dict[str, Any]:
     """How much was scored, and which findings were not."""
     undefined = np.isnan(areas)
+    n_positive = images.count_clusters(images.targets == 1)
+    best_constant = find_best_constant(np.where(point.undecided, np.nan, images.targets))
     return {
         "n_findings": len(images.findings),
         "n_findings_scored": int((~undefined).sum()),
         "n_findings_undefined": int(undefined.sum()),
         "findings_undefined": _named(images.findings, undefined),
         "findings_with_few_positives": _named(
-            images.findings, ~undefined & ((images.targets == 1).sum(axis=0) < FEW_POSITIVES)
+            images.findings, ~undefined & (n_positive < FEW_POSITIVES)
         ),
-        "findings_never_called": _named(images.findings, cuts >= NEVER),
+        "findings_never_called": _named(
+            images.findings, (point.thresholds >= NEVER) & ~point.undecided
+        ),
+        "findings_undecided": _named(images.findings, point.undecided),
+        "best_constant": _named(images.findings, best_constant),
         "n_test_images": images.count_images(),
         "n_test_studies": images.n_studies,
     }
@@ -342,9 +386,26 @@ def _describe_calibration(
     return {
         "method": calibration.method,
         "temperature": calibration.temperature,
+        "findings_uncalibrated": _named(
+            images.findings,
+            calibration.method.startswith("platt")
+            & (calibration.slope == 1)
+            & (calibration.intercept == 0),
+        ),
         "test_before": errors(raw),
         "test_after": errors(images),
+        **{f"test_{name}": entry for name, entry in pooled_recalibration(images).items()},
     }
+
+
+def find_few(per_finding: pd.DataFrame) -> NDArray[np.bool_]:
+    """Tell which findings rest on fewer than :data:`FEW_POSITIVES` patients or studies, ``(F,)``.
+
+    Tables of earlier versions count studies only.
+    """
+    names = ("n_positive_clusters_test", "n_positive_studies_test")
+    counted = next(name for name in names if name in per_finding)
+    return np.asarray(per_finding[counted] < FEW_POSITIVES)
 
 
 # --- in words ------------------------------------------------------------------------------------
@@ -354,7 +415,10 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     """Headline figures of ``metrics.json`` for a terminal, one line each."""
     test, boot = metrics["test"], metrics["bootstrap"]
     accuracy = _with_interval(test["label_accuracy"], "{:.2%}")
-    all_negative = _with_interval(test["label_accuracy_all_negative"], "{:.2%}", bounds=False)
+    all_negative, constant = (
+        _with_interval(test[name], "{:.2%}", bounds=False)
+        for name in ("label_accuracy_all_negative", "exact_match_best_constant")
+    )
     of_studies = metrics.get("rows") == "studies"
     by_study = f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}"
     lines = [
@@ -362,11 +426,20 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"{metrics['n_findings_scored']} of {count(metrics['n_findings'], 'finding')} scored",
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
         *([] if of_studies else [by_study]),
+        *_describe_logistic(metrics.get("logistic")),
         f"  macro AP        {_with_interval(test['macro_ap'])}; guessing scores "
         f"{_with_interval(test['macro_ap_of_chance'])}",
         f"  macro F1        {_with_interval(test['macro_f1'])}; calling everything present scores "
         f"{_with_interval(test['macro_f1_of_calling_all'])}",
         f"  label accuracy  {accuracy}; predicting nothing scores {all_negative}",
+        f"  exact match     {_with_interval(test['exact_match'], '{:.2%}')}; always "
+        f"{list_names(metrics['best_constant']) or 'nothing'} scores {constant}",
+        f"  Brier score     {_with_interval(test['macro_brier'])}; constant prevalence scores "
+        f"{_with_interval(test['macro_brier_of_prevalence'])}, skill "
+        f"{_with_interval(test['macro_brier_skill'])}",
+        f"  log loss        {_with_interval(test['macro_log_loss'])}; constant prevalence scores "
+        f"{_with_interval(test['macro_log_loss_of_prevalence'])}, skill "
+        f"{_with_interval(test['macro_log_loss_skill'])}",
         f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
         f"{_with_interval(test['macro_sensitivity'])}, specificity "
         f"{_with_interval(test['macro_specificity'])}",
@@ -384,7 +457,24 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
             f"  {metrics['n_findings_undefined']} not scored, without a positive or a negative in "
             f"test: {list_names(metrics['findings_undefined'])}"
         )
+    if metrics["findings_undecided"]:
+        lines.append(
+            f"  {len(metrics['findings_undecided'])} ranked only, with fewer than "
+            f"{metrics['min_positives']} positive training {UNITS[boot['unit']]}, too few to "
+            f"decide by: {list_names(metrics['findings_undecided'])}"
+        )
     return "\n".join(lines)
+
+
+def _describe_logistic(logistic: Mapping[str, Any] | None) -> list[str]:
+    """What the logistic regression beside the head scores; nothing where there is none."""
+    if logistic is None:
+        return []
+    return [
+        f"    regression    {_with_interval(logistic['macro_auroc'])} (logistic, L2, C = "
+        f"{logistic['C']:g}, on the same folds and features); the head minus it "
+        f"{_with_interval(logistic['difference'], '{:+.3f}')}"
+    ]
 
 
 def describe_sample(metrics: Mapping[str, Any], side: str, what: str = "") -> str:
@@ -409,9 +499,9 @@ def _describe_recipe(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
-    """What calibration did to the test images; nothing where there is none."""
+    """What calibration did to the test images, or that what is given are scores."""
     if calibration["method"] == "none":
-        return []
+        return ["  calibration     none: what the model gives are scores, not probabilities"]
     stages = [calibration[stage] for stage in ("test_before", "test_after")]
     log_loss, error = (
         " -> ".join(_with_interval(stage[f"micro_{name}"]) for stage in stages)
@@ -419,7 +509,8 @@ def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"  calibration     {calibration['method']}: micro log loss {log_loss}, calibration error "
-        f"{error}"
+        f"{error}; slope {_with_interval(calibration['test_slope'], '{:.2f}')}, intercept "
+        f"{_with_interval(calibration['test_intercept'], '{:+.2f}')}"
     ]
 
 

@@ -18,7 +18,7 @@ from cxr_cache.evaluation.matching import Matching
 from cxr_cache.evaluation.overlap import Overlap
 from cxr_cache.evaluation.scored import ScoredImages, parse_predictions
 from cxr_cache.metrics.operating_point import Calibration, choose_operating_point
-from cxr_cache.metrics.scores import FloatArray, weighted_mean
+from cxr_cache.metrics.scores import UNDECIDED, FloatArray, weighted_mean
 from cxr_cache.models.run import Run
 
 AT_THRESHOLD: Final = ("f1", "sensitivity", "specificity", "ppv", "npv", "balanced_accuracy")
@@ -146,7 +146,12 @@ def score_external(
     own_test = estimate(own, cuts, n_resamples=n_resamples, seed=seed)
     method = "platt" if calibration.method == "none" else calibration.method
     anew = choose_operating_point(
-        raw.targets, raw.probabilities, rule=point.rule, calibration=method
+        raw.targets,
+        raw.probabilities,
+        rule=point.rule,
+        calibration=method,
+        clusters=raw.clusters,
+        min_positives=point.min_positives,
     )
     recalibrated = estimate(
         raw.with_probabilities(anew.calibration.apply(raw.probabilities)), anew.thresholds
@@ -230,7 +235,7 @@ def _own_columns(own: ScoredImages, estimates: Estimates) -> dict[str, FloatArra
 
 def _recalibrated_columns(estimates: Estimates, thresholds: FloatArray) -> dict[str, FloatArray]:
     """Figures with what was chosen on the other data set; names end in ``_recalibrated``."""
-    columns = {"threshold": thresholds}
+    columns = {"threshold": np.where(thresholds >= UNDECIDED, np.nan, thresholds)}
     columns |= {name: estimates.figures[name] for name in (*AT_THRESHOLD, *OF_CALIBRATION)}
     columns["calibration_error"] = estimates.calibration_error
     return {f"{name}_recalibrated": values for name, values in columns.items()}

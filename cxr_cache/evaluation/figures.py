@@ -22,18 +22,22 @@ from cxr_cache.metrics.intervals import (
     student_interval,
 )
 from cxr_cache.metrics.operating_point import Calibration
+from cxr_cache.metrics.recalibration import recalibrate
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import (
     CONFUSION_COLUMNS,
+    UNDECIDED,
     Array,
     FloatArray,
     average_precision_of_chance,
     confusion_counts,
     divide,
     drop_positives_only,
+    errors_of_prevalence,
     exact_matches,
     expected_calibration_error,
     f1_of_calling_all,
+    find_best_constant,
     label_accuracy,
     label_accuracy_all_negative,
     log_losses,
@@ -103,9 +107,22 @@ MEASURES: Final = {
     "npv": Measure("NPV", "not called"),
     "balanced_accuracy": Measure("balanced accuracy", "both", is_in_panel=True),
     "brier": Measure(
-        "Brier score", "labelled", lower_is_better=True, is_headline=True, is_in_panel=True
+        *("Brier score", "labelled", "logit", "brier_of_prevalence", "constant prevalence"),
+        lower_is_better=True,
+        is_headline=True,
+        is_in_panel=True,
     ),
-    "log_loss": Measure("log loss", "labelled", "log", lower_is_better=True, is_in_panel=True),
+    "brier_skill": Measure(
+        *("Brier skill score", "both", "identity", 0.0, "constant prevalence"), is_in_panel=True
+    ),
+    "log_loss": Measure(
+        *("log loss", "labelled", "log", "log_loss_of_prevalence", "constant prevalence"),
+        lower_is_better=True,
+        is_in_panel=True,
+    ),
+    "log_loss_skill": Measure(
+        *("log loss skill score", "both", "identity", 0.0, "constant prevalence"), is_in_panel=True
+    ),
     "calibration_error": Measure(  # resampling would bias it upwards
         *("calibration error", "labelled", None),
         lower_is_better=True,
@@ -135,33 +152,39 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
         Weights of the rows ``(R, N)`` to the figures under them.
     """
     targets, probabilities = drop_positives_only(images.targets), images.probabilities
-    decisions = probabilities >= thresholds
+    is_decided = thresholds < UNDECIDED
+    decided, decisions = np.where(is_decided, targets, np.nan), probabilities >= thresholds
     ranked = RankedScores(targets, probabilities)
     pooled = RankedScores(targets, probabilities, pooled=True)
     errors = {
         "brier": np.nan_to_num(squared_errors(targets, probabilities)),
         "log_loss": np.nan_to_num(log_losses(targets, probabilities)),
     }
+    constants = (np.zeros(targets.shape[1], bool), find_best_constant(decided))
     exact = np.stack(
-        [exact_matches(targets, called) for called in (decisions, np.zeros_like(decisions))], -1
+        [exact_matches(decided, called) for called in (decisions, *constants)], axis=-1
     )
 
     def statistics(weights: Array) -> Figures:
         counts = confusion_counts(targets, decisions, weights)  # (R, F, 4)
-        in_all, n_labelled = counts.sum(axis=-2), counts.sum(axis=-1)
-        n_positive = counts[..., 0] + counts[..., 2]
-        per_finding, micro = rates(counts)._asdict(), rates(in_all)._asdict()
+        n_labelled, n_positive = counts.sum(axis=-1), counts[..., 0] + counts[..., 2]
+        counts *= is_decided[:, None]
+        per_finding, micro = rates(counts)._asdict(), rates(counts.sum(axis=-2))._asdict()
+        constant = errors_of_prevalence(n_positive, n_labelled)
         for name, cells in errors.items():
-            summed = weights @ cells
+            summed, by_constant = weights @ cells, np.nan_to_num(n_labelled * constant[name])
             per_finding[name] = divide(summed, n_labelled)
-            micro[name] = divide(summed.sum(axis=-1), n_labelled.sum(axis=-1))
+            per_finding[f"{name}_skill"] = 1 - divide(summed, by_constant)
+            summed, by_constant = summed.sum(axis=-1), by_constant.sum(axis=-1)
+            micro[name] = divide(summed, n_labelled.sum(axis=-1))
+            micro[f"{name}_skill"] = 1 - divide(summed, by_constant)
         per_finding["auroc"], per_finding["ap"] = ranked.auroc_and_ap(weights)
         micro["auroc"], micro["ap"] = (of[:, 0] for of in pooled.auroc_and_ap(weights))
         prevalence = divide(n_positive, n_labelled)
         per_finding["prevalence"] = np.where(np.isnan(per_finding["auroc"]), np.nan, prevalence)
         micro["prevalence"] = divide(n_positive.sum(axis=-1), n_labelled.sum(axis=-1))
         accuracy, all_negative = label_accuracy(counts), label_accuracy_all_negative(counts)
-        exact_match = weighted_mean(exact, weights)  # (R, 2)
+        exact_match = weighted_mean(exact, weights)  # (R, 3)
         return {
             **{name: per_finding[name] for name in RESAMPLED},
             **{
@@ -174,6 +197,7 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
             "label_accuracy_gain": accuracy - all_negative,
             "exact_match": exact_match[:, 0],
             "exact_match_all_negative": exact_match[:, 1],
+            "exact_match_best_constant": exact_match[:, 2],
         }
 
     return statistics
@@ -190,7 +214,8 @@ class Estimates:
     n_undefined: dict[str, NDArray[np.int64]]
     """Resamples that left a figure of a finding undefined, ``(F,)``."""
     by_chance: Figures
-    """What knowing nothing gets, ``(F,)``: ``ap_of_chance``, ``f1_of_calling_all``."""
+    """What knowing nothing gets, ``(F,)``: ``ap_of_chance``, ``f1_of_calling_all``, and Brier score
+    and log loss ``_of_prevalence``."""
     calibration_error: FloatArray
     """Shape ``(F,)``; it has no interval."""
     calibration_error_weighted: float
@@ -265,9 +290,14 @@ def _by_chance(images: ScoredImages, figures: Figures) -> Figures:
     )
     ap = average_precision_of_chance(n_positive, n_labelled)
     f1 = f1_of_calling_all(n_positive, n_labelled)
+    errors = errors_of_prevalence(n_positive, n_labelled)
     return {
         "ap_of_chance": np.where(np.isnan(figures["ap"]), np.nan, ap),
         "f1_of_calling_all": np.where(np.isnan(figures["f1"]), np.nan, f1),
+        **{
+            f"{name}_of_prevalence": np.where(np.isnan(figures[name]), np.nan, values)
+            for name, values in errors.items()
+        },
     }
 
 
@@ -347,27 +377,56 @@ def to_number(value: float | FloatArray | np.floating[Any]) -> float | None:
 # -- tables ---
 
 
-def calibration_columns(raw: ScoredImages, calibration: Calibration) -> dict[str, FloatArray]:
-    """Errors without calibration, and the map of each finding."""
-    errors = probability_errors(drop_positives_only(raw.targets), raw.probabilities)
+def calibration_columns(
+    raw: ScoredImages, images: ScoredImages, calibration: Calibration
+) -> dict[str, FloatArray]:
+    """Errors without calibration, the map of each finding, and what it leaves to be corrected."""
+    targets = drop_positives_only(raw.targets)
+    errors = probability_errors(targets, raw.probabilities)
+    left = recalibrate(targets, images.probabilities, images.clusters)
     return {
         **{f"{name}_before": values for name, values in errors.items()},
         "calibration_slope": calibration.slope,
         "calibration_intercept": calibration.intercept,
+        "test_slope": left.slope,
+        "test_slope_low": left.slope_interval.low,
+        "test_slope_high": left.slope_interval.high,
+        "test_intercept": left.intercept,
+        "test_intercept_low": left.intercept_interval.low,
+        "test_intercept_high": left.intercept_interval.high,
+    }
+
+
+def pooled_recalibration(images: ScoredImages) -> dict[str, Entry]:
+    """Calibration slope and intercept of all cells pooled, as metrics.json has them."""
+    targets = drop_positives_only(images.targets)
+    clusters = np.repeat(images.clusters, targets.shape[1])
+    pooled = recalibrate(targets.reshape(-1, 1), images.probabilities.reshape(-1, 1), clusters)
+    return {
+        name: {
+            "value": to_number(value[0]),
+            "low": to_number(interval.low[0]),
+            "high": to_number(interval.high[0]),
+        }
+        for name, value, interval in (
+            ("slope", pooled.slope, pooled.slope_interval),
+            ("intercept", pooled.intercept, pooled.intercept_interval),
+        )
     }
 
 
 def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimates) -> pd.DataFrame:
     """One row per finding, in the order of the findings."""
-    targets = images.targets
+    targets, is_decided = images.targets, cuts < UNDECIDED
     counts = confusion_counts(targets, images.probabilities >= cuts).astype(np.int64)
     columns: dict[str, Any] = {
         "finding": images.findings,
         "n_test": (~np.isnan(targets)).sum(axis=0),
         "n_positive_test": (targets == 1).sum(axis=0),
         "n_positive_studies_test": images.count_studies(targets == 1),
+        "n_positive_clusters_test": images.count_clusters(targets == 1),
         "prevalence_test": weighted_mean(targets),
-        "threshold": cuts,
+        "threshold": np.where(is_decided, cuts, np.nan),
     }
     for name in RESAMPLED:
         if name != "prevalence":
@@ -375,7 +434,9 @@ def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimat
             columns[name] = estimates.figures[name]
             columns[f"{name}_low"] = np.nan if interval is None else interval.low
             columns[f"{name}_high"] = np.nan if interval is None else interval.high
-    columns |= dict(zip(CONFUSION_COLUMNS, counts.T, strict=True))
+    for name, n_cells in zip(CONFUSION_COLUMNS, counts.T, strict=True):
+        columns[name] = pd.array(n_cells, "Int64")
+        columns[name][~is_decided] = pd.NA
     columns["calibration_error"] = estimates.calibration_error
     columns["n_undefined_resamples"] = estimates.n_undefined.get("auroc", 0)
     table: pd.DataFrame = pd.DataFrame(columns)

@@ -23,7 +23,7 @@ from cxr_cache.datasets.cohort import (
 )
 from cxr_cache.datasets.studies import N_IMAGES
 from cxr_cache.errors import TableError
-from cxr_cache.metrics.scores import Array, FloatArray
+from cxr_cache.metrics.scores import Array, FloatArray, count_clusters
 from cxr_cache.models.run import Run
 
 logger = logging.getLogger(__name__)
@@ -104,11 +104,11 @@ class ScoredImages:
 
     def count_studies(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Studies with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
-        return _count_names(self.study_uids, cells)
+        return count_clusters(cells, self.study_uids)
 
     def count_clusters(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Clusters with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
-        return _count_names(self.clusters, cells)
+        return count_clusters(cells, self.clusters)
 
     def take(self, rows: NDArray[Any]) -> ScoredImages:
         """Rows by number or mask."""
@@ -154,15 +154,6 @@ class ScoredImages:
             if self.n_images is None
             else np.add.reduceat(self.n_images[order], starts),
         )
-
-
-def _count_names(names: Array, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Names with at least one such cell, per finding, ``(N,)`` and ``(N, F)`` -> ``(F,)``."""
-    if not len(names):
-        return np.zeros(cells.shape[1], np.int64)
-    order, starts = _bring_together(names)
-    counted: NDArray[np.int64] = np.logical_or.reduceat(cells[order], starts, axis=0).sum(axis=0)
-    return counted
 
 
 def _bring_together(names: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

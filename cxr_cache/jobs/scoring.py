@@ -24,6 +24,7 @@ def evaluate_run(
     *,
     threshold_rule: str | None = EvaluateConfig.threshold_rule,
     calibration: str | None = EvaluateConfig.calibration,
+    min_positives: int | None = EvaluateConfig.min_positives,
     groups: str | Path | None = None,
     n_resamples: int = EvaluateConfig.n_resamples,
     seed: int = EvaluateConfig.seed,
@@ -34,7 +35,7 @@ def evaluate_run(
     ----------
     run
         A finished run.
-    threshold_rule, calibration
+    threshold_rule, calibration, min_positives
         Choose thresholds and calibration anew, on out-of-fold predictions; None keeps them.
     groups, n_resamples, seed
         As in :func:`cxr_cache.evaluation.evaluate.evaluate_predictions`. Groups are kept with the
@@ -59,7 +60,11 @@ def evaluate_run(
     >>> metrics = evaluate_run(run, calibration="platt", threshold_rule="sensitivity=0.9")
     ... # doctest: +SKIP
     """
-    options: Any = {"threshold_rule": threshold_rule, "calibration": calibration}
+    options: Any = {
+        "threshold_rule": threshold_rule,
+        "calibration": calibration,
+        "min_positives": min_positives,
+    }
     config = EvaluateConfig(n_resamples=n_resamples, seed=seed, **options)
     metrics = score_run(run, groups=groups, **vars(config))
     refresh_report(run)

@@ -24,9 +24,13 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 NEVER: Final = 2.0
 """Threshold of a finding that is never called present, since no probability reaches it."""
+UNDECIDED: Final = 3.0
+"""Threshold of a finding that is ranked only, since it had too few positives to choose one by."""
 CONFUSION_COLUMNS: Final = ("tp", "fp", "fn", "tn")
 N_BINS: Final = 10
 """Bins of equal width over [0, 1] for calibration."""
+N_SETS: Final = 50
+"""Sets of findings that are tried as a constant answer, where some cells are unlabelled."""
 _RANKED_AT_ONCE = 2**17  # scores
 
 
@@ -256,11 +260,26 @@ def exact_matches(targets: Array, decisions: NDArray[np.bool_]) -> FloatArray:
     """Mark the rows of which all labelled findings are decided rightly, ``(N, F)`` -> ``(N,)``.
 
     1 where they are, 0 where not, NaN where no finding is labelled. The :func:`weighted_mean` of
-    these marks is the exact match ratio.
+    these marks is the exact match ratio. Decisions may be ``(F,)``, the same for all rows.
     """
     labelled = ~np.isnan(targets)
     is_right = (~labelled | (decisions == (targets == 1))).all(axis=1)
     return np.where(labelled.any(axis=1), is_right, np.nan)
+
+
+def find_best_constant(targets: Array) -> NDArray[np.bool_]:
+    """Find the set of findings that is exactly right for most rows, ``(N, F)`` -> ``(F,)``.
+
+    Where some cells are unlabelled, only the :data:`N_SETS` most frequent sets are tried, in which
+    what is unlabelled is absent.
+    """
+    sets, n_rows = np.unique(targets == 1, axis=0, return_counts=True)
+    tried = sets[np.argsort(-n_rows, kind="stable")[:N_SETS]]
+    if not len(tried):
+        return np.zeros(targets.shape[1], np.bool_)
+    ratios = [np.nan_to_num(float(weighted_mean(exact_matches(targets, of)))) for of in tried]
+    best: NDArray[np.bool_] = np.asarray(tried[int(np.argmax(ratios))])
+    return best
 
 
 # --- probabilities --------------------------------------------------------------------------------
@@ -284,6 +303,17 @@ def log_losses(targets: Array, probabilities: Array) -> FloatArray:
     clipped = np.clip(np.asarray(probabilities, dtype=np.float64), step, 1 - step)
     losses = -np.log(np.where(targets == 1, clipped, 1 - clipped))
     return np.where(np.isnan(targets), np.nan, losses)
+
+
+def errors_of_prevalence(n_positive: Array, n_labelled: Array) -> dict[str, FloatArray]:
+    """Compute what stating the prevalence p for every row scores, each ``(...)``.
+
+    The ``"brier"`` score is p (1 - p); the ``"log_loss"`` is the entropy of p, in nats. No constant
+    scores better on the same rows. Skill scores are 1 minus a model's error over these.
+    """
+    p = divide(np.asarray(n_positive, np.float64), n_labelled)
+    entropy = -sum(q * np.log(np.maximum(q, np.finfo(np.float64).tiny)) for q in (p, 1 - p))
+    return {"brier": p * (1 - p), "log_loss": entropy}
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,6 +389,17 @@ def has_both_classes(targets: Array) -> NDArray[np.bool_]:
     """Tell which findings have a labelled positive and a labelled negative, shape ``(F,)``."""
     both: NDArray[np.bool_] = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
     return both
+
+
+def count_clusters(cells: NDArray[np.bool_], clusters: Array | None = None) -> NDArray[np.int64]:
+    """Count the clusters with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``.
+
+    Clusters, ``(N,)``, are the patient or study of every row; None counts rows.
+    """
+    if clusters is None:
+        return np.asarray(cells.sum(axis=0), np.int64)
+    codes = np.unique(clusters, return_inverse=True)[1]
+    return np.array([len(np.unique(codes[column])) for column in cells.T], np.int64)
 
 
 def drop_positives_only(targets: Array) -> Array:

@@ -16,6 +16,7 @@ from cxr_cache.common.wording import list_names
 from cxr_cache.datasets.images import decode_image, decode_picture, read_bytes
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import ConfigError, ImageError, RunError
+from cxr_cache.metrics.scores import NEVER, UNDECIDED
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.models.predict import Predictor, require_encoder_of_run, require_one_encoder
 from cxr_cache.models.run import Run, SavedModel
@@ -38,14 +39,26 @@ class Explanation:
     """The radiograph at full size, ``(H, W)`` or ``(H, W, 3)``."""
     extent: tuple[float, float, float, float]
     """What of the picture the map covers, in its pixels: left, right, bottom, top."""
+    is_calibrated: bool = True
+    """Whether the run gives probabilities; otherwise they are scores."""
+
+    @property
+    def decision(self) -> str:
+        """The number that the run gives, and what it means, in words."""
+        what, form = ("probability", ".1%") if self.is_calibrated else ("score", ".3f")
+        number = f"{what} {self.probability:{form}}"
+        if self.threshold >= UNDECIDED:
+            return f"{number} (too few to decide)"
+        cut = "none: never called" if self.threshold >= NEVER else f"{self.threshold:{form}}"
+        called = "present" if self.probability >= self.threshold else "absent"
+        return f"{number} (threshold {cut}), {called}"
 
     def __repr__(self) -> str:
         rows, columns = self.relevance.shape
         height, width = self.picture.shape[:2]
         return (
-            f"Explanation of {self.finding} on {self.path}: probability {self.probability:.1%} "
-            f"(threshold {self.threshold:.1%}), a map of {rows} x {columns} patches over a picture "
-            f"of {width} x {height} pixels"
+            f"Explanation of {self.finding} on {self.path}: {self.decision}, a map of {rows} x "
+            f"{columns} patches over a picture of {width} x {height} pixels"
         )
 
 
@@ -129,6 +142,7 @@ def explain_images(
                 relevance=one[0].numpy(),
                 picture=picture,
                 extent=find_extent(picture.shape[:2], prep.resize, prep.share_seen),
+                is_calibrated=calibration.method != "none",
             )
 
 

@@ -51,8 +51,8 @@ _EXPORTERS: Final[tuple[dict[str, Any], ...]] = (
 _HOW_TO_USE: Final = (
     "Input pixels: uint8 (B, 3, S, S), RGB from 0 to 255, decoded, resized and cropped as "
     "preprocessing says; normalisation is inside. Output probabilities: float32 (B, F), in the "
-    "order of findings, calibrated; a finding counts as present from its threshold on (above 1: "
-    "never)."
+    "order of findings, calibrated; a finding counts as present from its threshold on (2: never; "
+    "3: too few positives to decide)."
 )
 
 

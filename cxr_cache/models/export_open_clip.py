@@ -150,7 +150,8 @@ def _how_to_use(model: SavedModel, heads: nn.ModuleList) -> list[str]:
         "probabilities = mean over the heads of torch.sigmoid(head(embedding)), in the order of "
         "findings.",
         *([_CALIBRATE] if calibrates else []),
-        "A finding counts as present from its threshold on (above 1: never).",
+        "A finding counts as present from its threshold on (2: never; 3: too few positives to "
+        "decide).",
         "Files of more than 8 bits must be scaled to 8 bits as preprocessing.decode_rule_in_words "
         "says.",
     ]

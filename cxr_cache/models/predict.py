@@ -51,19 +51,23 @@ def _split(n_rows: int) -> list[NDArray[np.int64]]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities of N images, or studies, and what they mean at the run's thresholds."""
+    """Probabilities, or scores, of N images or studies; what they mean at the run's thresholds."""
 
     image_ids: tuple[str, ...]
     """Paths as they were given, or uids of studies."""
     findings: tuple[str, ...]
     probabilities: NDArray[np.float32]
-    """Calibrated, ``(N, F)``; NaN where an image could not be used."""
+    """Calibrated if the run is, ``(N, F)``; NaN where an image could not be used."""
     decisions: NDArray[np.bool_]
     """``(N, F)``, probability at or above the threshold."""
     errors: tuple[str, ...]
     """Why an image could not be used; empty where it could."""
     views: tuple[str, ...] = ()
     """Of studies: the projections of each one's images, such as ``"Frontal + Lateral"``."""
+    undecided: tuple[str, ...] = ()
+    """Findings that are ranked only, since too few positives were there to choose a threshold."""
+    is_calibrated: bool = True
+    """Whether these are probabilities; otherwise they are scores, whose order alone means much."""
 
     @property
     def row(self) -> str:
@@ -95,14 +99,17 @@ class Predictions:
     def to_table(self) -> pd.DataFrame:
         """One row per image: image, present (findings, ``;`` between), error, probabilities.
 
-        Of studies the first columns are study and views.
+        Of studies the first columns are study and views. A further column too_few_to_decide lists
+        the findings that are never decided, if there are any.
         """
         names = np.array(self.findings)
+        undecided = ";".join(self.undecided)
         described: pd.DataFrame = pd.DataFrame(
             {
                 self.row: self.image_ids,
                 **({"views": self.views} if self.views else {}),
                 "present": [";".join(names[row]) for row in self.decisions],
+                **({"too_few_to_decide": undecided} if undecided else {}),
                 "error": self.errors,
             }
         )
@@ -112,8 +119,11 @@ class Predictions:
         return table
 
     def to_text(self, n_shown: int = 5) -> str:
-        """The likeliest findings of each image; ``*`` marks those called present."""
-        lines = []
+        """The likeliest findings of each image; ``*`` marks those called present.
+
+        ``?`` marks those that nothing is decided of. Scores are written without a per cent sign.
+        """
+        lines, form = [], "6.1%" if self.is_calibrated else "6.3f"
         for image_id, row, called, error in zip(
             self.image_ids, self.probabilities, self.decisions, self.errors, strict=True
         ):
@@ -123,10 +133,15 @@ class Predictions:
                 continue
             # Called findings first: with a low threshold they need not be the likeliest.
             for f in sorted(range(len(row)), key=lambda f: (not called[f], -row[f]))[:n_shown]:
-                mark = "*" if called[f] else " "
-                lines.append(f"  {mark} {row[f]:6.1%}  {self.findings[f]}")
-        if self.n_failed < len(self.image_ids):
-            lines.append("* at or above the run's threshold. Not for clinical use.")
+                mark = "?" if self.findings[f] in self.undecided else "*" if called[f] else " "
+                lines.append(f"  {mark} {row[f]:{form}}  {self.findings[f]}")
+        if self.n_failed == len(self.image_ids):
+            return "\n".join(lines)
+        if self.undecided:
+            lines.append(f"? too few to decide, ranked only: {list_names(self.undecided)}.")
+        if not self.is_calibrated:
+            lines.append("These are scores, not probabilities: the run is not calibrated.")
+        lines.append("* at or above the run's threshold. Not for clinical use.")
         return "\n".join(lines)
 
 
@@ -209,6 +224,7 @@ def predict_images(
     for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
         errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
     point = model.operating_point
+    undecided = np.array(model.findings)[point.undecided]
     calibrated = point.calibration.apply(probabilities)
     return Predictions(
         tuple(ids),
@@ -217,6 +233,8 @@ def predict_images(
         calibrated >= point.thresholds,
         tuple(errors),
         tuple(name or "unknown" for name in grouped.cohort.projections.tolist()) if grouped else (),
+        tuple(undecided.tolist()),
+        point.calibration.method != "none",
     )
 
 

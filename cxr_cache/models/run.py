@@ -45,6 +45,7 @@ TableName = Literal[
     "history",
     "predictions",
     "out_of_fold",
+    "logistic",
     "repeats",
     "per_finding",
     "per_finding_by_study",
@@ -73,13 +74,15 @@ _PLOTS: Final = "plots"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
-    *("tail", "threshold_rule", "calibration"),
+    *("tail", "threshold_rule", "calibration", "min_positives"),
 )
 _FURTHER: Final = "further_encoders"
 """What a model says beside :data:`_MODEL_FIELDS`, if it reads several stores."""
 
 logger = logging.getLogger(__name__)
-_LATER_FIELDS: Final = {"tail": None, "threshold_rule": "f1", "calibration": None}
+_LATER_FIELDS: Final = {
+    **{"tail": None, "threshold_rule": "f1", "calibration": None, "min_positives": 0}
+}
 """What a model says that was saved before the field existed."""
 _ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
@@ -106,7 +109,8 @@ class SavedModel:
     """Weights by name; the leading axis is the members that are averaged."""
     findings: tuple[str, ...]
     thresholds: dict[str, float]
-    """Probability from which on a finding counts as present."""
+    """Probability from which on a finding counts as present; above 1 where none is
+    (:data:`cxr_cache.metrics.scores.NEVER`), or where nothing is decided (``UNDECIDED``)."""
     encoder: dict[str, Any]
     """Identity of the encoder whose embeddings the head reads."""
     head: dict[str, Any]
@@ -117,6 +121,8 @@ class SavedModel:
     """How the thresholds were chosen."""
     calibration: dict[str, Any] | None = None
     """Map from the model's probabilities to those the thresholds belong to; None is none."""
+    min_positives: int = 0
+    """Positive patients or studies without which a finding got no threshold."""
     further_encoders: tuple[dict[str, Any], ...] = ()
     """Identities of the encoders whose features follow the first's, where there are several."""
 
@@ -161,6 +167,7 @@ class SavedModel:
             else Calibration.from_dict(self.calibration),
             np.array([self.thresholds[finding] for finding in self.findings]),
             self.threshold_rule,
+            self.min_positives,
         )
 
     def read_at(self, point: OperatingPoint) -> SavedModel:
@@ -170,6 +177,7 @@ class SavedModel:
             thresholds=point.by_finding(self.findings),
             threshold_rule=point.rule,
             calibration=point.calibration.to_dict(),
+            min_positives=point.min_positives,
         )
 
 
@@ -394,7 +402,7 @@ class Run:
             raise RunError(f"{path} is missing; the run folder is not whole. Train again.")
         text_columns = [*_TEXT_COLUMNS, *_TEXT_COLUMNS_OF.get(name, ())]
         try:
-            if name in ("predictions", "out_of_fold", "repeats"):
+            if name in ("predictions", "out_of_fold", "logistic", "repeats"):
                 text_columns += _read_image_columns(path)
             dtypes = dict.fromkeys(text_columns, str)
             table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])

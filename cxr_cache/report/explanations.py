@@ -64,10 +64,6 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     """
     height, width = explanation.picture.shape[:2]
     relevance = explanation.relevance / max(float(explanation.relevance.max()), 1e-12)
-    is_called = explanation.probability >= explanation.threshold
-    threshold = f"{explanation.threshold:.1%}"
-    if explanation.threshold > 1:
-        threshold = "none: never called"
     with open_figure(path, 10, 1 + 4.8 * min(height / width, 2)) as figure:
         plain, covered = figure.subplots(1, 2)
         for axes in (plain, covered):
@@ -86,7 +82,6 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
         covered.set(xlim=(0, width), ylim=(height, 0))
         figure.colorbar(shown, ax=covered, label="relevance, share of the maximum", shrink=0.8)
         figure.suptitle(
-            f"{explanation.finding}: {explanation.probability:.1%} (threshold {threshold}), "
-            f"{'present' if is_called else 'absent'}\n"
+            f"{explanation.finding}: {explanation.decision}\n"
             f"{explanation.path.name}. Not for clinical use."
         )

@@ -13,6 +13,7 @@ from typing import Any, Final
 import jinja2
 
 from cxr_cache.common import wording
+from cxr_cache.config import OPTIMISM_OF_PLATEAU
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.compare import COMPARED
@@ -78,6 +79,7 @@ def render_page(
         is_indiana=tuple(views[0].config["findings"]) == FINDINGS,
         never=NEVER,
         few_positives=FEW_POSITIVES,
+        optimism=OPTIMISM_OF_PLATEAU,
         level=LEVEL,
         max_points=MAX_POINTS,
     )
@@ -108,6 +110,7 @@ def make_environment() -> jinja2.Environment:
         "ap_of_chance": _ap_of_chance,
         "f1_of_calling_all": _f1_of_calling_all,
         "beside": _beside,
+        "capitalize_first": _capitalize_first,
     }
     environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment
@@ -155,6 +158,11 @@ def _beside(measure: str, figures: Mapping[str, Any]) -> str:
     else:
         scored = figures.get(f"macro_{known.baseline}", {"value": None})["value"]
     return f"{known.baseline_label} {_fixed(scored)}"
+
+
+def _capitalize_first(text: str) -> str:
+    """The text with which a sentence begins; ``capitalize`` would lower what follows."""
+    return text[:1].upper() + text[1:]
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -17,7 +17,7 @@ from cxr_cache.common.tables import write_table
 from cxr_cache.datasets.cohort import UNITS
 from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.curves import POOLED
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL
+from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, find_few
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run
 from cxr_cache.report.drawing import (
@@ -81,7 +81,8 @@ def draw_plots(run: Run) -> dict[str, Path]:
 def draw_test_plots(run: Run) -> dict[str, Path]:
     """Draw those plots that show how a test went; as :func:`draw_plots`."""
     per_finding = run.read_table("per_finding")
-    occurring = per_finding[per_finding["n_positive_test"] > 0]
+    is_shown = (per_finding["n_positive_test"] > 0) & per_finding["tp"].notna()
+    occurring = per_finding[is_shown]
     common = occurring.nlargest(MAX_MATRICES, "n_positive_test")
     paths = {name: run.plot_path(name) for name in PLOTS if name not in PLOTS_OF_TRAINING}
     _draw_per_finding(per_finding, paths["per_finding"])
@@ -179,9 +180,9 @@ def _draw_auroc(axes: Axes, table: pd.DataFrame) -> None:
     """AUROC with its interval per row of the table, from the bottom up, and the chance line."""
     places = np.arange(len(table))
     axes.axvline(0.5, color=ORANGE, linestyle="--", linewidth=1.2, label="chance")
-    is_rare = (table["n_positive_test"] < FEW_POSITIVES).to_numpy()
+    is_rare = find_few(table)
     interval = f"AUROC, {100 * LEVEL:.0f} % interval"
-    few = f"fewer than {FEW_POSITIVES} positives"
+    few = f"fewer than {FEW_POSITIVES} positive patients or studies"
     for chosen, color, label in ((~is_rare, BLUE, interval), (is_rare, GREY, few)):
         rows = table[chosen]
         bounds = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
@@ -430,7 +431,7 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
     are drawn that are best on the most images. Every repeat is a dot, and bars are the standard
     deviation over repeats. The folder of the file exists.
     """
-    path = Path(path)
+    path, unit = Path(path), "images" if "images" in curve else "studies"
     last = curve.groupby("setting", sort=False).tail(1)
     heads = last[last["kind"] == "head"].nlargest(_MAX_CURVES, "mean_auroc")["setting"].tolist()
     baselines = last[last["kind"] == "baseline"]["setting"].tolist()
@@ -445,7 +446,7 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
         for names, (line, colors) in zip((heads, baselines), styles, strict=True):
             for i, name in enumerate(names):
                 rows, color = curve[curve["setting"] == name], colors[i % len(colors)]
-                places = rows["images"] * next(shifts)
+                places = rows[unit] * next(shifts)
                 axes.plot(places, rows[repeats], ".", color=color, markersize=3, alpha=0.5)
                 axes.errorbar(
                     *(places, rows["mean_auroc"], rows["std_repeats"]),
@@ -458,14 +459,14 @@ def draw_curve(curve: pd.DataFrame, path: str | Path) -> Path:
                 )
         ticks = curve.drop_duplicates("n_train")
         labels = [
-            f"{row.images:,.0f}" + ("" if row.n_train.isdigit() else f"\n({row.n_train})")
-            for row in ticks.itertuples()
+            f"{n:,.0f}" + ("" if n_train.isdigit() else f"\n({n_train})")
+            for n, n_train in zip(ticks[unit], ticks["n_train"], strict=True)
         ]
-        axes.set_xticks(ticks["images"], labels)
+        axes.set_xticks(ticks[unit], labels)
         axes.minorticks_off()
         spread = "mean ± standard deviation over repeats" if len(repeats) > 1 else "one repeat"
         axes.set(
-            xlabel="training images of each fold (log scale)",
+            xlabel=f"training {unit} of each fold (log scale)",
             ylabel=f"macro AUROC on held-out folds\n{spread}",
         )
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
+from cxr_cache.evaluation.evaluate import find_few
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run, TableName
@@ -69,7 +70,7 @@ class RunView:
     config: dict[str, Any]
     metrics: dict[str, Any]
     per_finding: dict[str, Record]
-    """Rows of ``per_finding.csv`` by finding."""
+    """Rows of ``per_finding.csv`` by finding, with ``is_few``."""
     search: list[Record]
     """Rows of ``epoch_search.csv``."""
     n_folds: int
@@ -94,6 +95,12 @@ class RunView:
                     now if now == trained else f"{now} (chosen after training, which had {trained})"
                 )
         return options
+
+    @property
+    def probability(self) -> str:
+        """What the numbers are that the model gives: probabilities only where calibrated."""
+        method = (self.metrics.get("calibration") or {}).get("method", "none")
+        return "score" if method == "none" else "probability"
 
     @property
     def head(self) -> str:
@@ -143,7 +150,7 @@ def read_view(run: Run, name: str | None = None) -> RunView:
     metrics = _read_metrics(run)
     search = run.read_table("epoch_search")
     tables = {"history": run.read_table("history"), **_read_optional(run)}
-    per_finding = {row["finding"]: row for row in to_records(run.read_table("per_finding"))}
+    per_finding = _read_findings(run)
     has_zero_shot = run.has_table("zero_shot")
     zero_shot = _read_zero_shot(run, per_finding) if has_zero_shot else None
     return RunView(
@@ -167,7 +174,7 @@ def read_external_view(test: Run) -> RunView:
         name=f"{Path(external['run']).resolve().name} on {Path(external['store']).stem}",
         config=test.config,
         metrics=metrics,
-        per_finding={row["finding"]: row for row in to_records(test.read_table("per_finding"))},
+        per_finding=_read_findings(test),
         search=[],
         n_folds=0,
         tables=_read_optional(test),
@@ -182,6 +189,12 @@ def _read_metrics(run: Run) -> Record:
     metrics = run.read_metrics()
     unknown = {f"macro_{name}": {"value": None, "n_findings": 0} for name in MEASURES}
     return metrics | {"test": unknown | metrics["test"]}
+
+
+def _read_findings(run: Run) -> dict[str, Record]:
+    """Rows of ``per_finding.csv``, and which of them rest on few positives."""
+    table = run.read_table("per_finding")
+    return {row["finding"]: row for row in to_records(table.assign(is_few=find_few(table)))}
 
 
 def _read_optional(run: Run) -> dict[str, pd.DataFrame]:

@@ -667,8 +667,9 @@ class FeatureStore:
         self,
         cohort: Cohort,
         features: Mapping[str, tuple[int, ...]],
-        tokens_dtype: str = "float16",
         on_space: Callable[[Space], None] | None = None,
+        *,
+        tokens_dtype: str = "float16",
     ) -> None:
         """Raise unless there is room for what :meth:`replace` would write beside this file.
 

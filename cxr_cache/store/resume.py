@@ -210,9 +210,8 @@ def _continue(
     same_table = store.header.part == part and _is_same_table(store.cohort, cohort)
     same_file = same_table and not _lacks_tokens(store, wanted)
     if not same_file:
-        store.require_space(
-            cohort, wanted.shapes, wanted.tokens_dtype, on_space
-        )  # before the images are read
+        # Before the images are read.
+        store.require_space(cohort, wanted.shapes, on_space, tokens_dtype=wanted.tokens_dtype)
     damaged = store.find_damaged()
     store.mark_pending(damaged)
     if same_file and not recheck_images:

@@ -22,7 +22,7 @@ from cxr_cache.common.backends import open_backend, streams_results
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines, suggest
 from cxr_cache.config import TrainConfig, kinds, option_of
-from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.cohort import UNITS, Cohort
 from cxr_cache.datasets.splits import Split
 from cxr_cache.errors import ConfigError
 from cxr_cache.metrics.intervals import (
@@ -32,7 +32,7 @@ from cxr_cache.metrics.intervals import (
     pool_clusters,
     student_interval,
 )
-from cxr_cache.metrics.scores import has_both_classes
+from cxr_cache.metrics.scores import FloatArray, has_both_classes
 from cxr_cache.store.rows import (
     find_labelled_rows,
     note_views,
@@ -52,7 +52,7 @@ from cxr_cache.training.ablation_folds import (
 )
 from cxr_cache.training.baselines import BASELINES, Baseline
 from cxr_cache.training.fit import PlainRows
-from cxr_cache.training.search import require_trainable_folds, split_rows
+from cxr_cache.training.search import require_trainable_folds, split_rows, weigh_findings
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,14 @@ class Ablation:
     settings: tuple[Setting, ...]
     curve: pd.DataFrame | None = None
     """Where settings draw their training images: a row per setting and number of images, the
-    fewest first: setting, kind, n_train, images, studies, patients, findings_with_positive,
-    findings_scored, chosen, mean_auroc, std_repeats, std_folds, repeat_1 ... repeat_R, difference,
-    low, high, seconds."""
+    fewest first: setting, kind, n_train, images (unless studies are trained on), studies, patients,
+    findings_with_positive, findings_scored, chosen, mean_auroc, std_repeats, std_folds, repeat_1
+    ... repeat_R, difference, low, high, seconds."""
     notes: tuple[str, ...] = ()
     is_random: bool = False
     """Whether the encoder has random weights."""
+    measure: str = "macro AUROC"
+    """What the settings are ranked by, in words."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text(n_shown=8))
@@ -94,23 +96,32 @@ class Ablation:
         table = self.table
         n_before = (table["kind"] == "head").cumsum()
         shown = table[(table["kind"] == "baseline") | (n_before <= n_shown)]
+        heading = self.measure if self.measure == Ablation.measure else "AUROC"
         lines = _lay_out(
             {
                 "rank": shown["rank"].map(str),
                 "setting": shown["setting"],
                 "chosen": shown["chosen"],
-                "macro AUROC": shown["mean_auroc"].map("{:.4f}".format),
+                heading: shown["mean_auroc"].map("{:.4f}".format),
                 "over folds": shown["std_auroc"].map("± {:.4f}".format),
                 **_describe_repeats(shown),
                 "difference to the first setting": _describe_differences(shown),
             }
         )
+        if self.measure != Ablation.measure:
+            lines.insert(0, f"Ranked by {self.measure}")
         if len(shown) < len(table):
             lines.append(f"      ... and {len(table) - len(shown):,} more in the table.")
         if self.curve is not None:
             of_shown = self.curve[self.curve["setting"].isin(shown["setting"])]
             most = self.curve["n_train"].iloc[-1]
-            lines = [f"On n_train={most}:", *lines, "", "Learning curve:", *_write_curve(of_shown)]
+            lines = [
+                f"On n_train={most}:",
+                *lines,
+                "",
+                "Learning curve:",
+                *_write_curve(of_shown, heading),
+            ]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
@@ -225,15 +236,17 @@ def run_ablation(
                     logger.info("Fold %s of %s is finished", fold.fold + 1, fold.key)
                     n_done += 1
                     on_progress(n_done, n_all)
-    scores = Scores(results, found.cohort, split)
+    scores = Scores(results, found.cohort, split, base.level)
     table = scores.rank([row for row in rows if row.n_train == rows[-1].n_train])
     write_table(out / TABLE, table, digits=6)
     notes, curve = (*found.notes, *views, *split.notes, *_describe_horizons(settings)), None
     if any(setting.n_train is not None for setting in settings):
         curve = scores.trace(rows)
         write_table(out / CURVE, curve, digits=6)
-        notes += (_describe_draws(split), *_describe_short(settings, curve))
-    return Ablation(table, tuple(settings), curve, notes, is_random)
+        notes += (_describe_draws(split, base.level), *_describe_short(settings, curve))
+    weighing = rows[0].methods[0].draw.weighing
+    measure = Ablation.measure if weighing is None else weighing.measure
+    return Ablation(table, tuple(settings), curve, notes, is_random, measure)
 
 
 # -- what there is to do ----------------------------------------------------------------
@@ -260,9 +273,11 @@ def _plan(
 ) -> list[Row]:
     """Every row, those of the fewest images first; settings before baselines."""
     groups = cohort.groups if base.split_by == "study" else np.arange(len(cohort))
+    weighing = weigh_findings(cohort.targets, cohort.groups, split, base.select_by)
     rows: list[Row] = []
     for n_train in dict.fromkeys(setting.n_train for setting in settings):
-        draws = [draw_tasks(split, groups, base.seed, n_train, r) for r in range(n_repeats)]
+        options = (split, groups, base.seed, n_train)
+        draws = [draw_tasks(*options, r, weighing, base.level) for r in range(n_repeats)]
         n_images = float(np.mean([len(task.train_rows) for d in draws for task in d.tasks]))
         makers: list[tuple[str, Callable[[Draw], Method]]] = [
             (setting.label, partial(Method.of_setting, setting))
@@ -331,7 +346,7 @@ class Scored(NamedTuple):
 
     chosen: str
     aurocs: NDArray[np.float64]
-    """Macro AUROC of every repeat and fold, ``(R, K)``."""
+    """Mean AUROC of every repeat and fold, as findings are weighed, ``(R, K)``."""
     influence: NDArray[np.float64]
     """Of every image on their mean, by finding, ``(N, F)``."""
     seconds: float
@@ -349,6 +364,8 @@ class Scores:
     results: Results
     cohort: Cohort
     split: Split
+    level: str = "image"
+    """What a row of the cohort is."""
 
     def rank(self, rows: Sequence[Row]) -> pd.DataFrame:
         """Every row against the first, the best first."""
@@ -412,9 +429,10 @@ class Scores:
         for k in range(self.split.n_folds):
             held_out = self.split.held_out(k)
             targets = self.cohort.targets[held_out]
-            n_scored = max(1, has_both_classes(targets).sum()) * self.split.n_folds * len(finished)
+            counted = has_both_classes(targets) * _weights_of(row.methods[0])
+            share = counted / max(counted.sum(), 1e-12) / self.split.n_folds / len(finished)
             for repeat in finished:
-                influence[held_out] += auroc_influence(targets, repeat.probabilities[k]) / n_scored
+                influence[held_out] += auroc_influence(targets, repeat.probabilities[k]) * share
         return Scored(
             _describe_choices(row.methods[0], sorted({repeat.chosen for repeat in finished})),
             np.stack([repeat.aurocs for repeat in finished]),
@@ -446,10 +464,10 @@ class Scores:
         for method in row.methods:
             for k, task in enumerate(method.draw.tasks):
                 drawn, held_out = task.train_rows, cohort.targets[self.split.held_out(k)]
-                is_scored = has_both_classes(held_out)
+                is_scored = has_both_classes(held_out) & (_weights_of(method) > 0)
                 counts.append(
                     {
-                        "images": len(drawn),
+                        **({"images": len(drawn)} if self.level == "image" else {}),
                         "studies": len(np.unique(cohort.study_uids[drawn])),
                         "patients": len(set(cohort.patient_ids[drawn].tolist()) - {""}),
                         "findings_with_positive": (
@@ -459,6 +477,12 @@ class Scores:
                     }
                 )
         return {name: float(np.mean([one[name] for one in counts])) for name in counts[0]}
+
+
+def _weights_of(method: Method) -> FloatArray:
+    """How much each finding counts in its scores, ``(F,)`` or the same for all, ``()``."""
+    weighing = method.draw.weighing
+    return np.ones(()) if weighing is None else weighing.weights
 
 
 def _deviation(values: NDArray[np.float64]) -> float:
@@ -476,7 +500,7 @@ def _describe_choices(method: Method, chosen: Sequence[int]) -> str:
 # -- tables as text ---------------------------------------------------------------------
 
 
-def _write_curve(curve: pd.DataFrame) -> list[str]:
+def _write_curve(curve: pd.DataFrame, heading: str) -> list[str]:
     """The curve as lines; what was drawn is a mean over folds and repeats."""
     positive, scored = (
         curve[name].map("{:.1f}".format) for name in ("findings_with_positive", "findings_scored")
@@ -489,11 +513,11 @@ def _write_curve(curve: pd.DataFrame) -> list[str]:
             **{
                 name: curve[name].map("{:,.0f}".format)
                 for name in ("images", "studies", "patients")
-                if curve[name].any()
+                if name in curve and curve[name].any()
             },
             "findings with a positive": positive + " of " + scored,
             "chosen": curve["chosen"],
-            "macro AUROC": curve["mean_auroc"].map("{:.4f}".format),
+            heading: curve["mean_auroc"].map("{:.4f}".format),
             **_describe_repeats(curve),
             "over folds": curve["std_folds"].map("± {:.4f}".format),
             f"difference to {most}": differences.where(curve["n_train"] != most, ""),
@@ -531,12 +555,13 @@ def _lay_out(columns: Mapping[str, Iterable[str]]) -> list[str]:
     return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 
 
-def _describe_draws(split: Split) -> str:
+def _describe_draws(split: Split, level: str) -> str:
+    rows = UNITS["study"] if level == "study" else "images"
     whole = "single images" if split.by == "image" else "whole patients (or studies)"
     return (
-        f"n_train counts images, of {whole} that are drawn at random. Every number is scored on "
-        "the same images and findings, also on those without a positive among the drawn images, "
-        "which cannot be learned. An epoch takes as many steps as on all images."
+        f"n_train counts {rows}, of {whole} that are drawn at random. Every number is scored on "
+        f"the same {rows} and findings, also on those without a positive among the drawn {rows}, "
+        f"which cannot be learned. An epoch takes as many steps as on all {rows}."
     )
 
 
@@ -571,11 +596,12 @@ def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
 
 _SHARED: Final = (
     *("n_folds", "test_fraction", "split", "split_by", "level", "seed", "device", "n_jobs"),
-    *("final", "threshold_rule", "calibration"),
+    *("final", "threshold_rule", "min_positives", "calibration", "baseline"),
+    *("select_by", "within_one_se"),
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
 _OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:7]} | {
-    **{"n_folds": "--folds", "n_jobs": "--workers"}
+    **{"n_folds": "--folds", "n_jobs": "--workers", "select_by": "--select-by"}
 }
 """Those of them that are options of `ablate`; the others are the recipe's."""
 _FLAGS: Final = {

@@ -22,7 +22,6 @@ from cxr_cache.common.wording import count, describe_differences, find_differenc
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.splits import Split, draw_rows
 from cxr_cache.errors import ConfigError, RunError, TrainingError
-from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.training.baselines import Baseline
 from cxr_cache.training.fit import (
     HeadFit,
@@ -31,7 +30,7 @@ from cxr_cache.training.fit import (
     Trajectory,
     can_share_a_bank,
 )
-from cxr_cache.training.search import fold_tasks
+from cxr_cache.training.search import Weighing, choose_candidate, fold_tasks, score_fold
 
 _HEADS_IN_A_BANK: Final = 64
 """On a GPU: heads that train side by side."""
@@ -82,6 +81,8 @@ class Draw:
     n_train: Amount
     repeat: int
     """Number of the repeat, from 0."""
+    weighing: Weighing | None = None
+    """How much findings count in the scores; None counts all alike."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,7 +95,15 @@ class Draw:
         return identity
 
 
-def draw_tasks(split: Split, groups: NDArray[Any], seed: int, n_train: Amount, repeat: int) -> Draw:
+def draw_tasks(
+    split: Split,
+    groups: NDArray[Any],
+    seed: int,
+    n_train: Amount,
+    repeat: int,
+    weighing: Weighing | None = None,
+    level: str = "image",
+) -> Draw:
     """Draw what the folds train on, of whole groups, ``(N,)``; what they hold out stays.
 
     Every repeat has another order of groups, the same in all folds, and other initial weights.
@@ -102,14 +111,14 @@ def draw_tasks(split: Split, groups: NDArray[Any], seed: int, n_train: Amount, r
     Raises
     ------
     ConfigError
-        A fold has fewer images to train on than are asked for.
+        A fold has fewer images (or studies, as `level` says) to train on than are asked for.
     """
     tasks = fold_tasks(split, seed)
     fewest = min(tasks, key=lambda task: len(task.train_rows))
     n_passed = len(fewest.train_rows)
     if isinstance(n_train, int) and n_train > n_passed:
         raise ConfigError(
-            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, 'image')} to train on, "
+            f"--set n_train={n_train}: {fewest.name} has {count(n_passed, level)} to train on, "
             "fewer than that. Use n_train=all for all of them, or a smaller number."
         )
     drawn = []
@@ -119,7 +128,7 @@ def draw_tasks(split: Split, groups: NDArray[Any], seed: int, n_train: Amount, r
             n = n_train if isinstance(n_train, int) else round(n_train * len(rows))
             rows = draw_rows(rows, groups, n, (seed, repeat))
         drawn.append(replace(task, train_rows=rows, seed=task.seed + 1000 * repeat))
-    return Draw(drawn, n_passed, n_train, repeat)
+    return Draw(drawn, n_passed, n_train, repeat, weighing)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,10 @@ class Method:
         identity = {
             "baseline": baseline.label,
             "candidates": baseline.candidates,
-            **{name: getattr(base, name) for name in ("features", "input_norm", "seed")},
+            **{
+                name: getattr(base, name)
+                for name in ("features", "input_norm", "seed", "select_by")
+            },
             **({} if draw.n_train is None else draw.identity),
         }
         return cls(
@@ -238,7 +250,8 @@ def _fit_fold(
         method.candidates,
     )
     held_out = targets[task.held_out_rows]
-    aurocs = [float(macro_mean(auroc(held_out, prediction))) for prediction in predictions]
+    weighing = method.draw.weighing
+    aurocs = [score_fold(held_out, prediction, weighing) for prediction in predictions]
     return Fold(method.key, k, aurocs, predictions, time.perf_counter() - started)
 
 
@@ -278,8 +291,9 @@ def _fit_bank(rows: PlainRows, bank: Sequence[tuple[Method, int]]) -> Iterator[F
             of_head |= dict.fromkeys(keep, trajectory)
     seconds = (time.perf_counter() - started) / len(bank)
     for (method, k), of_head in zip(bank, trajectories, strict=True):
-        aurocs = [of_head[epoch].auroc_after(epoch) for epoch in method.candidates]
         kept = [of_head[epoch].probabilities[epoch] for epoch in method.candidates]
+        held_out = rows.targets[method.draw.tasks[k].held_out_rows]
+        aurocs = [score_fold(held_out, of_epoch, method.draw.weighing) for of_epoch in kept]
         yield Fold(method.key, k, aurocs, kept, seconds)
 
 
@@ -353,7 +367,7 @@ class Results:
             return
         folds = [_load(file) for file in files]
         aurocs = np.stack([fold["aurocs"] for fold in folds])  # (K, candidates)
-        chosen = int(aurocs.mean(axis=0).argmax())
+        chosen = choose_candidate(aurocs.T)
         _save(
             self._file(result.key),
             {f"probabilities_{k}": f[f"probabilities_{chosen}"] for k, f in enumerate(folds)}

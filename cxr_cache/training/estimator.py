@@ -31,7 +31,7 @@ from cxr_cache.training.search import final_members, refit, search_epochs, train
 _SCORED_AT_ONCE: Final = 8192
 _CHECKS_OF_X: Final = {"dtype": np.float32, "order": "C"}
 _OF_THE_STORE: Final = ("test_fraction", "split", "split_by", "level", "features", "flip")
-_OTHERWISE_SAID: Final = ("seed", "threshold_rule", "calibration")
+_OTHERWISE_SAID: Final = (*("seed", "threshold_rule", "min_positives", "calibration", "baseline"),)
 """Options of a recipe that are no parameters: `random_state` is the seed, and predictions are
 neither calibrated nor cut."""
 _DEFAULTS: Final = {
@@ -228,7 +228,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 rows.targets[labelled], whole[labelled], config.n_folds, config.seed
             )
             split = Split(~labelled, fold)
-            search = search_epochs(rows, split, config)
+            search = search_epochs(rows, split, config, clusters=whole)
             bank, history = train_final(rows, split, search, config)
             members = [m.history[: search.chosen] for m in final_members(search, config)]
             self.epoch_search_: pd.DataFrame | None = search.table

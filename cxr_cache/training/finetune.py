@@ -64,6 +64,7 @@ from cxr_cache.training.search import (
     search_with,
     split_rows,
     stack_members,
+    weigh_findings,
 )
 from cxr_cache.training.tuning import Keeper, TuningData, build_model, tune
 
@@ -242,7 +243,9 @@ def tune_run(
             echo(_describe(build_model(data, settled), tokens, settled))
         with dead_workers_explained():
             job = _Job(run, data, split, settled, start, on_progress)
-            search = search_with(job.fit, job.tasks, settled)
+            targets, groups = found.cohort.targets, found.cohort.groups
+            weighing = weigh_findings(targets, groups, split, settled.select_by)
+            search = search_with(job.fit, job.tasks, settled, targets, weighing)
             members, history = job.train_final(search)
             predictions = job.predict(members)
         if is_main():

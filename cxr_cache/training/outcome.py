@@ -12,13 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.tables import hash_file
-from cxr_cache.common.wording import count, first_lines, list_names, plural
-from cxr_cache.config import Recipe
-from cxr_cache.datasets.cohort import GIVEN, Cohort, finding_table, name_unit
+from cxr_cache.common.wording import count, first_lines, list_names
+from cxr_cache.config import OPTIMISM_OF_PLATEAU, Recipe
+from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
+from cxr_cache.metrics.scores import count_clusters
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
+from cxr_cache.training.baselines import LogisticBaseline
 from cxr_cache.training.search import EpochSearch, horizons
 
 
@@ -48,14 +50,17 @@ class TrainResult:
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
         n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
+        measure = self.epoch_search.measure
         if n_folds == 1:
-            lines = ["No search: macro AUROC on one held-out fold, which the thresholds come from"]
+            lines = [f"No search: {measure} on one held-out fold, which the thresholds come from"]
         else:
-            lines = [f"Epoch search: macro AUROC, mean and spread over {n_folds} held-out folds"]
+            lines = [f"Epoch search: {measure}, mean and spread over {n_folds} held-out folds"]
         for row in self.search.to_dict("records"):
             mark = "   <- chosen" if row["epochs"] == self.chosen_epochs and n_folds > 1 else ""
             spread = f" ± {row['std_auroc']:.4f}" if n_folds > 1 else ""
             lines.append(f"  {row['epochs']:>5} epochs  {row['mean_auroc']:.4f}{spread}{mark}")
+        if self.run.config[self.run.config["kind"]]["schedule"] == "plateau":
+            lines.append(f"  {OPTIMISM_OF_PLATEAU}")
         lines += self._describe_stops()
         if whose := self.run.config.get("split", {}).get("whose"):
             lines.append(f"Split as given by {whose}")
@@ -82,12 +87,14 @@ def note_split(split: Split, cohort: Cohort, level: str = "image") -> tuple[str,
             f"{'names' if n_unnamed == 1 else 'name'} no patient. Their studies were kept whole; "
             "whether their patients have images on both sides is not known."
         )
-    n_positive = (cohort.targets[~split.is_test] == 1).sum(axis=0)
+    unit = name_unit(cohort.patient_ids)
+    train = ~split.is_test
+    n_positive = count_clusters(cohort.targets[train] == 1, cohort.groups[train])
     rare = np.flatnonzero((n_positive > 0) & (n_positive < split.n_folds))
     if len(rare):
         notes.append(
             f"{count(len(rare), 'finding')} {'has' if len(rare) == 1 else 'have'} fewer positive "
-            f"train {plural(level)} than there are folds, so that some folds cannot score "
+            f"train {UNITS[unit]} than there are folds, so that some folds cannot score "
             f"{'it' if len(rare) == 1 else 'them'}: "
             f"{list_names([cohort.findings[f] for f in rare])}."
         )
@@ -97,7 +104,7 @@ def note_split(split: Split, cohort: Cohort, level: str = "image") -> tuple[str,
         notes.append(
             f"Split by image: {shared:,} of {count(n_test, 'test image')} ({shared / n_test:.0%}) "
             f"{'has' if shared == 1 else 'have'} another image of the same "
-            f"{name_unit(cohort.patient_ids)} in train. Figures on test are therefore too good, "
+            f"{unit} in train. Figures on test are therefore too good, "
             "and so are those of the folds, which are split in the same way. Use --split-by study."
         )
     return tuple(notes)
@@ -140,13 +147,15 @@ def write_outcome(
     final_history: list[dict[str, float]],
     make_model: Callable[[dict[str, float]], SavedModel],
     studies: Studies | None = None,
+    baseline: LogisticBaseline | None = None,
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
     Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``; its
     history is empty where a fold's model is the final one. `make_model` makes the model to save,
     given the threshold of each finding, which is chosen on out-of-fold predictions. Where the rows
-    are `studies`, the table of the split still names their images.
+    are `studies`, the table of the split still names their images. The `baseline`, if there is one,
+    is kept to stand beside the model.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -157,6 +166,8 @@ def write_outcome(
         out_of_fold[held_out],
         rule=config.threshold_rule,
         calibration=config.calibration,
+        clusters=cohort.groups[held_out],
+        min_positives=config.min_positives,
     )
     run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
     run.write_table("splits", _split_table(cohort, split, studies))
@@ -169,7 +180,12 @@ def write_outcome(
         "out_of_fold",
         _prediction_table(cohort.take(held_out), out_of_fold[held_out], sides[held_out]),
     )
-    run.config["chosen_epochs"] = search.chosen
+    if baseline is not None:
+        test = np.flatnonzero(split.is_test)
+        table = _prediction_table(cohort.take(test), baseline.probabilities, sides[test])
+        run.write_table("logistic", table)
+        run.config["logistic"] = {"C": baseline.C, "mean_auroc": baseline.mean_auroc}
+    run.config |= {"chosen_epochs": search.chosen, "search_measure": search.measure}
     run.finish()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -20,9 +20,20 @@ from cxr_cache.datasets.splits import Split, has_given_split, make_split, take_g
 from cxr_cache.datasets.studies import Studies
 from cxr_cache.errors import TrainingError
 from cxr_cache.metrics.operating_point import find_rule
+from cxr_cache.metrics.scores import (
+    Array,
+    FloatArray,
+    auroc,
+    count_clusters,
+    has_both_classes,
+    support_mean,
+)
 from cxr_cache.models.heads import HeadBank
 from cxr_cache.training.fit import HeadTask, Rows, Trajectory, count_steps, fit_heads, tell_of_epoch
 from cxr_cache.training.fit_on_cores import fit_on_cores
+
+LEARNABLE: Final = 10
+"""Positive, and negative, training patients or studies from which on a finding's AUROC counts."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +45,12 @@ class EpochSearch:
     trajectories: dict[int, list[Trajectory]]
     """By candidate, the trajectory of each fold."""
     table: pd.DataFrame
-    """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K."""
+    """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K, as `measure` says."""
     chosen: int
-    """Candidate with the best mean macro AUROC; of equal ones the smallest."""
+    """Candidate with the best mean over folds, of equal ones the smallest; or the smallest within
+    one standard error of the best."""
+    measure: str = "macro AUROC"
+    """What the table holds, in words."""
 
 
 def horizons(config: Recipe) -> tuple[int, ...]:
@@ -49,6 +63,7 @@ def search_epochs(
     split: Split,
     config: TrainConfig,
     *,
+    clusters: Array | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> EpochSearch:
     """Score every candidate number of epochs on every held-out fold.
@@ -56,8 +71,9 @@ def search_epochs(
     If nothing in the recipe depends on how many epochs follow, each fold is trained once, up to the
     largest candidate. The smaller candidates are read off this trajectory, and are exactly what
     separate runs would give. With a schedule that has a horizon, each candidate is trained by
-    itself. `on_progress` is called with the numbers of epochs that are trained and that are to be
-    trained, of all folds.
+    itself. `clusters`, the patient or study of every row, say how many positives a finding has;
+    without them every row stands for itself. `on_progress` is called with the numbers of epochs
+    that are trained and that are to be trained, of all folds.
 
     Raises
     ------
@@ -81,23 +97,103 @@ def search_epochs(
         n_done += len(tasks) * horizon
         return trained
 
-    return search_with(fit, tasks, config)
+    known = weigh_findings(data.targets, clusters, split, config.select_by)
+    return search_with(fit, tasks, config, data.targets, known)
 
 
 FitTasks: TypeAlias = Callable[[Sequence[HeadTask], int, Collection[int]], list[Trajectory]]
 """Trains tasks for a number of epochs, and keeps the weights of each after some of them."""
 
 
-def search_with(fit: FitTasks, tasks: Sequence[HeadTask], config: Recipe) -> EpochSearch:
+def search_with(
+    fit: FitTasks,
+    tasks: Sequence[HeadTask],
+    config: Recipe,
+    targets: NDArray[np.float32],
+    weighing: Weighing,
+) -> EpochSearch:
     """Score every candidate on every task's held-out rows, with any function that trains tasks."""
     trajectories: dict[int, list[Trajectory]] = {}
     for horizon in horizons(config):
         keep = (horizon,) if config.has_horizon else config.epochs
         trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
         logger.info("%s folds are trained for up to %s epochs", len(tasks), horizon)
-    table = _tabulate(trajectories)
-    best = int(np.argmax(table["mean_auroc"].to_numpy()))
-    return EpochSearch(trajectories, table, int(table["epochs"].to_numpy()[best]))
+    scores = np.array(
+        [
+            [
+                score_fold(targets[task.held_out_rows], fold.probabilities[epochs], weighing)
+                for task, fold in zip(tasks, folds, strict=True)
+            ]
+            for epochs, folds in trajectories.items()
+        ]
+    )  # (C, K)
+    table = _tabulate(list(trajectories), scores)
+    best = choose_candidate(scores, within_one_se=config.within_one_se)
+    return EpochSearch(trajectories, table, list(trajectories)[best], weighing.measure)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighing:
+    """How much the AUROC of each finding counts where candidates are compared."""
+
+    weights: FloatArray
+    """Not negative, shape ``(F,)``."""
+    measure: str
+    """What the weighted mean is, in words."""
+
+
+def weigh_findings(
+    targets: NDArray[np.float32], clusters: Array | None, split: Split, select_by: str
+) -> Weighing:
+    """Weigh findings by what can be known of their AUROC, from the numbers of their training rows.
+
+    ``"macro"`` weighs all alike. ``"learnable"`` leaves out those with fewer than
+    :data:`LEARNABLE` positive or negative clusters, whose AUROC is noise. ``"weighted"`` takes the
+    inverse of 1 / n+ + 1 / n-, to which the variance of an AUROC is nearly proportional. Where some
+    fold can score no finding that counts, all count alike.
+    """
+    train = ~split.is_test
+    own = None if clusters is None else clusters[train]
+    n_present, n_absent = (count_clusters(targets[train] == value, own) for value in (1, 0))
+    weighing = Weighing(np.ones(targets.shape[1]), "macro AUROC")
+    if select_by == "learnable":
+        enough = np.minimum(n_present, n_absent) >= LEARNABLE
+        weighing = Weighing(
+            enough.astype(np.float64),
+            f"mean AUROC of the {enough.sum()} of {count(len(enough), 'finding')} with {LEARNABLE} "
+            "positive (and negative) training patients or studies",
+        )
+    elif select_by == "weighted":
+        weighing = Weighing(
+            n_present * n_absent / np.maximum(n_present + n_absent, 1),
+            "mean AUROC, findings weighted by inverse variance",
+        )
+    folds = [targets[split.held_out(k)] for k in range(split.n_folds)]
+    if all((weighing.weights[has_both_classes(fold)] > 0).any() for fold in folds):
+        return weighing
+    return Weighing(np.ones(targets.shape[1]), "macro AUROC")
+
+
+def score_fold(targets: Array, probabilities: Array, weighing: Weighing | None) -> float:
+    """Compute the weighted mean AUROC over the findings that are defined, of ``(n, F)``."""
+    weights = np.ones(targets.shape[1]) if weighing is None else weighing.weights
+    return float(support_mean(auroc(targets, probabilities), weights))
+
+
+def choose_candidate(scores: FloatArray, *, within_one_se: bool = False) -> int:
+    """Choose among C candidates by their scores on K folds, ``(C, K)``; gives its number.
+
+    It is the one with the best mean, of equal ones the first. With `within_one_se` it is the first
+    whose mean falls short of the best by no more than one standard error of their difference over
+    the folds (the rule of Breiman et al. 1984, whose standard error is that of the best mean;
+    folds that are hard for one candidate are hard for all, which a difference leaves out).
+    """
+    best = int(np.argmax(scores.mean(axis=1)))
+    if not within_one_se or scores.shape[1] < 2:
+        return best
+    behind = scores[best] - scores  # (C, K)
+    error = behind.std(axis=1, ddof=1) / np.sqrt(scores.shape[1])
+    return int(np.argmax(behind.mean(axis=1) <= error))
 
 
 def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: Recipe) -> None:
@@ -169,19 +265,12 @@ def _head_seed(seed: int, fold: int) -> int:
     return int(np.random.SeedSequence([seed, fold + 1]).generate_state(1)[0])
 
 
-def _tabulate(trajectories: dict[int, list[Trajectory]]) -> pd.DataFrame:
-    rows = []
-    for epochs, folds in trajectories.items():
-        scores = [trajectory.auroc_after(epochs) for trajectory in folds]
-        rows.append(
-            {
-                "epochs": epochs,
-                "mean_auroc": np.mean(scores),
-                "std_auroc": np.std(scores, ddof=1) if len(scores) > 1 else np.nan,
-                **{f"fold_{k}": score for k, score in enumerate(scores, start=1)},
-            }
-        )
-    table: pd.DataFrame = pd.DataFrame(rows)
+def _tabulate(candidates: Sequence[int], scores: FloatArray) -> pd.DataFrame:
+    n_folds = scores.shape[1]
+    spread = scores.std(axis=1, ddof=1) if n_folds > 1 else np.nan
+    folds = {f"fold_{k}": of_fold for k, of_fold in enumerate(scores.T, start=1)}
+    described = {"epochs": candidates, "mean_auroc": scores.mean(axis=1), "std_auroc": spread}
+    table: pd.DataFrame = pd.DataFrame(described | folds)
     return table
 
 
@@ -235,7 +324,8 @@ def final_members(search: EpochSearch, config: Recipe) -> list[Trajectory]:
     folds = search.trajectories[search.chosen]
     if config.final == "ensemble":
         return folds
-    return [max(folds, key=lambda fold: fold.auroc_after(search.chosen))]
+    scores = search.table.set_index("epochs").loc[search.chosen].filter(like="fold_")
+    return [folds[int(np.argmax(scores))]]
 
 
 def stack_members(members: Sequence[Trajectory], epoch: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.rows import load_training_data
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
+from cxr_cache.training.baselines import train_logistic
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
@@ -37,6 +38,7 @@ from cxr_cache.training.search import (
     split_rows,
     stack_members,
     train_final,
+    weigh_findings,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,16 +99,24 @@ def fit_run(
     )
     embeddings = torch.from_numpy(data.embeddings[0])
     search = search_epochs(
-        data, split, config, on_progress=partial(_count, on_progress, n_repeats, 1)
+        data,
+        split,
+        config,
+        clusters=cohort.groups,
+        on_progress=partial(_count, on_progress, n_repeats, 1),
     )
     bank, final_history = train_final(data, split, search, config)
     probabilities = predict_probabilities(bank, embeddings)
+    baseline = None
+    if config.baseline:
+        weighing = weigh_findings(cohort.targets, cohort.groups, split, config.select_by)
+        baseline = train_logistic(data, split, weighing, config)
     if n_repeats > 1:
         tested = [probabilities.numpy()[split.is_test]]
         for repeat in range(2, n_repeats + 1):
             again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
             progress = partial(_count, on_progress, n_repeats, repeat)
-            found = search_epochs(data, split, again, on_progress=progress)
+            found = search_epochs(data, split, again, clusters=cohort.groups, on_progress=progress)
             of_repeat, _ = train_final(data, split, found, again)
             tested.append(predict_probabilities(of_repeat, embeddings).numpy()[split.is_test])
         run.config["n_repeats"] = n_repeats
@@ -130,6 +140,7 @@ def fit_run(
             describe_head(config),
             further_encoders=tuple(encoders[1:]),
         ),
+        baseline=baseline,
     )
     return TrainResult(run, search, notes)
 
@@ -155,4 +166,5 @@ def _tabulate_repeats(
         finding_table(of_test, probabilities).assign(repeat=repeat)
         for repeat, probabilities in enumerate(tested, start=1)
     ]
-    return pd.concat(tables, ignore_index=True)
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    return table

@@ -193,7 +193,7 @@ class _Trainer:
             factor = self.learning_rates[epoch - 1] / self.config.learning_rate
             for group in self.optimizer.param_groups:
                 group["lr"] = factor * group["full_lr"]
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = self._last_blocks_rate()
         train_loss = self._train(epoch)
         with self.average.in_place():
             val_loss, probabilities = self._score()
@@ -212,6 +212,12 @@ class _Trainer:
             "seconds": time.perf_counter() - started,
         }
         return row, probabilities
+
+    def _last_blocks_rate(self) -> float:
+        """The configured rate as the schedule has it now; blocks before have smaller ones."""
+        groups = self.optimizer.param_groups
+        full = self.config.learning_rate
+        return next(float(group["lr"]) for group in groups if group["full_lr"] == full)
 
     def _train(self, epoch: int) -> float:
         """One epoch; the mean loss."""
@@ -259,7 +265,8 @@ class _Trainer:
     def _draw_patches(self, epoch: int) -> Tensor | None:
         """Which tokens every batch of this epoch keeps, rising, ``(n_batches, n)``; None for all.
 
-        Class token and registers always stay.
+        Class token and registers always stay. On the CPU, from where tokens can be picked on any
+        device: those of a source may be elsewhere than the encoder.
         """
         if not self.config.patch_dropout:
             return None
@@ -271,7 +278,7 @@ class _Trainer:
         order = torch.rand(self.n_batches, n_patches, generator=generator).argsort(dim=1)
         patches = n_prefix + order[:, :n_kept].sort(dim=1).values
         prefix = torch.arange(n_prefix).expand(self.n_batches, -1)
-        return torch.cat([prefix, patches], dim=1).to(self.targets.device)
+        return torch.cat([prefix, patches], dim=1)
 
     def _loss_of(self, tokens: Tensor | StudyBatch, targets: Tensor, share: float) -> Tensor:
         """The loss of a batch, whose neighbours are mixed unless the share is 1.

@@ -245,10 +245,10 @@ def test_the_config_of_an_old_run_trains_the_same(folder, command, made):
     now = json.loads(json.dumps(asdict(config)))
     assert {name: now[name] for name in recorded[command]} == recorded[command]
     added = {name: value for name, value in now.items() if name not in recorded[command]}
-    expected = {
-        "split": "given",
-        "level": "image",
-    }  # what came later has its default: old stores give no split
+    # What came later has its default, or does nothing, as before: old stores give no split.
+    expected: dict[str, Any] = {"split": "given", "level": "image"}
+    expected |= {"min_positives": 0, "select_by": "macro", "within_one_se": False}
+    expected |= {"baseline": True} if command == "train" else {}
     if command == "finetune":  # or does nothing, as before
         expected |= {"layer_decay": 1.0, "mixup": 0.0, "ema_decay": 0.0, "patch_dropout": 0.0}
     assert added == expected

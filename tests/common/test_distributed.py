@@ -32,6 +32,10 @@ CONFIG = FinetuneConfig.of_recipe(
     learning_rate=1e-3,
     head_learning_rate=1e-2,
     hidden=(16,),
+    layer_decay=0.5,
+    ema_decay=0.9,
+    mixup=0.3,
+    patch_dropout=0.5,
     device="cpu",
     precision="fp32",
 )
@@ -54,6 +58,7 @@ def torchrun(store: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
         *("--recipe", "reference"),
         *("--epochs", "1,2", "--folds", "2", "--batch-size", "8", "--accumulate", "2"),
         *("--lr", "1e-3", "--head-lr", "1e-2", "--hidden", "16", "--device", "cpu"),
+        *("--layer-decay", "0.5", "--ema", "0.9", "--mixup", "0.3", "--patch-dropout", "0.5"),
         *("--precision", "fp32"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,7 +66,10 @@ def torchrun(store: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_give_the_run_of_one(store, tmp_path):
-    """Each batch is shared, dropout and batch norm see the whole of it, gradients are summed."""
+    """Each batch is shared, dropout and batch norm see the whole of it, gradients are summed.
+
+    Both leave out the same patches, mix the same pairs and average the same weights.
+    """
     alone = tune_run(store, tmp_path / "alone", CONFIG).run
     result = torchrun(store, tmp_path / "two")
     assert result.returncode == 0, result.stderr
@@ -91,7 +99,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(store, tmp_path, monkeypatch):
     monkeypatch.setattr("cxr_cache.training.finetune.world_size", lambda: 2)
     message = r"--batch-size 9 does not divide into 2 processes\. Use a multiple of 2\."
     with pytest.raises(ConfigError, match=message):
-        tune_run(store, tmp_path / "run", replace(CONFIG, batch_size=9))
+        tune_run(store, tmp_path / "run", replace(CONFIG, batch_size=9, mixup=0.0))
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cxr_cache.errors import ConfigError, RunError, TableError
 from cxr_cache.evaluation.evaluate import evaluate_predictions, format_summary, score_run
 from cxr_cache.evaluation.scored import parse_predictions, read_scored
 from cxr_cache.metrics.operating_point import choose_thresholds
-from cxr_cache.metrics.scores import NEVER
+from cxr_cache.metrics.scores import NEVER, UNDECIDED, find_best_constant
 from cxr_cache.models.run import Run, SavedModel
 
 FINDINGS = ("Cardiomegaly", "Pleural Effusion", "Nodule", "Hernia", "Mass", "Bronchiolitis")
@@ -114,6 +115,88 @@ def run(tmp_path) -> Run:
     return make_run(tmp_path / "run")
 
 
+def test_an_undecided_finding_is_ranked_and_counts_in_no_figure_at_thresholds(run, tmp_path):
+    """All that thresholds decide is what it would be without the finding; ranking stays."""
+    score_run(run, n_resamples=20)
+    before = run.read_metrics()["test"]
+    points = dict.fromkeys(FINDINGS, 0.5) | {"Mass": UNDECIDED}
+    predictions = run.predictions.query("split == 'test'")
+
+    found = evaluate_predictions(predictions, run.targets, points, n_resamples=20)
+    rest = {name: cut for name, cut in points.items() if name != "Mass"}
+    without = evaluate_predictions(predictions, run.targets, rest, n_resamples=20)
+
+    ours, others = found.metrics["test"], without.metrics["test"]
+    at_thresholds = ("f1", "sensitivity", "specificity", "ppv", "npv", "balanced_accuracy")
+    decided = [f"{mean}_{name}" for mean in ("macro", "micro") for name in at_thresholds]
+    decided += [name for name in ours if name.startswith(("label_accuracy", "exact_match"))]
+    for name in (*decided, "macro_f1_of_calling_all"):
+        assert ours[name]["value"] == pytest.approx(others[name]["value"]), name
+    for name in ("macro_auroc", "macro_ap", "micro_auroc", "macro_brier", "micro_log_loss"):
+        assert ours[name] == pytest.approx(before[name], rel=1e-5), name
+    row = found.per_finding.set_index("finding").loc["Mass"]
+    assert row[["threshold", "f1", "sensitivity", "specificity", "tp", "tn"]].isna().all()
+    assert row[["auroc", "ap", "brier", "auroc_low"]].notna().all()
+    assert found.metrics["findings_undecided"] == ["Mass"]
+    assert found.metrics["findings_never_called"] == []
+    assert "1 ranked only, with fewer than" in format_summary(found.metrics)
+    assert format_summary(found.metrics).endswith("too few to decide by: Mass")
+
+
+def test_positives_are_chosen_by_studies_and_can_be_chosen_anew(run):
+    """A run of before has a threshold for every finding, until it is told to need evidence."""
+    assert not run.operating_point.undecided.any()
+    train = run.read_table("out_of_fold")
+    targets = run.targets.set_index("image_id").loc[train["image_id"]]
+    studies = {
+        finding: train["study_uid"][(targets[finding] == 1).to_numpy()].nunique()
+        for finding in FINDINGS
+    }
+    least = sorted(studies.values())[2]
+
+    metrics = score_run(run, min_positives=least, n_resamples=2)
+
+    expected = [finding for finding in FINDINGS if studies[finding] < least]
+    assert metrics["findings_undecided"] == expected
+    assert "Bronchiolitis" in expected
+    assert run.operating_point.min_positives == metrics["min_positives"] == least
+    assert score_run(run, n_resamples=2)["findings_undecided"] == expected  # it is kept
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_skill_scores_are_scikit_learns(tmp_path, seed):
+    run = make_run(tmp_path / "run", seed)
+    score_run(run, n_resamples=2)
+
+    probabilities, targets = read_test_split(run)
+    for row in run.per_finding.to_dict("records")[:-1]:
+        labelled = targets[row["finding"]].notna()
+        t, p = targets[row["finding"]][labelled], probabilities[row["finding"]][labelled]
+        assert row["log_loss_skill"] == pytest.approx(reference.d2_log_loss_score(t, p))
+        constant = reference.brier_score_loss(t, np.full(len(t), t.mean()))
+        assert row["brier_skill"] == pytest.approx(1 - reference.brier_score_loss(t, p) / constant)
+    test = run.read_metrics()["test"]
+    assert test["macro_brier_skill"]["value"] == pytest.approx(
+        run.per_finding["brier_skill"].mean()
+    )
+    assert test["macro_brier_skill"]["n_findings"] == len(FINDINGS) - 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("unlabelled", [0.0, 0.1])
+def test_the_best_constant_set_is_the_best_of_all_sets(seed, unlabelled):
+    rng = np.random.default_rng(seed)
+    targets = (rng.random((80, 4)) < [0.6, 0.5, 0.2, 0.1]).astype(float)
+    targets[rng.random(targets.shape) < unlabelled] = np.nan
+
+    best = find_best_constant(targets)
+
+    def ratio(chosen: Any) -> float:
+        return float(np.mean(((targets == chosen) | np.isnan(targets)).all(axis=1)))
+
+    assert ratio(best) == max(map(ratio, itertools.product((0, 1), repeat=4)))
+
+
 def read_test_split(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Probabilities and targets of the test images, straight from the files."""
     predictions = pd.read_csv(run.path / "predictions.csv").query("split == 'test'")
@@ -172,7 +255,8 @@ def test_every_test_figure_has_an_interval_around_it(run):
     for group in groups:
         for name, entry in group.items():
             # Resampling biases the first upwards; the others know nothing that could vary.
-            if name.endswith(("calibration_error", "ap_of_chance", "f1_of_calling_all")):
+            known_nothing = ("ap_of_chance", "f1_of_calling_all", "_of_prevalence")
+            if name.endswith(("calibration_error", *known_nothing)):
                 assert entry.keys() <= {"value", "n_findings"}
             elif not isinstance(entry, int):
                 assert entry["low"] <= entry["value"] <= entry["high"], name
@@ -183,7 +267,11 @@ def test_every_test_figure_has_an_interval_around_it(run):
     bootstrap = metrics["bootstrap"]
     assert (bootstrap["n_resamples"], bootstrap["level"], bootstrap["unit"]) == (200, 0.95, "study")
     assert bootstrap["n_undefined"] == dict.fromkeys(  # of Bronchiolitis, which never occurs
-        ("auroc", "ap", "f1", "sensitivity", "ppv", "balanced_accuracy", "prevalence"), 200
+        (
+            *("auroc", "ap", "f1", "sensitivity", "ppv", "balanced_accuracy", "prevalence"),
+            *("brier_skill", "log_loss_skill"),
+        ),
+        200,
     )
     assert metrics["train"]["macro_auroc"].keys() == {"value", "n_findings"}
     assert metrics["out_of_fold"]["label_accuracy"].keys() == {"value"}
@@ -272,7 +360,9 @@ def test_copies_of_an_image_do_not_narrow_the_interval():
 
     for name, entry in once.metrics["test"].items():
         if name != "macro_ap_of_chance":  # ten times as many rows to put in order
-            assert tenfold.metrics["test"][name] == pytest.approx(entry), name
+            # A skill is the small difference of 1 and a quotient of sums in float32.
+            expected = pytest.approx(entry, abs=1e-6 if name.endswith("_skill") else None)
+            assert tenfold.metrics["test"][name] == expected, name
 
 
 def test_same_seed_same_intervals(run):

@@ -141,7 +141,7 @@ def test_several_positive_studies_of_one_patient_give_no_interval():
     )
 
     assert by_study["auroc_low"] < by_study["auroc"] == by_patient["auroc"]
-    assert np.isnan(by_patient["auroc_low"])
+    assert pd.isna(by_patient["auroc_low"])
     assert by_patient["n_positive_studies_test"] == by_study["n_positive_studies_test"] == 3
 
 
@@ -203,7 +203,7 @@ def test_page_and_card_speak_of_patients_and_name_none(trained):
     for path in (page, card):
         assert "50 bootstrap resamples of whole patients" in path.read_text()
     named = {p.name for p in run.path.rglob("*") if p.is_file() and b"00MRN" in p.read_bytes()}
-    assert named == {"predictions.csv", "out_of_fold.csv"}
+    assert named == {"predictions.csv", "out_of_fold.csv", "logistic.csv"}
 
 
 def test_patients_known_in_part_are_said_to_be(trained, tmp_path):

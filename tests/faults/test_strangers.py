@@ -143,7 +143,10 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "no JSON": (attribute("encoder", np.bytes_(b"{{{")), "cannot be read"),
     "deep JSON": (attribute("encoder", np.bytes_(b"[" * 60_000)), "cannot be read"),
     "other JSON": (attribute("findings", np.bytes_(b"[1, 2]")), "description"),
-    "newer format": (attribute("format_version", np.bytes_(b"3")), "3 in the store, 1 or 2 in"),
+    "newer format": (
+        attribute("format_version", np.bytes_(b"4")),
+        "4 in the store, 1 or 2 or 3 in",
+    ),
     "odd format": (attribute("format_version", np.bytes_(b'["a"]')), "format_version"),
     "changed encoder": (attribute("encoder", np.bytes_(b'{"name": "another"}')), "damaged"),
 }

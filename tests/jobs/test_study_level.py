@@ -40,12 +40,16 @@ FROZEN = TrainConfig(
     hidden=(16,),
     n_jobs=1,
     level="study",
+    calibration="none",
+    min_positives=0,
 )
 TUNED = FinetuneConfig(
     epochs=2,
     n_folds=2,
     batch_size=4,
     patch_dropout=0.5,
+    calibration="none",
+    min_positives=0,
     learning_rate=1e-3,
     hidden=(16,),
     device="cpu",

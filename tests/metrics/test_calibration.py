@@ -6,16 +6,25 @@ import json
 
 import numpy as np
 import pytest
-from scipy.special import expit, logit
+import statsmodels.api as sm
+from scipy.optimize import minimize
+from scipy.special import expit, logit, stdtrit
 from sklearn import metrics as reference
 from sklearn.calibration import CalibratedClassifierCV, calibration_curve
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
 from cxr_cache.metrics import scores as metrics
-from cxr_cache.metrics.operating_point import MIN_SLOPE, Calibration, fit_calibration
+from cxr_cache.metrics.operating_point import (
+    MIN_SLOPE,
+    Calibration,
+    choose_operating_point,
+    fit_calibration,
+)
+from cxr_cache.metrics.recalibration import recalibrate
 from cxr_cache.metrics.scores import (
     auroc,
+    errors_of_prevalence,
     expected_calibration_error,
     log_losses,
     reliability,
@@ -78,6 +87,56 @@ def test_bins_are_those_of_scikit_learns_curve(seed):
         assert bins.n[f].sum() == labelled.sum()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_constant_prevalence_scores_what_scikit_learn_says(seed):
+    targets, _ = make_predictions(seed)
+    n_positive, n_labelled = (targets == 1).sum(axis=0), (~np.isnan(targets)).sum(axis=0)
+
+    constant = errors_of_prevalence(n_positive, n_labelled)
+
+    assert constant["brier"][:2].tolist() == constant["log_loss"][:2].tolist() == [0, 0]
+    assert np.isnan(constant["brier"][2])
+    for f in range(3, F):
+        t = targets[~np.isnan(targets[:, f]), f]
+        p = np.full(len(t), t.mean())
+        assert constant["brier"][f] == pytest.approx(reference.brier_score_loss(t, p))
+        assert constant["log_loss"][f] == pytest.approx(reference.log_loss(t, p))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_calibration_slope_and_intercept_are_those_of_statsmodels(seed):
+    """Of the regression and of its cluster-robust errors; its own corrections taken out."""
+    targets, scores = make_predictions(seed, n_rows=400)
+    clusters = np.arange(400) // 2
+
+    found = recalibrate(targets, scores, clusters)
+
+    for f in range(3, F):
+        rows = ~np.isnan(targets[:, f])
+        t, z, own = targets[rows, f], logit(scores[rows, f].clip(1e-7, 1 - 1e-7)), clusters[rows]
+        robust = {"cov_type": "cluster", "cov_kwds": {"groups": own, "use_correction": False}}
+        family = sm.families.Binomial()
+        both = sm.GLM(t, sm.add_constant(z), family=family).fit(**robust)
+        one = sm.GLM(t, np.ones_like(z), family=family, offset=z).fit(**robust)
+        n = min(len(np.unique(own[t == value])) for value in (0, 1))
+        reach = stdtrit(n - 1, 0.975) * np.sqrt(n / (n - 1))
+        for value, interval, estimate, error in (
+            (found.slope, found.slope_interval, both.params[1], both.bse[1]),
+            (found.intercept, found.intercept_interval, one.params[0], one.bse[0]),
+        ):
+            assert value[f] == pytest.approx(estimate, rel=1e-4, abs=1e-5)
+            assert interval.low[f] == pytest.approx(estimate - reach * error, rel=1e-4, abs=1e-5)
+    assert np.isnan(found.slope[:3]).all()
+
+
+def test_a_slope_of_separated_classes_is_undefined():
+    targets = np.repeat([[0.0], [1.0]], 10, axis=0)
+
+    found = recalibrate(targets, 0.4 + 0.2 * targets, np.arange(20))
+
+    assert np.isnan(found.slope[0])
+
+
 # --- maps ----------------------------------------------------------------------------------------
 
 
@@ -122,6 +181,98 @@ def test_temperature_is_the_slope_of_a_logistic_regression_without_intercept(see
     assert (fitted.intercept == 0).all()
 
 
+def make_family(seed: int, n_rows: int = 3000, counts=(4, 6, 8, 15, 40, 120, 300, 700, 900, 1000)):
+    """Findings of very different frequency, whose stated logits are compressed about alike.
+
+    Gives training targets and probabilities, and those of as many other rows.
+    """
+    rng = np.random.default_rng(seed)
+    prevalence = np.array(counts) / n_rows
+    both = []
+    for _ in range(2):
+        present = rng.random((n_rows, len(counts))) < prevalence
+        present[:3, 0] = True  # never without a positive
+        scores = rng.standard_normal(present.shape) + present
+        both += [present * 1.0, expit(0.6 * (scores - 0.5 + logit(prevalence)) + 0.4)]
+    return both
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shrunk_maps_state_rare_findings_better_on_other_rows_and_frequent_ones_as_well(seed):
+    targets, stated, others, stated_others = make_family(seed)
+    rare, frequent = slice(0, 4), slice(7, None)
+
+    own, shrunk = (fit_calibration(targets, stated, of) for of in ("platt", "platt-shrunk"))
+
+    losses = [
+        metrics.weighted_mean(log_losses(others, of.apply(stated_others))) for of in (own, shrunk)
+    ]
+    assert losses[1][rare].mean() < losses[0][rare].mean()
+    np.testing.assert_allclose(losses[1][frequent], losses[0][frequent], rtol=0.005)
+    spread = [np.std(of.slope[rare]) for of in (own, shrunk)]
+    assert spread[1] < spread[0]
+
+
+def test_shrunk_maps_are_the_modes_of_their_posterior():
+    """Found again by scipy, from the common lines and variances at which the fit ended."""
+    targets, stated, *_ = make_family(0)
+    fitted = fit_calibration(targets, stated, "platt-shrunk")
+    z = logit(stated)
+    centre = z.mean(axis=0)
+    lines = np.stack([np.ones_like(centre), centre], axis=1)
+    maps = np.stack([fitted.intercept + fitted.slope * centre, fitted.slope])
+    common = (lines @ np.linalg.lstsq(lines, maps.T, rcond=None)[0]).T
+
+    def information(f: int) -> np.ndarray:
+        p = expit(fitted.intercept[f] + fitted.slope[f] * z[:, f])
+        x = np.stack([np.ones(len(z)), z[:, f] - centre[f]], axis=1)
+        return (x * (p * (1 - p))[:, None]).T @ x
+
+    variances = np.ones(2)
+    for _ in range(2000):  # their own fixed point, the maps given
+        covariances = [np.linalg.inv(information(f) + np.diag(1 / variances)) for f in range(10)]
+        spread = np.array([np.diag(of) for of in covariances]).T
+        variances = np.maximum((np.square(maps - common) + spread).mean(axis=1), 1e-4)
+    for f in range(10):
+
+        def loss(map_: np.ndarray, f: int = f) -> float:
+            logits = map_[0] + map_[1] * (z[:, f] - centre[f])
+            fit = np.logaddexp(0, np.where(targets[:, f] == 1, -logits, logits)).sum()
+            return fit + (np.square(map_ - common[:, f]) / variances).sum() / 2
+
+        found = minimize(loss, maps[:, f], tol=1e-10).x
+        np.testing.assert_allclose(maps[:, f], found, atol=0.02)
+
+
+def test_images_of_a_study_are_no_evidence_of_their_own():
+    """Every image twice within its study changes no map, and no threshold."""
+    targets, stated, *_ = make_family(1, n_rows=1000, counts=(3, 5, 8, 20, 100, 300))
+    studies = np.arange(len(targets))
+    options = {"rule": "f1", "calibration": "platt-shrunk", "min_positives": 5}
+
+    once = choose_operating_point(targets, stated, clusters=studies, **options)
+    twice = choose_operating_point(
+        *(np.repeat(of, 2, axis=0) for of in (targets, stated)),
+        clusters=np.repeat(studies, 2),
+        **options,
+    )
+
+    np.testing.assert_allclose(twice.calibration.slope, once.calibration.slope)
+    np.testing.assert_allclose(twice.calibration.intercept, once.calibration.intercept)
+    np.testing.assert_allclose(twice.thresholds, once.thresholds)
+    assert once.undecided.any()
+
+
+def test_two_findings_have_no_common_map():
+    targets, stated, *_ = make_family(0)
+
+    two, own = (
+        fit_calibration(targets[:, :2], stated[:, :2], of) for of in ("platt-shrunk", "platt")
+    )
+
+    np.testing.assert_array_equal(two.slope, own.slope)
+
+
 def test_platt_undoes_a_known_distortion_on_other_rows():
     true, targets, stated = make_distorted(0, n_rows=20_000)
     fitted = fit_calibration(targets[:10_000], stated[:10_000], "platt")
@@ -135,7 +286,7 @@ def test_platt_undoes_a_known_distortion_on_other_rows():
         assert after < before
 
 
-@pytest.mark.parametrize("method", ["temperature", "platt"])
+@pytest.mark.parametrize("method", ["temperature", "platt", "platt-shrunk"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_calibration_never_changes_the_order_of_images(method, seed):
     """Also where the model ranks a finding worse than chance: a negative slope would turn it."""
@@ -166,7 +317,7 @@ def test_findings_without_both_classes_are_left_alone(method):
     assert np.isfinite(alone.slope).all()
 
 
-@pytest.mark.parametrize("method", ["temperature", "platt"])
+@pytest.mark.parametrize("method", ["temperature", "platt", "platt-shrunk"])
 def test_perfect_separation_and_certainty_stay_finite(method):
     targets = np.array([[1.0], [1.0], [0.0], [0.0]])
     certain = targets.astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 from cxr_cache.config import THRESHOLD_RULES, TrainConfig, parse_threshold_rule
 from cxr_cache.errors import ConfigError
 from cxr_cache.metrics.operating_point import RULES, choose_thresholds, find_rule
-from cxr_cache.metrics.scores import NEVER, confusion_counts, rates
+from cxr_cache.metrics.scores import NEVER, UNDECIDED, confusion_counts, rates
 from cxr_cache.training.search import require_trainable_folds, split_cohort
 from tests.predictions import SEEDS, F, N, make_predictions
 from tests.synthetic import make_cohort
@@ -114,6 +114,36 @@ def test_a_target_is_met_exactly_where_shares_are_round():
     (cut,) = choose_thresholds(targets, scores, "sensitivity=0.9")
 
     assert 0.46 < cut < 0.55
+
+
+def test_few_positive_studies_leave_a_finding_undecided_however_many_images_they_have():
+    targets = np.repeat([1.0, 1.0, 0.0, 0.0, 0.0], 4)[:, None]  # two positive studies, eight images
+    scores = np.linspace(1, 0, 20)[:, None]
+    studies = np.arange(20) // 4
+
+    for n, clusters in ((2, studies), (8, None)):
+        assert choose_thresholds(targets, scores, clusters=clusters, min_positives=n) < 1
+        cut = choose_thresholds(targets, scores, clusters=clusters, min_positives=n + 1)
+        assert cut == UNDECIDED > NEVER
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("decimals", [16, 1], ids=["distinct", "tied"])
+def test_probabilities_count_as_so_many_positives(seed, decimals):
+    """The best F1 of any cut, of targets and probabilities mixed, by an independent loop."""
+    targets, scores = make_predictions(seed, decimals=decimals)
+
+    thresholds = choose_thresholds(targets, scores, prior_positives=10)
+
+    for f in range(3, F):
+        labelled = ~np.isnan(targets[:, f])
+        t, p = targets[labelled, f], scores[labelled, f]
+        mixed = (t.sum() * t + 10 * p) / (t.sum() + 10)
+
+        def f1(cut: float, p=p, mixed=mixed) -> float:
+            return 2 * mixed[p >= cut].sum() / ((p >= cut).sum() + mixed.sum())
+
+        assert f1(thresholds[f]) == pytest.approx(max(map(f1, np.unique(p))), abs=1e-12)
 
 
 def test_a_target_out_of_reach_means_never():

@@ -657,6 +657,7 @@ def test_from_images_to_an_onnx_file_that_predicts_as_the_run(tmp_path):
     options = ["--model", "random:test_vit", "--precision", "fp32", "--num-workers", 0]
     succeed(*extract, "--store", store, "--tokens", *options)
     quick = ["--epochs", 2, "--folds", 2, "--lr", 1e-3, "--precision", "fp32"]
+    quick += ["--batch-size", 8, "--final", "refit"]
     succeed("finetune", store, "--run-dir", run, *quick)
 
     refusal = CliRunner().invoke(

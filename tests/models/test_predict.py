@@ -47,6 +47,8 @@ CONFIG = TrainConfig(
     learning_rate=1e-2,
     hidden=(16,),
     final="ensemble",
+    calibration="none",
+    min_positives=0,
     n_jobs=1,
 )
 
@@ -402,3 +404,33 @@ def test_damaged_rows_are_not_passed_over_in_silence(imported_run, tmp_path):
     path.write_bytes(content)
 
     refuse_store(imported_run, path, StoreFormatError, r"1 damaged row .*00000\.png")
+
+
+def make_predictions(**options) -> Predictions:
+    probabilities = np.array([[0.9, 0.2, 0.6], [0.1, 0.3, 0.8]], np.float32)
+    findings = ("Mass", "Edema", "Hernia")
+    return Predictions(
+        ("a.png", "b.png"), findings, probabilities, probabilities > 0.5, ("", ""), **options
+    )
+
+
+def test_what_is_not_decided_is_said_in_text_and_table():
+    predictions = make_predictions(undecided=("Edema",))
+
+    text, table = predictions.to_text(), predictions.to_table()
+
+    assert text.count("  ? ") == 2
+    assert "? too few to decide, ranked only: Edema." in text
+    assert table.columns.tolist()[:4] == ["image", "present", "too_few_to_decide", "error"]
+    assert table["too_few_to_decide"].tolist() == ["Edema", "Edema"]
+    assert table["present"].tolist() == ["Mass;Hernia", "Hernia"]
+    assert "too_few_to_decide" not in make_predictions().to_table()
+
+
+def test_without_calibration_they_are_called_scores():
+    scores, probabilities = (make_predictions(is_calibrated=of).to_text() for of in (False, True))
+
+    assert "0.900  Mass" in scores
+    assert "These are scores, not probabilities: the run is not calibrated." in scores
+    assert "90.0%  Mass" in probabilities
+    assert "score" not in probabilities

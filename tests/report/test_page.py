@@ -214,9 +214,10 @@ def test_the_filter_finds_names_and_hides_rare_findings(see, page, run):
     assert seen.texts("#shown") == [f"1 of {len(FINDINGS)} findings"]
 
     words.fill("")
-    seen.tab.get_by_label("only with 10 positives or more").check()
+    seen.tab.get_by_label("only with 10 positive studies or more").check()
     table = run.read_table("per_finding")
-    assert seen.shown_findings() == table[table["n_positive_test"] >= 10]["finding"].tolist()
+    has_enough = table["n_positive_studies_test"] >= 10
+    assert seen.shown_findings() == table[has_enough]["finding"].tolist()
     assert 0 < len(seen.shown_findings()) < len(FINDINGS)
 
 

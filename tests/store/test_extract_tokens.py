@@ -546,6 +546,7 @@ def test_the_command_states_the_space_and_gives_tokens(phantoms, path, plain):
     ("options", "status", "message"),
     [
         (["--unfreeze-layers", 3], 2, "--unfreeze-layers goes with --tokens"),
+        (["--tokens-dtype", "float16"], 2, "--tokens-dtype goes with --tokens"),
         (["--tokens", "--unfreeze-layers", 0], 1, "--unfreeze-layers must be 1 or more, not 0"),
     ],
 )

@@ -91,7 +91,10 @@ def test_defaults_are_those_of_train():
     """But for what belongs to test rows, to a store or to a run."""
     defaults, recipe = FocalHeadClassifier().get_params(), asdict(TrainConfig())
 
-    of_rows_that_fit_does_not_see = {"test_fraction", "threshold_rule", "calibration"}
+    of_rows_that_fit_does_not_see = {
+        *("test_fraction", "threshold_rule", "min_positives", "calibration", "baseline"),
+        "level",
+    }
     of_a_store = {"split", "split_by", "features", "flip"}
     left_out = {name: recipe.pop(name) for name in of_rows_that_fit_does_not_see | of_a_store}
     assert recipe.pop("seed") == TrainConfig().seed

@@ -61,6 +61,7 @@ OF_ANY_RECIPE: dict[str, Any] = {
     "input_norm": "none",
     "threshold_rule": "specificity=0.9",
     "calibration": "temperature",
+    "min_positives": 30,
 }
 OF_A_HEAD = OF_ANY_RECIPE | {
     **{"patience": 5, "early_stopping": 1, "features": "both", "flip": False},
@@ -86,9 +87,12 @@ OF_A_TAIL = OF_ANY_RECIPE | {
     **{"decay_norms": False, "accumulate": 2, "precision": "bf16", "half": True},
 }
 WHERE_THE_LOSS_STALLS = {"patience": 9, "early_stopping": 1}
+WHERE_CANDIDATES_DIFFER = {"select_by": "macro", "within_one_se": True}
+"""tests/training/test_search.py has these: they choose among candidates, and may agree."""
+BESIDE_THE_HEAD = {"baseline"}
 OF_THE_PROTOCOL = {
     *("epochs", "n_folds", "test_fraction", "split_by", "level", "final", "seed"),
-    *("threshold_rule", "calibration", "half"),
+    *("threshold_rule", "calibration", "min_positives", "half"),
 }
 OF_GIVEN_SPLITS = {"split"}
 """tests/training/test_given_split.py has it: it needs a split that was given."""
@@ -129,9 +133,11 @@ def test_the_lists_of_this_file_are_whole():
         *OF_A_HEAD,
         *WHERE_AND_HOW_FAST,
         *OF_GIVEN_SPLITS,
+        *WHERE_CANDIDATES_DIFFER,
+        *BESIDE_THE_HEAD,
     }
     elsewhere = {"device", "tokens_in", "grad_checkpointing", "unfreeze_layers"} | OF_PIXELS
-    elsewhere |= OF_GIVEN_SPLITS
+    elsewhere |= OF_GIVEN_SPLITS | WHERE_CANDIDATES_DIFFER.keys()
     assert {f.name for f in fields(FinetuneConfig)} == {
         *OF_A_TAIL,
         *WHERE_THE_LOSS_STALLS,

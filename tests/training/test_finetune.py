@@ -383,7 +383,7 @@ def test_rule_and_calibration_are_those_that_the_frozen_run_has_now(frozen, tmp_
     assert (config.threshold_rule, config.calibration) == ("sensitivity=0.8", "platt")
     assert (given.threshold_rule, given.calibration) == ("f1", "none")
     plain = config_from_run(frozen, batch_size=8)
-    assert (plain.threshold_rule, plain.calibration) == ("f1", "none")
+    assert (plain.threshold_rule, plain.calibration) == ("f1", "platt-shrunk")
 
 
 def test_the_final_model_starts_from_a_member_of_an_ensemble(store, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import gmean
 
+from cxr_cache.config import SelectBy
 from cxr_cache.datasets.splits import Split, make_split
 from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.metrics.scores import auroc, macro_mean
@@ -20,9 +23,13 @@ from cxr_cache.training import search as search_module
 from cxr_cache.training.fit import HeadTask, fit_heads
 from cxr_cache.training.search import (
     EpochSearch,
+    Weighing,
+    choose_candidate,
     require_trainable_folds,
+    score_fold,
     search_epochs,
     train_final,
+    weigh_findings,
 )
 from tests.synthetic import QUICK, make_data
 
@@ -102,6 +109,63 @@ def test_the_chosen_candidate_has_the_best_mean(data, split, seed):
     search = search_epochs(data, split, replace(QUICK, seed=seed, learning_rate=0.03))
 
     assert search.chosen == search.table.set_index("epochs")["mean_auroc"].idxmax()
+
+
+def make_counted(counts: Sequence[int], n_studies: int = 90):
+    """Targets with so many positive studies of two images each, their studies, and a split."""
+    study = np.repeat(np.arange(n_studies), 2)
+    fold = np.where(study % 5 == 4, -1, study % 4)
+    targets = np.zeros((len(study), len(counts)), np.float32)
+    train = np.unique(study[fold >= 0])
+    for f, n in enumerate(counts):
+        targets[np.isin(study, train[:n]), f] = 1
+    return targets, study, Split(fold == -1, fold)
+
+
+def test_findings_weigh_what_is_known_of_them():
+    """By positive and negative training studies, never by images."""
+    targets, studies, split = make_counted([9, 10, 30, 63, 0])  # of 72 training studies
+
+    plain, learnable, weighted = (
+        weigh_findings(targets, studies, split, of) for of in get_args(SelectBy)
+    )
+
+    assert (plain.weights == 1).all()
+    assert learnable.weights.tolist() == [0, 1, 1, 0, 0]
+    assert "2 of 5 findings" in learnable.measure
+    expected = [1 / (1 / n + 1 / (72 - n)) for n in (9, 10, 30, 63)]
+    np.testing.assert_allclose(weighted.weights, [*expected, 0])
+    by_image = weigh_findings(targets, None, split, "learnable")
+    assert by_image.weights.tolist() == [1, 1, 1, 1, 0]
+
+
+def test_where_nothing_can_be_learnt_all_findings_count():
+    targets, studies, split = make_counted([5, 9])
+
+    assert weigh_findings(targets, studies, split, "learnable").weights.tolist() == [1, 1]
+
+
+def test_a_finding_without_weight_decides_nothing(data, split):
+    scores = np.random.default_rng(0).random(data.targets.shape)
+    weighing = Weighing(np.array([1, 0, 2, 0, 0, 0.0]), "")
+    rows = split.held_out(0)
+
+    found = score_fold(data.targets[rows], scores[rows], weighing)
+
+    areas = auroc(data.targets[rows], scores[rows])
+    assert found == pytest.approx((areas[0] + 2 * areas[2]) / 3)
+
+
+def test_the_smallest_within_one_standard_error_of_the_best():
+    scores = np.array([[0.60, 0.62, 0.61], [0.70, 0.71, 0.73], [0.71, 0.73, 0.72], [0.7, 0.7, 0.7]])
+
+    assert choose_candidate(scores) == 2
+    assert (
+        choose_candidate(scores, within_one_se=True) == 1
+    )  # 0.0067 behind, with an error of 0.0088
+    apart = scores + np.array([[0], [-0.02], [0], [0]])
+    assert choose_candidate(apart, within_one_se=True) == 2
+    assert choose_candidate(scores[:, :1], within_one_se=True) == 2  # one fold shows no error
 
 
 def test_of_equal_candidates_the_smallest_is_chosen(data, split):

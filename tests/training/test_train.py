@@ -52,6 +52,7 @@ TABLES = (
     "history",
     "predictions",
     "out_of_fold",
+    "logistic",
     "per_finding",
 )
 QUICKER = replace(QUICK, epochs=(1, 2), n_folds=2)
@@ -389,11 +390,14 @@ def test_the_test_rows_influence_nothing_but_their_own_predictions(tmp_path, mon
 
     same = trained_files("config.json", "targets.csv")
     assert read_bytes(second, *same) == read_bytes(run, *same)
-    same = same - {"predictions.csv"}
+    same = same - {"predictions.csv", "logistic.csv"}
     assert read_bytes(third, *same) == read_bytes(run, *same)
-    ours, theirs = read(run, "predictions"), read(third, "predictions")
-    pd.testing.assert_frame_equal(ours[~is_test], theirs[~is_test])
-    assert (ours[is_test][list(FINDINGS)] != theirs[is_test][list(FINDINGS)]).any(axis=None)
+    for name in ("predictions", "logistic"):
+        ours, theirs = read(run, name), read(third, name)
+        of_test = (ours["split"] == "test").to_numpy()
+        assert of_test.sum() == is_test.sum()
+        pd.testing.assert_frame_equal(ours[~of_test], theirs[~of_test])
+        assert (ours[of_test][list(FINDINGS)] != theirs[of_test][list(FINDINGS)]).any(axis=None)
     assert not read(run, "targets")[is_test].equals(read(second, "targets")[is_test])
 
 

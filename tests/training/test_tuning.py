@@ -422,10 +422,23 @@ def test_early_stopping_keeps_what_the_fold_was_when_it_stopped(data):
     assert set(trajectory.weights) == {1, 30}
 
 
-def test_replayed_rates_replace_the_schedule(data):
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_replayed_rates_replace_the_schedule(data, layer_decay):
     rates = [1e-3, 5e-4, 2.5e-4]
-    trajectory = run(data, learning_rates=rates)
+    config = replace(CONFIG, layer_decay=layer_decay)
+    trajectory = run(data, config, learning_rates=rates)
     assert [row["lr"] for row in trajectory.history] == pytest.approx(rates)
+
+
+def test_replaying_a_training_with_layer_decay_trains_the_same(data):
+    """A refit follows the rates of the folds' histories, which are those of the last block."""
+    config = replace(CONFIG, layer_decay=0.5, schedule="cosine")
+    before = run(data, config)
+    again = run(data, config, learning_rates=[row["lr"] for row in before.history])
+    assert [row["train_loss"] for row in again.history] == pytest.approx(
+        [row["train_loss"] for row in before.history], rel=1e-5
+    )
+    assert distance(before.weights[3], again.weights[3], data.tail) <= 1e-3
 
 
 def test_a_loss_that_diverges_is_named(data):

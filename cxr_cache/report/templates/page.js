@@ -127,7 +127,7 @@
       }));
     });
     return chart({
-      x: unit("stated probability"), y: unit("share that has it"), words: `Calibration of ${name}`,
+      x: unit(stages.every((stage) => stage === null || stage.after) ? "stated probability" : "stated score"), y: unit("share that has it"), words: `Calibration of ${name}`,
       rules: [{ points: [[0, 0], [1, 1]] }], lines, dots,
     });
   }
@@ -189,7 +189,7 @@
     const head = make("tr", {}, make("th", { scope: "col" }, several ? "Run" : `Test ${data.rows}`),
       ...AT_THRESHOLD.map(([, label]) => make("th", { scope: "col" }, label)));
     const rows = points.map((point, run) => make("tr", {}, make("th", { scope: "row" }, several ? data.runs[run].name : `${count(point.n_test)}`),
-      ...AT_THRESHOLD.map(([key, , form]) => make("td", {}, point[key] === null ? "–" : form(point[key])))));
+      ...AT_THRESHOLD.map(([key, , form]) => make("td", {}, point[key] !== null ? form(point[key]) : key === "threshold" ? "too few to decide" : "–"))));
     return table(head, rows, "Figures at the threshold");
   }
 
