@@ -20,6 +20,7 @@ busy machine distorts less than the clock: 1 is linear.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import resource
 import subprocess
@@ -97,7 +98,8 @@ def measure(arguments: Sequence[str]) -> Figures:
     peaks, ended = [0], threading.Event()
 
     def sample() -> None:
-        while not ended.wait(SAMPLED_EVERY_S):
+        waits = itertools.chain(itertools.repeat(0.05, 10), itertools.repeat(SAMPLED_EVERY_S))
+        while not ended.wait(next(waits)):  # often at first: some processes end in half a second
             held = sum(read_bytes(member, "smaps_rollup", "Pss:") for member in family(process.pid))
             peaks.append(max(held, read_bytes(process.pid, "status", "VmHWM:")))
 
