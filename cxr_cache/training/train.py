@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split
 from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
-from cxr_cache.store.rows import load_training_data
+from cxr_cache.store.rows import TrainingData, load_training_data
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 from cxr_cache.training.baselines import train_logistic
 from cxr_cache.training.outcome import (
@@ -97,7 +97,6 @@ def fit_run(
         },
         overwrite=overwrite,
     )
-    embeddings = torch.from_numpy(data.embeddings[0])
     search = search_epochs(
         data,
         split,
@@ -106,19 +105,14 @@ def fit_run(
         on_progress=partial(_count, on_progress, n_repeats, 1),
     )
     bank, final_history = train_final(data, split, search, config)
-    probabilities = predict_probabilities(bank, embeddings)
+    probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
     baseline = None
     if config.baseline:
         weighing = weigh_findings(cohort.targets, cohort.groups, split, config.select_by)
         baseline = train_logistic(data, split, weighing, config)
     if n_repeats > 1:
-        tested = [probabilities.numpy()[split.is_test]]
-        for repeat in range(2, n_repeats + 1):
-            again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
-            progress = partial(_count, on_progress, n_repeats, repeat)
-            found = search_epochs(data, split, again, clusters=cohort.groups, on_progress=progress)
-            of_repeat, _ = train_final(data, split, found, again)
-            tested.append(predict_probabilities(of_repeat, embeddings).numpy()[split.is_test])
+        repeats = _test_repeats(data, split, config, n_repeats, on_progress)
+        tested = [probabilities.numpy()[split.is_test], *repeats]
         run.config["n_repeats"] = n_repeats
         run.write_table("repeats", _tabulate_repeats(cohort, split, tested))
     logger.info("The final model is trained; writing %s", run_dir)
@@ -150,6 +144,24 @@ def _count(
 ) -> None:
     """Count the epochs of all repeats, each of which has as many."""
     on_progress((repeat - 1) * of + done, n_repeats * of)
+
+
+def _test_repeats(
+    data: TrainingData,
+    split: Split,
+    config: TrainConfig,
+    n_repeats: int,
+    on_progress: Callable[[int, int], None],
+) -> Iterator[NDArray[np.float32]]:
+    """Train the recipe again on the same split, with other seeds; test predictions, ``(n, F)``."""
+    embeddings = torch.from_numpy(data.embeddings[0])
+    for repeat in range(2, n_repeats + 1):
+        again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
+        progress = partial(_count, on_progress, n_repeats, repeat)
+        groups = data.cohort.groups
+        found = search_epochs(data, split, again, clusters=groups, on_progress=progress)
+        bank, _ = train_final(data, split, found, again)
+        yield predict_probabilities(bank, embeddings).numpy()[split.is_test]
 
 
 def _seed_of_repeat(seed: int, repeat: int) -> int:
