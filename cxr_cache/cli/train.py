@@ -21,6 +21,7 @@ from cxr_cache.cli.options import (
     pick,
     warn_if_random,
 )
+from cxr_cache.cli.output import give, note, say
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, RepeatConfig, TrainConfig
 
@@ -79,10 +80,11 @@ def train(
             allow_pending=allow_pending,
             overwrite=overwrite,
             n_repeats=n_repeats,
-            tell=click.echo,
+            tell=say,
             on_progress=on_progress,
         )
     warn_if_random(result.run.config["random_encoder"])
+    give(result.to_dict())
 
 
 @click.command()
@@ -152,14 +154,15 @@ def ablate(
         )
     warn_if_random(ablation.is_random)
     plot = draw_ablation(ablation.table, out / "ablation.png")
-    click.echo(ablation.to_text())
-    click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
+    say(ablation.to_text())
+    say(f"Table and plot: {out / 'ablation.csv'}, {plot}")
     if ablation.curve is not None:
         plot = draw_curve(ablation.curve, out / "curve.png")
-        click.echo(f"Learning curve: {out / 'curve.csv'}, {plot}")
+        say(f"Learning curve: {out / 'curve.csv'}, {plot}")
+    best = None
     if own.refit:
         with counting("epochs") as on_progress:
-            refit_best(
+            best = refit_best(
                 ablation,
                 stores,
                 out / "best",
@@ -167,9 +170,10 @@ def ablate(
                 labels=labels,
                 allow_pending=allow_pending,
                 overwrite=True,
-                tell=click.echo,
+                tell=say,
                 on_progress=on_progress,
             )
+    give(ablation.to_dict() | {"best": None if best is None else best.to_dict()})
 
 
 @click.command()
@@ -229,14 +233,17 @@ def finetune(
             model=model,
             allow_pending=allow_pending,
             overwrite=overwrite,
-            echo=lambda line: click.echo(line, err=True),
-            tell=click.echo,
+            echo=note,
+            tell=say,
             on_progress=on_progress,
         )
     if is_another_process():  # of several, the first one reports
         return
     warn_if_random(result.run.config["random_encoder"])
+    gained = None
     if from_run is not None:
         from cxr_cache.evaluation.compare import compare_runs
 
-        click.echo(compare_runs(Run.open(from_run), result.run).to_text())
+        gained = compare_runs(Run.open(from_run), result.run)
+        say(gained.to_text())
+    give(result.to_dict() | {"comparison": None if gained is None else gained.to_dict()})

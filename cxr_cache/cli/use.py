@@ -22,6 +22,7 @@ from cxr_cache.cli.options import (
     require_folder,
     warn_if_random,
 )
+from cxr_cache.cli.output import give, say, show
 from cxr_cache.config import DemoConfig, ExplainConfig
 
 
@@ -65,11 +66,12 @@ def predict(
 
     predictions = predict_images(opened, paths, encoders, studies=studies)
     if out is None:
-        click.echo(predictions.to_text())
+        say(predictions.to_text())
     else:
         write_table(out, predictions.to_table(), digits=6)
         n_written = len(predictions.image_ids) - predictions.n_failed
-        click.echo(f"{n_written:,} predictions written to {out}")
+        say(f"{n_written:,} predictions written to {out}")
+    give({"written": [] if out is None else [out], "n_failed": predictions.n_failed})
     if predictions.n_failed:
         n_all = count(len(predictions.image_ids), predictions.row)
         raise click.ClickException(f"{predictions.n_failed:,} of {n_all} could not be used.")
@@ -121,7 +123,10 @@ def explain(
 
     maps = explain_images(opened, paths, names, encoder, **vars(config))
     n_written, failures = write_explanations(maps, out, raw=raw)
-    click.echo(f"{n_written:,} pictures written to {out}")
+    show(
+        f"{n_written:,} pictures written to {out}",
+        {"written": [out], "n_pictures": n_written, "failures": failures},
+    )
     if failures:
         raise click.ClickException(
             f"{len(failures):,} of {len(paths):,} images could not be used:\n" + "\n".join(failures)
@@ -151,7 +156,7 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
     opened = Run.open(run)
     summary = export_run(opened, out, file_format, model=model, overwrite=overwrite)
     warn_if_random(opened.config["random_encoder"])
-    click.echo(summary.to_text())
+    show(summary.to_text, vars(summary))
 
 
 @click.command()
@@ -161,7 +166,25 @@ def demo(folder: Path, **options: Any) -> None:
     """Show the whole job on synthetic chest X-rays, without data or a network."""
     from cxr_cache.cli.demo import run_demo
 
-    run_demo(folder, **vars(DemoConfig(**options)), echo=click.echo)
+    page = run_demo(folder, **vars(DemoConfig(**options)), echo=say)
+    give({"written": [page]})
+
+
+@click.command()
+@click.argument("folder", type=FOLDER, default=Path())
+def doctor(folder: Path) -> None:
+    """Say what works on this machine and in FOLDER (this one, if none is named), and what not.
+
+    Nothing is asked of the network, and nothing is left in the folder.
+
+    Exit status: 0 if the main job can run here, 1 if something that it needs is broken.
+    """
+    from cxr_cache.jobs.doctor import diagnose
+
+    require_folder(folder)
+    found = diagnose(folder)
+    show(found.to_text, found.to_dict())
+    click.get_current_context().exit(0 if found.is_working else 1)
 
 
 def _require_files(images: tuple[Path, ...]) -> list[Path]:

@@ -91,6 +91,15 @@ class Ablation:
         by_label = {setting.label: setting for setting in self.settings}
         return by_label[str(heads["setting"].iloc[0])]
 
+    def to_dict(self) -> dict[str, Any]:
+        """All settings for programs, the best first, and the learning curve."""
+        return {
+            "measure": self.measure,
+            "ranking": self.table,
+            "curve": self.curve,
+            "notes": self.notes,
+        }
+
     def to_text(self, n_shown: int = 20) -> str:
         """The best settings and every baseline, for a terminal."""
         table = self.table

@@ -47,6 +47,17 @@ class TrainResult:
         """What the final model was trained for."""
         return self.epoch_search.chosen
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, and what ``metrics.json`` holds."""
+        return {
+            "run": self.run.path,
+            "chosen_epochs": self.chosen_epochs,
+            "measure": self.epoch_search.measure,
+            "search": self.search,
+            "metrics": self.metrics,
+            "notes": self.notes,
+        }
+
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
         n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
