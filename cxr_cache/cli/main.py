@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -20,6 +20,7 @@ from cxr_cache import __version__
 from cxr_cache.cli import score, store, train, use
 from cxr_cache.cli.options import Terminated, config_option, exit_status, json_option
 from cxr_cache.cli.output import is_quiet, set_quiet
+from cxr_cache.common.manifest import recording
 from cxr_cache.errors import ConfigError, CxrCacheError, JobStopped
 
 _COMMANDS_IN = (store, train, score, use)
@@ -55,6 +56,12 @@ class ErrorsAsMessages(click.Group):
             )
             click.echo(f"\nStopped. {what}\n  {command}", err=True)
             ctx.exit(exit_status(stop))
+
+    def main(self, *given: Any, **options: Any) -> Any:
+        """Run a command, and record it beside what it writes."""
+        words = given[0] if given else options.get("args")
+        with recording(sys.argv[1:] if words is None else list(words)):
+            return super().main(*given, **options)
 
     def _flags(self, ctx: click.Context) -> dict[str, str]:
         """Flags of the command that runs, by the names of their fields."""

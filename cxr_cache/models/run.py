@@ -22,6 +22,8 @@ from cxr_cache.common.files import (
     require_no_writer,
     write_whole,
 )
+from cxr_cache.common.manifest import FILE as MANIFEST
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import (
     count,
@@ -238,10 +240,11 @@ class Run:
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
+        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, MANIFEST, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES):
             shutil.rmtree(path / folder, ignore_errors=True)
+        mark_written(path)
         return run
 
     @classmethod
@@ -285,6 +288,8 @@ class Run:
             if not run._is_begun():  # another has finished it since
                 return None
             run._require_same(config, free, incidental)
+        if writes:
+            mark_written(run.path)
         return run
 
     @classmethod
@@ -462,6 +467,7 @@ class Run:
         """
         _dump_metrics(metrics)  # what cannot be written fails before anything is removed
         model = None if point is None else self.load_model().read_at(point)
+        mark_written(self.path)
         (self.path / _METRICS).unlink(missing_ok=True)
         if model is not None:
             self.save_model(model)
@@ -503,6 +509,7 @@ class Run:
 
     def write_report(self, html: str) -> Path:
         """Write ``report.html``."""
+        mark_written(self.path)
         write_whole(self.report_path, html.encode())
         return self.report_path
 

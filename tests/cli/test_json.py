@@ -29,7 +29,7 @@ COMMANDS = {
     "finetune": "finetune {store} --run-dir tuned --from-run {run} --epochs 1 --batch-size 16 "
     "--unfreeze-layers 1",
     "ablate": "ablate {store} --out ablation --set lr=1e-3,1e-4 --set batch_size=8 "
-    "--epochs 1 --folds 2 --no-baselines",
+    "--epochs 1 --folds 2 --no-baselines --workers 1",
     "evaluate": "evaluate {run} --resamples 20",
     "compare": "compare {run} {other} --resamples 20 --out compared",
     "report": "report {run}",
