@@ -23,7 +23,14 @@ from cxr_cache.cli.options import (
 )
 from cxr_cache.cli.output import give, note, say
 from cxr_cache.cli.progress import counting
-from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, RepeatConfig, TrainConfig
+from cxr_cache.config import (
+    LOG_TO,
+    RECIPES,
+    AblateConfig,
+    FinetuneConfig,
+    RepeatConfig,
+    TrainConfig,
+)
 
 _RECIPE: Final = option(
     "--recipe",
@@ -39,6 +46,14 @@ _RUN_DIR: Final = option(
 _OVERWRITE: Final = option(
     "--overwrite", is_flag=True, help="Replace a run that is already in the folder."
 )
+_LOG_TO: Final = option(
+    "--log-to",
+    type=click.Choice(LOG_TO),
+    multiple=True,
+    help="Also tell every epoch to TensorBoard, Weights & Biases or MLflow; may be given several "
+    "times. They write to the folder logs of the run, unless their own variables, such as "
+    "MLFLOW_TRACKING_URI and WANDB_MODE, say otherwise.",
+)
 
 
 @click.command()
@@ -51,6 +66,7 @@ _OVERWRITE: Final = option(
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
+@_LOG_TO
 def train(
     stores: tuple[Path, ...],
     recipe: str,
@@ -60,6 +76,7 @@ def train(
     allow_pending: bool,
     overwrite: bool,
     n_repeats: int,
+    log_to: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once.
@@ -68,9 +85,10 @@ def train(
     side. Labels and split come from the first.
     """
     from cxr_cache.jobs.runs import train_head
+    from cxr_cache.jobs.tracking import tracking
 
     config = TrainConfig.of_recipe(recipe, **options_given(options))
-    with counting("epochs") as on_progress:
+    with tracking(log_to, run_dir, config) as on_epoch, counting("epochs") as on_progress:
         result = train_head(
             stores,
             run_dir,
@@ -82,7 +100,10 @@ def train(
             n_repeats=n_repeats,
             tell=say,
             on_progress=on_progress,
+            on_epoch=on_epoch,
         )
+        if on_epoch is not None:
+            on_epoch.finish(result)
     warn_if_random(result.run.config["random_encoder"])
     give(result.to_dict())
 
@@ -193,6 +214,7 @@ def ablate(
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
+@_LOG_TO
 def finetune(
     stores: tuple[Path, ...],
     recipe: str,
@@ -204,6 +226,7 @@ def finetune(
     model: str | None,
     allow_pending: bool,
     overwrite: bool,
+    log_to: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train the last blocks of the encoder with the head, from tokens or images.
@@ -212,6 +235,7 @@ def finetune(
     (`torchrun --nproc-per-node N -m cxr_cache finetune ...`) N processes share every batch.
     """
     from cxr_cache.jobs.runs import finetune_tail, is_another_process
+    from cxr_cache.jobs.tracking import tracking
     from cxr_cache.models.run import Run
     from cxr_cache.training.frozen_start import config_from_run
 
@@ -221,7 +245,7 @@ def finetune(
         if from_run is None
         else config_from_run(Run.open(from_run), recipe, **given)
     )
-    with counting("epochs") as on_progress:
+    with tracking(log_to, run_dir, config) as on_epoch, counting("epochs") as on_progress:
         result = finetune_tail(
             stores,
             run_dir,
@@ -236,7 +260,10 @@ def finetune(
             echo=note,
             tell=say,
             on_progress=on_progress,
+            on_epoch=on_epoch,
         )
+        if on_epoch is not None:
+            on_epoch.finish(result)
     if is_another_process():  # of several, the first one reports
         return
     warn_if_random(result.run.config["random_encoder"])

@@ -73,6 +73,7 @@ _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
 _CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
+_LOGS: Final = "logs"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
@@ -242,7 +243,7 @@ class Run:
         tables = (f"{table}.csv" for table in get_args(TableName))
         for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, MANIFEST, *tables):
             (path / name).unlink(missing_ok=True)
-        for folder in (_PLOTS, _STATES):
+        for folder in (_PLOTS, _STATES, _LOGS):
             shutil.rmtree(path / folder, ignore_errors=True)
         mark_written(path)
         return run
@@ -501,6 +502,11 @@ class Run:
         """Where the plot called `name` goes; its folder is made."""
         (self.path / _PLOTS).mkdir(exist_ok=True)
         return self.path / _PLOTS / f"{name}.png"
+
+    @property
+    def logs_path(self) -> Path:
+        """Where trackers of trainings write, each in a folder or file of its own."""
+        return self.path / _LOGS
 
     @property
     def report_path(self) -> Path:
