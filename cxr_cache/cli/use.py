@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -23,13 +24,25 @@ from cxr_cache.cli.options import (
     warn_if_random,
 )
 from cxr_cache.cli.output import give, say, show
+from cxr_cache.cli.progress import counting
 from cxr_cache.config import DemoConfig, ExplainConfig
+
+_FEW_IMAGES: Final = 100  # which take seconds, so that nobody waits for a line of progress
+
+
+def _count_nothing(_n_done: int, _n_all: int) -> None:
+    pass
 
 
 @click.command()
 @RUN
 @IMAGES
-@option("--out", type=FILE, help="CSV file to write instead of printing the likeliest findings.")
+@option(
+    "--out",
+    type=FILE,
+    help="File to write instead of printing the likeliest findings: .csv, .json or .parquet, by "
+    "its ending. After an interruption, the same command continues.",
+)
 @option(
     "--studies",
     type=FILE,
@@ -52,26 +65,49 @@ def predict(
     models: tuple[str, ...],
     device: str,
 ) -> None:
-    """Give probabilities and decisions for image files, or folders of them."""
-    from cxr_cache.common.tables import write_table
+    """Give probabilities and decisions for image files, or folders of them.
+
+    Of every image and finding it says present or absent where the run decides, "ranked only" where
+    there were too few positives to choose a threshold, and "unknown" where nothing could be learnt;
+    and of every image, how unlike the training images it is. docs/outputs.md describes the files.
+
+    Exit status: 1 also if some images could not be used; the others are written.
+    """
     from cxr_cache.common.wording import count
     from cxr_cache.models.run import Run
 
     paths = _require_files(images)
     if out is not None:
         require_folder(out.parent)
+        from cxr_cache.models.predictions import require_writable_as_predictions
+
+        require_writable_as_predictions(out)
     opened = Run.open(run)
     encoders = load_encoders_of_run(opened, models, device)
-    from cxr_cache.models.predict import predict_images
+    from cxr_cache.models.predict import predict_images, predict_to_file
 
-    predictions = predict_images(opened, paths, encoders, studies=studies)
+    with counting("images") if len(paths) > _FEW_IMAGES else nullcontext(_count_nothing) as shown:
+        predictions = (
+            predict_images(opened, paths, encoders, studies=studies, on_progress=shown)
+            if out is None
+            else predict_to_file(opened, paths, encoders, out, studies=studies, on_progress=shown)
+        )
     if out is None:
         say(predictions.to_text())
     else:
-        write_table(out, predictions.to_table(), digits=6)
         n_written = len(predictions.image_ids) - predictions.n_failed
         say(f"{n_written:,} predictions written to {out}")
-    give({"written": [] if out is None else [out], "n_failed": predictions.n_failed})
+        if predictions.n_unusual:
+            unusual = count(predictions.n_unusual, predictions.row)
+            say(f"{unusual} further from the training images than 99 % of these")
+    give(
+        {
+            "written": [] if out is None else [out],
+            "n_failed": predictions.n_failed,
+            "n_unusual": predictions.n_unusual,
+            "predictions": predictions.to_records() if out is None else None,
+        }
+    )
     if predictions.n_failed:
         n_all = count(len(predictions.image_ids), predictions.row)
         raise click.ClickException(f"{predictions.n_failed:,} of {n_all} could not be used.")

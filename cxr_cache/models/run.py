@@ -35,6 +35,7 @@ from cxr_cache.common.wording import (
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
+from cxr_cache.models.unlikeness import TrainingDistribution
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
@@ -69,6 +70,7 @@ _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
 _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
+_DISTRIBUTION: Final = "training_distribution.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
 _CARD: Final = "model_card.md"
@@ -240,8 +242,8 @@ class Run:
         with run._held():
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
-        tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, MANIFEST, *tables):
+        names = (_METRICS, _MODEL, _FOLD_HEADS, _DISTRIBUTION, _REPORT, _CARD, MANIFEST)
+        for name in (*names, *(f"{table}.csv" for table in get_args(TableName))):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES, _LOGS):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -611,6 +613,34 @@ class Run:
             return load_file(path)
         except SafetensorError as error:
             raise RunError(f"{path} is damaged: {error}. Train the run again.") from error
+
+    def save_distribution(self, found: TrainingDistribution) -> None:
+        """Write what tells how unlike its training images an image is."""
+        from safetensors.numpy import save
+
+        write_whole(self.path / _DISTRIBUTION, save(dict(vars(found))))
+
+    def load_distribution(self) -> TrainingDistribution | None:
+        """Read what :meth:`save_distribution` wrote; None where it did not, as before 0.2.
+
+        Raises
+        ------
+        RunError
+            The file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.path / _DISTRIBUTION
+        if not path.is_file():
+            return None
+        try:
+            return TrainingDistribution(**load_file(path))
+        except (SafetensorError, TypeError, OSError) as error:
+            raise RunError(
+                f"{path} is damaged: {error}. Delete it to predict without saying how unlike the "
+                "training images an image is, or train the run again."
+            ) from error
 
     def load_model(self, *, with_weights: bool = True) -> SavedModel:
         """Read ``model.safetensors``; its description alone needs no torch.

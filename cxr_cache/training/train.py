@@ -125,6 +125,7 @@ def fit_run(
         search,
         config,
         predictions=probabilities.numpy(),
+        features=data.embeddings[0],
         final_history=final_history,
         studies=data.studies,
         make_model=lambda thresholds: SavedModel(
