@@ -174,10 +174,12 @@ def explain(
 @option(
     "--format",
     "file_format",
-    type=click.Choice(["open-clip", "onnx"]),
+    type=click.Choice(["open-clip", "onnx", "hub"]),
     required=True,
     help="Format of the export. open-clip is a folder for local-dir:, with the head beside it; "
-    "onnx is one file, from pixels to probabilities.",
+    "onnx is one file, from pixels to probabilities; hub is a folder for a repository on the "
+    "Hugging Face Hub, with the model card and what was trained, which names the encoder and does "
+    "not hold it. Nothing is uploaded.",
 )
 @option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder or file that is written."
@@ -185,7 +187,7 @@ def explain(
 @MODEL_OF_RUN
 @option("--overwrite", is_flag=True, help="Replace an earlier export.")
 def export(run: Path, file_format: str, out: Path, model: str | None, overwrite: bool) -> None:
-    """Write the whole model, encoder included, for use without cxr-cache."""
+    """Write a run's model for use without cxr-cache, or for a repository on the Hub."""
     from cxr_cache.models.export import export_run
     from cxr_cache.models.run import Run
 
