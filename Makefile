@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow wheel-test faults bench check format clean
+.PHONY: setup demo test test-slow wheel-test faults bench figures check format clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,11 @@ bench: setup
 	$(BIN)/python scripts/bench_extract.py
 	$(BIN)/python scripts/bench_statistics.py --out benchmarks/statistics.json
 	$(BIN)/python scripts/bench_table.py
+
+# Which cheap figures in README and docs are stale; with the data, for example
+# make figures FIGURES='--tables indiana_csv --images indiana_256 --embeddings mobilenet.npz'.
+figures: setup
+	$(BIN)/python scripts/figures.py $(FIGURES)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -39,8 +39,8 @@ _SHARED: Final = """
 ## What all commands share
 
 The result of a command is on stdout; notes, progress, warnings and errors are on stderr.
-`cxr-cache -q COMMAND` writes results, warnings and errors only; `cxr-cache -v COMMAND` tells what is
-done, and `-vv` more. With `--json` stdout holds the result as one JSON value and nothing else, and
+`cxr-cache -q COMMAND` writes results, warnings and errors only; `cxr-cache -v COMMAND` tells what
+is done, and `-vv` more. With `--json` stdout holds the result as one JSON value and nothing else, and
 nothing at all where a command fails before it has a result; `cxr_cache/cli/schemas.json` has a JSON
 Schema for each command.
 
@@ -60,12 +60,8 @@ def render() -> str:
         command = cli.commands[name]
         rows.append(f"| [`{name}`](#{name}) | {command.get_short_help_str(limit=200)} |\n")
         sections.append(f"\n## {name}\n\n```\n{_help_of(command, name)}\n```\n")
-    shared = [
-        _SHARED,
-        *(f"| {status} | {meaning} |\n" for status, meaning in _STATUSES),
-        _ELSEWHERE,
-    ]
-    return "".join([_HEAD, *rows, *shared, *sections])
+    statuses = [f"| {status} | {meaning} |\n" for status, meaning in _STATUSES]
+    return "".join([_HEAD, *rows, _SHARED, *statuses, _ELSEWHERE, *sections])
 
 
 def _help_of(command: click.Command, name: str) -> str:
