@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow faults bench figures check format clean
+.PHONY: setup demo test test-slow wheel-test faults bench figures check format clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test-slow: setup
 	  $(BIN)/python -m pytest -q -m 'not slow and not faults' $(NUMERIC)
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
 	  $(BIN)/python -m pytest -q -m 'not slow and not faults' $(NUMERIC)
+
+# Builds wheel and source distribution, installs the wheel with all that it needs into an empty
+# environment (gigabytes, from the network), and runs the demo there.
+wheel-test: setup
+	$(BIN)/python scripts/wheel_test.py
 
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults tests/faults

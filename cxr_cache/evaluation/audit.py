@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import write_whole
+from cxr_cache.common.plain import to_json
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines
 from cxr_cache.config import AuditConfig
@@ -44,6 +44,7 @@ CLOSE: Final = "close embeddings"
 
 MIN_CORRELATION: Final = 0.99
 """Of 32 x 32 grey means. Of 6,352 real radiographs no two different ones reach 0.98."""
+_TABLES: Final = ("groups", "duplicates", "outliers", "unreadable")
 _N_SHOWN: Final = 5
 _AND: Final = " and "
 _MIN_ROWS: Final = 3
@@ -146,9 +147,16 @@ class Audit:
     def write(self, folder: Path) -> None:
         """Write groups.csv, duplicates.csv, outliers.csv, unreadable.csv and audit.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("groups", "duplicates", "outliers", "unreadable"):
+        for name in _TABLES:
             write_table(folder / f"{name}.csv", getattr(self, name), digits=6)
-        summary = {
+        write_whole(folder / "audit.json", to_json(self._summarise()).encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, with every group, pair and image."""
+        return self._summarise() | {name: getattr(self, name) for name in _TABLES}
+
+    def _summarise(self) -> dict[str, Any]:
+        return {
             "store": self.store,
             "run": self.run,
             "n_images": self.n_images,
@@ -162,7 +170,6 @@ class Audit:
             "notes": self.notes,
             "leakage": None if self.leakage is None else self.leakage.to_dict(),
         }
-        write_whole(folder / "audit.json", json.dumps(summary, indent=2, default=int).encode())
 
 
 def audit_store(

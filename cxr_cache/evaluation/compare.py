@@ -66,6 +66,18 @@ class Comparison:
     def __repr__(self) -> str:
         return first_lines(self.to_text())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, with every finding."""
+        return {
+            "runs": self.runs,
+            "n_images": self.n_images,
+            "n_studies": self.n_studies,
+            "unit": self.unit,
+            "level": LEVEL,
+            "differences": self.table,
+            "notes": self.notes,
+        }
+
     @property
     def rows(self) -> tuple[Rows, ...]:
         """What is compared: images and studies, or studies alone where a run predicts these."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from cxr_cache.common.devices import resolve_device, resolve_precision
 from cxr_cache.common.distributed import barrier, is_main, process_group, world_size
 from cxr_cache.common.wording import count, describe_differences
-from cxr_cache.config import FinetuneConfig
+from cxr_cache.config import FinetuneConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import dead_workers_explained
 from cxr_cache.datasets.images import find_missing
@@ -39,7 +39,7 @@ from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
-from cxr_cache.store.rows import LabelledRows, find_labelled_rows
+from cxr_cache.store.rows import LabelledRows, find_labelled_rows, read_features
 from cxr_cache.store.side_by_side import StorePaths, require_one_store
 from cxr_cache.store.studies import StudyTokens
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
@@ -67,6 +67,9 @@ from cxr_cache.training.search import (
     weigh_findings,
 )
 from cxr_cache.training.tuning import Keeper, TuningData, build_model, tune
+
+_FROZEN: Final = TrainConfig(features="projected", input_norm="l2", flip=False)
+"""How the frozen encoder's features are read to say how unlike the training images others are."""
 
 logger = logging.getLogger(__name__)
 
@@ -256,6 +259,7 @@ def tune_run(
                 search,
                 settled,
                 predictions=predictions,
+                features=read_features(store, found.rows, _FROZEN, (), found.studies)[0],
                 final_history=history,
                 studies=found.studies,
                 make_model=partial(

@@ -24,6 +24,7 @@ from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.rows import TrainingData, load_training_data
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 from cxr_cache.training.baselines import train_logistic
+from cxr_cache.training.fit import told_as
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_head,
@@ -124,6 +125,7 @@ def fit_run(
         search,
         config,
         predictions=probabilities.numpy(),
+        features=data.embeddings[0],
         final_history=final_history,
         studies=data.studies,
         make_model=lambda thresholds: SavedModel(
@@ -159,8 +161,9 @@ def _test_repeats(
         again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
         progress = partial(_count, on_progress, n_repeats, repeat)
         groups = data.cohort.groups
-        found = search_epochs(data, split, again, clusters=groups, on_progress=progress)
-        bank, _ = train_final(data, split, found, again)
+        with told_as(f"repeat {repeat} of {n_repeats}"):
+            found = search_epochs(data, split, again, clusters=groups, on_progress=progress)
+            bank, _ = train_final(data, split, found, again)
         yield predict_probabilities(bank, embeddings).numpy()[split.is_test]
 
 
