@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do wit
 
 FORMAT_VERSION: Final = 1
 TableName = Literal[
+    "flow",
     "splits",
     "targets",
     "epoch_search",
@@ -53,7 +54,9 @@ TableName = Literal[
     "subgroups",
     "group_differences",
     "curves",
+    "decision_curves",
     "calibration",
+    "label_counts",
     "zero_shot",
     "matching",
     "overlap",
@@ -87,7 +90,10 @@ _LATER_FIELDS: Final = {
 _ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
 _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
+    "flow": ("kind", "what"),
     "history": ("fold",),
+    "label_counts": ("finding",),
+    "decision_curves": ("finding",),
     "per_finding": ("finding", "store_finding"),
     "per_finding_by_study": ("finding",),
     "subgroups": ("group", "value", "finding"),
