@@ -76,7 +76,7 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     only look so. What is matched, what not and why is printed first.
     """
     from cxr_cache.evaluation.evaluate import format_summary
-    from cxr_cache.jobs.scoring import evaluate_run
+    from cxr_cache.jobs.scoring import evaluate_run, tell_of_reads
     from cxr_cache.models.run import Run
 
     of_external = ("out", "labels", "name_map", "relations")
@@ -95,6 +95,7 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     opened = Run.open(run)
     if not stores:
         click.echo(format_summary(evaluate_run(opened, groups=groups, **vars(config))))
+        click.echo(tell_of_reads(opened))
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 

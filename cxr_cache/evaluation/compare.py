@@ -17,6 +17,7 @@ from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.figures import MEASURES, to_number
 from cxr_cache.evaluation.scored import ScoredImages, read_scored, read_trainings
+from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.intervals import (
     LEVEL,
     add_training_error,
@@ -207,6 +208,7 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
+    notes += (count_reading("compare", *runs).to_text(),)
     return Comparison(names, first.count_images(), first.n_studies, images[0][0].unit, table, notes)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
 from cxr_cache.evaluation.scored import ScoredImages
+from cxr_cache.metrics.intervals import count_rarer_class, student_interval, widen_errors
+from cxr_cache.metrics.resampled import RankedScores, bootstrap_variance
 from cxr_cache.metrics.scores import (
     N_BINS,
     NEVER,
@@ -21,37 +24,93 @@ from cxr_cache.metrics.scores import (
 MAX_POINTS: Final = 200
 """Of one finding's curve; a page for any number of images stays small."""
 
+RANKING_COLUMNS: Final = (
+    *("finding", "threshold", "sensitivity", "specificity", "ppv"),
+    *("sensitivity_low", "sensitivity_high", "ppv_low", "ppv_high"),
+)
+
 POOLED: Final = ""
 """What stands for the finding where all cells are taken together."""
 
 
-def ranking_curves(images: ScoredImages) -> pd.DataFrame:
+def ranking_curves(images: ScoredImages, *, n_resamples: int = 0, seed: int = 0) -> pd.DataFrame:
     """Points of the ROC and precision-recall curves of every finding that has both classes.
 
     Parameters
     ----------
     images
         N rows, F findings.
+    n_resamples, seed
+        As in :func:`cxr_cache.metrics.resampled.bootstrap`; without resamples there are no bands.
 
     Returns
     -------
     pd.DataFrame
-        Columns finding (``""`` for all cells pooled), threshold, sensitivity, specificity and ppv;
-        per finding from the highest threshold, which calls nothing, to the lowest probability.
-        Points are on the curve; those left out lie between points closer than a hundredth in
-        sensitivity or specificity.
+        Columns :data:`RANKING_COLUMNS`, with finding ``""`` for all cells pooled; per finding from
+        the highest threshold, which calls nothing, to the lowest probability. Points are on the
+        curve; those left out lie between points closer than a hundredth in sensitivity or
+        specificity. Bounds are pointwise: those of the sensitivity hold at the point's specificity,
+        those of the PPV at its sensitivity, whichever threshold that takes in another sample.
     """
-    parts = []
-    for finding, targets, probabilities in _columns(images):
-        if has_both_classes(targets).all():
-            points = _curve(targets[:, 0], probabilities[:, 0])
-            points.insert(0, "finding", finding)
-            parts.append(points)
-    columns = ["finding", "threshold", "sensitivity", "specificity", "ppv"]
-    table: pd.DataFrame = (
-        pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-    )
-    return table
+    columns = _columns(images)
+    curves = [
+        _curve(
+            targets[:, 0],
+            probabilities[:, 0],
+            np.repeat(images.clusters, len(targets) // len(images)),
+        )
+        if has_both_classes(targets).all()
+        else None
+        for _, targets, probabilities in columns
+    ]
+    if n_resamples and any(curve is not None for curve in curves):
+        curves = _add_bands(images, curves, n_resamples, seed)
+    parts = [
+        curve.assign(finding=finding)
+        for (finding, _, _), curve in zip(columns, curves, strict=True)
+        if curve is not None
+    ]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    ordered: pd.DataFrame = table.reindex(columns=list(RANKING_COLUMNS))
+    return ordered
+
+
+def _add_bands(
+    images: ScoredImages, curves: Sequence[pd.DataFrame | None], n_resamples: int, seed: int
+) -> list[pd.DataFrame | None]:
+    """Give the curves of every finding, and of all cells pooled, their pointwise bounds."""
+    targets = drop_positives_only(images.targets)
+    by_finding = RankedScores(targets, images.probabilities)
+    pooled = RankedScores(targets, images.probabilities, pooled=True)
+    places = [
+        None if of is None else (1 - of["specificity"].to_numpy(), of["sensitivity"].to_numpy())
+        for of in curves
+    ]
+
+    def statistics(weights: Array) -> dict[str, FloatArray]:
+        read = by_finding.read_curves(weights, places[:-1])
+        read += pooled.read_curves(weights, places[-1:])
+        return {str(f): np.stack(of, axis=-1) for f, of in enumerate(read) if of is not None}
+
+    variances = bootstrap_variance(statistics, images.clusters, n_resamples, seed)
+    of_pooled = [
+        int(images.count_clusters((targets == value).any(axis=1, keepdims=True))[0])
+        for value in (1, 0)
+    ]
+    n_clusters = [*count_rarer_class(targets, images.clusters), min(of_pooled)]
+    banded: list[pd.DataFrame | None] = []
+    for f, curve in enumerate(curves):
+        if curve is not None:
+            errors = widen_errors(variances[str(f)], n_clusters[f])  # (P, 2)
+            rests_on = {
+                "sensitivity": n_clusters[f],
+                "ppv": np.minimum(n_clusters[f], curve["n_called"]),
+            }
+            for k, (name, n) in enumerate(rests_on.items()):
+                bounds = student_interval(curve[name].to_numpy(), errors[:, k], n, "logit")
+                curve = curve.assign(**{f"{name}_low": bounds.low, f"{name}_high": bounds.high})
+        banded.append(curve)
+    return banded
 
 
 def calibration_curves(before: ScoredImages, after: ScoredImages | None) -> pd.DataFrame:
@@ -99,10 +158,13 @@ def _columns(images: ScoredImages) -> list[tuple[str, Array, FloatArray]]:
     return [*columns, (POOLED, *pooled)]
 
 
-def _curve(targets: Array, probabilities: FloatArray) -> pd.DataFrame:
+def _curve(targets: Array, probabilities: FloatArray, clusters: Array) -> pd.DataFrame:
+    """Points of both curves, and how many clusters have a row that is called there."""
     labelled = ~np.isnan(targets)
     order = np.argsort(-probabilities[labelled], kind="stable")
     descending, present = probabilities[labelled][order], targets[labelled][order] == 1
+    is_new = np.zeros(len(order), bool)
+    is_new[np.unique(clusters[labelled][order], return_index=True)[1]] = True
     last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # of each tie
     tp = present.cumsum()[last]
     fp = last + 1 - tp
@@ -116,6 +178,7 @@ def _curve(targets: Array, probabilities: FloatArray) -> pd.DataFrame:
             "sensitivity": np.append(0.0, sensitivity[kept]),
             "specificity": np.append(1.0, 1 - false_alarms[kept]),
             "ppv": np.append(np.nan, (tp / (tp + fp))[kept]),
+            "n_called": np.append(0, is_new.cumsum()[last][kept]),
         }
     )
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,10 @@ from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.compare import describe_recipe
+from cxr_cache.evaluation.composition import count_labels, describe_people
 from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
+from cxr_cache.evaluation.decisions import COLUMNS as DECISION_COLUMNS
+from cxr_cache.evaluation.decisions import decision_curves
 from cxr_cache.evaluation.figures import (
     Entry,
     Estimates,
@@ -35,6 +38,7 @@ from cxr_cache.evaluation.scored import (
     join_groups,
     parse_predictions,
 )
+from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
@@ -156,7 +160,8 @@ def evaluate_predictions(
     raw = replace(raw, groups=find_groups(predictions))
     cuts = np.array(list(thresholds.values()))
     point = OperatingPoint(calibration or Calibration.none(len(cuts)), cuts, rule)
-    return _evaluate(raw, _Reading(point, n_resamples, seed), groups)
+    evaluation = _evaluate(raw, _Reading(point, n_resamples, seed), groups)
+    return _add_composition(evaluation, predictions.assign(split="test"), targets, thresholds)
 
 
 def score_run(
@@ -168,6 +173,7 @@ def score_run(
     groups: str | Path | None = None,
     n_resamples: int = EvaluateConfig.n_resamples,
     seed: int = EvaluateConfig.seed,
+    verb: str = "evaluate",
 ) -> dict[str, Any]:
     """Evaluate the predictions that a run stored, and store the figures with it.
 
@@ -187,6 +193,8 @@ def score_run(
         from there where None are given.
     n_resamples, seed
         As in :func:`evaluate_predictions`.
+    verb
+        The command for which this is done, under which it counts as a reading of the test split.
 
     Returns
     -------
@@ -224,7 +232,13 @@ def score_run(
 
     if groups is None:
         groups = run.groups_path
-    evaluation = _evaluate(images.take(is_test), reading, groups)
+    evaluation = _add_composition(
+        _evaluate(images.take(is_test), reading, groups),
+        predictions,
+        targets,
+        findings,
+        (run.config.get("label_codes") or {}).get("codes"),
+    )
     recipe = describe_recipe(run, n_resamples=n_resamples, seed=seed)
     metrics = {
         **evaluation.metrics,
@@ -242,7 +256,26 @@ def score_run(
     evaluation.per_finding.insert(1, "n_images", images.count_images(present))
     evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
     run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
+    run.write_reads(count_reading(verb, run).to_dict())
     return metrics
+
+
+def _add_composition(
+    evaluation: Evaluation,
+    predictions: pd.DataFrame,
+    targets: pd.DataFrame,
+    findings: Collection[str],
+    codes: Mapping[str, Mapping[str, int]] | None = None,
+) -> Evaluation:
+    """Add what the sides of the split hold."""
+    return replace(
+        evaluation,
+        metrics={**evaluation.metrics, "demographics": describe_people(predictions)},
+        tables={
+            **evaluation.tables,
+            "label_counts": count_labels(predictions, targets, list(findings), codes),
+        },
+    )
 
 
 def _compare_logistic(
@@ -282,7 +315,7 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
     of_table = raw.groups
     if groups is not None:
         raw = join_groups(raw, groups)
-    images = reading.calibrate(raw)
+    images, is_calibrated = reading.calibrate(raw), reading.point.calibration.method != "none"
     differences = compare_groups(
         images, reading.point.thresholds, n_resamples=reading.n_resamples, seed=reading.seed
     )
@@ -315,10 +348,13 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
         "subgroups": tabulate_groups(subsets, reading.point.thresholds),
         "group_differences": differences,
-        "curves": ranking_curves(images),
-        "calibration": calibration_curves(
-            raw, None if reading.point.calibration.method == "none" else images
-        ),
+        "curves": ranking_curves(images, n_resamples=reading.n_resamples, seed=reading.seed),
+        "decision_curves": decision_curves(
+            images, n_resamples=reading.n_resamples, seed=reading.seed
+        )
+        if is_calibrated
+        else pd.DataFrame(columns=list(DECISION_COLUMNS)),
+        "calibration": calibration_curves(raw, images if is_calibrated else None),
     }
     given = {name: of for name, of in images.groups.items() if of is not of_table.get(name)}
     if given:

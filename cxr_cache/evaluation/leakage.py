@@ -15,6 +15,7 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import UNITS, Unit, name_unit
 from cxr_cache.datasets.splits import split_test, split_test_by_image
 from cxr_cache.errors import RunError
+from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_jointly
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.heads import HeadBank, predict_probabilities
@@ -149,6 +150,7 @@ def measure_leakage(
     of_arm = {name: [areas[f"{name} {k}"] for k in range(n_repeats)] for name in arms}
     gain, gain_sd = _subtract(of_arm[BY_IMAGE], of_arm[BY_STUDY])
     leak, leak_sd = _subtract(of_arm[LEAKING], of_arm[CLEAN])
+    count_reading("audit --leakage", run)
     return Leakage(
         arms=tuple(
             Arm(

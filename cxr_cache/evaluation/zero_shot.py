@@ -19,6 +19,7 @@ from cxr_cache.encoders.identity import EncoderIdentity, require_same_encoder
 from cxr_cache.encoders.text import PromptPair, TextEncoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.evaluation.scored import read_scored
+from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_jointly
 from cxr_cache.metrics.scores import FloatArray
 from cxr_cache.models.aligned import align_run
@@ -169,7 +170,9 @@ def score_zero_shot(
         rows="all labelled images" if run is None else f"the test images of {run.path}",
         without_prompts=tuple(f for f in cohort.findings if f not in prompts),
         is_of_run=run is not None and _is_encoder_of(run, store),
-        notes=() if run is None else tuple(_notes(run, store)),
+        notes=()
+        if run is None
+        else (*_notes(run, store), count_reading("zero-shot", run).to_text()),
     )
 
 

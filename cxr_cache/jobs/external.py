@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, get_args
 
@@ -15,6 +16,7 @@ from cxr_cache.errors import RunError
 from cxr_cache.evaluation.external import ExternalEvaluation, score_external
 from cxr_cache.evaluation.matching import match_findings, name_data_set, require_scored
 from cxr_cache.evaluation.overlap import find_overlap
+from cxr_cache.evaluation.split_reads import count_reading_beside
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run, TableName
 from cxr_cache.report.report import write_external_report
@@ -130,6 +132,10 @@ def evaluate_on_store(
         n_resamples=n_resamples,
         seed=seed,
     )
+    reads = count_reading_beside(
+        Path(paths[0]), evaluation.tables["predictions"]["image_id"], "evaluate --store", [run]
+    )
+    evaluation = replace(evaluation, reads=reads)
     if folder is not None:
         _write(run, evaluation, folder)
     elif out is not None:
@@ -172,4 +178,6 @@ def _write(run: Run, evaluation: ExternalEvaluation, folder: Path) -> None:
         if name not in evaluation.tables:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     test.write_evaluation(evaluation.metrics, evaluation.tables)
+    if evaluation.reads is not None:
+        test.write_reads(evaluation.reads.to_dict())
     write_external_report(test)

@@ -72,9 +72,16 @@ def standard_errors(
     `widen` they are multiplied by the root in the module's docstring.
     """
     variances = _centre(resampled).var(axis=0)
+    is_shown = ~np.isnan(resampled).all(axis=0)
+    return widen_errors(np.where(is_shown, variances, np.nan), n_clusters, widen=widen)
+
+
+def widen_errors(
+    variances: FloatArray, n_clusters: Array | int, *, widen: bool = True
+) -> FloatArray:
+    """Compute standard errors from variances over resamples, as :func:`standard_errors` does."""
     n = np.asarray(n_clusters, np.float64)
-    is_shown = (n > 1) & ~np.isnan(resampled).all(axis=0)
-    errors: FloatArray = np.sqrt(np.where(is_shown, variances * _widening(n, widen), np.nan))
+    errors: FloatArray = np.sqrt(np.where(n > 1, variances * _widening(n, widen), np.nan))
     return errors
 
 

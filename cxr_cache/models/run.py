@@ -68,6 +68,7 @@ FINAL_FOLD: Final = "final"
 _PACKAGES: Final = ("cxr-cache", "torch", "numpy", "scikit-learn")
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
+_READS: Final = "test_reads.json"
 _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _STATES: Final = "unfinished"
@@ -244,7 +245,7 @@ class Run:
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
+        for name in (_METRICS, _READS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -496,6 +497,18 @@ class Run:
         except ValueError as error:
             raise RunError(f"{path} is damaged ({error}). {remedy}") from error
         return metrics
+
+    def write_reads(self, reads: Mapping[str, Any]) -> None:
+        """Write ``test_reads.json``, which is no figure: it differs when the same is done again."""
+        write_whole(self.path / _READS, json.dumps(reads, indent=2).encode())
+
+    def read_reads(self) -> dict[str, Any] | None:
+        """Read ``test_reads.json``; None where there is none, or a damaged one."""
+        try:
+            reads: dict[str, Any] = json.loads((self.path / _READS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return reads
 
     def plot_path(self, name: str) -> Path:
         """Where the plot called `name` goes; its folder is made."""
