@@ -21,6 +21,7 @@ from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
 from cxr_cache.evaluation.decisions import COLUMNS as DECISION_COLUMNS
 from cxr_cache.evaluation.decisions import decision_curves
 from cxr_cache.evaluation.figures import (
+    MEASURES,
     Entry,
     Estimates,
     calibration_columns,
@@ -57,7 +58,7 @@ FEW_POSITIVES: Final = 10
 
 
 _N_DIFFERENCES: Final = 5
-"""Between groups, that a summary names."""
+"""Between groups, that a summary names: of means over findings, and of single findings."""
 _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a {method} over {units} "
     "and the number of {units} that a figure rests on; for the AUROC of a finding, the values "
@@ -551,22 +552,38 @@ def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
-    """Which groups there are, and how many findings differ between them beyond luck."""
+    """Which groups there are, how they differ on average, and which findings do beyond luck."""
     differences = metrics.get("group_differences", {})
-    if not differences.get("n_tested", {}).get("auroc"):
+    n_tested = differences.get("n_tested", {})
+    if not n_tested.get("auroc"):
         return []
     names = dict.fromkeys(row["group"] for row in differences["macro"])
-    found = [row for row in differences["differing"] if row["measure"] == "auroc"]
-    n_tested = differences["n_tested"]["auroc"]
-    lines = [
-        f"  groups          {list_names([*names])}: the AUROC of {len(found)} of "
-        f"{count(n_tested, 'comparison')} differs (Holm, 5 %)"
-    ]
-    return lines + [
-        f"    {row['finding']}, {row['group']} {row['value']} minus {row['against']}: "
-        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        for row in found[:_N_DIFFERENCES]
-    ]
+    found = differences["differing"]
+    counts = []
+    for measure, n in n_tested.items():
+        n_found = sum(row["measure"] == measure for row in found)
+        of = count(n, "comparison") + " differs" if measure == "auroc" else f"{n:,}"
+        counts.append(f"the {MEASURES[measure].label} of {n_found} of {of}")
+    lines = [f"  groups          {list_names([*names])}: {', '.join(counts)} (Holm, 5 %)"]
+    of_areas = [row for row in differences["macro"] if row["measure"] == "auroc"]
+    for row in of_areas[:_N_DIFFERENCES]:
+        of = f"mean AUROC of {count(row['n_findings'], 'finding')}"
+        lines.append(_describe_difference(of, row))
+    for row in found[:_N_DIFFERENCES]:
+        lines.append(_describe_difference(f"{row['finding']}, {row['measure']}", row))
+    n_more = max(0, len(of_areas) - _N_DIFFERENCES) + max(0, len(found) - _N_DIFFERENCES)
+    return lines + [f"    {n_more:,} more in group_differences.csv"] * bool(n_more)
+
+
+def _describe_difference(what: str, row: Mapping[str, Any]) -> str:
+    bounds = "[no interval]"
+    if row["low"] is not None:
+        bounds = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+    p = "" if row["p_holm"] is None else f", p = {row['p_holm']:.2g}"
+    return (
+        f"    {what}, {row['group']} {row['value']} minus {row['against']}: "
+        f"{row['difference']:+.3f} {bounds}{p}"
+    )
 
 
 def _with_interval(

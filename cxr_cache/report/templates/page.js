@@ -181,7 +181,7 @@
         figure("ROC", area(points, "auroc", "AUROC"), rocChart(curves, points, name, band)),
         figure("Precision and recall", area(points, "ap", "AP"), precisionRecallChart(curves, points, first.prevalence_test, name, band)),
         stages.some((stage) => stage !== null) ? figure("Calibration", stages.some((s) => s && s.after) ? "thin: before it was calibrated" : "", calibrationChart(stages, name)) : null,
-        decisions.some((one) => one !== null) ? figure("Decision curve", "dashed: acting on every image, and on none (0)", decisionChart(decisions, name)) : null));
+        decisions.some((one) => one !== null) ? figure("Decision curve", "dashed: acting on all, and on none", decisionChart(decisions, name)) : null));
       if (band) box.append(make("p", { class: "note" }, `Shaded: pointwise 95 % bands. Each holds at its own place (a specificity, a recall, a probability), not for a curve as a whole.${decisions[0] ? " Net benefit: true calls less false ones per image, a false one weighed by the odds of the probability (Vickers and Elkin 2006)." : ""}`));
       box.append(make("p", { class: "note" }, !isPooled
         ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the last are tenths of the scale, larger where they hold more."
