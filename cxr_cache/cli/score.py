@@ -254,3 +254,27 @@ def report(
                 on_progress=on_progress,
             )
     click.echo(f"Report: {page}")
+
+
+@click.command()
+@RUN
+@option("--out", type=FILE, help="Markdown file that is written.  [default: the terminal]")
+def checklist(run: Path, out: Path | None) -> None:
+    """Fill the reporting checklists CLAIM 2024 and TRIPOD+AI with what a run knows.
+
+    Each item holds facts of the run, or says that it is to be written by the authors. Nothing is
+    guessed.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.checklist import render_checklists
+    from cxr_cache.report.views import read_view
+
+    if out is not None:
+        require_folder(out.parent)
+    text = render_checklists(read_view(Run.open(run)))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    write_whole(out, text.encode())
+    click.echo(f"{out} written")

@@ -151,7 +151,9 @@ class Flow:
         flow = self.reach("images to train and test on")
         flow = flow._add("part", f"train, in {n_folds} folds" if n_folds > 1 else "train", train)
         if "given_split" in left and (val := (left["given_split"] == "val") & ~is_test).any():
-            flow = flow._add("of which", "val in the given split", count_images(left, val))
+            flow = flow._add(
+                "of which", "train images that are val in the given split", count_images(left, val)
+            )
         flow = flow._add("part", "test", test)
         shared = Counts(*(a + b - n for a, b, n in zip(train, test, flow.now, strict=True)))
         if any(shared):
@@ -163,12 +165,14 @@ class Flow:
     ) -> Flow:
         """Duplicates are kept, since labels and studies may tell why there are two."""
         if files is None:
-            unknown = "the same file as another image: not known, as imported features name no file"
+            unknown = "images with the same file cannot be told, as imported features name no file"
             return replace(self, rows=(*self.rows, Row("of which", unknown, None, None, None)))
         _, code, n_same = np.unique(files, axis=0, return_inverse=True, return_counts=True)
         code = code.reshape(-1)
         is_copy = n_same[code] > 1
-        flow = self._add("of which", "the same file as another image", count_images(left, is_copy))
+        flow = self._add(
+            "of which", "images with the same file as another", count_images(left, is_copy)
+        )
         across = is_test & np.isin(code, code[~is_test])
         if across.any():
             what = "test images with the same file as a train image"
@@ -177,9 +181,7 @@ class Flow:
 
     def to_table(self) -> pd.DataFrame:
         """The lines, as ``flow.csv`` has them; patients are blank where nobody names any."""
-        table: pd.DataFrame = pd.DataFrame(self.rows, columns=list(COLUMNS))
-        numbers = list(Counts._fields)
-        table[numbers] = table[numbers].astype("Int64")
+        table = parse_flow(pd.DataFrame(self.rows, columns=list(COLUMNS)))
         if not (self.images["patient_id"] != "").any() and not table["patients"].any():
             table["patients"] = pd.NA
         return table
@@ -192,13 +194,19 @@ class Flow:
         return replace(self, rows=(*self.rows, Row(kind, what, *counts)))
 
 
+def parse_flow(table: pd.DataFrame) -> pd.DataFrame:
+    """Make the numbers of a flow whole, which pandas reads as fractions beside blank cells."""
+    parsed: pd.DataFrame = table.astype(dict.fromkeys(Counts._fields, "Int64"))
+    return parsed
+
+
 def format_flow(table: pd.DataFrame) -> list[str]:
-    """Lines for a terminal of what :meth:`Flow.to_table` gives."""
+    """Lines for a terminal of what :func:`parse_flow` gives."""
     names = [name for name in Counts._fields if table[name].notna().any()]
     marks = {"left": "", "lost": "- ", "part": "  ", "shared": "  - ", "of which": "    of which "}
     lines = [f"Flow, {' / '.join(names)}:"]
     for row in table.to_dict("records"):
-        numbers = ["?" if pd.isna(row[name]) else f"{row[name]:,}" for name in names]
-        shown = " / ".join(numbers) if any(number != "?" for number in numbers) else ""
-        lines.append(f"  {shown:>{8 * len(names)}}  {marks[row['kind']]}{row['what']}")
+        numbers = [f"{row[name]:,}" for name in names if not pd.isna(row[name])]
+        mark = marks[row["kind"]] if numbers else ""
+        lines.append(f"  {' / '.join(numbers):>{8 * len(names)}}  {mark}{row['what']}")
     return lines

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cxr_cache.datasets.flow import parse_flow
 from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.composition import WRITTEN
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
@@ -119,7 +120,7 @@ class RunView:
     def flow(self) -> list[FlowStep]:
         """What was left of the images, and what was lost next; empty for runs of before."""
         steps: list[FlowStep] = []
-        for row in to_records(self.tables["flow"]) if "flow" in self.tables else ():
+        for row in to_records(parse_flow(self.tables["flow"])) if "flow" in self.tables else ():
             if row["kind"] == "left":
                 steps.append(FlowStep(row, [], []))
             else:

@@ -15,7 +15,7 @@ from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import OPTIMISM_OF_PLATEAU, Recipe
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
-from cxr_cache.datasets.flow import Flow, format_flow
+from cxr_cache.datasets.flow import Flow, format_flow, parse_flow
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
@@ -66,7 +66,7 @@ class TrainResult:
         if whose := self.run.config.get("split", {}).get("whose"):
             lines.append(f"Split as given by {whose}")
         if self.run.has_table("flow"):
-            lines += format_flow(self.run.read_table("flow"))
+            lines += format_flow(parse_flow(self.run.read_table("flow")))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _describe_stops(self) -> list[str]:

@@ -184,7 +184,7 @@
         decisions.some((one) => one !== null) ? figure("Decision curve", "dashed: acting on all, and on none", decisionChart(decisions, name)) : null));
       if (band) box.append(make("p", { class: "note" }, `Shaded: pointwise 95 % bands. Each holds at its own place (a specificity, a recall, a probability), not for a curve as a whole.${decisions[0] ? " Net benefit: true calls less false ones per image, a false one weighed by the odds of the probability (Vickers and Elkin 2006)." : ""}`));
       box.append(make("p", { class: "note" }, !isPooled
-        ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the last are tenths of the scale, larger where they hold more."
+        ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the calibration curve are tenths of the scale, larger where they hold more."
         : "All labelled cells of all findings taken together. Dashed lines are what guessing gets, and perfect calibration."));
     } else {
       box.append(make("p", { class: "note" }, data.curves.every((of) => of.every((c) => c === null))
