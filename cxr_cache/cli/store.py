@@ -86,9 +86,8 @@ def describe(
     **options: Any,
 ) -> None:
     """Show findings, counts, views and missing files of a data set; or plan its test."""
-    from cxr_cache.datasets.describe import describe_cohort
+    from cxr_cache.datasets.describe import describe_cohort, plan_test
     from cxr_cache.datasets.images import find_missing
-    from cxr_cache.datasets.plan import plan_test
     from cxr_cache.datasets.readers import load_cohort
 
     for folder in (image_dir, plot.parent if plot is not None else None):

@@ -17,7 +17,6 @@ from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.figures import MEASURES, to_number
 from cxr_cache.evaluation.scored import ScoredImages, read_scored, read_trainings
-from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.intervals import (
     LEVEL,
     add_training_error,
@@ -30,6 +29,7 @@ from cxr_cache.metrics.intervals import (
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import count_reading
 
 COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""

@@ -17,9 +17,12 @@ from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.compare import describe_recipe
 from cxr_cache.evaluation.composition import count_labels, describe_people
-from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
-from cxr_cache.evaluation.decisions import COLUMNS as DECISION_COLUMNS
-from cxr_cache.evaluation.decisions import decision_curves
+from cxr_cache.evaluation.curves import (
+    DECISION_COLUMNS,
+    calibration_curves,
+    decision_curves,
+    ranking_curves,
+)
 from cxr_cache.evaluation.figures import (
     MEASURES,
     Entry,
@@ -39,7 +42,6 @@ from cxr_cache.evaluation.scored import (
     join_groups,
     parse_predictions,
 )
-from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
@@ -52,6 +54,7 @@ from cxr_cache.metrics.scores import (
     macro_mean,
 )
 from cxr_cache.models.run import Run, TableName
+from cxr_cache.models.split_reads import count_reading
 
 FEW_POSITIVES: Final = 10
 """Findings with fewer positive patients (or studies) in test are named as hardly measurable."""

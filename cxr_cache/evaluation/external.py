@@ -17,10 +17,10 @@ from cxr_cache.evaluation.figures import Estimates, estimate
 from cxr_cache.evaluation.matching import Matching
 from cxr_cache.evaluation.overlap import Overlap
 from cxr_cache.evaluation.scored import ScoredImages, parse_predictions
-from cxr_cache.evaluation.split_reads import SplitReads
 from cxr_cache.metrics.operating_point import Calibration, choose_operating_point
 from cxr_cache.metrics.scores import UNDECIDED, FloatArray, weighted_mean
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import SplitReads
 
 AT_THRESHOLD: Final = ("f1", "sensitivity", "specificity", "ppv", "npv", "balanced_accuracy")
 OF_CALIBRATION: Final = ("brier", "log_loss")

@@ -19,11 +19,11 @@ from cxr_cache.encoders.identity import EncoderIdentity, require_same_encoder
 from cxr_cache.encoders.text import PromptPair, TextEncoder
 from cxr_cache.errors import TrainingError
 from cxr_cache.evaluation.scored import read_scored
-from cxr_cache.evaluation.split_reads import count_reading
 from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_jointly
 from cxr_cache.metrics.scores import FloatArray
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import count_reading
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import find_done_rows
 

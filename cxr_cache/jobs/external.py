@@ -16,9 +16,9 @@ from cxr_cache.errors import RunError
 from cxr_cache.evaluation.external import ExternalEvaluation, score_external
 from cxr_cache.evaluation.matching import match_findings, name_data_set, require_scored
 from cxr_cache.evaluation.overlap import find_overlap
-from cxr_cache.evaluation.split_reads import count_reading_beside
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run, TableName
+from cxr_cache.models.split_reads import count_reading_beside
 from cxr_cache.report.report import write_external_report
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 

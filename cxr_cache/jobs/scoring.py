@@ -12,8 +12,8 @@ from typing import Any
 from cxr_cache.config import EvaluateConfig
 from cxr_cache.errors import CxrCacheError, JobStopped, RunError
 from cxr_cache.evaluation.evaluate import score_run
-from cxr_cache.evaluation.split_reads import SplitReads
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import SplitReads
 from cxr_cache.report.model_card import read_card
 from cxr_cache.report.report import write_report
 

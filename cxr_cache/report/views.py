@@ -16,9 +16,9 @@ from cxr_cache.evaluation.composition import WRITTEN
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
 from cxr_cache.evaluation.evaluate import find_few
 from cxr_cache.evaluation.figures import MEASURES
-from cxr_cache.evaluation.split_reads import SplitReads
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run, TableName
+from cxr_cache.models.split_reads import SplitReads
 
 POINTS_OF_ALL_CURVES: Final = 30_000
 """What a page draws at most: about 0.7 MB, however many findings and runs there are."""
