@@ -39,10 +39,10 @@ _SHARED: Final = """
 ## What all commands share
 
 The result of a command is on stdout; notes, progress, warnings and errors are on stderr.
-`cxr-cache -q COMMAND` writes results, warnings and errors only; `cxr-cache -v COMMAND` tells what is
-done, and `-vv` more. With `--json` stdout holds the result as one JSON value and nothing else, and
-nothing at all where a command fails before it has a result; `cxr_cache/cli/schemas.json` has a JSON
-Schema for each command.
+`cxr-cache -q COMMAND` writes results, warnings and errors only; `cxr-cache -v COMMAND` tells what
+is done, and `-vv` more. With `--json` stdout holds the result as one JSON value and nothing else,
+and nothing at all where a command fails before it has a result; `cxr_cache/cli/schemas.json` has a
+JSON Schema for each command.
 
 | exit status | meaning |
 |---|---|

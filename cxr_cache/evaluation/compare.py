@@ -29,6 +29,7 @@ from cxr_cache.metrics.intervals import (
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import count_reading
 
 COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""
@@ -219,6 +220,7 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
+    notes += (count_reading("compare", *runs).to_text(),)
     return Comparison(names, first.count_images(), first.n_studies, images[0][0].unit, table, notes)
 
 

@@ -21,6 +21,7 @@ from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
+from cxr_cache.report.composition import count_line, tabulate_people
 from cxr_cache.report.views import RunView, collect_charts
 
 MAX_RUNS: Final = 6
@@ -111,6 +112,8 @@ def make_environment() -> jinja2.Environment:
         "f1_of_calling_all": _f1_of_calling_all,
         "beside": _beside,
         "capitalize_first": _capitalize_first,
+        "counts": count_line,
+        "people": tabulate_people,
     }
     environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment

@@ -47,6 +47,7 @@ from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_codes,
     describe_head,
     describe_labels,
     describe_split,
@@ -143,7 +144,14 @@ def _find_rows(
     verbs = "has no tokens yet and is" if n_without == 1 else "have no tokens yet and are"
     note = f"{n_without:,} of {count(len(store), 'image')} {verbs} left out."
     chosen = np.flatnonzero(has_tokens)
-    kept = LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
+    assert found.flow is not None, "find_labelled_rows has followed the images"
+    kept = LabelledRows(
+        found.rows[chosen],
+        found.cohort.take(chosen),
+        (*found.notes, note),
+        flow=found.flow.lose("tokens still to come", found.rows[~has_tokens]),
+        files=None if found.files is None else found.files[chosen],
+    )
     return kept.by(level)
 
 
@@ -238,7 +246,10 @@ def tune_run(
         logger.info("%s: %s on %s, with %s", store_path, n_rows, device, settled)
         notes = found.notes + note_split(split, found.cohort, config.level)
         decisive = _decisive(settled, store, found, labels, from_run, start, split)
-        described = describe_split(split, found.cohort)
+        described = {
+            "split": describe_split(split, found.cohort),
+            "label_codes": describe_codes(found.cohort),
+        }
         run = _open_run(run_dir, decisive, settled, notes, described, overwrite=overwrite)
         tokens = _open_source(store, found, encoder, settled, image_dir)
         data = TuningData(encoder, tokens, found.cohort.targets, tail)
@@ -262,6 +273,8 @@ def tune_run(
                 features=read_features(store, found.rows, _FROZEN, (), found.studies)[0],
                 final_history=history,
                 studies=found.studies,
+                flow=found.flow,
+                files=found.files,
                 make_model=partial(
                     _to_model,
                     members,
@@ -394,7 +407,7 @@ def _open_run(
     decisive: dict[str, Any],
     config: FinetuneConfig,
     notes: Sequence[str],
-    split: dict[str, Any],
+    described: dict[str, Any],
     *,
     overwrite: bool,
 ) -> Run:
@@ -402,7 +415,7 @@ def _open_run(
     free = _free_options(decisive["from_run"] is not None)
     whole = decisive | {
         "finetune": decisive["finetune"] | {name: getattr(config, name) for name in free},
-        "split": split,
+        **described,
         "warnings": list(notes),
         "processes": world_size(),
     }

@@ -27,6 +27,7 @@ from cxr_cache.training.baselines import train_logistic
 from cxr_cache.training.fit import told_as
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_codes,
     describe_head,
     describe_labels,
     describe_split,
@@ -92,6 +93,7 @@ def fit_run(
             **({"further_stores": described[1:]} if described[1:] else {}),
             "reading": reading,
             "labels": describe_labels(labels),
+            "label_codes": describe_codes(cohort),
             "random_encoder": any(bool(encoder.get("is_random")) for encoder in encoders),
             "split": describe_split(split, cohort),
             "warnings": list(notes),
@@ -137,6 +139,8 @@ def fit_run(
             further_encoders=tuple(encoders[1:]),
         ),
         baseline=baseline,
+        flow=data.flow,
+        files=data.files,
     )
     return TrainResult(run, search, notes)
 
