@@ -330,6 +330,11 @@ class Run:
             )
         return cls(path, config)
 
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Add entries to what ``config.json`` says of a run that is not finished."""
+        self.config = {**self.config, **entries}
+        self._write_config("running")
+
     def finish(self) -> None:
         """Declare the run complete; from here on it is not overwritten unasked."""
         self._write_config("finished")

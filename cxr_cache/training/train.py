@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.common.devices import resolve_device
+from cxr_cache.common.machine import describe_machine
 from cxr_cache.common.wording import count
 from cxr_cache.config import RepeatConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort, finding_table
@@ -66,7 +67,7 @@ def fit_run(
     run_dir = Path(run_dir)
     labels = None if labels is None else Path(labels)
     require_free(run_dir, overwrite=overwrite)
-    resolve_device(config.device)
+    device = resolve_device(config.device)
     with open_stores(store_path) as stores:
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
@@ -88,6 +89,7 @@ def fit_run(
             "kind": "train",
             "train": asdict(config),
             "seed": config.seed,
+            "machine": describe_machine(device),
             "findings": list(cohort.findings),
             "store": described[0],
             **({"further_stores": described[1:]} if described[1:] else {}),
