@@ -246,7 +246,8 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ) -> tuple[HeadBank, list[dict[str, float]], list[list[dict[str, float]]]]:
         """The final heads, their history and that of members; sets what the search found."""
         if not self._needs_folds(config):
-            self.epoch_search_, self.epochs_ = None, config.epochs[0]
+            self.epoch_search_: pd.DataFrame | None = None
+            self.epochs_ = config.epochs[0]
             bank, history = refit(rows, Split(~labelled, fold), config, n_epochs=self.epochs_)
             return bank, history, []
         whole = _read_groups(groups, len(fold))
@@ -257,7 +258,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         search = search_epochs(rows, split, config, clusters=whole)
         bank, history = train_final(rows, split, search, config)
         members = [m.history[: search.chosen] for m in final_members(search, config)]
-        self.epoch_search_: pd.DataFrame | None = search.table
+        self.epoch_search_ = search.table
         self.epochs_ = search.chosen
         return bank, history, members
 
