@@ -53,9 +53,9 @@ def test_training_evaluating_and_comparing_count_and_runs_are_told_apart(run, tm
     assert tell_of_reads(run) == f"This test split has been read once by 1 run. {MEANING}"
     score_run(run, n_resamples=0)
     score_run(rival, n_resamples=0)
-    note = compare_runs(run, rival, n_resamples=5).notes[-1]
+    told = compare_runs(run, rival, n_resamples=5).to_text().splitlines()[-1]
 
-    assert note == f"This test split has been read 4 times by 2 runs. {MEANING}"
+    assert told == f"This test split has been read 4 times by 2 runs. {MEANING}"
     assert SplitReads(**run.read_reads()).n_reads == 2, "as it was when its figures were made"
     kept = json.loads((tmp_path / f"features.h5{SUFFIX}").read_text())
     [reads] = kept["splits"].values()
