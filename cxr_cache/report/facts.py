@@ -310,8 +310,8 @@ def ensembling(view: RunView) -> str | None:
     """Say whether models are averaged."""
     finals = {
         "ensemble": f"Probabilities are averaged over the models of {count(view.n_folds, 'fold')}.",
-        "refit": "None: one model is trained again on all train images.",
-        "best-fold": "None: the model of the best fold is taken.",
+        "refit": "No ensemble: one model is trained again on all train images.",
+        "best-fold": "No ensemble: the model of the best fold is taken.",
     }
     return finals.get(str(_option(view, "final")))
 
