@@ -213,7 +213,8 @@ def demo(folder: Path, **options: Any) -> None:
 def doctor(folder: Path) -> None:
     """Say what works on this machine and in a folder, and what not.
 
-    FOLDER is where stores and runs would be written, the current one if none is named. Nothing is asked of the network, and nothing is left in the folder.
+    FOLDER is where stores and runs would be written, the current one if none is named. Nothing is
+    asked of the network, and nothing is left in the folder.
 
     Exit status: 0 if the main job can run here, 1 if something that it needs is broken.
     """

@@ -17,6 +17,7 @@ from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.figures import MEASURES, to_number
+from cxr_cache.evaluation.overlap import note_overlap
 from cxr_cache.evaluation.scored import ScoredImages, read_scored, read_trainings
 from cxr_cache.metrics.intervals import (
     LEVEL,
@@ -178,6 +179,9 @@ def compare_runs(
     DeLong's up to the bootstrap's error. P values are corrected by Holm's method (1979) over all
     findings of all runs, and macro figures over all runs, each kind of rows and measure by itself.
 
+    Notes say where test images of a run are, or may be, images that it was trained on under other
+    names, by file or by embedding; see :func:`cxr_cache.evaluation.overlap.note_overlap`.
+
     Parameters
     ----------
     runs
@@ -224,6 +228,7 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
+    notes += tuple(note_overlap(names, runs))
     return Comparison(
         names,
         first.count_images(),
