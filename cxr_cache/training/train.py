@@ -91,6 +91,7 @@ def fit_run(
             **({"further_stores": described[1:]} if described[1:] else {}),
             "reading": reading,
             "labels": describe_labels(labels),
+            "n_views": len(data.embeddings),
             "random_encoder": any(bool(encoder.get("is_random")) for encoder in encoders),
             "split": describe_split(split, cohort),
             "warnings": list(notes),
