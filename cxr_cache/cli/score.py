@@ -25,7 +25,7 @@ from cxr_cache.cli.options import (
     pick,
     require_folder,
 )
-from cxr_cache.cli.output import give, say, show
+from cxr_cache.cli.output import give, note, say, show
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, ExternalConfig
 
@@ -284,3 +284,37 @@ def checklist(run: Path, out: Path | None) -> None:
         return
     write_whole(out, text.encode())
     show(f"{out} written", {"written": [out]})
+
+
+@click.command()
+@RUN
+@option(
+    "--external",
+    type=FOLDER,
+    help="Folder of a test on another data set, which `evaluate --store ... --out` wrote: it is "
+    "described too.",
+)
+@option("--out", type=FILE, help="Markdown file to write instead of printing; it may not exist.")
+def methods(run: Path, external: Path | None, out: Path | None) -> None:
+    """Write the methods section of a paper from what a run recorded, and its results.
+
+    Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.methods import describe_methods, find_blanks
+
+    if out is not None:
+        require_folder(out.parent)
+        if out.exists():
+            raise click.ClickException(
+                f"{out} is there already, and may hold what you filled in. Choose another name."
+            )
+    text = describe_methods(Run.open(run), external=external)
+    if out is None:
+        show(text, {"methods": text})
+    else:
+        write_whole(out, text.encode())
+        show(f"{out} written", {"written": [out]})
+    blanks = "\n".join(f"  [{blank}]" for blank in find_blanks(text))
+    note(f"To be filled in, as the run does not know it:\n{blanks}")

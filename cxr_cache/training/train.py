@@ -96,6 +96,7 @@ def fit_run(
             "reading": reading,
             "labels": describe_labels(labels),
             "label_codes": describe_codes(cohort),
+            "n_views": len(data.embeddings),
             "random_encoder": any(bool(encoder.get("is_random")) for encoder in encoders),
             "split": describe_split(split, cohort),
             "warnings": list(notes),
