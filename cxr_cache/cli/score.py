@@ -25,7 +25,7 @@ from cxr_cache.cli.options import (
     pick,
     require_folder,
 )
-from cxr_cache.cli.output import give, say, show
+from cxr_cache.cli.output import give, note, say, show
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, ExternalConfig
 
@@ -77,7 +77,7 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     only look so. What is matched, what not and why is printed first.
     """
     from cxr_cache.evaluation.evaluate import format_summary
-    from cxr_cache.jobs.scoring import evaluate_run
+    from cxr_cache.jobs.scoring import evaluate_run, tell_of_reads
     from cxr_cache.models.run import Run
 
     of_external = ("out", "labels", "name_map", "relations")
@@ -96,7 +96,8 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     opened = Run.open(run)
     if not stores:
         metrics = evaluate_run(opened, groups=groups, **vars(config))
-        show(lambda: format_summary(metrics), metrics)
+        reads = tell_of_reads(opened)
+        show(lambda: f"{format_summary(metrics)}\n{reads}", metrics)
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
@@ -259,3 +260,61 @@ def report(
                 on_progress=on_progress,
             )
     show(f"Report: {page}", {"written": [page]})
+
+
+@click.command()
+@RUN
+@option("--out", type=FILE, help="Markdown file that is written.  [default: the terminal]")
+def checklist(run: Path, out: Path | None) -> None:
+    """Fill the reporting checklists CLAIM 2024 and TRIPOD+AI with what a run knows.
+
+    Each item holds facts of the run, or says that it is to be written by the authors. Nothing is
+    guessed.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.checklist import render_checklists
+    from cxr_cache.report.views import read_view
+
+    if out is not None:
+        require_folder(out.parent)
+    text = render_checklists(read_view(Run.open(run)))
+    if out is None:
+        show(text.rstrip(), {"checklists": text})
+        return
+    write_whole(out, text.encode())
+    show(f"{out} written", {"written": [out]})
+
+
+@click.command()
+@RUN
+@option(
+    "--external",
+    type=FOLDER,
+    help="Folder of a test on another data set, which `evaluate --store ... --out` wrote: it is "
+    "described too.",
+)
+@option("--out", type=FILE, help="Markdown file to write instead of printing; it may not exist.")
+def methods(run: Path, external: Path | None, out: Path | None) -> None:
+    """Write the methods section of a paper from what a run recorded, and its results.
+
+    Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.methods import describe_methods, find_blanks
+
+    if out is not None:
+        require_folder(out.parent)
+        if out.exists():
+            raise click.ClickException(
+                f"{out} is there already, and may hold what you filled in. Choose another name."
+            )
+    text = describe_methods(Run.open(run), external=external)
+    if out is None:
+        show(text, {"methods": text})
+    else:
+        write_whole(out, text.encode())
+        show(f"{out} written", {"written": [out]})
+    blanks = "\n".join(f"  [{blank}]" for blank in find_blanks(text))
+    note(f"To be filled in, as the run does not know it:\n{blanks}")

@@ -33,6 +33,7 @@ from cxr_cache.config import (
     ExtractConfig,
     Features,
     FinetuneConfig,
+    PlanConfig,
     ReadConfig,
     TrainConfig,
     VerifyConfig,
@@ -67,26 +68,39 @@ logger = logging.getLogger(__name__)
 @option("--image-dir", type=FOLDER, help="Folder with the images, to count those missing.")
 @options_of(ReadConfig)
 @option("--plot", type=FILE, help="PNG file to draw the class distribution into.")
+@option(
+    "--plan",
+    is_flag=True,
+    help="Also say how wide the intervals of a test are expected to be before it is trained for.",
+)
+@options_of(PlanConfig)
 def describe(
     data: Path,
     data_format: str,
     image_dir: Path | None,
     plot: Path | None,
-    **reading: Any,
+    plan: bool,
+    **options: Any,
 ) -> None:
-    """Show findings, counts, views and missing files of a data set."""
-    from cxr_cache.datasets.describe import describe_cohort
+    """Show findings, counts, views and missing files of a data set; or plan its test."""
+    from cxr_cache.datasets.describe import describe_cohort, plan_test
     from cxr_cache.datasets.images import find_missing
     from cxr_cache.datasets.readers import load_cohort
 
     for folder in (image_dir, plot.parent if plot is not None else None):
         if folder is not None:
             require_folder(folder)
-    config = ReadConfig(**reading)
+    if not plan and (idle := options_given(pick(PlanConfig, options))):
+        raise click.UsageError(f"--{min(idle).replace('_', '-')} goes with --plan.")
+    planned = PlanConfig(**pick(PlanConfig, options))
+    config = ReadConfig(**pick(ReadConfig, options))
     cohort = load_cohort(data, data_format, image_dir=image_dir, config=config)
     missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
     description = describe_cohort(cohort, missing)
-    show(description.to_text, description.to_dict())
+    expected = plan_test(cohort, planned) if plan else None
+    parts = [description, *([] if expected is None else [expected])]
+    more = {} if expected is None else {"plan": expected.to_dict()}
+    show(lambda: "\n\n".join(part.to_text() for part in parts), description.to_dict() | more)
     if plot is not None:
         from cxr_cache.report.plots import draw_class_distribution
 

@@ -23,6 +23,7 @@ from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_joint
 from cxr_cache.metrics.scores import FloatArray
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import count_reading
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import find_done_rows
 
@@ -181,7 +182,9 @@ def score_zero_shot(
         rows="all labelled images" if run is None else f"the test images of {run.path}",
         without_prompts=tuple(f for f in cohort.findings if f not in prompts),
         is_of_run=run is not None and _is_encoder_of(run, store),
-        notes=() if run is None else tuple(_notes(run, store)),
+        notes=()
+        if run is None
+        else (*_notes(run, store), count_reading("zero-shot", run).to_text()),
     )
 
 

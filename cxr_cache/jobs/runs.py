@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cxr_cache.config import FinetuneConfig, RepeatConfig, TrainConfig
 from cxr_cache.evaluation.evaluate import format_summary, score_run
 from cxr_cache.evaluation.scored import read_groups
-from cxr_cache.jobs.scoring import what_is_left
+from cxr_cache.jobs.scoring import tell_of_reads, what_is_left
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from cxr_cache.store.side_by_side import StorePaths, list_stores
@@ -261,7 +261,7 @@ def _finish(
     """Evaluate and report a run that was just trained."""
     run = Run.open(result.run.path)
     with what_is_left(run, ["evaluate", "report"], "trained"):
-        metrics = score_run(run, groups=groups)
-        tell(format_summary(metrics))
+        metrics = score_run(run, groups=groups, verb=run.config["kind"])
+        tell("\n".join([format_summary(metrics), tell_of_reads(run)]))
         tell(f"Report: {write_report(run)}")
     return replace(result, run=run, metrics=metrics)

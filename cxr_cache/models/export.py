@@ -155,7 +155,7 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "encoder": model.encoder,
         "precision": _describe_precision(model),
         "run": {"name": run.path.resolve().name}
-        | {key: run.config.get(key) for key in ("kind", "seed", "versions")},
+        | {key: run.config.get(key) for key in ("kind", "seed", "versions", "machine")},
     }
 
 

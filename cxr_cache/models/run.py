@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do wit
 
 FORMAT_VERSION: Final = 1
 TableName = Literal[
+    "flow",
     "splits",
     "targets",
     "epoch_search",
@@ -56,7 +57,9 @@ TableName = Literal[
     "subgroups",
     "group_differences",
     "curves",
+    "decision_curves",
     "calibration",
+    "label_counts",
     "zero_shot",
     "matching",
     "overlap",
@@ -68,6 +71,7 @@ FINAL_FOLD: Final = "final"
 _PACKAGES: Final = ("cxr-cache", "torch", "numpy", "scikit-learn")
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
+_READS: Final = "test_reads.json"
 _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _DISTRIBUTION: Final = "training_distribution.safetensors"
@@ -92,7 +96,10 @@ _LATER_FIELDS: Final = {
 _ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
 _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
+    "flow": ("kind", "what"),
     "history": ("fold",),
+    "label_counts": ("finding",),
+    "decision_curves": ("finding",),
     "per_finding": ("finding", "store_finding"),
     "per_finding_by_study": ("finding",),
     "subgroups": ("group", "value", "finding"),
@@ -242,8 +249,9 @@ class Run:
         with run._held():
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
-        names = (_METRICS, _MODEL, _FOLD_HEADS, _DISTRIBUTION, _REPORT, _CARD, MANIFEST)
-        for name in (*names, *(f"{table}.csv" for table in get_args(TableName))):
+        tables = (f"{table}.csv" for table in get_args(TableName))
+        names = (_METRICS, _READS, _MODEL, _FOLD_HEADS, _DISTRIBUTION, _REPORT, _CARD, MANIFEST)
+        for name in (*names, *tables):
             (path / name).unlink(missing_ok=True)
         for folder in (_PLOTS, _STATES, _LOGS):
             shutil.rmtree(path / folder, ignore_errors=True)
@@ -321,6 +329,11 @@ class Run:
                 f"Run the same `cxr-cache {config.get('kind', 'train')}` command again."
             )
         return cls(path, config)
+
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Add entries to what ``config.json`` says of a run that is not finished."""
+        self.config = {**self.config, **entries}
+        self._write_config("running")
 
     def finish(self) -> None:
         """Declare the run complete; from here on it is not overwritten unasked."""
@@ -499,6 +512,18 @@ class Run:
         except ValueError as error:
             raise RunError(f"{path} is damaged ({error}). {remedy}") from error
         return metrics
+
+    def write_reads(self, reads: Mapping[str, Any]) -> None:
+        """Write ``test_reads.json``, which is no figure: it differs when the same is done again."""
+        write_whole(self.path / _READS, json.dumps(reads, indent=2).encode())
+
+    def read_reads(self) -> dict[str, Any] | None:
+        """Read ``test_reads.json``; None where there is none, or a damaged one."""
+        try:
+            reads: dict[str, Any] = json.loads((self.path / _READS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return reads
 
     def plot_path(self, name: str) -> Path:
         """Where the plot called `name` goes; its folder is made."""

@@ -87,6 +87,7 @@ def merge(
                 np.concatenate([part.cohort.targets for part in parts]),
                 first.findings,
                 first.header.cohort,
+                first.cohort.reading,
             ),
             encoder=first.header.encoder,
             features=first.feature_shapes,

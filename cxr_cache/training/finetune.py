@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cxr_cache.common.devices import resolve_device, resolve_precision
 from cxr_cache.common.distributed import barrier, is_main, process_group, world_size
+from cxr_cache.common.machine import compare_machines, describe_machine
 from cxr_cache.common.wording import count, describe_differences
 from cxr_cache.config import FinetuneConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
@@ -47,6 +48,7 @@ from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_codes,
     describe_head,
     describe_labels,
     describe_split,
@@ -143,7 +145,14 @@ def _find_rows(
     verbs = "has no tokens yet and is" if n_without == 1 else "have no tokens yet and are"
     note = f"{n_without:,} of {count(len(store), 'image')} {verbs} left out."
     chosen = np.flatnonzero(has_tokens)
-    kept = LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
+    assert found.flow is not None, "find_labelled_rows has followed the images"
+    kept = LabelledRows(
+        found.rows[chosen],
+        found.cohort.take(chosen),
+        (*found.notes, note),
+        flow=found.flow.lose("tokens still to come", found.rows[~has_tokens]),
+        files=None if found.files is None else found.files[chosen],
+    )
     return kept.by(level)
 
 
@@ -238,8 +247,14 @@ def tune_run(
         logger.info("%s: %s on %s, with %s", store_path, n_rows, device, settled)
         notes = found.notes + note_split(split, found.cohort, config.level)
         decisive = _decisive(settled, store, found, labels, from_run, start, split)
-        described = describe_split(split, found.cohort)
-        run = _open_run(run_dir, decisive, settled, notes, described, overwrite=overwrite)
+        incidental = {
+            "split": describe_split(split, found.cohort),
+            "label_codes": describe_codes(found.cohort),
+            "warnings": list(notes),
+            "processes": world_size(),
+            "machine": describe_machine(device),
+        }
+        run = _open_run(run_dir, decisive, incidental, settled, overwrite=overwrite)
         tokens = _open_source(store, found, encoder, settled, image_dir)
         data = TuningData(encoder, tokens, found.cohort.targets, tail)
         if is_main():
@@ -262,6 +277,8 @@ def tune_run(
                 features=read_features(store, found.rows, _FROZEN, (), found.studies)[0],
                 final_history=history,
                 studies=found.studies,
+                flow=found.flow,
+                files=found.files,
                 make_model=partial(
                     _to_model,
                     members,
@@ -392,20 +409,15 @@ def _free_options(has_start: bool) -> tuple[str, ...]:
 def _open_run(
     run_dir: Path,
     decisive: dict[str, Any],
+    incidental: dict[str, Any],
     config: FinetuneConfig,
-    notes: Sequence[str],
-    split: dict[str, Any],
     *,
     overwrite: bool,
 ) -> Run:
     """Continue what is there, or begin: all processes look, the main one writes."""
     free = _free_options(decisive["from_run"] is not None)
-    whole = decisive | {
-        "finetune": decisive["finetune"] | {name: getattr(config, name) for name in free},
-        "split": split,
-        "warnings": list(notes),
-        "processes": world_size(),
-    }
+    options = decisive["finetune"] | {name: getattr(config, name) for name in free}
+    whole = decisive | incidental | {"finetune": options}
     run = None
     if not overwrite:
         run = Run.resume(
@@ -419,7 +431,17 @@ def _open_run(
     if run is None and is_main():
         run = Run.create(run_dir, whole, overwrite=overwrite)
     barrier()
+    if run is not None and is_main():
+        _note_machine(run, incidental["machine"])
     return run or Run(run_dir, whole)
+
+
+def _note_machine(run: Run, machine: dict[str, Any]) -> None:
+    """Let a run that goes on elsewhere say so: its numbers are rounded in two ways."""
+    if differences := compare_machines(run.config.get("machine", machine), machine):
+        note = f"A part of this run was trained on another machine: {differences}."
+        warnings = run.config["warnings"]
+        run.record({"warnings": [*warnings, *([] if note in warnings else [note])]})
 
 
 class _Job:

@@ -15,6 +15,7 @@ from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import OPTIMISM_OF_PLATEAU, Recipe
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
+from cxr_cache.datasets.flow import Flow, format_flow, parse_flow
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
@@ -76,6 +77,8 @@ class TrainResult:
         lines += self._describe_stops()
         if whose := self.run.config.get("split", {}).get("whose"):
             lines.append(f"Split as given by {whose}")
+        if self.run.has_table("flow"):
+            lines += format_flow(parse_flow(self.run.read_table("flow")))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _describe_stops(self) -> list[str]:
@@ -136,6 +139,12 @@ def describe_labels(path: Path | None) -> dict[str, str] | None:
     return None if path is None else {"path": str(path), "sha256": hash_file(path)}
 
 
+def describe_codes(cohort: Cohort) -> dict[str, Any] | None:
+    """What a run records of the label codes as they were written, and of what is made of them."""
+    reading = cohort.reading
+    return None if reading is None else {"policy": reading.policy, "codes": reading.codes}
+
+
 def describe_head(config: Recipe) -> dict[str, Any]:
     """Say what a saved head looks like, and how embeddings are prepared for it.
 
@@ -161,6 +170,8 @@ def write_outcome(
     make_model: Callable[[dict[str, float]], SavedModel],
     studies: Studies | None = None,
     baseline: LogisticBaseline | None = None,
+    flow: Flow | None = None,
+    files: NDArray[np.uint8] | None = None,
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
@@ -169,7 +180,8 @@ def write_outcome(
     history is empty where a fold's model is the final one. `make_model` makes the model to save,
     given the threshold of each finding, which is chosen on out-of-fold predictions. Where the rows
     are `studies`, the table of the split still names their images. The `baseline`, if there is one,
-    is kept to stand beside the model.
+    is kept to stand beside the model. The `flow` is that of the images until here, and `files` are
+    the digests of their files; without it no flow is written.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -187,7 +199,11 @@ def write_outcome(
     trained = ~split.is_test
     if found := fit_distribution(features[trained], split.fold[trained], seed=config.seed):
         run.save_distribution(found)
-    run.write_table("splits", _split_table(cohort, split, studies))
+    splits = _split_table(cohort, split, studies)
+    run.write_table("splits", splits)
+    if flow is not None:
+        is_test = (splits["split"] == "test").to_numpy()
+        run.write_table("flow", flow.divide(is_test, split.n_folds, files).to_table())
     run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)
     run.write_table("history", _history_table(search, final_history, config))

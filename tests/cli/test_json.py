@@ -34,6 +34,8 @@ COMMANDS = {
     "evaluate": "evaluate {run} --resamples 20",
     "compare": "compare {run} {other} --resamples 20 --out compared",
     "report": "report {run}",
+    "checklist": "checklist {run}",
+    "methods": "methods {run}",
     "encoders": "encoders",
     "predict": "predict {run} {image}",
     "explain": "explain {run} {image} --finding Cardiomegaly --out maps",
