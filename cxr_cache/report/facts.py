@@ -123,7 +123,7 @@ def label_source(view: RunView) -> str | None:
             "in cxr_cache/datasets/findings35.json. They were not read from the pictures."
         )
     used = [name for name, use in columns.items() if use in ("finding", "findings")]
-    return f"Labels are those of the columns {list_names(used, 5)}." if used else None
+    return f"Labels are those of the data set's table: {list_names(used, 5)}." if used else None
 
 
 def people(view: RunView) -> str | None:
