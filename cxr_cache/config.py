@@ -61,6 +61,8 @@ InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 Level: TypeAlias = Literal["image", "study"]
 
 
+LOG_TO: Final = ("tensorboard", "wandb", "mlflow")
+"""Trackers that a training can tell of its epochs."""
 RECIPES: Final = ("tuned", "reference")
 """``tuned`` was chosen on real radiographs, ``reference`` is the published notebook's."""
 MIN_POSITIVES: Final = 5

@@ -25,6 +25,7 @@ from cxr_cache.cli.options import (
     pick,
     require_folder,
 )
+from cxr_cache.cli.output import give, note, say, show
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, ExternalConfig
 
@@ -94,8 +95,9 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         )
     opened = Run.open(run)
     if not stores:
-        click.echo(format_summary(evaluate_run(opened, groups=groups, **vars(config))))
-        click.echo(tell_of_reads(opened))
+        metrics = evaluate_run(opened, groups=groups, **vars(config))
+        reads = tell_of_reads(opened)
+        show(lambda: f"{format_summary(metrics)}\n{reads}", metrics)
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
@@ -107,10 +109,9 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         seed=config.seed,
         **{name: options[name] for name in (*of_external, "model", "device")},
     )
-    click.echo(evaluation.to_text())
+    show(evaluation.to_text, evaluation.metrics)
     if (out := options["out"]) is not None:
-        is_folder = out.is_dir()
-        click.echo(f"Report: {out / 'report.html'}" if is_folder else f"{out} written")
+        say(f"Report: {out / 'report.html'}" if out.is_dir() else f"{out} written")
 
 
 @click.command()
@@ -126,12 +127,15 @@ def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
     if len(runs) < 2:
         raise click.UsageError("Give two runs or more; the others are compared with the first.")
     comparison = compare_runs(*map(Run.open, runs), **vars(config))
-    click.echo(comparison.to_text())
+    say(comparison.to_text())
+    written: tuple[Path, ...] = ()
     if out is not None:
         from cxr_cache.report.plots import write_comparison
 
-        for path in write_comparison(comparison, out):
-            click.echo(f"{path} written")
+        written = tuple(write_comparison(comparison, out))
+        for path in written:
+            say(f"{path} written")
+    give(comparison.to_dict() | {"written": written})
 
 
 @click.command("zero-shot")
@@ -183,11 +187,13 @@ def zero_shot(
             run=run,
             **vars(config),
         )
-    click.echo(found.to_text())
+    say(found.to_text())
     if out is not None:
         write_table(out, found.table, digits=6)
-    if run is not None and (kept := keep_zero_shot(run, found)):
-        click.echo(kept)
+    kept = "" if run is None else keep_zero_shot(run, found)
+    if kept:
+        say(kept)
+    give(found.to_dict() | {"kept": kept})
 
 
 @click.command()
@@ -253,7 +259,7 @@ def report(
                 encoder=encoder,
                 on_progress=on_progress,
             )
-    click.echo(f"Report: {page}")
+    show(f"Report: {page}", {"written": [page]})
 
 
 @click.command()
@@ -274,7 +280,41 @@ def checklist(run: Path, out: Path | None) -> None:
         require_folder(out.parent)
     text = render_checklists(read_view(Run.open(run)))
     if out is None:
-        click.echo(text, nl=False)
+        show(text.rstrip(), {"checklists": text})
         return
     write_whole(out, text.encode())
-    click.echo(f"{out} written")
+    show(f"{out} written", {"written": [out]})
+
+
+@click.command()
+@RUN
+@option(
+    "--external",
+    type=FOLDER,
+    help="Folder of a test on another data set, which `evaluate --store ... --out` wrote: it is "
+    "described too.",
+)
+@option("--out", type=FILE, help="Markdown file to write instead of printing; it may not exist.")
+def methods(run: Path, external: Path | None, out: Path | None) -> None:
+    """Write the methods section of a paper from what a run recorded, and its results.
+
+    Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.methods import describe_methods, find_blanks
+
+    if out is not None:
+        require_folder(out.parent)
+        if out.exists():
+            raise click.ClickException(
+                f"{out} is there already, and may hold what you filled in. Choose another name."
+            )
+    text = describe_methods(Run.open(run), external=external)
+    if out is None:
+        show(text, {"methods": text})
+    else:
+        write_whole(out, text.encode())
+        show(f"{out} written", {"written": [out]})
+    blanks = "\n".join(f"  [{blank}]" for blank in find_blanks(text))
+    note(f"To be filled in, as the run does not know it:\n{blanks}")

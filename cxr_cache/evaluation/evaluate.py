@@ -475,10 +475,10 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"  exact match     {_with_interval(test['exact_match'], '{:.2%}')}; always "
         f"{list_names(metrics['best_constant']) or 'nothing'} scores {constant}",
         f"  Brier score     {_with_interval(test['macro_brier'])}; constant prevalence scores "
-        f"{_with_interval(test['macro_brier_of_prevalence'])}, skill "
+        f"{_with_interval(test['macro_brier_of_prevalence'])}, mean skill "
         f"{_with_interval(test['macro_brier_skill'])}",
         f"  log loss        {_with_interval(test['macro_log_loss'])}; constant prevalence scores "
-        f"{_with_interval(test['macro_log_loss_of_prevalence'])}, skill "
+        f"{_with_interval(test['macro_log_loss_of_prevalence'])}, mean skill "
         f"{_with_interval(test['macro_log_loss_skill'])}",
         f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
         f"{_with_interval(test['macro_sensitivity'])}, specificity "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,18 @@ class ZeroShot:
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs."""
+        return {
+            "rows": self.rows,
+            "n_images": self.n_images,
+            "n_studies": self.n_studies,
+            "unit": self.unit,
+            "findings": self.table,
+            "without_prompts": self.without_prompts,
+            "notes": self.notes,
+        }
 
     def to_text(self) -> str:
         """A table for a terminal."""

@@ -14,7 +14,12 @@ from cxr_cache.datasets.labels import read_labels
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.external import ExternalEvaluation, score_external
-from cxr_cache.evaluation.matching import match_findings, name_data_set, require_scored
+from cxr_cache.evaluation.matching import (
+    match_findings,
+    name_data_set,
+    name_data_set_of_run,
+    require_scored,
+)
 from cxr_cache.evaluation.overlap import find_overlap
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run, TableName
@@ -99,7 +104,7 @@ def evaluate_on_store(
         matching = match_findings(
             run.config["findings"],
             cohort.findings,
-            our_data_set=_name_own_data_set(run),
+            our_data_set=name_data_set_of_run(run.config),
             their_data_set=data_set,
             own=name_map,
             relations=wanted,
@@ -141,13 +146,6 @@ def evaluate_on_store(
     elif out is not None:
         write_whole(Path(out), json.dumps(evaluation.metrics, indent=2).encode())
     return evaluation
-
-
-def _name_own_data_set(run: Run) -> str:
-    """Where the run's findings come from; ``""`` where a table of labels named them."""
-    if run.config.get("labels"):
-        return ""
-    return name_data_set(run.config["findings"], run.config.get("reading"))
 
 
 def _is_json(out: str | Path) -> bool:

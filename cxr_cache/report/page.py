@@ -35,6 +35,7 @@ def render_page(
     *,
     differences: Mapping[str, Any] | None = None,
     unit: Unit = "study",
+    notes: Sequence[str] = (),
     cases: Sequence[Mapping[str, Any]] | None = None,
     pictures: Mapping[str, str] | None = None,
     maps: Mapping[str, Any] | None = None,
@@ -50,6 +51,8 @@ def render_page(
         What :func:`cxr_cache.report.views.collect_differences` returns, for several runs.
     unit
         What was resampled for their intervals.
+    notes
+        What the differences between runs do not speak of, in sentences.
     cases
         Per run, cases by finding as :func:`cxr_cache.report.cases.find_cases` returns them.
     pictures
@@ -71,6 +74,7 @@ def render_page(
         several=len(views) > 1,
         differences=differences,
         units=UNITS[unit],
+        notes=notes,
         has_pictures=pictures is not None,
         problems=problems or [],
         charts=charts | {"rows": wording.plural(views[0].row)},

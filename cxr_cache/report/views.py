@@ -10,12 +10,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cxr_cache.datasets.collections.labelling import say_whose_labels
 from cxr_cache.datasets.flow import parse_flow
 from cxr_cache.evaluation.compare import MACRO, Comparison
 from cxr_cache.evaluation.composition import WRITTEN
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
 from cxr_cache.evaluation.evaluate import find_few
 from cxr_cache.evaluation.figures import MEASURES
+from cxr_cache.evaluation.matching import name_data_set_of_run
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run, TableName
 from cxr_cache.models.split_reads import SplitReads
@@ -157,6 +159,13 @@ class RunView:
         return "score" if method == "none" else "probability"
 
     @property
+    def labelling(self) -> str:
+        """How the labels that it is scored on were made, in a sentence."""
+        if self.external is None:
+            return say_whose_labels(name_data_set_of_run(self.config))
+        return say_whose_labels(self.external.get("data_set", ""))
+
+    @property
     def head(self) -> str:
         """What the trained head is; runs that do not say have the reference's."""
         hidden = self.options.get("hidden", (512, 256))
@@ -164,6 +173,21 @@ class RunView:
         layers = ("linear", "two-layer", "three-layer", "four-layer")
         kind = layers[len(hidden)] if len(hidden) < len(layers) else f"{len(hidden) + 1}-layer"
         return f"{kind} head" + (f" with {norm}" if hidden else "")
+
+    @property
+    def final_epochs(self) -> str:
+        """For how many epochs the final model was trained, also where early stopping ended it."""
+        chosen = int(self.config["chosen_epochs"])
+        history = self.tables["history"]
+        if self.options.get("early_stopping") is None or "epoch" not in history:
+            return str(chosen)
+        if "horizon" in history:
+            history = history[history["horizon"] == chosen]
+        last = history.groupby("fold", sort=False)["epoch"].max().clip(upper=chosen)
+        if FINAL_FOLD in last:
+            return f"{last[FINAL_FOLD]}, by early stopping ({chosen} were chosen)"
+        epochs = ", ".join(str(n) for n in last)
+        return f"at most {chosen}; by early stopping the folds' models have {epochs}"
 
     @property
     def stores(self) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.metrics.scores import count_clusters
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
+from cxr_cache.models.unlikeness import fit_distribution
 from cxr_cache.training.baselines import LogisticBaseline
 from cxr_cache.training.search import EpochSearch, horizons
 
@@ -47,6 +48,17 @@ class TrainResult:
     def chosen_epochs(self) -> int:
         """What the final model was trained for."""
         return self.epoch_search.chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, and what ``metrics.json`` holds."""
+        return {
+            "run": self.run.path,
+            "chosen_epochs": self.chosen_epochs,
+            "measure": self.epoch_search.measure,
+            "search": self.search,
+            "metrics": self.metrics,
+            "notes": self.notes,
+        }
 
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
@@ -153,6 +165,7 @@ def write_outcome(
     config: Recipe,
     *,
     predictions: NDArray[np.float32],
+    features: NDArray[np.float32],
     final_history: list[dict[str, float]],
     make_model: Callable[[dict[str, float]], SavedModel],
     studies: Studies | None = None,
@@ -162,7 +175,8 @@ def write_outcome(
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
-    Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``; its
+    Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``, and
+    `features` are what a head on the frozen encoder reads of them, ``(N, D)``; the model's
     history is empty where a fold's model is the final one. `make_model` makes the model to save,
     given the threshold of each finding, which is chosen on out-of-fold predictions. Where the rows
     are `studies`, the table of the split still names their images. The `baseline`, if there is one,
@@ -182,6 +196,9 @@ def write_outcome(
         min_positives=config.min_positives,
     )
     run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
+    trained = ~split.is_test
+    if found := fit_distribution(features[trained], split.fold[trained], seed=config.seed):
+        run.save_distribution(found)
     splits = _split_table(cohort, split, studies)
     run.write_table("splits", splits)
     if flow is not None:
@@ -201,8 +218,16 @@ def write_outcome(
         table = _prediction_table(cohort.take(test), baseline.probabilities, sides[test])
         run.write_table("logistic", table)
         run.config["logistic"] = {"C": baseline.C, "mean_auroc": baseline.mean_auroc}
+    run.config["findings_unlearnt"] = _list_unlearnt(cohort, trained)
     run.config |= {"chosen_epochs": search.chosen, "search_measure": search.measure}
     run.finish()
+
+
+def _list_unlearnt(cohort: Cohort, trained: NDArray[np.bool_]) -> list[str]:
+    """Findings that no training row has, or that none is without: nothing could be learnt."""
+    targets = cohort.targets[trained]
+    is_learnt = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
+    return [name for name, learnt in zip(cohort.findings, is_learnt, strict=True) if not learnt]
 
 
 def _split_table(cohort: Cohort, split: Split, studies: Studies | None) -> pd.DataFrame:
