@@ -45,6 +45,7 @@ NOT_RUN = {
 """Page (or every page) and beginning of the lines that are not run here, and why."""
 NEEDS = {
     "docs/audit.md": ["runs/indiana"],
+    "docs/checklists.md": ["runs/first"],
     "docs/explain.md": ["runs/tuned"],
     "docs/external_validation.md": ["runs/first"],
     "docs/label_efficiency.md": ["mine.h5", "indiana.h5"],
@@ -55,6 +56,7 @@ NEEDS = {
 """Stores and runs that a page takes for granted."""
 NAMES = {
     "docs/audit.md": {"runs/first": "runs/indiana"},
+    "docs/checklists.md": {"DATA": "labels.csv"},
     "docs/label_efficiency.md": {
         **{"50,200,1000,all": "10,20,all", "50,1000,all": "10,all", "phantoms.h5": "indiana.h5"},
         "20,80,all": "10,20,all",
