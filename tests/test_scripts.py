@@ -261,3 +261,31 @@ def test_all_measurements_make_one_table_and_one_picture(tmp_path):
         "1.25",
     ]
     assert plot.stat().st_size > 5000
+
+
+def test_figures_of_the_documents_that_need_no_data_are_not_stale():
+    printed = run([sys.executable, REPOSITORY / "scripts" / "figures.py"])
+
+    lines = printed.splitlines()[1:]
+    needing = [line for line in lines if "needs --" in line]
+    assert len(lines) - len(needing) >= 2
+    assert needing, "figures of real radiographs are named, too"
+    assert "STALE" not in printed
+
+
+@pytest.mark.slow
+def test_splits_of_many_seeds_are_compared(tmp_path):
+    rows = [f"{s}_{i}.png,{s},{int(s < 40)},{int(s < 4)}" for s in range(120) for i in (0, 1)]
+    (tmp_path / "data.csv").write_text("\n".join(["image_id,study_uid,Common,Rare", *rows]))
+    out = tmp_path / "splits.json"
+    script = REPOSITORY / "scripts" / "split_exchangeability.py"
+
+    printed = run([sys.executable, script, tmp_path / "data.csv", "--seeds", 30, "--out", out])
+
+    written = json.loads(out.read_text())
+    common, rare = written["findings"]
+    assert (common["n"], rare["n"], rare["missing"]) == (40, 4, 0)
+    assert rare["in_test"] == pytest.approx(1, abs=0.2)
+    assert common["shared"] == pytest.approx(common["independent"], abs=0.05)
+    assert written["summary"]["test"]["error, 50 images or more"] < 0.05
+    assert "random studies" in printed

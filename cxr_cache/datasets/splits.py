@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
+from numpy.typing import NDArray
 
 from cxr_cache.common.wording import count, list_names
+from cxr_cache.datasets.balanced_draw import MIN_DEMAND, draw_groups, hash_names
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, name_unit
 from cxr_cache.errors import ConfigError
 
@@ -349,7 +348,7 @@ def assign_folds(
     """
     if n_folds < 2:
         raise ConfigError(f"cross-validation needs at least 2 folds, not {n_folds}")
-    return _assign_groups(targets, groups, np.full(n_folds, 1 / n_folds), seed, "folds")
+    return _assign_groups(targets, groups, n_folds, seed)
 
 
 def split_test(
@@ -358,7 +357,10 @@ def split_test(
     """Choose whole groups as test rows, with about `test_fraction` of every finding.
 
     The choice stays put when images are added: a group is drawn by a hash of its name and the seed,
-    and what the rest of the data changes is only how high a draw may be; see :func:`_draw_groups`.
+    and what the rest of the data changes is only how high a draw may be; see
+    :func:`cxr_cache.datasets.balanced_draw.draw_groups`. Every group with a finding is in test as
+    often as the others, over many seeds, as far as balance allows. Where two groups or more have
+    positives of a finding, or negatives, test and train get one at least, if that can be.
 
     Parameters are those of :func:`assign_folds`.
 
@@ -375,8 +377,11 @@ def split_test(
     _require_fraction(test_fraction)
     names, group_of_row = np.unique(groups, return_inverse=True)
     _require_groups(len(names), 2, "parts (test and train)")
-    counts = _count_positives(targets, group_of_row, len(names))  # (G, F + 1)
-    is_test = _draw_groups(counts, _hash_names(names, seed), test_fraction)
+    counts, n_negative = (
+        _count_images(targets == value, group_of_row, len(names)) for value in (1, 0)
+    )  # (G, F + 1) each
+    classes = np.concatenate([counts[:, :-1], n_negative[:, :-1]], axis=1) > 0
+    is_test = draw_groups(counts, classes, hash_names(names, seed), test_fraction)
     return np.asarray(is_test[group_of_row])
 
 
@@ -447,9 +452,9 @@ def find_shared(is_test: NDArray[np.bool_], groups: NDArray[Any]) -> list[str]:
 
 
 def _assign_groups(
-    targets: NDArray[np.float32], groups: NDArray[Any], shares: ArrayLike, seed: int, parts: str
+    targets: NDArray[np.float32], groups: NDArray[Any], n_parts: int, seed: int
 ) -> NDArray[np.int64]:
-    """Put every group into one of S parts, so that each part gets its share of every finding.
+    """Put every group into one of S parts, so that each part gets as much of every finding.
 
     For a finding, let c be the number of a group's images that have it, E the number of such images
     that a part shall get, and R the number that the part still lacks. The group goes to the part
@@ -458,25 +463,26 @@ def _assign_groups(
         (R^2 - (R - c)^2) / E = c (2 R - c) / E
 
     All images are counted as one more finding, which gives the parts their right sizes. Groups that
-    hold a large part of a rare finding come first, while every part still has room for them.
+    hold a large part of a rare finding come first, while every part still has room for them. As in
+    :mod:`cxr_cache.datasets.balanced_draw`, E is ten groups' images at least.
     """
-    group_names, group_of_row = np.unique(groups, return_inverse=True)
-    shares = np.asarray(shares)  # (S,)
-    _require_groups(len(group_names), len(shares), parts)
-    counts = _count_positives(targets, group_of_row, len(group_names))  # (G, F + 1)
+    names, group_of_row = np.unique(groups, return_inverse=True)
+    _require_groups(len(names), n_parts, "folds")
+    counts = _count_images(targets == 1, group_of_row, len(names))  # (G, F + 1)
     totals = counts.sum(axis=0)
-    weighted = counts / totals  # c / total, where E is share * total
+    weighted = counts / np.maximum(totals / n_parts, MIN_DEMAND * counts[:, -1].mean())  # c / E
     squares = (weighted * counts).sum(axis=1)  # (G,)
 
     # Without jitter, the rare findings would fall on the same side for every seed.
-    jitter = np.random.default_rng(seed).uniform(0.75, 1.0, len(counts))
-    order = np.argsort(-weighted.sum(axis=1) * jitter)
+    rng = np.random.default_rng(seed)
+    jitter = rng.uniform(0.75, 1.0, len(counts))
+    order = np.argsort(-(counts / totals).sum(axis=1) * jitter)
 
-    lacking = shares[:, None] * totals  # R, (S, F + 1)
+    lacking = np.tile(totals / n_parts, (n_parts, 1))  # R, (S, F + 1)
     part_of_group = np.full(len(counts), -1, np.int64)
-    is_empty = np.ones(len(shares), np.bool_)
+    is_empty = np.ones(n_parts, np.bool_)
     for n_left, group in zip(range(len(order), 0, -1), order, strict=True):
-        gains = (2 * (lacking @ weighted[group]) - squares[group]) / shares  # (S,)
+        gains = 2 * (lacking @ weighted[group]) - squares[group]  # (S,)
         gains = gains.round(9)  # keeps ties equal on every processor
         if n_left <= is_empty.sum():
             gains[~is_empty] = -np.inf
@@ -484,97 +490,8 @@ def _assign_groups(
         part_of_group[group] = part
         lacking[part] -= counts[group]
         is_empty[part] = False
-    return part_of_group[group_of_row]
-
-
-# -- a choice that stays put ---------------------------------------------------------------
-
-_SHARPNESS: Final = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
-"""Widths of the soft threshold, in units of a draw, that lead to a sharp one step by step."""
-_LEAST_GAIN: Final = 0.01
-"""Fall of chi-square that is worth a move, since each move may differ after one image more."""
-
-
-def _hash_names(names: NDArray[Any], seed: int) -> NDArray[np.float64]:
-    """Draw a number in [0, 1) for each name, which depends on it and the seed alone, ``(G,)``."""
-    digests = [
-        # Once the first patient of a table is known, its other groups are called "study ...".
-        hashlib.blake2b(f"{seed} {str(name).removeprefix('study ')}".encode(), digest_size=8)
-        for name in names
-    ]
-    return np.frombuffer(b"".join(one.digest() for one in digests), ">u8") / 2.0**64
-
-
-def _draw_groups(
-    counts: NDArray[np.float64], draws: NDArray[np.float64], share: float
-) -> NDArray[np.bool_]:
-    """Choose the groups whose draws lie below their thresholds, and even out what is left.
-
-    The threshold of a group is `share`, and for each of its positive images more or less by the
-    price of the finding, so that every finding gets its share. One image more changes prices, and
-    so the choice, by little. The few images that single thresholds cannot even out are left to
-    moves of single groups, each the one by which chi-square (see :func:`_assign_groups`) falls
-    most.
-
-    Parameters
-    ----------
-    counts
-        Positive images of each finding, and last all images, ``(G, F + 1)``.
-    draws
-        Numbers in [0, 1), ``(G,)``.
-    share
-        Of every finding and of the images.
-    """
-    wanted = share * counts.sum(axis=0)
-    heights = _price_findings(counts, draws, share)
-    is_chosen = heights > 0
-    is_chosen[heights.argmax()], is_chosen[heights.argmin()] = True, False  # neither side is empty
-    while True:
-        lacking = wanted - counts[is_chosen].sum(axis=0)
-        change = np.where(is_chosen, -1, 1)[:, None] * counts
-        gains = (change * (2 * lacking - change) / wanted).sum(axis=1)
-        for side in (is_chosen, ~is_chosen):
-            if side.sum() == 1:
-                gains[side] = -np.inf
-        best = gains.round(9).argmax()  # ties are equal on every processor
-        if gains[best] <= _LEAST_GAIN:
-            return is_chosen
-        is_chosen[best] ^= True
-
-
-def _price_findings(
-    counts: NDArray[np.float64], draws: NDArray[np.float64], share: float
-) -> NDArray[np.float64]:
-    """Tell how far each group's threshold lies above its draw, ``(G,)``.
-
-    The prices are the minimum of a convex function of F + 1 numbers, whose gradient is what is
-    chosen too much of every finding. Newton's method finds it for a soft threshold, which is made
-    sharper step by step.
-    """
-    sizes, totals = counts[:, -1], counts.sum(axis=0)
-    rates = counts / sizes[:, None]  # findings per image
-    prices = np.zeros(len(totals))
-    ridge = np.diag(1e-6 * totals)  # findings that always occur together share their price
-
-    for width in _SHARPNESS:
-
-        def excess(prices: NDArray[np.float64], width: float = width) -> float:
-            softened = np.logaddexp(0, (share - draws + rates @ prices) / width)
-            return float(width * (sizes @ softened) - share * totals @ prices)
-
-        for _ in range(30):
-            inside = expit((share - draws + rates @ prices) / width)  # 0 to 1, (G,)
-            gradient = counts.T @ inside - share * totals
-            if np.abs(gradient).max() < 0.02:  # images
-                break
-            curvature = (rates * (sizes * inside * (1 - inside) / width)[:, None]).T @ rates
-            step = np.linalg.solve(curvature + ridge, gradient)
-            before, length = excess(prices), 1.0
-            while length > 1e-6 and excess(prices - length * step) > before:
-                length /= 2
-            prices -= length * step
-    heights: NDArray[np.float64] = share - draws + rates @ prices
-    return heights
+    # The rarest groups come first and go to the first parts, so their numbers are dealt out anew.
+    return rng.permutation(n_parts)[part_of_group[group_of_row]]
 
 
 def _require_groups(n_groups: int, n_parts: int, parts: str) -> None:
@@ -585,12 +502,12 @@ def _require_groups(n_groups: int, n_parts: int, parts: str) -> None:
         )
 
 
-def _count_positives(
-    targets: NDArray[np.float32], group_of_row: NDArray[np.int64], n_groups: int
+def _count_images(
+    cells: NDArray[np.bool_], group_of_row: NDArray[np.int64], n_groups: int
 ) -> NDArray[np.float64]:
-    """Count each group's images with each finding that occurs at all, and last all its images."""
-    columns = [(targets[:, f] == 1).astype(np.float64) for f in range(targets.shape[1])]
-    columns.append(np.ones(len(targets)))
+    """Count each group's images with each cell that is true at all, and last all its images."""
+    columns = [of_finding.astype(np.float64) for of_finding in cells.T]
+    columns.append(np.ones(len(cells)))
     counts = np.stack(
         [np.bincount(group_of_row, column, minlength=n_groups) for column in columns], axis=1
     )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import write_whole
+from cxr_cache.common.plain import to_json
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines
 from cxr_cache.config import AuditConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.errors import ConfigError, StoreIncompleteError
+from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
 from cxr_cache.evaluation.audit_images import (
+    CLOSE,
+    NEAR_IDENTICAL,
+    SAME_FILE,
+    SAME_PIXELS,
     THUMBNAIL_PX,
     Neighbourhood,
     PictureFacts,
@@ -32,18 +36,14 @@ from cxr_cache.evaluation.audit_images import (
     standardise,
 )
 from cxr_cache.evaluation.leakage import Leakage, measure_leakage, recipe_of
+from cxr_cache.evaluation.overlap import Overlap, find_overlap, is_own_store
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
 from cxr_cache.store.feature_store import FeatureStore
 
-SAME_FILE: Final = "same file"
-SAME_PIXELS: Final = "same pixels"
-NEAR_IDENTICAL: Final = "near-identical pixels"
-CLOSE: Final = "close embeddings"
-"""Not verified: they were not compared as pictures."""
-
 MIN_CORRELATION: Final = 0.99
 """Of 32 x 32 grey means. Of 6,352 real radiographs no two different ones reach 0.98."""
+_TABLES: Final = ("groups", "duplicates", "outliers", "unreadable")
 _N_SHOWN: Final = 5
 _AND: Final = " and "
 _MIN_ROWS: Final = 3
@@ -73,6 +73,8 @@ class Audit:
     leakage: Leakage | None
     notes: tuple[str, ...] = ()
     """What is unusual about all pictures together."""
+    overlap: Overlap | None = None
+    """Which images are the run's own, where the store is not that of the run."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
@@ -105,6 +107,12 @@ class Audit:
     def _describe_groups(self) -> list[str]:
         if self.run is None:
             return ["No --run-dir: there is no split to check."]
+        if self.overlap is not None:
+            return [
+                f"This store does not hold the images of {self.run} (by name or file), so there is "
+                "no split to check. Of the images looked at:",
+                *(f"  {line}" for line in self.overlap.warnings or ("None is the run's own.",)),
+            ]
         lines = []
         for kind in ("study", "patient") if self.knows_patients else ("study",):
             found = self.groups[self.groups["kind"] == kind]
@@ -144,11 +152,23 @@ class Audit:
         )
 
     def write(self, folder: Path) -> None:
-        """Write groups.csv, duplicates.csv, outliers.csv, unreadable.csv and audit.json."""
+        """Write groups.csv, duplicates.csv, outliers.csv, unreadable.csv and audit.json.
+
+        Of a store that is not the run's, overlap.csv too.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("groups", "duplicates", "outliers", "unreadable"):
+        if self.overlap is not None:
+            write_table(folder / "overlap.csv", self.overlap.table, digits=6)
+        for name in _TABLES:
             write_table(folder / f"{name}.csv", getattr(self, name), digits=6)
-        summary = {
+        write_whole(folder / "audit.json", to_json(self._summarise()).encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, with every group, pair and image."""
+        return self._summarise() | {name: getattr(self, name) for name in _TABLES}
+
+    def _summarise(self) -> dict[str, Any]:
+        return {
             "store": self.store,
             "run": self.run,
             "n_images": self.n_images,
@@ -160,9 +180,9 @@ class Audit:
             "n_outliers": self.outliers["reason"].value_counts().to_dict(),
             "n_unreadable": len(self.unreadable),
             "notes": self.notes,
+            "overlap": None if self.overlap is None else self.overlap.to_dict(),
             "leakage": None if self.leakage is None else self.leakage.to_dict(),
         }
-        write_whole(folder / "audit.json", json.dumps(summary, indent=2, default=int).encode())
 
 
 def audit_store(
@@ -181,7 +201,9 @@ def audit_store(
     store
         Its finished rows are looked at.
     run
-        Its split is checked, and its targets are the labels. Without one, duplicates are looked for
+        Its split is checked, and its targets are the labels. If it was trained on other images, it
+        is told which of these are its own under other names, or may be: see
+        :func:`cxr_cache.evaluation.overlap.find_overlap`. Without a run, duplicates are looked for
         all the same.
     image_dir
         Folder with the images: close embeddings are then compared as pictures, and every picture
@@ -201,7 +223,7 @@ def audit_store(
     ConfigError
         `with_leakage` without a `run`.
     RunError
-        The run has images that the store has not; or as
+        `with_leakage` with a store that is not the run's; or as
         :func:`cxr_cache.evaluation.leakage.measure_leakage`.
 
     Examples
@@ -221,7 +243,12 @@ def audit_store(
             f"{store.path} has {count(len(rows), 'finished row')}; an audit compares at least "
             f"{_MIN_ROWS}. Run `cxr-cache extract` first."
         )
-    cohort, sides = _join_run(store.cohort.take(rows), run, store.path)
+    cohort, sides, overlap = _join_run(store, store.cohort.take(rows), run)
+    if with_leakage and overlap is not None:
+        raise RunError(
+            f"--leakage trains on the images of {run and run.path}, and {store.path} holds others. "
+            "Give the run's own store."
+        )
     near = find_neighbours(np.array(store.embeddings[rows, 0]))
     facts, unreadable = _look_at(store, cohort, image_dir, config.n_jobs, on_progress)
     pairs = _find_pairs(np.array(store.read_column("image_sha256"))[rows], near, facts, config)
@@ -245,21 +272,29 @@ def audit_store(
         looked_at_pixels=image_dir is not None,
         leakage=leakage,
         notes=tuple(describe_usual(facts.values())),
+        overlap=overlap,
     )
 
 
-def _join_run(cohort: Cohort, run: Run | None, store_path: Path) -> tuple[Cohort, NDArray[np.str_]]:
-    """The cohort with the run's targets, and each image's side: test, fold 2, or nothing."""
+def _join_run(
+    store: FeatureStore, cohort: Cohort, run: Run | None
+) -> tuple[Cohort, NDArray[np.str_], Overlap | None]:
+    """The cohort with the run's targets, and each image's side: test, fold 2, or nothing.
+
+    Where the images are not the run's, those that may be all the same.
+    """
     sides = np.full(len(cohort), "", "<U8")
     if run is None:
-        return cohort, sides
-    aligned = align_run(run, cohort, store_path)
+        return cohort, sides, None
+    if not is_own_store(run, store):
+        return cohort, sides, find_overlap(run, store, cohort.images)
+    aligned = align_run(run, cohort, store.path)
     folds = np.char.add("fold ", (aligned.fold + 1).astype(str))
     sides[aligned.places] = np.where(aligned.is_test, "test", folds)
     findings = aligned.cohort.findings
     targets = np.full((len(cohort), len(findings)), np.nan, np.float32)
     targets[aligned.places] = aligned.cohort.targets
-    return replace(cohort, findings=findings, targets=targets), sides
+    return replace(cohort, findings=findings, targets=targets), sides, None
 
 
 def _look_at(

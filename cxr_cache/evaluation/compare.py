@@ -11,11 +11,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from cxr_cache.common.machine import compare_machines
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.figures import MEASURES, to_number
+from cxr_cache.evaluation.overlap import note_overlap
 from cxr_cache.evaluation.scored import ScoredImages, read_scored, read_trainings
 from cxr_cache.metrics.intervals import (
     LEVEL,
@@ -29,6 +31,7 @@ from cxr_cache.metrics.intervals import (
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import SplitReads, count_reading
 
 COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""
@@ -62,9 +65,23 @@ class Comparison:
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
     notes: tuple[str, ...] = ()
     """What the differences do not speak of."""
+    reads: SplitReads | None = None
+    """How often the test split has been read, this time included."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, with every finding."""
+        return {
+            "runs": self.runs,
+            "n_images": self.n_images,
+            "n_studies": self.n_studies,
+            "unit": self.unit,
+            "level": LEVEL,
+            "differences": self.table,
+            "notes": self.notes,
+        }
 
     @property
     def rows(self) -> tuple[Rows, ...]:
@@ -87,7 +104,8 @@ class Comparison:
             f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
         ]
         lines += self._pair() if len(self.runs) == 2 else self._several()
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        reads = [] if self.reads is None else [self.reads.to_text()]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes), *reads])
 
     def _pair(self) -> list[str]:
         first, second = self.runs
@@ -161,6 +179,9 @@ def compare_runs(
     DeLong's up to the bootstrap's error. P values are corrected by Holm's method (1979) over all
     findings of all runs, and macro figures over all runs, each kind of rows and measure by itself.
 
+    Notes say where test images of a run are, or may be, images that it was trained on under other
+    names, by file or by embedding; see :func:`cxr_cache.evaluation.overlap.note_overlap`.
+
     Parameters
     ----------
     runs
@@ -207,7 +228,16 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
-    return Comparison(names, first.count_images(), first.n_studies, images[0][0].unit, table, notes)
+    notes += tuple(note_overlap(names, runs))
+    return Comparison(
+        names,
+        first.count_images(),
+        first.n_studies,
+        images[0][0].unit,
+        table,
+        notes,
+        count_reading("compare", *runs),
+    )
 
 
 def _list_notes(
@@ -230,7 +260,41 @@ def _list_notes(
                 "models is better than one of them, so the difference is not of the recipes alone; "
                 "train both with the same --final."
             )
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        if differences := _differ_by_machine(runs[0], run):
+            notes.append(
+                f"{name} has the recipe and the seed of {names[0]}, and was trained on another "
+                f"machine: {differences}. Numbers are rounded otherwise there, and training "
+                "enlarges that, so what differs between the two is luck, as between two seeds."
+            )
     return tuple(notes)
+
+
+_OF_THE_MACHINE: Final = ("device", "n_jobs", "num_workers", "tokens_in", "grad_checkpointing")
+"""Options that decide where and how fast a run is trained, not what is trained."""
+
+
+def _differ_by_machine(first: Run, second: Run) -> str:
+    """What differs between the machines of two runs of one recipe and seed; else nothing."""
+    recipes = [
+        {
+            **{
+                name: value
+                for name, value in run.config.get(run.config.get("kind", ""), {}).items()
+                if name not in _OF_THE_MACHINE
+            },
+            "kind": run.config.get("kind"),
+            "encoders": [store.get("encoder") for store in run.stores],
+            "from_run": run.config.get("from_run") is not None,
+        }
+        for run in (first, second)
+    ]
+    machines = [
+        {"torch": run.config.get("versions", {}).get("torch")} | run.config.get("machine", {})
+        for run in (first, second)
+    ]
+    both_known = all("machine" in run.config for run in (first, second))
+    return compare_machines(*machines) if both_known and recipes[0] == recipes[1] else ""
 
 
 def _name(runs: Sequence[Run]) -> tuple[str, ...]:

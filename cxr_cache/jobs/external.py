@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, get_args
 
@@ -22,6 +23,7 @@ from cxr_cache.evaluation.matching import (
 from cxr_cache.evaluation.overlap import find_overlap
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run, TableName
+from cxr_cache.models.split_reads import count_reading_beside
 from cxr_cache.report.report import write_external_report
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 
@@ -135,6 +137,10 @@ def evaluate_on_store(
         n_resamples=n_resamples,
         seed=seed,
     )
+    reads = count_reading_beside(
+        Path(paths[0]), evaluation.tables["predictions"]["image_id"], "evaluate --store", [run]
+    )
+    evaluation = replace(evaluation, reads=reads)
     if folder is not None:
         _write(run, evaluation, folder)
     elif out is not None:
@@ -170,4 +176,6 @@ def _write(run: Run, evaluation: ExternalEvaluation, folder: Path) -> None:
         if name not in evaluation.tables:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     test.write_evaluation(evaluation.metrics, evaluation.tables)
+    if evaluation.reads is not None:
+        test.write_reads(evaluation.reads.to_dict())
     write_external_report(test)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 from sklearn.model_selection import train_test_split
 
 from cxr_cache.datasets.cohort import Cohort, assign_clusters
@@ -151,6 +152,101 @@ def test_another_seed_gives_another_test_set(indiana):
     tests = [split_test(indiana.targets, indiana.groups, 0.2, seed) for seed in SEEDS]
     in_some_test = np.any(tests, axis=0)
     assert in_some_test[rare].mean() > 0.4  # 0.67 for independent draws, 0.2 for one and the same
+
+
+RARE = (2, 3, 4, 7, 12, 40)
+
+
+def make_rare_findings(*, is_odd: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """300 studies of two images, of which the first 2, the next 3, ... have a finding of their own.
+
+    If `is_odd`, the last study of each finding has one image, which no other can make up for.
+    """
+    ends = np.cumsum(RARE)
+    n_images = np.full(300, 2)
+    n_images[ends - 1] -= is_odd
+    groups = np.repeat(np.arange(300), n_images)
+    targets = np.searchsorted(ends, groups, side="right")[:, None] == np.arange(len(RARE))
+    return targets.astype(np.float32), groups
+
+
+def draw_rare_findings(n_seeds: int, *, is_odd: bool = False) -> list[np.ndarray]:
+    """Which positive studies of each finding are in test, ``(n_seeds, n)`` each."""
+    targets, groups = make_rare_findings(is_odd=is_odd)
+    tests = np.stack([split_test(targets, groups, 0.2, seed) for seed in range(n_seeds)])
+    first = np.unique(groups, return_index=True)[1]
+    return [tests[:, first[of_finding[first] == 1]] for of_finding in targets.T]
+
+
+@pytest.fixture(scope="module")
+def tests_of_80_seeds() -> list[np.ndarray]:
+    return draw_rare_findings(80)
+
+
+def test_every_positive_study_is_in_test_as_often_as_the_others(tests_of_80_seeds):
+    for n, chosen in zip(RARE, tests_of_80_seeds, strict=True):
+        often = chosen.sum(axis=0)
+        bounds = binom.interval(1 - 1e-3 / n, len(chosen), chosen.mean())
+        assert bounds[0] <= often.min() <= often.max() <= bounds[1], f"{n} studies: {often}"
+
+
+def test_balance_does_not_put_the_same_study_into_every_test():
+    """A study that alone has an odd number of images was in test with each of 30 seeds."""
+    for n, chosen in zip(RARE[3:], draw_rare_findings(30, is_odd=True)[3:], strict=True):
+        assert chosen[:, -1].mean() < 0.65, f"{n} studies"
+
+
+def test_two_seeds_share_as_many_positive_test_studies_as_independent_draws(tests_of_80_seeds):
+    for n, chosen in zip(RARE, tests_of_80_seeds, strict=True):
+        n_test = chosen.sum(axis=1)
+        pairs = np.triu_indices(len(chosen), 1)
+        shared = (chosen[:, None] & chosen).sum(axis=2)[pairs].mean()
+        independent = np.outer(n_test, n_test)[pairs].mean() / n
+        assert shared == pytest.approx(independent, rel=0.15), f"{n} studies"
+
+
+def test_a_finding_of_two_studies_has_one_in_test_and_one_in_train(tests_of_80_seeds):
+    assert (tests_of_80_seeds[0].sum(axis=1) == 1).all()
+    for n, chosen in zip(RARE, tests_of_80_seeds, strict=True):
+        assert chosen.any(axis=1).all(), f"{n} studies"
+        assert not chosen.all(axis=1).any(), f"{n} studies"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_finding_of_two_negative_studies_has_one_on_each_side(seed):
+    """Without a negative in test, there is no AUROC either."""
+    targets = np.ones((200, 2), np.float32)
+    targets[:, 1] = np.nan  # and one without any label is no concern
+    targets[[3, 77], 0] = 0
+    is_test = split_test(targets, np.arange(200), 0.2, seed)
+    assert is_test[[3, 77]].sum() == 1
+    assert is_test.sum() == pytest.approx(40, abs=1)
+
+
+def test_the_single_study_of_a_finding_is_trained_on():
+    targets = np.zeros((100, 1), np.float32)
+    targets[3] = 1
+    assert not any(split_test(targets, np.arange(100), 0.2, seed)[3] for seed in range(20))
+
+
+def test_many_rare_findings_do_not_make_the_test_split_of_everything():
+    """60 findings of two studies each, of 120: half of them at most, where a fifth is due."""
+    targets = np.repeat(np.eye(60, dtype=np.float32), 2, axis=0)
+    for seed in SEEDS:
+        is_test = split_test(targets, np.arange(120), 0.2, seed)
+        assert 0.2 <= is_test.mean() <= 0.5
+        assert targets[~is_test].any(axis=0).all()
+
+
+def test_no_study_is_always_in_the_same_fold():
+    """Folds are numbered anew for every seed; the rarest studies came first, and went to fold 1."""
+    targets, groups = make_rare_findings()
+    folds = np.stack([assign_folds(targets, groups, 5, seed) for seed in range(80)])
+    positive = (targets == 1).any(axis=1)
+    of_fold = np.stack([(folds[:, positive] == k).mean(axis=0) for k in range(5)])
+    low, high = binom.interval(1 - 1e-6, 80, 0.2)
+    assert of_fold.min() * 80 >= low
+    assert of_fold.max() * 80 <= high
 
 
 @pytest.mark.parametrize("seed", SEEDS)
