@@ -23,7 +23,7 @@ PROGRAMS = (
 )
 """How lines of a shell begin; a block without such a line shows data, or what is printed."""
 SMALL = {
-    "train": "--epochs 1,2 --folds 2 --hidden 12x8 --batch-size 16 --jobs 1",
+    "train": "--epochs 1,2 --folds 2 --hidden 12x8 --batch-size 4 --jobs 1",
     "finetune": "--epochs 1 --batch-size 16 --device cpu --num-workers 0",
     "ablate": "--folds 2 --workers 1 --epochs 1",
     "extract": "--num-workers 0",
@@ -34,7 +34,7 @@ SMALL = {
     "audit": "--repeats 1 --jobs 1",
 }
 """Options that make a command quick; they are added to what the page says."""
-SET = {"batch_size": "16", "hidden": "8"}
+SET = {"batch_size": "8", "hidden": "8"}
 """Likewise `ablate --set NAME=VALUE`, where the page does not vary NAME."""
 
 

@@ -59,7 +59,7 @@ NAMES = {
     "docs/checklists.md": {"DATA": "labels.csv"},
     "docs/label_efficiency.md": {
         **{"50,200,1000,all": "10,20,all", "50,1000,all": "10,all", "phantoms.h5": "indiana.h5"},
-        "20,80,all": "10,20,all",
+        **{"20,80,all": "10,20,all", "batch_size=32": "batch_size=8"},
     },
     "docs/protocol.md": {"F.h5": "indiana.h5", "RUN": "runs/reference"},
     "README.md": {"runs/mine": "runs/own"},
@@ -210,7 +210,7 @@ CHECKS: dict[str, Callable[[dict[str, str]], None]] = {
 
 def run_python(text: str, scope: dict[str, Any], page: str) -> None:
     """Run a block of Python, with a small encoder and few epochs."""
-    small = "cxr_cache.TrainConfig(epochs=(1, 2), n_folds=2, hidden=(8,), n_jobs=1)"
+    small = "cxr_cache.TrainConfig(epochs=(1, 2), n_folds=2, hidden=(8,), batch_size=4)"
     for long, short in {
         '"biomedclip"': '"random:test_vit"',
         '"runs/first"': f'"runs/python", {small}',
@@ -277,6 +277,8 @@ def test_a_published_data_set_is_used_as_its_page_says(page, tmp_path, monkeypat
 
 def test_every_line_of_a_shell_is_run_or_listed_with_the_reason():
     for page in PAGES:
+        languages = {block.language for block in read_blocks(page)} - {"", "sh", "python"}
+        assert languages <= ({"bash"} if page == "docs/cluster.md" else set())
         for line in list_lines(page):
             assert begins(line), f"{page}: {line!r} begins with no program of pages.PROGRAMS"
             is_run = page in RUNNABLE and line.startswith("cxr-cache ")
