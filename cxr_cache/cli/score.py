@@ -298,7 +298,7 @@ def checklist(run: Path, out: Path | None) -> None:
 )
 @option("--out", type=FILE, help="Markdown file to write instead of printing; it may not exist.")
 def methods(run: Path, external: Path | None, out: Path | None) -> None:
-    """Write the methods section of a paper from what a run recorded, and its results.
+    """Write the methods section of a paper from what a run recorded.
 
     Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
     """
