@@ -555,7 +555,7 @@ class FinetuneConfig(Recipe):
 
     epochs: tuple[int, ...] = _other(
         "epochs",
-        (2, 3, 4, 5, 6),
+        (4, 5, 6, 8, 10),
         "Candidate numbers of epochs, of which cross-validation chooses the best. A single one is "
         "used without a search.",
     )
