@@ -58,7 +58,7 @@ def main() -> None:
             scores = [score_fold(held_out, probabilities, w) for w in (None, weighing)]
             print(
                 f"{row['epoch']:3} macro {scores[0]:.4f} chosen by {scores[1]:.4f} losses "
-                f"{row['train_loss']:.5f} {row['val_loss']:.5f}, {time.process_time():.0f} s of CPU",
+                f"{row['train_loss']:.5f} {row['val_loss']:.5f}, {time.process_time():.0f} CPU s",
                 flush=True,
             )
 
