@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow faults bench check format clean
+.PHONY: setup demo test test-slow wheel-test faults bench figures check format clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ test-slow: setup
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
 	  $(BIN)/python -m pytest -q -m 'not slow and not faults' $(NUMERIC)
 
+# Builds wheel and source distribution, installs the wheel with all that it needs into an empty
+# environment (gigabytes, from the network), and runs the demo there.
+wheel-test: setup
+	$(BIN)/python scripts/wheel_test.py
+
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults tests/faults
 
@@ -45,6 +50,11 @@ bench: setup
 	$(BIN)/python scripts/bench_extract.py
 	$(BIN)/python scripts/bench_statistics.py --out benchmarks/statistics.json
 	$(BIN)/python scripts/bench_table.py
+
+# Which cheap figures in README and docs are stale; with the data, for example
+# make figures FIGURES='--tables indiana_csv --images indiana_256 --embeddings mobilenet.npz'.
+figures: setup
+	$(BIN)/python scripts/figures.py $(FIGURES)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -61,6 +61,8 @@ InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 Level: TypeAlias = Literal["image", "study"]
 
 
+LOG_TO: Final = ("tensorboard", "wandb", "mlflow")
+"""Trackers that a training can tell of its epochs."""
 RECIPES: Final = ("tuned", "reference")
 """``tuned`` was chosen on real radiographs, ``reference`` is the published notebook's."""
 MIN_POSITIVES: Final = 5
@@ -829,6 +831,27 @@ class ReadConfig(Config):
 
 
 # -- extraction ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanConfig(Config):
+    """What a plan of the test assumes."""
+
+    plan_auroc: float = option(
+        0.8,
+        "With --plan: AUROC that is assumed of every finding.",
+        check=must(lambda x: 0.5 <= x < 1, "must lie in [0.5, 1)"),
+    )
+    plan_width: float = option(
+        0.02,
+        "With --plan: half width of an interval for which test studies are counted.",
+        check=must(lambda x: 0 < x < 0.5, "must lie between 0 and 0.5"),
+    )
+    test_fraction: float = option(
+        TrainConfig.test_fraction,
+        "With --plan: share of the data that is the test, unless the data set has a split.",
+        check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
+    )
 
 
 @dataclass(frozen=True)

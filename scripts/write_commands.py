@@ -23,6 +23,35 @@ Made by `python scripts/write_commands.py` from the commands' own `--help`.
 |---|---|
 """
 
+_STATUSES: Final = (
+    ("0", "done; of `verify`, the store is whole; of `doctor`, the main job can run"),
+    (
+        "1",
+        "an error that the message says how to mend; of `verify`, the store is incomplete; of "
+        "`predict` and `explain`, some images could not be used, and the others are written; of "
+        "`extract`, more images failed than `--max-failures` tolerates",
+    ),
+    ("2", "the command line could not be understood"),
+    ("3, 4", "of `verify`: the store is corrupt; it was made by another encoder"),
+    ("130, 143", "stopped by Ctrl-C; by SIGTERM. The message says what is kept, and how to go on"),
+)
+_SHARED: Final = """
+## What all commands share
+
+The result of a command is on stdout; notes, progress, warnings and errors are on stderr.
+`cxr-cache -q COMMAND` writes results, warnings and errors only; `cxr-cache -v COMMAND` tells what
+is done, and `-vv` more. With `--json` stdout holds the result as one JSON value and nothing else,
+and nothing at all where a command fails before it has a result; `cxr_cache/cli/schemas.json` has a
+JSON Schema for each command.
+
+| exit status | meaning |
+|---|---|
+"""
+_ELSEWHERE: Final = """
+[install.md](install.md#completion-in-the-shell) has completion in the shell, and
+[outputs.md](outputs.md#manifestjson) the manifest that a command leaves beside what it writes.
+"""
+
 
 def render() -> str:
     """The page: a table of all commands, then the help of each."""
@@ -31,7 +60,12 @@ def render() -> str:
         command = cli.commands[name]
         rows.append(f"| [`{name}`](#{name}) | {command.get_short_help_str(limit=200)} |\n")
         sections.append(f"\n## {name}\n\n```\n{_help_of(command, name)}\n```\n")
-    return _HEAD + "".join(rows) + "".join(sections)
+    shared = [
+        _SHARED,
+        *(f"| {status} | {meaning} |\n" for status, meaning in _STATUSES),
+        _ELSEWHERE,
+    ]
+    return "".join([_HEAD, *rows, *shared, *sections])
 
 
 def _help_of(command: click.Command, name: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 import cxr_cache
 
 ROOT = Path(__file__).resolve().parents[1]
+_COMMANDS = ("store", "train", "score", "use")
 PACKAGE = ROOT / "cxr_cache"
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -138,7 +139,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("h5py", {"store.layout", "store.feature_store"}),
+        ("h5py", {"store.layout", "store.feature_store", "jobs.doctor"}),
         (
             "PIL",
             {
@@ -152,7 +153,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
         ),
         (
             "click",
-            {f"cli.{name}" for name in ("main", "options", "store", "train", "score", "use")},
+            {f"cli.{name}" for name in ("main", "options", "output", *_COMMANDS)},
         ),
         ("tqdm", {"cli.progress"}),
     ],

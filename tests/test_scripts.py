@@ -263,6 +263,16 @@ def test_all_measurements_make_one_table_and_one_picture(tmp_path):
     assert plot.stat().st_size > 5000
 
 
+def test_figures_of_the_documents_that_need_no_data_are_not_stale():
+    printed = run([sys.executable, REPOSITORY / "scripts" / "figures.py"])
+
+    lines = printed.splitlines()[1:]
+    needing = [line for line in lines if "needs --" in line]
+    assert len(lines) - len(needing) >= 2
+    assert needing, "figures of real radiographs are named, too"
+    assert "STALE" not in printed
+
+
 @pytest.mark.slow
 def test_splits_of_many_seeds_are_compared(tmp_path):
     rows = [f"{s}_{i}.png,{s},{int(s < 40)},{int(s < 4)}" for s in range(120) for i in (0, 1)]

@@ -12,13 +12,15 @@ import shlex
 import signal
 import sys
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from cxr_cache import __version__
 from cxr_cache.cli import score, store, train, use
-from cxr_cache.cli.options import Terminated, config_option, exit_status
+from cxr_cache.cli.options import Terminated, config_option, exit_status, json_option
+from cxr_cache.cli.output import is_quiet, set_quiet
+from cxr_cache.common.manifest import recording
 from cxr_cache.errors import ConfigError, CxrCacheError, JobStopped
 
 _COMMANDS_IN = (store, train, score, use)
@@ -55,6 +57,12 @@ class ErrorsAsMessages(click.Group):
             click.echo(f"\nStopped. {what}\n  {command}", err=True)
             ctx.exit(exit_status(stop))
 
+    def main(self, *given: Any, **options: Any) -> Any:
+        """Run a command, and record it beside what it writes."""
+        words = given[0] if given else options.get("args")
+        with recording(sys.argv[1:] if words is None else list(words)):
+            return super().main(*given, **options)
+
     def _flags(self, ctx: click.Context) -> dict[str, str]:
         """Flags of the command that runs, by the names of their fields."""
         command = self.commands[ctx.invoked_subcommand or ""]
@@ -76,6 +84,14 @@ class ErrorsAsMessages(click.Group):
     count=True,
     help="Tell on stderr what is done; -vv tells more, and what other libraries have to say.",
 )
+@click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    callback=set_quiet,
+    help="Write results, warnings and errors only: no progress and no notes.",
+)
 def cli(verbose: int) -> None:
     """Cache chest X-ray embeddings once; train, test and predict from the cache.
 
@@ -85,6 +101,8 @@ def cli(verbose: int) -> None:
     and in a file given with --config. The command line goes first, then the variable, then the
     file.
     """
+    if verbose and is_quiet():
+        raise click.UsageError("--quiet and --verbose contradict each other; give one of them.")
     start_logging(verbose)
 
 
@@ -124,5 +142,5 @@ def _terminate(_signum: int, _frame: FrameType | None) -> None:
 for _module in _COMMANDS_IN:
     for _command in vars(_module).values():
         if isinstance(_command, click.Command):
-            _command.params.append(config_option(_command))
+            _command.params += [json_option(), config_option(_command)]
             cli.add_command(_command)

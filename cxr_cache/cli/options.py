@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from cxr_cache.cli.config_file import read_config_file
+from cxr_cache.cli.output import set_json
 from cxr_cache.common.wording import count
 from cxr_cache.config import Augmentation, Config, EncoderOptions, Kind, kinds, option_of
 
@@ -254,6 +255,18 @@ def config_option(command: click.Command) -> click.Option:
     )
 
 
+def json_option() -> click.Option:
+    """Make the option --json, which every command has; see :func:`cxr_cache.cli.output.show`."""
+    return Option(
+        ["--json"],
+        is_flag=True,
+        expose_value=False,
+        callback=set_json,
+        help="Print the result as JSON, and nothing else on stdout; notes go to stderr. A number "
+        "that is undefined is null.",
+    )
+
+
 def _as_text(command: click.Command, name: str, value: Any) -> Any:
     """A value of a file as it would be typed, so that it is checked alike."""
     [param] = (param for param in command.params if param.name == name)
@@ -299,7 +312,6 @@ ALLOW_PENDING: Final = option(
     is_flag=True,
     help="Train although some images are still pending, that is, not yet embedded.",
 )
-AS_JSON: Final = option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
 class Terminated(KeyboardInterrupt):

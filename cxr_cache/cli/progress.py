@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TextIO
 
+from cxr_cache.cli.output import is_quiet
+
 EVERY_S: Final = 60.0
 
 
@@ -93,10 +95,18 @@ class Bar(Progress):
         self._bar.write(line, file=self._stream)
 
 
+class Silent(Progress):
+    """The same for --quiet: it counts, and tells nothing."""
+
+    def _write(self, line: str) -> None:
+        pass
+
+
 @contextmanager
 def progress(noun: str) -> Iterator[Progress]:
-    """Show the progress of the block on stderr."""
-    shown = Bar(noun, sys.stderr) if sys.stderr.isatty() else Progress(noun, sys.stderr)
+    """Show the progress of the block on stderr, unless --quiet was given."""
+    kind = Silent if is_quiet() else Bar if sys.stderr.isatty() else Progress
+    shown = kind(noun, sys.stderr)
     try:
         yield shown
     finally:

@@ -25,6 +25,7 @@ from cxr_cache.cli.options import (
     pick,
     require_folder,
 )
+from cxr_cache.cli.output import give, say, show
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, ExternalConfig
 
@@ -76,7 +77,7 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     only look so. What is matched, what not and why is printed first.
     """
     from cxr_cache.evaluation.evaluate import format_summary
-    from cxr_cache.jobs.scoring import evaluate_run
+    from cxr_cache.jobs.scoring import evaluate_run, tell_of_reads
     from cxr_cache.models.run import Run
 
     of_external = ("out", "labels", "name_map", "relations")
@@ -94,7 +95,9 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         )
     opened = Run.open(run)
     if not stores:
-        click.echo(format_summary(evaluate_run(opened, groups=groups, **vars(config))))
+        metrics = evaluate_run(opened, groups=groups, **vars(config))
+        reads = tell_of_reads(opened)
+        show(lambda: f"{format_summary(metrics)}\n{reads}", metrics)
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
@@ -106,10 +109,9 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         seed=config.seed,
         **{name: options[name] for name in (*of_external, "model", "device")},
     )
-    click.echo(evaluation.to_text())
+    show(evaluation.to_text, evaluation.metrics)
     if (out := options["out"]) is not None:
-        is_folder = out.is_dir()
-        click.echo(f"Report: {out / 'report.html'}" if is_folder else f"{out} written")
+        say(f"Report: {out / 'report.html'}" if out.is_dir() else f"{out} written")
 
 
 @click.command()
@@ -125,12 +127,15 @@ def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
     if len(runs) < 2:
         raise click.UsageError("Give two runs or more; the others are compared with the first.")
     comparison = compare_runs(*map(Run.open, runs), **vars(config))
-    click.echo(comparison.to_text())
+    say(comparison.to_text())
+    written: tuple[Path, ...] = ()
     if out is not None:
         from cxr_cache.report.plots import write_comparison
 
-        for path in write_comparison(comparison, out):
-            click.echo(f"{path} written")
+        written = tuple(write_comparison(comparison, out))
+        for path in written:
+            say(f"{path} written")
+    give(comparison.to_dict() | {"written": written})
 
 
 @click.command("zero-shot")
@@ -182,11 +187,13 @@ def zero_shot(
             run=run,
             **vars(config),
         )
-    click.echo(found.to_text())
+    say(found.to_text())
     if out is not None:
         write_table(out, found.table, digits=6)
-    if run is not None and (kept := keep_zero_shot(run, found)):
-        click.echo(kept)
+    kept = "" if run is None else keep_zero_shot(run, found)
+    if kept:
+        say(kept)
+    give(found.to_dict() | {"kept": kept})
 
 
 @click.command()
@@ -252,4 +259,28 @@ def report(
                 encoder=encoder,
                 on_progress=on_progress,
             )
-    click.echo(f"Report: {page}")
+    show(f"Report: {page}", {"written": [page]})
+
+
+@click.command()
+@RUN
+@option("--out", type=FILE, help="Markdown file that is written.  [default: the terminal]")
+def checklist(run: Path, out: Path | None) -> None:
+    """Fill the reporting checklists CLAIM 2024 and TRIPOD+AI with what a run knows.
+
+    Each item holds facts of the run, or says that it is to be written by the authors. Nothing is
+    guessed.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.checklist import render_checklists
+    from cxr_cache.report.views import read_view
+
+    if out is not None:
+        require_folder(out.parent)
+    text = render_checklists(read_view(Run.open(run)))
+    if out is None:
+        show(text.rstrip(), {"checklists": text})
+        return
+    write_whole(out, text.encode())
+    show(f"{out} written", {"written": [out]})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from cxr_cache.cli.options import (
-    AS_JSON,
     DEVICE,
     FILE,
     FOLDER,
@@ -26,6 +24,7 @@ from cxr_cache.cli.options import (
     require_folder,
     warn_of_encoder,
 )
+from cxr_cache.cli.output import give, note, say, show
 from cxr_cache.cli.progress import Progress, counting, progress
 from cxr_cache.config import (
     FEATURES,
@@ -34,6 +33,7 @@ from cxr_cache.config import (
     ExtractConfig,
     Features,
     FinetuneConfig,
+    PlanConfig,
     ReadConfig,
     TrainConfig,
     VerifyConfig,
@@ -68,28 +68,39 @@ logger = logging.getLogger(__name__)
 @option("--image-dir", type=FOLDER, help="Folder with the images, to count those missing.")
 @options_of(ReadConfig)
 @option("--plot", type=FILE, help="PNG file to draw the class distribution into.")
-@AS_JSON
+@option(
+    "--plan",
+    is_flag=True,
+    help="Also say how wide the intervals of a test are expected to be before it is trained for.",
+)
+@options_of(PlanConfig)
 def describe(
     data: Path,
     data_format: str,
     image_dir: Path | None,
     plot: Path | None,
-    as_json: bool,
-    **reading: Any,
+    plan: bool,
+    **options: Any,
 ) -> None:
-    """Show findings, counts, views and missing files of a data set."""
-    from cxr_cache.datasets.describe import describe_cohort
+    """Show findings, counts, views and missing files of a data set; or plan its test."""
+    from cxr_cache.datasets.describe import describe_cohort, plan_test
     from cxr_cache.datasets.images import find_missing
     from cxr_cache.datasets.readers import load_cohort
 
     for folder in (image_dir, plot.parent if plot is not None else None):
         if folder is not None:
             require_folder(folder)
-    config = ReadConfig(**reading)
+    if not plan and (idle := options_given(pick(PlanConfig, options))):
+        raise click.UsageError(f"--{min(idle).replace('_', '-')} goes with --plan.")
+    planned = PlanConfig(**pick(PlanConfig, options))
+    config = ReadConfig(**pick(ReadConfig, options))
     cohort = load_cohort(data, data_format, image_dir=image_dir, config=config)
     missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
     description = describe_cohort(cohort, missing)
-    click.echo(json.dumps(description.to_dict(), indent=2) if as_json else description.to_text())
+    expected = plan_test(cohort, planned) if plan else None
+    parts = [description, *([] if expected is None else [expected])]
+    more = {} if expected is None else {"plan": expected.to_dict()}
+    show(lambda: "\n\n".join(part.to_text() for part in parts), description.to_dict() | more)
     if plot is not None:
         from cxr_cache.report.plots import draw_class_distribution
 
@@ -100,14 +111,13 @@ def describe(
             [c.studies for c in counts],
             plot,
         )
-        click.echo(f"Class distribution drawn to {plot}", err=True)
+        note(f"Class distribution drawn to {plot}")
 
 
 @click.command()
 @click.argument("name", required=False)
 @options_of(EncoderOptions, without=("name", "device", "precision", "bits_stored"))
-@AS_JSON
-def encoders(name: str | None, as_json: bool, **options: Any) -> None:
+def encoders(name: str | None, **options: Any) -> None:
     """List encoders and their traps; or check the one that NAME stands for.
 
     NAME is what --model takes, or a folder or file with weights. It is loaded, and encodes one
@@ -119,27 +129,26 @@ def encoders(name: str | None, as_json: bool, **options: Any) -> None:
         if given := options_given(options):
             raise click.UsageError(f"--{min(given)} goes with NAME.")
         every = [check.describe_known(each) for each in known.read_known().values()]
-        click.echo(json.dumps(every, indent=2) if as_json else check.format_known())
+        show(check.format_known, every)
         return
     if name and (path := Path(name)).exists():
         name = f"local-{'dir' if path.is_dir() else 'file'}:{name}"
-    if not as_json and (about := known.find_known(name)):
-        click.echo(f"{check.format_one(about)}\n")  # also where its weights are not there
+    if about := known.find_known(name):
+        say(f"{check.format_one(about)}\n")  # also where its weights are not there
     found = check.check_encoder(name, precision="fp32", **options)
-    click.echo(json.dumps(found, indent=2) if as_json else check.format_check(found))
+    show(lambda: check.format_check(found), found)
 
 
 @click.command()
 @STORE
-@AS_JSON
-def inspect(store: Path, as_json: bool) -> None:
+def inspect(store: Path) -> None:
     """Describe a feature store on one screen: its encoder, its rows, what is cached."""
     from cxr_cache.store.feature_store import FeatureStore
     from cxr_cache.store.inspect import format_store, summarise_store
 
     with FeatureStore.open(store) as features:
         summary = summarise_store(features)
-    click.echo(json.dumps(summary, indent=2) if as_json else format_store(summary))
+    show(lambda: format_store(summary), summary)
 
 
 @click.command()
@@ -149,7 +158,6 @@ def inspect(store: Path, as_json: bool) -> None:
 @MODEL_OF_STORE
 @DEVICE
 @option("--repair", is_flag=True, help="Mark bad rows as pending, for extract to compute.")
-@AS_JSON
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -159,7 +167,6 @@ def verify(
     model: str | None,
     device: str,
     repair: bool,
-    as_json: bool,
     **options: Any,
 ) -> None:
     """Check every row of a store.
@@ -183,7 +190,7 @@ def verify(
     except (StoreFormatError, StoreMismatchError) as error:
         click.echo(f"Error: {error}", err=True)
         ctx.exit(3 if isinstance(error, StoreFormatError) else 4)
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    show(found.to_text, found.to_dict())
     ctx.exit(found.exit_status)
 
 
@@ -220,10 +227,11 @@ def audit(
             with_leakage=leakage,
             on_progress=on_progress,
         )
-    click.echo(found.to_text())
+    say(found.to_text())
     if out is not None:
         found.write(out)
-        click.echo(f"Tables written to {out}", err=True)
+        note(f"Tables written to {out}")
+    give(found.to_dict())
 
 
 @click.command()
@@ -283,7 +291,7 @@ def extract(
     encoder = load_once(options)
     identity = encoder.identity
     warn_of_encoder(identity)
-    click.echo(f"encoder: {identity.to_text()}", err=True)
+    note(f"encoder: {identity.to_text()}")
     logger.info("it computes on %s in %s", encoder.device, identity.precision)
     known = find_known(identity.name)
     if known is not None and cohort.reading is not None and cohort.reading.format in known.seen:
@@ -294,7 +302,7 @@ def extract(
     with progress("images") as shown:
         callbacks: Any = {
             "on_progress": _image_progress(shown),
-            "on_space": lambda space: click.echo(space.to_text(), err=True),
+            "on_space": lambda space: note(space.to_text()),
         }
         summary = (
             extract_embeddings(cohort, image_dir, store, encoder, config, **callbacks)
@@ -309,7 +317,7 @@ def extract(
                 **callbacks,
             )
         )
-    click.echo(summary.to_text())
+    show(summary.to_text, vars(summary))
     if failure := summary.failure(config):
         raise click.ClickException(failure)
 
@@ -343,7 +351,7 @@ def import_(
 
     cohort = _load_cohort(data, data_format, None, reading)
     summary = import_embeddings(embeddings, cohort, store, overwrite=overwrite)
-    click.echo(summary.to_text())
+    show(summary.to_text, vars(summary))
 
 
 @click.command()
@@ -354,7 +362,8 @@ def merge(parts: tuple[Path, ...], store: Path, overwrite: bool) -> None:
     """Join the parts that `extract --part` made on several machines."""
     from cxr_cache.store.merge import merge as run_merge
 
-    click.echo(run_merge(parts, store, overwrite=overwrite).to_text())
+    summary = run_merge(parts, store, overwrite=overwrite)
+    show(summary.to_text, vars(summary))
 
 
 @click.command()
@@ -378,7 +387,8 @@ def features(store: Path, out: Path, features: Features) -> None:
     from cxr_cache.store.feature_store import FeatureStore
 
     with FeatureStore.open(store) as opened:
-        click.echo(export_features(opened, out, features=features))
+        said = export_features(opened, out, features=features)
+    show(said, {"written": [out], "message": said})
 
 
 def _image_progress(shown: Progress) -> Callable[[int, int, int], None]:
@@ -397,5 +407,5 @@ def _load_cohort(
 
     cohort = load_cohort(data, data_format, image_dir=image_dir, config=ReadConfig(**options))
     if cohort.reading is not None:
-        click.echo(cohort.reading.to_text(), err=True)
+        note(cohort.reading.to_text())
     return cohort

@@ -21,8 +21,16 @@ from cxr_cache.cli.options import (
     pick,
     warn_if_random,
 )
+from cxr_cache.cli.output import give, note, say
 from cxr_cache.cli.progress import counting
-from cxr_cache.config import RECIPES, AblateConfig, FinetuneConfig, RepeatConfig, TrainConfig
+from cxr_cache.config import (
+    LOG_TO,
+    RECIPES,
+    AblateConfig,
+    FinetuneConfig,
+    RepeatConfig,
+    TrainConfig,
+)
 
 _RECIPE: Final = option(
     "--recipe",
@@ -38,6 +46,14 @@ _RUN_DIR: Final = option(
 _OVERWRITE: Final = option(
     "--overwrite", is_flag=True, help="Replace a run that is already in the folder."
 )
+_LOG_TO: Final = option(
+    "--log-to",
+    type=click.Choice(LOG_TO),
+    multiple=True,
+    help="Also tell every epoch to TensorBoard, Weights & Biases or MLflow; may be given several "
+    "times. They write to the folder logs of the run, unless their own variables, such as "
+    "MLFLOW_TRACKING_URI and WANDB_MODE, say otherwise.",
+)
 
 
 @click.command()
@@ -50,6 +66,7 @@ _OVERWRITE: Final = option(
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
+@_LOG_TO
 def train(
     stores: tuple[Path, ...],
     recipe: str,
@@ -59,6 +76,7 @@ def train(
     allow_pending: bool,
     overwrite: bool,
     n_repeats: int,
+    log_to: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Search the number of epochs by cross-validation, train, and test once.
@@ -67,9 +85,10 @@ def train(
     side. Labels and split come from the first.
     """
     from cxr_cache.jobs.runs import train_head
+    from cxr_cache.jobs.tracking import tracking
 
     config = TrainConfig.of_recipe(recipe, **options_given(options))
-    with counting("epochs") as on_progress:
+    with tracking(log_to, run_dir, config) as on_epoch, counting("epochs") as on_progress:
         result = train_head(
             stores,
             run_dir,
@@ -79,10 +98,14 @@ def train(
             allow_pending=allow_pending,
             overwrite=overwrite,
             n_repeats=n_repeats,
-            tell=click.echo,
+            tell=say,
             on_progress=on_progress,
+            on_epoch=on_epoch,
         )
+        if on_epoch is not None:
+            on_epoch.finish(result)
     warn_if_random(result.run.config["random_encoder"])
+    give(result.to_dict())
 
 
 @click.command()
@@ -152,14 +175,15 @@ def ablate(
         )
     warn_if_random(ablation.is_random)
     plot = draw_ablation(ablation.table, out / "ablation.png")
-    click.echo(ablation.to_text())
-    click.echo(f"Table and plot: {out / 'ablation.csv'}, {plot}")
+    say(ablation.to_text())
+    say(f"Table and plot: {out / 'ablation.csv'}, {plot}")
     if ablation.curve is not None:
         plot = draw_curve(ablation.curve, out / "curve.png")
-        click.echo(f"Learning curve: {out / 'curve.csv'}, {plot}")
+        say(f"Learning curve: {out / 'curve.csv'}, {plot}")
+    best = None
     if own.refit:
         with counting("epochs") as on_progress:
-            refit_best(
+            best = refit_best(
                 ablation,
                 stores,
                 out / "best",
@@ -167,9 +191,10 @@ def ablate(
                 labels=labels,
                 allow_pending=allow_pending,
                 overwrite=True,
-                tell=click.echo,
+                tell=say,
                 on_progress=on_progress,
             )
+    give(ablation.to_dict() | {"best": None if best is None else best.to_dict()})
 
 
 @click.command()
@@ -189,6 +214,7 @@ def ablate(
 @GROUPS
 @ALLOW_PENDING
 @_OVERWRITE
+@_LOG_TO
 def finetune(
     stores: tuple[Path, ...],
     recipe: str,
@@ -200,6 +226,7 @@ def finetune(
     model: str | None,
     allow_pending: bool,
     overwrite: bool,
+    log_to: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train the last blocks of the encoder with the head, from tokens or images.
@@ -208,6 +235,7 @@ def finetune(
     (`torchrun --nproc-per-node N -m cxr_cache finetune ...`) N processes share every batch.
     """
     from cxr_cache.jobs.runs import finetune_tail, is_another_process
+    from cxr_cache.jobs.tracking import tracking
     from cxr_cache.models.run import Run
     from cxr_cache.training.frozen_start import config_from_run
 
@@ -217,7 +245,7 @@ def finetune(
         if from_run is None
         else config_from_run(Run.open(from_run), recipe, **given)
     )
-    with counting("epochs") as on_progress:
+    with tracking(log_to, run_dir, config) as on_epoch, counting("epochs") as on_progress:
         result = finetune_tail(
             stores,
             run_dir,
@@ -229,14 +257,20 @@ def finetune(
             model=model,
             allow_pending=allow_pending,
             overwrite=overwrite,
-            echo=lambda line: click.echo(line, err=True),
-            tell=click.echo,
+            echo=note,
+            tell=say,
             on_progress=on_progress,
+            on_epoch=on_epoch,
         )
+        if on_epoch is not None:
+            on_epoch.finish(result)
     if is_another_process():  # of several, the first one reports
         return
     warn_if_random(result.run.config["random_encoder"])
+    gained = None
     if from_run is not None:
         from cxr_cache.evaluation.compare import compare_runs
 
-        click.echo(compare_runs(Run.open(from_run), result.run).to_text())
+        gained = compare_runs(Run.open(from_run), result.run)
+        say(gained.to_text())
+    give(result.to_dict() | {"comparison": None if gained is None else gained.to_dict()})

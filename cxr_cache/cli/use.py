@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -22,13 +23,26 @@ from cxr_cache.cli.options import (
     require_folder,
     warn_if_random,
 )
+from cxr_cache.cli.output import give, say, show
+from cxr_cache.cli.progress import counting
 from cxr_cache.config import DemoConfig, ExplainConfig
+
+_FEW_IMAGES: Final = 100  # which take seconds, so that nobody waits for a line of progress
+
+
+def _count_nothing(_n_done: int, _n_all: int) -> None:
+    pass
 
 
 @click.command()
 @RUN
 @IMAGES
-@option("--out", type=FILE, help="CSV file to write instead of printing the likeliest findings.")
+@option(
+    "--out",
+    type=FILE,
+    help="File to write instead of printing the likeliest findings: .csv, .json or .parquet, by "
+    "its ending. After an interruption, the same command continues.",
+)
 @option(
     "--studies",
     type=FILE,
@@ -51,25 +65,49 @@ def predict(
     models: tuple[str, ...],
     device: str,
 ) -> None:
-    """Give probabilities and decisions for image files, or folders of them."""
-    from cxr_cache.common.tables import write_table
+    """Give probabilities and decisions for image files, or folders of them.
+
+    Of every image and finding it says present or absent where the run decides, "ranked only" where
+    there were too few positives to choose a threshold, and "unknown" where nothing could be learnt;
+    and of every image, how unlike the training images it is. docs/outputs.md describes the files.
+
+    Exit status: 1 also if some images could not be used; the others are written.
+    """
     from cxr_cache.common.wording import count
     from cxr_cache.models.run import Run
 
     paths = _require_files(images)
     if out is not None:
         require_folder(out.parent)
+        from cxr_cache.models.predictions import require_writable_as_predictions
+
+        require_writable_as_predictions(out)
     opened = Run.open(run)
     encoders = load_encoders_of_run(opened, models, device)
-    from cxr_cache.models.predict import predict_images
+    from cxr_cache.models.predict import predict_images, predict_to_file
 
-    predictions = predict_images(opened, paths, encoders, studies=studies)
+    with counting("images") if len(paths) > _FEW_IMAGES else nullcontext(_count_nothing) as shown:
+        predictions = (
+            predict_images(opened, paths, encoders, studies=studies, on_progress=shown)
+            if out is None
+            else predict_to_file(opened, paths, encoders, out, studies=studies, on_progress=shown)
+        )
     if out is None:
-        click.echo(predictions.to_text())
+        say(predictions.to_text())
     else:
-        write_table(out, predictions.to_table(), digits=6)
         n_written = len(predictions.image_ids) - predictions.n_failed
-        click.echo(f"{n_written:,} predictions written to {out}")
+        say(f"{n_written:,} predictions written to {out}")
+        if predictions.n_unusual:
+            unusual = count(predictions.n_unusual, predictions.row)
+            say(f"{unusual} further from the training images than 99 % of these")
+    give(
+        {
+            "written": [] if out is None else [out],
+            "n_failed": predictions.n_failed,
+            "n_unusual": predictions.n_unusual,
+            "predictions": predictions.to_records() if out is None else None,
+        }
+    )
     if predictions.n_failed:
         n_all = count(len(predictions.image_ids), predictions.row)
         raise click.ClickException(f"{predictions.n_failed:,} of {n_all} could not be used.")
@@ -121,7 +159,10 @@ def explain(
 
     maps = explain_images(opened, paths, names, encoder, **vars(config))
     n_written, failures = write_explanations(maps, out, raw=raw)
-    click.echo(f"{n_written:,} pictures written to {out}")
+    show(
+        f"{n_written:,} pictures written to {out}",
+        {"written": [out], "n_pictures": n_written, "failures": failures},
+    )
     if failures:
         raise click.ClickException(
             f"{len(failures):,} of {len(paths):,} images could not be used:\n" + "\n".join(failures)
@@ -133,10 +174,12 @@ def explain(
 @option(
     "--format",
     "file_format",
-    type=click.Choice(["open-clip", "onnx"]),
+    type=click.Choice(["open-clip", "onnx", "hub"]),
     required=True,
     help="Format of the export. open-clip is a folder for local-dir:, with the head beside it; "
-    "onnx is one file, from pixels to probabilities.",
+    "onnx is one file, from pixels to probabilities; hub is a folder for a repository on the "
+    "Hugging Face Hub, with the model card and what was trained, which names the encoder and does "
+    "not hold it. Nothing is uploaded.",
 )
 @option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder or file that is written."
@@ -144,14 +187,14 @@ def explain(
 @MODEL_OF_RUN
 @option("--overwrite", is_flag=True, help="Replace an earlier export.")
 def export(run: Path, file_format: str, out: Path, model: str | None, overwrite: bool) -> None:
-    """Write the whole model, encoder included, for use without cxr-cache."""
+    """Write a run's model for use without cxr-cache, or for a repository on the Hub."""
     from cxr_cache.models.export import export_run
     from cxr_cache.models.run import Run
 
     opened = Run.open(run)
     summary = export_run(opened, out, file_format, model=model, overwrite=overwrite)
     warn_if_random(opened.config["random_encoder"])
-    click.echo(summary.to_text())
+    show(summary.to_text, vars(summary))
 
 
 @click.command()
@@ -161,7 +204,25 @@ def demo(folder: Path, **options: Any) -> None:
     """Show the whole job on synthetic chest X-rays, without data or a network."""
     from cxr_cache.cli.demo import run_demo
 
-    run_demo(folder, **vars(DemoConfig(**options)), echo=click.echo)
+    page = run_demo(folder, **vars(DemoConfig(**options)), echo=say)
+    give({"written": [page]})
+
+
+@click.command()
+@click.argument("folder", type=FOLDER, default=Path())
+def doctor(folder: Path) -> None:
+    """Say what works on this machine and in FOLDER (this one, if none is named), and what not.
+
+    Nothing is asked of the network, and nothing is left in the folder.
+
+    Exit status: 0 if the main job can run here, 1 if something that it needs is broken.
+    """
+    from cxr_cache.jobs.doctor import diagnose
+
+    require_folder(folder)
+    found = diagnose(folder)
+    show(found.to_text, found.to_dict())
+    click.get_current_context().exit(0 if found.is_working else 1)
 
 
 def _require_files(images: tuple[Path, ...]) -> list[Path]:

@@ -43,6 +43,10 @@ class Reading:
     """What each column of the tables was used as, in words."""
     codes: dict[str, dict[str, int]] = field(default_factory=dict)
     """How often each label code was written, by finding."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """How much there is, for the flow of images: ``rows`` of the table that names the images,
+    ``images``, ``studies`` and ``patients`` that they make; and how many of each have labels of
+    which none became 0 or 1 (``dropped_images`` ...)."""
     policy: str = ""
     """What was made of uncertain and blank cells, in words."""
     split: str = ""
@@ -96,13 +100,14 @@ class Reading:
             raise ValueError("this is not how a data set was read")
         made = cls(**{name: value for name, value in values.items() if name in known})
         texts = (made.format, made.why, made.policy, made.split, *made.notes)
-        columns, codes = made.columns, made.codes
+        columns, codes, counts = made.columns, made.codes, made.counts
         if not (
             isinstance(columns, dict)
             and isinstance(codes, dict)
             and all(isinstance(of_finding, dict) for of_finding in codes.values())
             and all(isinstance(text, str) for text in (*texts, *columns.values()))
-            and all(isinstance(n, int) for of in codes.values() for n in of.values())
+            and isinstance(counts, dict)
+            and all(isinstance(n, int) for of in (*codes.values(), counts) for n in of.values())
         ):
             raise ValueError("this is not how a data set was read")
         return dataclasses.replace(made, notes=tuple(made.notes))

@@ -30,6 +30,7 @@ from cxr_cache.datasets.columns import (
     note_unread_patients,
 )
 from cxr_cache.datasets.dicom.pseudonyms import default_key_path, hash_id, load_key
+from cxr_cache.datasets.flow import count_dropped
 from cxr_cache.datasets.table import KEYS, NO_CODES, Sheet, collapse, read_sheet, whose_split
 from cxr_cache.errors import TableError
 
@@ -267,15 +268,16 @@ def read_labels(path: str | Path, cohort: Cohort) -> Cohort:
         notes += note_unread_patients(sheet.uses, path.name, "call it 'patient_id'")
     if ignored:
         notes.append(f"Not used of {path.name}: {list_names(ignored, 5)}.")
+    targets = take_or_nan(rows.targets, places)
     reading = Reading(
         format="" if cohort.reading is None else cohort.reading.format,
         columns=sheet.uses,
         codes=count_codes(sheet.codes, sheet.findings),
+        counts=count_dropped(images, targets, np.append(rows.is_coded, False)[places]),
         policy=policy.to_text(),
         split=whose_split([sheet]) or ("" if cohort.reading is None else cohort.reading.split),
         notes=(*sheet.notes, *notes, *note_patients(changed)),
     )
-    targets = take_or_nan(rows.targets, places)
     return Cohort(changed, targets, sheet.findings, cohort.source, reading)
 
 

@@ -16,6 +16,7 @@ from cxr_cache.datasets.collections.indiana import read_indiana
 from cxr_cache.datasets.collections.recognise import recognise
 from cxr_cache.datasets.columns import note_patients
 from cxr_cache.datasets.dicom.folder import add_header_facts, read_dicom
+from cxr_cache.datasets.flow import count_images
 from cxr_cache.datasets.locate import default_image_dir
 from cxr_cache.datasets.table import read_own_table
 from cxr_cache.errors import ConfigError
@@ -94,9 +95,10 @@ def load_cohort(
 
 
 def _annotate(cohort: Cohort, why: str) -> Cohort:
-    """Add what holds for every format: why it was taken for this, and what is odd of patients."""
+    """Add what holds for every format: why it was taken for this, what is odd, how much it is."""
     reading = cohort.reading or Reading("")
+    counts = {"rows": len(cohort), **reading.counts, **count_images(cohort.images)._asdict()}
     notes = tuple(dict.fromkeys([*reading.notes, *note_patients(cohort.images)]))
     for note in notes:
         logger.warning(note)
-    return cohort.with_reading(replace(reading, why=why, notes=notes))
+    return cohort.with_reading(replace(reading, why=why, notes=notes, counts=counts))

@@ -29,6 +29,7 @@ from cxr_cache.datasets.codes import (
     try_codes,
 )
 from cxr_cache.datasets.cohort import Cohort, Reading
+from cxr_cache.datasets.flow import count_dropped
 from cxr_cache.datasets.locate import (
     default_image_dir,
     find_by_id,
@@ -376,14 +377,17 @@ class Rows:
     keys: pd.Index[Any]
     facts: pd.DataFrame
     targets: NDArray[np.float32]
+    is_coded: NDArray[np.bool_]
+    """Whether some code of a row is not blank."""
 
 
 def collapse(sheet: Sheet, key: str, policy: Policy, rule: str) -> Rows:
     """Make one row of the rows of each image, study or patient."""
     targets = apply_policy(sheet.codes, sheet.findings, policy)
     places, keys = pd.factorize(sheet.facts[key].to_numpy(object))
+    is_coded = np.bincount(places, (sheet.codes != BLANK).any(axis=1), len(keys)) > 0
     if len(keys) == len(sheet.facts):
-        return Rows(pd.Index(keys, dtype=object), sheet.facts, targets)
+        return Rows(pd.Index(keys, dtype=object), sheet.facts, targets, is_coded)
     first = np.full(len(keys), len(places), np.intp)
     np.minimum.at(first, places, np.arange(len(places)))
     lines = sheet.facts.index
@@ -413,7 +417,7 @@ def collapse(sheet: Sheet, key: str, policy: Policy, rule: str) -> Rows:
                 f"line {lines[before]} and {cells[row]!r} on line {lines[row]}. Make them equal."
             )
     combined = combine_rows(targets, places, len(keys), rule)
-    return Rows(pd.Index(keys, dtype=object), sheet.facts.iloc[first], combined)
+    return Rows(pd.Index(keys, dtype=object), sheet.facts.iloc[first], combined, is_coded)
 
 
 # -- several tables -----------------------------------------------------------------------
@@ -457,9 +461,9 @@ def join_sheets(
     facts = {column: rows.facts[column].to_numpy(object) for column in rows.facts.columns}
     targets = {f: rows.targets[:, i] for i, f in enumerate(main.findings)}
     origins = dict.fromkeys([*facts, *targets], main.path)
-    notes = list(main.notes)
+    notes, is_coded = list(main.notes), rows.is_coded
     for sheet in others:
-        notes += [*sheet.notes, *_join(sheet, facts, targets, origins, policy, config)]
+        notes += [*sheet.notes, *_join(sheet, facts, targets, origins, is_coded, policy, config)]
     if "patient" not in facts:
         remedy = "name it with --patient-column"
         for sheet in (main, *others):
@@ -481,6 +485,10 @@ def join_sheets(
             for column, use in sheet.uses.items()
         },
         codes=_count_of_all(sheets, picked),
+        counts={
+            "rows": len(main.facts),
+            **count_dropped(images, matrix.astype(np.float32), is_coded),
+        },
         policy=policy.to_text() if picked else "",
         split=whose_split(sheets),
         notes=tuple(notes),
@@ -521,6 +529,7 @@ def _join(
     facts: dict[str, NDArray[np.object_]],
     targets: dict[str, NDArray[np.float32]],
     origins: dict[str, Path],
+    is_coded: NDArray[np.bool_],
     policy: Policy,
     config: ReadConfig,
 ) -> list[str]:
@@ -535,6 +544,7 @@ def _join(
     place = rows.keys.get_indexer(pd.Index(facts[key], dtype=object))
     place[facts[key] == ""] = -1
     found = place >= 0
+    is_coded |= np.append(rows.is_coded, False)[place]
     where = f"{key} {{}} of {sheet.path.name}"
     for column in rows.facts.columns:
         if column == key:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.files import write_whole
+from cxr_cache.common.plain import to_json
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines
 from cxr_cache.config import AuditConfig
@@ -43,6 +43,7 @@ from cxr_cache.store.feature_store import FeatureStore
 
 MIN_CORRELATION: Final = 0.99
 """Of 32 x 32 grey means. Of 6,352 real radiographs no two different ones reach 0.98."""
+_TABLES: Final = ("groups", "duplicates", "outliers", "unreadable")
 _N_SHOWN: Final = 5
 _AND: Final = " and "
 _MIN_ROWS: Final = 3
@@ -158,9 +159,16 @@ class Audit:
         folder.mkdir(parents=True, exist_ok=True)
         if self.overlap is not None:
             write_table(folder / "overlap.csv", self.overlap.table, digits=6)
-        for name in ("groups", "duplicates", "outliers", "unreadable"):
+        for name in _TABLES:
             write_table(folder / f"{name}.csv", getattr(self, name), digits=6)
-        summary = {
+        write_whole(folder / "audit.json", to_json(self._summarise()).encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, with every group, pair and image."""
+        return self._summarise() | {name: getattr(self, name) for name in _TABLES}
+
+    def _summarise(self) -> dict[str, Any]:
+        return {
             "store": self.store,
             "run": self.run,
             "n_images": self.n_images,
@@ -175,7 +183,6 @@ class Audit:
             "overlap": None if self.overlap is None else self.overlap.to_dict(),
             "leakage": None if self.leakage is None else self.leakage.to_dict(),
         }
-        write_whole(folder / "audit.json", json.dumps(summary, indent=2, default=int).encode())
 
 
 def audit_store(

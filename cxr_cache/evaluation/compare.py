@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
+from cxr_cache.common.machine import compare_machines
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
@@ -30,6 +31,7 @@ from cxr_cache.metrics.intervals import (
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import count_reading
 
 COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""
@@ -66,6 +68,18 @@ class Comparison:
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, with every finding."""
+        return {
+            "runs": self.runs,
+            "n_images": self.n_images,
+            "n_studies": self.n_studies,
+            "unit": self.unit,
+            "level": LEVEL,
+            "differences": self.table,
+            "notes": self.notes,
+        }
 
     @property
     def rows(self) -> tuple[Rows, ...]:
@@ -211,7 +225,7 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
-    notes += tuple(note_overlap(names, runs))
+    notes += (*note_overlap(names, runs), count_reading("compare", *runs).to_text())
     return Comparison(names, first.count_images(), first.n_studies, images[0][0].unit, table, notes)
 
 
@@ -235,7 +249,41 @@ def _list_notes(
                 "models is better than one of them, so the difference is not of the recipes alone; "
                 "train both with the same --final."
             )
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        if differences := _differ_by_machine(runs[0], run):
+            notes.append(
+                f"{name} has the recipe and the seed of {names[0]}, and was trained on another "
+                f"machine: {differences}. Numbers are rounded otherwise there, and training "
+                "enlarges that, so what differs between the two is luck, as between two seeds."
+            )
     return tuple(notes)
+
+
+_OF_THE_MACHINE: Final = ("device", "n_jobs", "num_workers", "tokens_in", "grad_checkpointing")
+"""Options that decide where and how fast a run is trained, not what is trained."""
+
+
+def _differ_by_machine(first: Run, second: Run) -> str:
+    """What differs between the machines of two runs of one recipe and seed; else nothing."""
+    recipes = [
+        {
+            **{
+                name: value
+                for name, value in run.config.get(run.config.get("kind", ""), {}).items()
+                if name not in _OF_THE_MACHINE
+            },
+            "kind": run.config.get("kind"),
+            "encoders": [store.get("encoder") for store in run.stores],
+            "from_run": run.config.get("from_run") is not None,
+        }
+        for run in (first, second)
+    ]
+    machines = [
+        {"torch": run.config.get("versions", {}).get("torch")} | run.config.get("machine", {})
+        for run in (first, second)
+    ]
+    both_known = all("machine" in run.config for run in (first, second))
+    return compare_machines(*machines) if both_known and recipes[0] == recipes[1] else ""
 
 
 def _name(runs: Sequence[Run]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +16,15 @@ from cxr_cache.config import EvaluateConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import TableError
 from cxr_cache.evaluation.compare import describe_recipe
-from cxr_cache.evaluation.curves import calibration_curves, ranking_curves
+from cxr_cache.evaluation.composition import count_labels, describe_people
+from cxr_cache.evaluation.curves import (
+    DECISION_COLUMNS,
+    calibration_curves,
+    decision_curves,
+    ranking_curves,
+)
 from cxr_cache.evaluation.figures import (
+    MEASURES,
     Entry,
     Estimates,
     calibration_columns,
@@ -47,13 +54,14 @@ from cxr_cache.metrics.scores import (
     macro_mean,
 )
 from cxr_cache.models.run import Run, TableName
+from cxr_cache.models.split_reads import count_reading
 
 FEW_POSITIVES: Final = 10
 """Findings with fewer positive patients (or studies) in test are named as hardly measurable."""
 
 
 _N_DIFFERENCES: Final = 5
-"""Between groups, that a summary names."""
+"""Between groups, that a summary names: of means over findings, and of single findings."""
 _INTERVAL: Final = (
     "Student's t on the logit scale, with the standard error of a {method} over {units} "
     "and the number of {units} that a figure rests on; for the AUROC of a finding, the values "
@@ -156,7 +164,8 @@ def evaluate_predictions(
     raw = replace(raw, groups=find_groups(predictions))
     cuts = np.array(list(thresholds.values()))
     point = OperatingPoint(calibration or Calibration.none(len(cuts)), cuts, rule)
-    return _evaluate(raw, _Reading(point, n_resamples, seed), groups)
+    evaluation = _evaluate(raw, _Reading(point, n_resamples, seed), groups)
+    return _add_composition(evaluation, predictions.assign(split="test"), targets, thresholds)
 
 
 def score_run(
@@ -168,6 +177,7 @@ def score_run(
     groups: str | Path | None = None,
     n_resamples: int = EvaluateConfig.n_resamples,
     seed: int = EvaluateConfig.seed,
+    verb: str = "evaluate",
 ) -> dict[str, Any]:
     """Evaluate the predictions that a run stored, and store the figures with it.
 
@@ -187,6 +197,8 @@ def score_run(
         from there where None are given.
     n_resamples, seed
         As in :func:`evaluate_predictions`.
+    verb
+        The command for which this is done, under which it counts as a reading of the test split.
 
     Returns
     -------
@@ -224,7 +236,13 @@ def score_run(
 
     if groups is None:
         groups = run.groups_path
-    evaluation = _evaluate(images.take(is_test), reading, groups)
+    evaluation = _add_composition(
+        _evaluate(images.take(is_test), reading, groups),
+        predictions,
+        targets,
+        findings,
+        (run.config.get("label_codes") or {}).get("codes"),
+    )
     recipe = describe_recipe(run, n_resamples=n_resamples, seed=seed)
     metrics = {
         **evaluation.metrics,
@@ -242,7 +260,26 @@ def score_run(
     evaluation.per_finding.insert(1, "n_images", images.count_images(present))
     evaluation.per_finding.insert(2, "n_studies", images.count_studies(present))
     run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
+    run.write_reads(count_reading(verb, run).to_dict())
     return metrics
+
+
+def _add_composition(
+    evaluation: Evaluation,
+    predictions: pd.DataFrame,
+    targets: pd.DataFrame,
+    findings: Collection[str],
+    codes: Mapping[str, Mapping[str, int]] | None = None,
+) -> Evaluation:
+    """Add what the sides of the split hold."""
+    return replace(
+        evaluation,
+        metrics={**evaluation.metrics, "demographics": describe_people(predictions)},
+        tables={
+            **evaluation.tables,
+            "label_counts": count_labels(predictions, targets, list(findings), codes),
+        },
+    )
 
 
 def _compare_logistic(
@@ -282,7 +319,7 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
     of_table = raw.groups
     if groups is not None:
         raw = join_groups(raw, groups)
-    images = reading.calibrate(raw)
+    images, is_calibrated = reading.calibrate(raw), reading.point.calibration.method != "none"
     differences = compare_groups(
         images, reading.point.thresholds, n_resamples=reading.n_resamples, seed=reading.seed
     )
@@ -315,10 +352,13 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
         "subgroups": tabulate_groups(subsets, reading.point.thresholds),
         "group_differences": differences,
-        "curves": ranking_curves(images),
-        "calibration": calibration_curves(
-            raw, None if reading.point.calibration.method == "none" else images
-        ),
+        "curves": ranking_curves(images, n_resamples=reading.n_resamples, seed=reading.seed),
+        "decision_curves": decision_curves(
+            images, n_resamples=reading.n_resamples, seed=reading.seed
+        )
+        if is_calibrated
+        else pd.DataFrame(columns=list(DECISION_COLUMNS)),
+        "calibration": calibration_curves(raw, images if is_calibrated else None),
     }
     given = {name: of for name, of in images.groups.items() if of is not of_table.get(name)}
     if given:
@@ -515,22 +555,38 @@ def _describe_gain(calibration: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_groups(metrics: Mapping[str, Any]) -> list[str]:
-    """Which groups there are, and how many findings differ between them beyond luck."""
+    """Which groups there are, how they differ on average, and which findings do beyond luck."""
     differences = metrics.get("group_differences", {})
-    if not differences.get("n_tested", {}).get("auroc"):
+    n_tested = differences.get("n_tested", {})
+    if not n_tested.get("auroc"):
         return []
     names = dict.fromkeys(row["group"] for row in differences["macro"])
-    found = [row for row in differences["differing"] if row["measure"] == "auroc"]
-    n_tested = differences["n_tested"]["auroc"]
-    lines = [
-        f"  groups          {list_names([*names])}: the AUROC of {len(found)} of "
-        f"{count(n_tested, 'comparison')} differs (Holm, 5 %)"
-    ]
-    return lines + [
-        f"    {row['finding']}, {row['group']} {row['value']} minus {row['against']}: "
-        f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        for row in found[:_N_DIFFERENCES]
-    ]
+    found = differences["differing"]
+    counts = []
+    for measure, n in n_tested.items():
+        n_found = sum(row["measure"] == measure for row in found)
+        of = count(n, "comparison") + " differs" if measure == "auroc" else f"{n:,}"
+        counts.append(f"the {MEASURES[measure].label} of {n_found} of {of}")
+    lines = [f"  groups          {list_names([*names])}: {', '.join(counts)} (Holm, 5 %)"]
+    of_areas = [row for row in differences["macro"] if row["measure"] == "auroc"]
+    for row in of_areas[:_N_DIFFERENCES]:
+        of = f"mean AUROC of {count(row['n_findings'], 'finding')}"
+        lines.append(_describe_difference(of, row))
+    for row in found[:_N_DIFFERENCES]:
+        lines.append(_describe_difference(f"{row['finding']}, {row['measure']}", row))
+    n_more = max(0, len(of_areas) - _N_DIFFERENCES) + max(0, len(found) - _N_DIFFERENCES)
+    return lines + [f"    {n_more:,} more in group_differences.csv"] * bool(n_more)
+
+
+def _describe_difference(what: str, row: Mapping[str, Any]) -> str:
+    bounds = "[no interval]"
+    if row["low"] is not None:
+        bounds = f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+    p = "" if row["p_holm"] is None else f", p = {row['p_holm']:.2g}"
+    return (
+        f"    {what}, {row['group']} {row['value']} minus {row['against']}: "
+        f"{row['difference']:+.3f} {bounds}{p}"
+    )
 
 
 def _with_interval(

@@ -20,6 +20,7 @@ from cxr_cache.evaluation.scored import ScoredImages, parse_predictions
 from cxr_cache.metrics.operating_point import Calibration, choose_operating_point
 from cxr_cache.metrics.scores import UNDECIDED, FloatArray, weighted_mean
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import SplitReads
 
 AT_THRESHOLD: Final = ("f1", "sensitivity", "specificity", "ppv", "npv", "balanced_accuracy")
 OF_CALIBRATION: Final = ("brier", "log_loss")
@@ -33,13 +34,18 @@ class ExternalEvaluation(Evaluation):
     """Which findings were scored, which not, and why."""
     overlap: Overlap
     """Images and patients that the run knows already."""
+    reads: SplitReads | None = None
+    """How often figures of these images have been computed, where that was counted."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
 
     def to_text(self) -> str:
         """Write what was matched, the figures, and how far they are from the run's own test."""
-        return "\n".join([self.matching.to_text(), format_summary(self.metrics), *self._beside()])
+        reads = [] if self.reads is None else [self.reads.to_text()]
+        return "\n".join(
+            [self.matching.to_text(), format_summary(self.metrics), *self._beside(), *reads]
+        )
 
     def _beside(self) -> list[str]:
         """Finding by finding, what the run's own data and these say."""

@@ -19,6 +19,7 @@ from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_joint
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.heads import HeadBank, predict_probabilities
 from cxr_cache.models.run import FINAL_FOLD, Run
+from cxr_cache.models.split_reads import count_reading
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import TrainingData, find_done_rows, read_features
 from cxr_cache.training.fit import HeadTask, fit_heads
@@ -149,6 +150,7 @@ def measure_leakage(
     of_arm = {name: [areas[f"{name} {k}"] for k in range(n_repeats)] for name in arms}
     gain, gain_sd = _subtract(of_arm[BY_IMAGE], of_arm[BY_STUDY])
     leak, leak_sd = _subtract(of_arm[LEAKING], of_arm[CLEAN])
+    count_reading("audit --leakage", run)
     return Leakage(
         arms=tuple(
             Arm(

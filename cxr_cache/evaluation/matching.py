@@ -162,6 +162,13 @@ def name_data_set(findings: Sequence[str], reading: Mapping[str, Any] | None = N
     return "indiana" if tuple(findings) == FINDINGS else ""
 
 
+def name_data_set_of_run(config: Mapping[str, Any]) -> str:
+    """The same of a run's recorded configuration; ``""`` where it was given a table of labels."""
+    if config.get("labels"):
+        return ""
+    return name_data_set(config["findings"], config.get("reading"))
+
+
 def require_scored(matching: Matching, run: Path, labelled_by: str | Path) -> None:
     """Raise TableError where no finding of the run can be scored."""
     if not matching.scored:

@@ -256,7 +256,7 @@ def find_groups(predictions: pd.DataFrame) -> dict[str, NDArray[np.object_]]:
             del groups["sex"]
     if "age" in predictions:
         written = predictions["age"].fillna("").astype(str)
-        years = _to_years(written)
+        years = to_years(written)
         if n_strange := int(((written != "") & years.isna()).sum()):
             logger.warning(
                 "%s of the column age are no number of years from 0 to %d; these images belong to "
@@ -369,7 +369,7 @@ def read_groups(path: Path) -> tuple[str, pd.DataFrame]:
 
 
 def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:
-    years = _to_years(ages)
+    years = to_years(ages)
     broken = (ages != "") & years.isna()
     if broken.any():
         first = int(broken.to_numpy().argmax())
@@ -379,8 +379,8 @@ def _to_age_bands(ages: pd.Series[str], path: Path) -> NDArray[np.object_]:
     return _name_bands(years)
 
 
-def _to_years(ages: pd.Series[str]) -> pd.Series[float]:
-    """Numbers, NaN where it is none that a person can reach."""
+def to_years(ages: pd.Series[str]) -> pd.Series[float]:
+    """Read ages as numbers of years, NaN where it is none that a person can reach."""
     numbers = pd.to_numeric(ages.to_numpy(object), errors="coerce").astype(float)
     is_age = (numbers >= 0) & (numbers <= OLDEST)
     return pd.Series(np.where(is_age, numbers, np.nan), ages.index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from cxr_cache.metrics.paired import Figure, JointAuroc, ScoredRows, score_joint
 from cxr_cache.metrics.scores import FloatArray
 from cxr_cache.models.aligned import align_run
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import count_reading
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import find_done_rows
 
@@ -52,6 +53,18 @@ class ZeroShot:
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs."""
+        return {
+            "rows": self.rows,
+            "n_images": self.n_images,
+            "n_studies": self.n_studies,
+            "unit": self.unit,
+            "findings": self.table,
+            "without_prompts": self.without_prompts,
+            "notes": self.notes,
+        }
 
     def to_text(self) -> str:
         """A table for a terminal."""
@@ -169,7 +182,9 @@ def score_zero_shot(
         rows="all labelled images" if run is None else f"the test images of {run.path}",
         without_prompts=tuple(f for f in cohort.findings if f not in prompts),
         is_of_run=run is not None and _is_encoder_of(run, store),
-        notes=() if run is None else tuple(_notes(run, store)),
+        notes=()
+        if run is None
+        else (*_notes(run, store), count_reading("zero-shot", run).to_text()),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, get_args
 
@@ -13,10 +14,16 @@ from cxr_cache.datasets.labels import read_labels
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.external import ExternalEvaluation, score_external
-from cxr_cache.evaluation.matching import match_findings, name_data_set, require_scored
+from cxr_cache.evaluation.matching import (
+    match_findings,
+    name_data_set,
+    name_data_set_of_run,
+    require_scored,
+)
 from cxr_cache.evaluation.overlap import find_overlap
 from cxr_cache.models.predict import predict_store
 from cxr_cache.models.run import Run, TableName
+from cxr_cache.models.split_reads import count_reading_beside
 from cxr_cache.report.report import write_external_report
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 
@@ -97,7 +104,7 @@ def evaluate_on_store(
         matching = match_findings(
             run.config["findings"],
             cohort.findings,
-            our_data_set=_name_own_data_set(run),
+            our_data_set=name_data_set_of_run(run.config),
             their_data_set=data_set,
             own=name_map,
             relations=wanted,
@@ -130,18 +137,15 @@ def evaluate_on_store(
         n_resamples=n_resamples,
         seed=seed,
     )
+    reads = count_reading_beside(
+        Path(paths[0]), evaluation.tables["predictions"]["image_id"], "evaluate --store", [run]
+    )
+    evaluation = replace(evaluation, reads=reads)
     if folder is not None:
         _write(run, evaluation, folder)
     elif out is not None:
         write_whole(Path(out), json.dumps(evaluation.metrics, indent=2).encode())
     return evaluation
-
-
-def _name_own_data_set(run: Run) -> str:
-    """Where the run's findings come from; ``""`` where a table of labels named them."""
-    if run.config.get("labels"):
-        return ""
-    return name_data_set(run.config["findings"], run.config.get("reading"))
 
 
 def _is_json(out: str | Path) -> bool:
@@ -172,4 +176,6 @@ def _write(run: Run, evaluation: ExternalEvaluation, folder: Path) -> None:
         if name not in evaluation.tables:
             (folder / f"{name}.csv").unlink(missing_ok=True)
     test.write_evaluation(evaluation.metrics, evaluation.tables)
+    if evaluation.reads is not None:
+        test.write_reads(evaluation.reads.to_dict())
     write_external_report(test)

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from cxr_cache.config import FinetuneConfig, RepeatConfig, TrainConfig
 from cxr_cache.evaluation.evaluate import format_summary, score_run
 from cxr_cache.evaluation.scored import read_groups
-from cxr_cache.jobs.scoring import what_is_left
+from cxr_cache.jobs.scoring import tell_of_reads, what_is_left
 from cxr_cache.models.run import Run
 from cxr_cache.report.report import write_report
 from cxr_cache.store.side_by_side import StorePaths, list_stores
 from cxr_cache.training.finetune import tune_run
+from cxr_cache.training.fit import OnEpoch, telling
 from cxr_cache.training.fit_on_cores import release_cores
 from cxr_cache.training.outcome import TrainResult
 from cxr_cache.training.train import fit_run
@@ -47,6 +48,7 @@ def train_head(
     n_repeats: int = RepeatConfig.n_repeats,
     tell: Callable[[str], object] = _say_nothing,
     on_progress: Callable[[int, int], None] = _count_nothing,
+    on_epoch: OnEpoch | None = None,
 ) -> TrainResult:
     """Train a head on a store, or on several, test it once, and write its page and model card.
 
@@ -78,6 +80,10 @@ def train_head(
         Takes each part of the result in words, as soon as it is known: ``print`` in a notebook.
     on_progress
         Called with (epochs trained, epochs to train), over all folds.
+    on_epoch
+        Called after every epoch with the name of the training (``"fold 2 of 5"``,
+        ``"final model"``) and a dictionary of epoch, lr, train_loss, val_loss, val_auroc and
+        seconds. Where it raises, that is logged, it is not called again, and the training goes on.
 
     Returns
     -------
@@ -107,16 +113,17 @@ def train_head(
     0.74
     """
     _require_groups(groups)
-    result = fit_run(
-        store_path,
-        run_dir,
-        config,
-        labels=labels,
-        allow_pending=allow_pending,
-        overwrite=overwrite,
-        n_repeats=n_repeats,
-        on_progress=on_progress,
-    )
+    with telling(on_epoch):
+        result = fit_run(
+            store_path,
+            run_dir,
+            config,
+            labels=labels,
+            allow_pending=allow_pending,
+            overwrite=overwrite,
+            n_repeats=n_repeats,
+            on_progress=on_progress,
+        )
     release_cores()  # evaluating needs the memory
     tell(result.to_text())
     return _finish(result, groups, tell)
@@ -137,6 +144,7 @@ def finetune_tail(
     echo: Callable[[str], object] = _say_nothing,
     tell: Callable[[str], object] = _say_nothing,
     on_progress: Callable[[int, int], None] = _count_nothing,
+    on_epoch: OnEpoch | None = None,
 ) -> TrainResult:
     """Fine-tune the last blocks with a head, test once, and write the page and model card.
 
@@ -168,6 +176,9 @@ def finetune_tail(
         Takes a line that says what trains, before it does.
     on_progress
         Called with (epochs trained, epochs to train), of all folds and the final model.
+    on_epoch
+        As in :func:`train_head`. Epochs from before an interruption are not told of again; of
+        several processes, the first tells.
 
     Raises
     ------
@@ -189,19 +200,20 @@ def finetune_tail(
     _require_groups(groups)
     if from_run is not None and groups is None:
         groups = Run.open(from_run).groups_path
-    result = tune_run(
-        store_path,
-        run_dir,
-        config,
-        image_dir=image_dir,
-        from_run=from_run,
-        labels=labels,
-        model=model,
-        allow_pending=allow_pending,
-        overwrite=overwrite,
-        echo=echo,
-        on_progress=on_progress,
-    )
+    with telling(None if is_another_process() else on_epoch):
+        result = tune_run(
+            store_path,
+            run_dir,
+            config,
+            image_dir=image_dir,
+            from_run=from_run,
+            labels=labels,
+            model=model,
+            allow_pending=allow_pending,
+            overwrite=overwrite,
+            echo=echo,
+            on_progress=on_progress,
+        )
     if is_another_process():
         return result
     tell(result.to_text())
@@ -249,7 +261,7 @@ def _finish(
     """Evaluate and report a run that was just trained."""
     run = Run.open(result.run.path)
     with what_is_left(run, ["evaluate", "report"], "trained"):
-        metrics = score_run(run, groups=groups)
-        tell(format_summary(metrics))
+        metrics = score_run(run, groups=groups, verb=run.config["kind"])
+        tell("\n".join([format_summary(metrics), tell_of_reads(run)]))
         tell(f"Report: {write_report(run)}")
     return replace(result, run=run, metrics=metrics)

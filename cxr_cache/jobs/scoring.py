@@ -13,6 +13,7 @@ from cxr_cache.config import EvaluateConfig
 from cxr_cache.errors import CxrCacheError, JobStopped, RunError
 from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.run import Run
+from cxr_cache.models.split_reads import SplitReads
 from cxr_cache.report.model_card import read_card
 from cxr_cache.report.report import write_report
 
@@ -98,6 +99,12 @@ def refresh_report(run: Run) -> Path | None:
             command,
         )
     return page
+
+
+def tell_of_reads(run: Run) -> str:
+    """Say how often the test split of an evaluated run has been read; empty where nobody knows."""
+    reads = run.read_reads()
+    return "" if reads is None else SplitReads(**reads).to_text()
 
 
 @contextmanager

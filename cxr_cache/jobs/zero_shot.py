@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.evaluation.zero_shot import ZeroShot
 from cxr_cache.jobs.scoring import refresh_report
 from cxr_cache.models.run import Run
@@ -20,6 +21,7 @@ def keep_zero_shot(run: Run, found: ZeroShot) -> str:
     if not found.is_of_run:
         return ""
     try:
+        mark_written(run.path)
         kept = run.write_table("zero_shot", found.table)
         page = refresh_report(run)
     except PermissionError as error:  # the run may be someone else's

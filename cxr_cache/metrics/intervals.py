@@ -72,9 +72,16 @@ def standard_errors(
     `widen` they are multiplied by the root in the module's docstring.
     """
     variances = _centre(resampled).var(axis=0)
+    is_shown = ~np.isnan(resampled).all(axis=0)
+    return widen_errors(np.where(is_shown, variances, np.nan), n_clusters, widen=widen)
+
+
+def widen_errors(
+    variances: FloatArray, n_clusters: Array | int, *, widen: bool = True
+) -> FloatArray:
+    """Compute standard errors from variances over resamples, as :func:`standard_errors` does."""
     n = np.asarray(n_clusters, np.float64)
-    is_shown = (n > 1) & ~np.isnan(resampled).all(axis=0)
-    errors: FloatArray = np.sqrt(np.where(is_shown, variances * _widening(n, widen), np.nan))
+    errors: FloatArray = np.sqrt(np.where(n > 1, variances * _widening(n, widen), np.nan))
     return errors
 
 
@@ -173,8 +180,7 @@ def auroc_interval(
     def is_inside(distances: FloatArray) -> NDArray[np.bool_]:
         """Whether normal scores so far apart, in standard deviations, explain the estimates."""
         areas, variance, kurtosis = _place_normal_scores(distances)
-        variances = areas * (1 - areas) + (n_positive + n_negative - 2) * variance
-        variances /= n_positive * n_negative
+        variances = _sum_variances(areas, variance, n_positive, n_negative)
         worth = (rarer - 1) * np.minimum(1, 2 / (kurtosis - 1))
         weights = worth + _PRIOR_CLUSTERS
         ratio = (worth * np.square(errors) / variances + _PRIOR_CLUSTERS) / weights
@@ -188,6 +194,34 @@ def auroc_interval(
     is_known = (rarer > 1) & ~np.isnan(errors)
     interval = Interval(np.where(is_known, low, np.nan), np.where(is_known, high, np.nan))
     return _bound_extremes(estimates, interval, rarer, tail)
+
+
+def normal_scores_error(areas: Array, n_positive: Array, n_negative: Array) -> FloatArray:
+    """Compute the standard error of AUROCs whose scores are normal, of one variance, ``(...)``.
+
+    It is that of Hanley and McNeil ("The meaning and use of the area under a receiver operating
+    characteristic (ROC) curve", 1982) with Q1 and Q2 of normal scores, not of exponential ones.
+
+    Parameters
+    ----------
+    areas
+        AUROCs, in (0, 1).
+    n_positive, n_negative
+        Numbers of positives and negatives, above 0.
+    """
+    given = (areas, n_positive, n_negative)
+    areas, n_positive, n_negative = (np.asarray(values, np.float64) for values in given)
+    _, variance, _ = _place_normal_scores(math.sqrt(2) * ndtri(areas))
+    errors: FloatArray = np.sqrt(_sum_variances(areas, variance, n_positive, n_negative))
+    return errors
+
+
+def _sum_variances(
+    areas: FloatArray, variance: FloatArray, n_positive: Array, n_negative: Array
+) -> FloatArray:
+    """Variance of AUROCs, given that of the share that a positive beats; alike for negatives."""
+    total: FloatArray = areas * (1 - areas) + (n_positive + n_negative - 2) * variance
+    return total / (n_positive * n_negative)
 
 
 def _place_normal_scores(distances: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

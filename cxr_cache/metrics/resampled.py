@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,15 +65,47 @@ def bootstrap(
     -----
     The weights of a chunk take 4 MiB, or as much as 16 resamples need.
     """
+    chunks = list(_in_chunks(statistics, groups, n_resamples, seed))
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def bootstrap_variance(
+    statistics: Callable[[NDArray[np.float32]], dict[str, FloatArray]],
+    groups: Array,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, FloatArray]:
+    """Compute variances over the resamples of :func:`bootstrap`, without keeping all of them.
+
+    Parameters and errors are those of :func:`bootstrap`; what a resample leaves undefined must be
+    undefined in all. Gives the same names, shape ``(...)``.
+    """
+    n_before, means, squares = 0, dict[str, FloatArray](), dict[str, FloatArray]()
+    for chunk in _in_chunks(statistics, groups, n_resamples, seed):
+        for name, values in chunk.items():
+            n, mean = len(values), values.mean(axis=0)
+            off = mean - means.get(name, 0.0)
+            share = n / (n_before + n)
+            means[name] = means.get(name, 0.0) + share * off
+            spread = np.square(values - mean).sum(axis=0) + n_before * share * np.square(off)
+            squares[name] = squares.get(name, 0.0) + spread
+        n_before += n
+    return {name: total / n_resamples for name, total in squares.items()}
+
+
+def _in_chunks(
+    statistics: Callable[[NDArray[np.float32]], dict[str, FloatArray]],
+    groups: Array,
+    n_resamples: int,
+    seed: int,
+) -> Iterator[dict[str, FloatArray]]:
     if n_resamples < 2:
         raise ConfigError(f"{n_resamples} resamples show no spread; 2 or more do.")
     names, codes = np.unique(groups, return_inverse=True)
     n_per_chunk = max(_MIN_PER_CHUNK, _CHUNK_BYTES // (4 * max(1, len(codes))))
-    chunks = []
     for first in range(0, n_resamples, n_per_chunk):
         resamples = range(first, min(first + n_per_chunk, n_resamples))
-        chunks.append(statistics(draw_weights(codes, len(names), resamples, seed)))
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        yield statistics(draw_weights(codes, len(names), resamples, seed))
 
 
 def draw_weights(
@@ -137,6 +169,31 @@ class RankedScores:
         pairs = [_auroc_and_ap(ranking, by_row) for ranking in self._rankings]
         return np.stack([pair[0] for pair in pairs], -1), np.stack([pair[1] for pair in pairs], -1)
 
+    def read_curves(
+        self, weights: Array, places: Sequence[tuple[FloatArray, FloatArray] | None]
+    ) -> list[tuple[FloatArray, FloatArray] | None]:
+        """Read each finding's ROC and precision-recall curves, as if weights were counts.
+
+        Parameters
+        ----------
+        weights
+            As in :meth:`auroc_and_ap`.
+        places
+            Of each finding, shares of false alarms (1 - specificity) at which the sensitivity is
+            read, and recalls at which the precision is, ``(P,)`` each; None for a finding that is
+            left out. The precision is that of the highest threshold that reaches the recall.
+
+        Returns
+        -------
+        list
+            Of each finding sensitivity and precision, ``(R, P)`` each, or None.
+        """
+        by_row = np.ascontiguousarray(weights.T, dtype=np.float64)
+        return [
+            None if at is None else _sensitivity_and_ppv(ranking, by_row, *at)
+            for ranking, at in zip(self._rankings, places, strict=True)
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class _Ranking:
@@ -176,26 +233,84 @@ def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: i
     )
 
 
+class _Steps(NamedTuple):
+    """Weights at each step of one finding, ``(S, R)`` each, from the highest score down."""
+
+    positives: FloatArray
+    """Positives with the step's score."""
+    above: FloatArray
+    """Negatives with a higher score."""
+    tied: FloatArray
+    """Negatives with the same score."""
+    n_absent: FloatArray
+    """All negatives, ``(R,)``."""
+
+
+def _sum_steps(ranking: _Ranking, by_row: FloatArray) -> _Steps:
+    """Sum weights, ``(N, R)``, at each step of a finding that has a positive."""
+    positives = ranking.positives @ by_row
+    above = np.cumsum(ranking.between @ by_row, axis=0)  # (S + 1, R)
+    n_absent, above = above[-1], above[:-1]
+    if ranking.tied is None:
+        return _Steps(positives, above, np.zeros((1, 1)), n_absent)
+    tied = ranking.tied @ by_row
+    tied_so_far = np.cumsum(tied, axis=0)
+    return _Steps(positives, above + tied_so_far - tied, tied, n_absent + tied_so_far[-1])
+
+
 def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Compute AUROC and AP of one finding for weights ``(N, R)``, both ``(R,)``."""
-    step = ranking.positives @ by_row  # (S, R)
-    if not len(step):
+    if not ranking.positives.shape[0]:
         undefined = np.full(by_row.shape[1], np.nan)
         return undefined, undefined
+    step, above, tied, n_absent = _sum_steps(ranking, by_row)
     tp = np.cumsum(step, axis=0)
-    above = np.cumsum(ranking.between @ by_row, axis=0)  # (S + 1, R)
-    n_present, n_absent, above = tp[-1], above[-1], above[:-1]
-    half_tied: FloatArray | float = 0.0
-    if ranking.tied is not None:
-        half_tied = (ranking.tied @ by_row) / 2
-        tied_so_far = 2 * np.cumsum(half_tied, axis=0)
-        n_absent = n_absent + tied_so_far[-1]
-        above += tied_so_far - half_tied  # a negative above a step is lost, a tied one half
-    n_won = np.einsum("sr,sr->r", step, n_absent - above)
-    called = tp + above + half_tied
+    n_present = tp[-1]
+    # A negative above a step is lost, a tied one half.
+    n_won = np.einsum("sr,sr->r", step, n_absent - above - tied / 2)
+    called = tp + above + tied
     precision = np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)
     precision_sum = np.einsum("sr,sr->r", step, precision)
     return (
         divide(n_won, n_present * n_absent),
         divide(precision_sum, np.where(n_absent > 0, n_present, 0)),
     )
+
+
+def _sensitivity_and_ppv(
+    ranking: _Ranking, by_row: FloatArray, false_alarms: FloatArray, recalls: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Read the curves of one finding for weights ``(N, R)`` at P places; both ``(R, P)``."""
+    step, above, tied, n_absent = (
+        np.ascontiguousarray(each.T) for each in _sum_steps(ranking, by_row)
+    )
+    tp = np.cumsum(step, axis=1)  # (R, S)
+    n_present, n_absent = tp[:, -1:], n_absent[:, None]
+    ends = np.minimum((above + tied) / n_absent, 1)
+    n_passed = _count_below(ends, false_alarms, side="right")  # steps wholly left of each place
+    padded = np.pad(tp, ((0, 0), (1, 0)))
+    found = np.take_along_axis(padded, n_passed, axis=1)
+    if tied.any():  # the curve climbs a step of ties along a straight line
+        tied = np.broadcast_to(tied, step.shape)
+        at = np.minimum(n_passed, step.shape[1] - 1)
+        begun, width, height = (np.take_along_axis(of, at, axis=1) for of in (above, tied, step))
+        climbed = divide(false_alarms * n_absent - begun, width)
+        inside = (n_passed < step.shape[1]) & (climbed > 0)
+        found = found + np.where(inside, height * np.minimum(climbed, 1), 0)
+    precision = divide(tp, tp + above + tied)
+    n_before = _count_below(tp / n_present, recalls, side="left")
+    reached = np.minimum(n_before, step.shape[1] - 1)
+    return found / n_present, np.take_along_axis(precision, reached, axis=1)
+
+
+def _count_below(
+    ascending: FloatArray, places: FloatArray, *, side: Literal["left", "right"]
+) -> NDArray[np.intp]:
+    """Count the values of each row, ``(R, S)`` in [0, 1], below places ``(P,)``: ``(R, P)``.
+
+    All rows are searched at once, each shifted beyond the one before.
+    """
+    n_rows, n_values = ascending.shape
+    shifts = 2.0 * np.arange(n_rows)[:, None]
+    found = np.searchsorted((ascending + shifts).ravel(), (places + shifts).ravel(), side=side)
+    return found.reshape(n_rows, -1) - n_values * np.arange(n_rows)[:, None]

@@ -16,6 +16,7 @@ from cxr_cache.datasets.preprocessing import DECODE_RULES
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.loading import reload_encoder
 from cxr_cache.errors import ConfigError
+from cxr_cache.models.export_hub import PREPROCESSING_FILE, require_card, write_hub
 from cxr_cache.models.export_onnx import require_onnx, write_onnx
 from cxr_cache.models.export_open_clip import HEAD_FILE, require_one_checkpoint, write_open_clip
 from cxr_cache.models.predict import require_encoder_of_run, require_one_encoder
@@ -25,16 +26,23 @@ from cxr_cache.models.tuned import name_blocks
 
 @dataclass(frozen=True)
 class _Format:
-    """What a format refuses, how it is written, and whether that makes a folder."""
+    """What a format refuses, how it is written, and by which file its folders are known."""
 
     require: Callable[[Run, SavedModel], None]
-    write: Callable[[SavedModel, Encoder, Mapping[str, Any], Path], tuple[str, ...]]
-    is_folder: bool
+    write: Callable[[SavedModel, Encoder, Mapping[str, Any], Path], tuple[str, ...]] | None
+    """What writes the model with its encoder; None where the encoder stays outside."""
+    mark: str = ""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it makes a folder."""
+        return bool(self.mark)
 
 
 FORMATS: Final = {
-    "open-clip": _Format(require_one_checkpoint, write_open_clip, is_folder=True),
-    "onnx": _Format(require_onnx, write_onnx, is_folder=False),
+    "open-clip": _Format(require_one_checkpoint, write_open_clip, HEAD_FILE),
+    "onnx": _Format(require_onnx, write_onnx),
+    "hub": _Format(require_card, None, PREPROCESSING_FILE),
 }
 
 
@@ -59,17 +67,19 @@ def export_run(
     model: str | None = None,
     overwrite: bool = False,
 ) -> ExportSummary:
-    """Write the whole model of a run, encoder included, for use without this package.
+    """Write the model of a run for others: with its encoder, for use without this package, or not.
 
-    The encoder is loaded on the CPU and in float32, whatever the run computed in. The output
-    appears under its name only when it is complete and checked.
+    ``"open-clip"`` and ``"onnx"`` hold the encoder, which is loaded on the CPU and in float32,
+    whatever the run computed in. ``"hub"`` is a folder for the Hugging Face Hub with what was
+    trained, as :func:`cxr_cache.models.export_hub.write_hub` says. The output appears under its
+    name only when it is complete and checked.
 
     Parameters
     ----------
     run
         A finished run, frozen or fine-tuned.
     out
-        Folder for ``"open-clip"``, file for ``"onnx"``.
+        Folder for ``"open-clip"`` and ``"hub"``, file for ``"onnx"``.
     file_format
         A key of :data:`FORMATS`.
     model
@@ -97,12 +107,19 @@ def export_run(
     """
     require_choice("format", file_format, tuple(FORMATS))
     chosen, out, saved = FORMATS[file_format], Path(out).expanduser().resolve(), run.load_model()
-    run.require_images("an export goes from the pixels of one image to its probabilities")
-    require_one_encoder(run, saved, "an export holds one encoder with its head.")
+    if chosen.write is not None:
+        run.require_images("an export goes from the pixels of one image to its probabilities")
+        require_one_encoder(run, saved, "an export holds one encoder with its head.")
+    elif model is not None:
+        raise ConfigError(f"--model goes with a format that holds the encoder, not {file_format}.")
     require_encoder_of_run(run, saved.encoder, None)
     chosen.require(run, saved)
     with _one_writer(out):
-        _require_free(out, is_folder=chosen.is_folder, overwrite=overwrite)
+        _require_free(out, chosen, overwrite=overwrite)
+        if chosen.write is None:
+            with _replacing(out) as temporary:
+                notes = write_hub(run, saved, describe_model(run, saved), temporary)
+            return ExportSummary(out, sum(file.stat().st_size for file in _files(out)), notes)
         in_float32 = {**saved.encoder, "precision": "fp32"}
         encoder = reload_encoder(in_float32, model=model, device="cpu")
         require_encoder_of_run(run, in_float32, encoder)
@@ -138,7 +155,7 @@ def describe_model(run: Run, model: SavedModel) -> dict[str, Any]:
         "encoder": model.encoder,
         "precision": _describe_precision(model),
         "run": {"name": run.path.resolve().name}
-        | {key: run.config.get(key) for key in ("kind", "seed", "versions")},
+        | {key: run.config.get(key) for key in ("kind", "seed", "versions", "machine")},
     }
 
 
@@ -153,8 +170,9 @@ def _computes_in_fp32(model: SavedModel) -> bool:
     return {model.encoder["precision"], (model.tail or {}).get("precision", "fp32")} == {"fp32"}
 
 
-def _require_free(out: Path, *, is_folder: bool, overwrite: bool) -> None:
+def _require_free(out: Path, chosen: _Format, *, overwrite: bool) -> None:
     """Raise ConfigError unless the output may be written; nothing but an export is replaced."""
+    is_folder = chosen.is_folder
     if out.exists() and out.is_dir() != is_folder:
         wanted = "a folder" if is_folder else "a file, such as model.onnx"
         raise ConfigError(f"{out} is a {'file' if is_folder else 'folder'}; --out needs {wanted}.")
@@ -162,7 +180,7 @@ def _require_free(out: Path, *, is_folder: bool, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{out} exists. Choose another name, or replace it with --overwrite.")
-    if is_folder and not (out / HEAD_FILE).is_file():
+    if is_folder and not (out / chosen.mark).is_file():
         raise ConfigError(f"{out} holds other files and no export. Choose a folder of its own.")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
+from joblib import cpu_count
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxr_cache.common.files import WriterLock
 from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
@@ -21,22 +24,32 @@ from cxr_cache.datasets.studies import group_by_study, read_studies
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.encoders.identity import require_not_imported, require_same_encoder
-from cxr_cache.errors import ImageError, RunError, StoreIncompleteError, StoreMismatchError
+from cxr_cache.errors import (
+    ImageError,
+    JobStopped,
+    RunError,
+    StoreIncompleteError,
+    StoreMismatchError,
+)
 from cxr_cache.models.heads import HeadBank, predict_probabilities
+from cxr_cache.models.predictions import (
+    Journal,
+    Pick,
+    Predictions,
+    Rows,
+    require_writable_as_predictions,
+)
 from cxr_cache.models.run import Run, SavedModel
 from cxr_cache.models.tuned import as_cached, load_members
+from cxr_cache.models.unlikeness import TrainingDistribution
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.rows import FEATURES, find_beside, find_done_rows, prepare_features
 from cxr_cache.store.side_by_side import Source
 from cxr_cache.store.studies import StudyBatch, average_views
 
 _IMAGES_AT_ONCE, _ROWS_AT_ONCE = 32, 8192
-_N_PRINTED = 2  # images whose predictions are shown where a result is printed
 
 logger = logging.getLogger(__name__)
-
-_Pick: TypeAlias = Callable[[NDArray[np.int64]], tuple[NDArray[np.int64], NDArray[np.int64] | None]]
-"""Finds the images of some rows, and their slots where the rows are studies."""
 
 
 def _pick_images(rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], None]:
@@ -49,115 +62,21 @@ def _split(n_rows: int) -> list[NDArray[np.int64]]:
     return np.array_split(np.arange(n_rows), max(1, -(-n_rows // _IMAGES_AT_ONCE)))
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Probabilities, or scores, of N images or studies; what they mean at the run's thresholds."""
-
-    image_ids: tuple[str, ...]
-    """Paths as they were given, or uids of studies."""
-    findings: tuple[str, ...]
-    probabilities: NDArray[np.float32]
-    """Calibrated if the run is, ``(N, F)``; NaN where an image could not be used."""
-    decisions: NDArray[np.bool_]
-    """``(N, F)``, probability at or above the threshold."""
-    errors: tuple[str, ...]
-    """Why an image could not be used; empty where it could."""
-    views: tuple[str, ...] = ()
-    """Of studies: the projections of each one's images, such as ``"Frontal + Lateral"``."""
-    undecided: tuple[str, ...] = ()
-    """Findings that are ranked only, since too few positives were there to choose a threshold."""
-    is_calibrated: bool = True
-    """Whether these are probabilities; otherwise they are scores, whose order alone means much."""
-
-    @property
-    def row(self) -> str:
-        """What has a prediction: ``"image"`` or ``"study"``."""
-        return "study" if self.views else "image"
-
-    def __repr__(self) -> str:
-        few = slice(_N_PRINTED)
-        head = replace(
-            self,
-            image_ids=self.image_ids[few],
-            probabilities=self.probabilities[few],
-            decisions=self.decisions[few],
-            errors=self.errors[few],
-        )
-        n_images, n_failed = count(len(self.image_ids), self.row), self.n_failed
-        failed = f" ({n_failed:,} could not be used)" if n_failed else ""
-        lines = [f"Predictions of {count(len(self.findings), 'finding')} for {n_images}{failed}"]
-        lines += head.to_text(n_shown=2).splitlines()
-        if len(self.image_ids) > _N_PRINTED:
-            lines.append("... to_table() holds all of them.")
-        return "\n".join(lines)
-
-    @property
-    def n_failed(self) -> int:
-        """Images, or studies, without a prediction."""
-        return sum(bool(error) for error in self.errors)
-
-    def to_table(self) -> pd.DataFrame:
-        """One row per image: image, present (findings, ``;`` between), error, probabilities.
-
-        Of studies the first columns are study and views. A further column too_few_to_decide lists
-        the findings that are never decided, if there are any.
-        """
-        names = np.array(self.findings)
-        undecided = ";".join(self.undecided)
-        described: pd.DataFrame = pd.DataFrame(
-            {
-                self.row: self.image_ids,
-                **({"views": self.views} if self.views else {}),
-                "present": [";".join(names[row]) for row in self.decisions],
-                **({"too_few_to_decide": undecided} if undecided else {}),
-                "error": self.errors,
-            }
-        )
-        table: pd.DataFrame = pd.concat(
-            [described, pd.DataFrame(self.probabilities, columns=list(self.findings))], axis=1
-        )
-        return table
-
-    def to_text(self, n_shown: int = 5) -> str:
-        """The likeliest findings of each image; ``*`` marks those called present.
-
-        ``?`` marks those that nothing is decided of. Scores are written without a per cent sign.
-        """
-        lines, form = [], "6.1%" if self.is_calibrated else "6.3f"
-        for image_id, row, called, error in zip(
-            self.image_ids, self.probabilities, self.decisions, self.errors, strict=True
-        ):
-            lines.append(image_id)
-            if error:
-                lines.append(f"    not usable: {error}")
-                continue
-            # Called findings first: with a low threshold they need not be the likeliest.
-            for f in sorted(range(len(row)), key=lambda f: (not called[f], -row[f]))[:n_shown]:
-                mark = "?" if self.findings[f] in self.undecided else "*" if called[f] else " "
-                lines.append(f"  {mark} {row[f]:{form}}  {self.findings[f]}")
-        if self.n_failed == len(self.image_ids):
-            return "\n".join(lines)
-        if self.undecided:
-            lines.append(f"? too few to decide, ranked only: {list_names(self.undecided)}.")
-        if not self.is_calibrated:
-            lines.append("These are scores, not probabilities: the run is not calibrated.")
-        lines.append("* at or above the run's threshold. Not for clinical use.")
-        return "\n".join(lines)
-
-
 def predict_images(
     run: Run,
     paths: Sequence[str | Path],
     encoder: Encoder | Sequence[Encoder],
     *,
     studies: str | Path | None = None,
+    partial: str | Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Predictions:
     """Probabilities for image files, or their studies, calibrated as the run says.
 
     Parameters
     ----------
     run
-        A finished run.
+        A finished run, or a folder of ``export_run(..., "hub")``.
     paths
         Image files.
     encoder
@@ -167,6 +86,12 @@ def predict_images(
         Of a run of whole studies: the CSV that says which images make a study, as
         :func:`cxr_cache.datasets.studies.read_studies` takes it. A study has no prediction if one
         of its images cannot be used.
+    partial
+        File that keeps what is finished, batch by batch: the same call goes on from there.
+        Predictions of files that have changed since, and of another model, are made anew. The
+        file is left to be removed; :func:`predict_to_file` sees to all of that.
+    on_progress
+        Called with (rows done, rows in all).
 
     Raises
     ------
@@ -193,49 +118,173 @@ def predict_images(
     grouped = None if model.level == "image" else read_studies(studies, names)
     for note in () if grouped is None else grouped.notes:
         logger.warning("%s", note)
-    predictor = Predictor(model, encoders)
-    preps = [one.preprocessing for one in encoders]
-    if unused := find_unused_bits(None, names, preps[0]):
+    _warn_of_unused_bits(names, encoders)
+    ids, pick = names, _pick_images
+    if grouped is not None:
+        ids, pick = grouped.cohort.image_ids.tolist(), grouped.pick
+    found = Rows(ids, names, pick, len(model.findings))
+    distribution = run.load_distribution()
+    with Journal.opened(partial, run, found) as journal:
+        journal.fill(found)
+        todo = np.flatnonzero(~found.is_done)
+        on_progress(len(ids) - len(todo), len(ids))
+        predictor = Predictor(model, encoders)
+        for rows, decoded in _decode_ahead(found, todo, encoders):
+            _predict_rows(found, rows, decoded, predictor, distribution)
+            journal.add(found, rows)
+            on_progress(int(found.is_done.sum()), len(ids))
+    views = grouped.cohort.projections.tolist() if grouped else ()
+    return _interpret(run, model, found, distribution, views)
+
+
+def _warn_of_unused_bits(names: Sequence[str], encoders: Sequence[Encoder]) -> None:
+    if unused := find_unused_bits(None, names, encoders[0].preprocessing):
         logger.warning(
             "%s: they seem to be %d-bit images, and the run's own were not, so that they look "
             "nearly black to it; write them with the full range of 16 bits",
             unused[1],
             unused[0],
         )
-    pick: _Pick = _pick_images
-    ids, of = names, np.arange(len(names))
-    if grouped is not None:
-        ids, pick, of = grouped.cohort.image_ids.tolist(), grouped.pick, grouped.study_of
-    probabilities = np.full((len(ids), len(model.findings)), np.nan, np.float32)
-    errors = [""] * len(ids)
-    for chosen in _split(len(ids)):
-        decoded: dict[int, list[NDArray[np.uint8]]] = {}
-        for i in pick(chosen)[0].tolist():
-            try:
-                decoded[i] = [read_image(None, names[i], prep).pixels for prep in preps]
-            except ImageError as error:
-                errors[of[i]] = str(error) if grouped is None else f"{names[i]}: {error}"
-        usable = chosen[[not errors[k] for k in chosen]]
-        if len(usable):
-            rows, slots = pick(usable)
-            of_encoders = zip(*(decoded[i] for i in rows.tolist()), strict=True)
-            pixels = [torch.from_numpy(np.stack(images)) for images in of_encoders]  # own sizes
-            probabilities[usable] = predictor.from_pixels(*pixels, slots=slots)
-    for row in np.flatnonzero(np.isnan(probabilities).any(axis=1)):
-        errors[row] = errors[row] or "the encoder gave NaN or infinity for this image"
-    point = model.operating_point
-    undecided = np.array(model.findings)[point.undecided]
-    calibrated = point.calibration.apply(probabilities)
+
+
+_Decoded: TypeAlias = "list[NDArray[np.uint8]] | str"
+"""An image's pixels for each encoder, or why it cannot be used."""
+
+
+def _decode(name: str, encoders: Sequence[Encoder]) -> _Decoded:
+    try:
+        return [read_image(None, name, one.preprocessing).pixels for one in encoders]
+    except ImageError as error:
+        return str(error)
+
+
+def _decode_ahead(
+    found: Rows, todo: NDArray[np.intp], encoders: Sequence[Encoder]
+) -> Iterator[tuple[NDArray[np.intp], dict[int, _Decoded]]]:
+    """Rows batch by batch with their images, the next ones being read meanwhile, on all cores."""
+    with ThreadPoolExecutor(cpu_count()) as pool:
+
+        def submit(rows: NDArray[np.intp]) -> dict[int, Future[_Decoded]]:
+            images = found.pick(rows)[0].tolist()
+            return {i: pool.submit(_decode, found.names[i], encoders) for i in images}
+
+        batches = [todo[part] for part in _split(len(todo))] if len(todo) else []
+        ahead = submit(batches[0]) if batches else {}
+        try:
+            for k, rows in enumerate(batches):
+                now, ahead = ahead, submit(batches[k + 1]) if k + 1 < len(batches) else {}
+                yield rows, {i: future.result() for i, future in now.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _predict_rows(
+    found: Rows,
+    rows: NDArray[np.intp],
+    decoded: Mapping[int, _Decoded],
+    predictor: Predictor,
+    distribution: TrainingDistribution | None,
+) -> None:
+    """Predict a batch, and put into `found` what came of it."""
+    found.is_done[rows] = True
+    for row in rows.tolist():
+        for i in found.images_of[row]:
+            if isinstance(reason := decoded[i], str):
+                is_image = found.ids[row] == found.names[i]
+                found.errors[row] = reason if is_image else f"{found.names[i]}: {reason}"
+    usable = rows[[not found.errors[row] for row in rows]]
+    if not len(usable):
+        return
+    images, slots = found.pick(usable)
+    of_encoders = zip(*(decoded[i] for i in images.tolist()), strict=True)
+    pixels = [torch.from_numpy(np.stack(of_one)) for of_one in of_encoders]  # each in its size
+    found.probabilities[usable], features = predictor.read_pixels(*pixels, slots=slots)
+    if distribution is not None:
+        found.distances[usable] = distribution.distances(features)
+    for row in usable[np.isnan(found.probabilities[usable]).any(axis=1)].tolist():
+        found.errors[row] = "the encoder gave NaN or infinity for this image"
+
+
+def _interpret(
+    run: Run,
+    model: SavedModel,
+    found: Rows,
+    distribution: TrainingDistribution | None,
+    views: Sequence[str],
+) -> Predictions:
+    """What the probabilities mean at the run's calibration and thresholds."""
+    point, names = model.operating_point, np.array(model.findings)
+    is_unlearnt = np.isin(names, run.config.get("findings_unlearnt", []))
+    calibrated = point.calibration.apply(found.probabilities)
     return Predictions(
-        tuple(ids),
+        tuple(found.ids),
         model.findings,
         calibrated.astype(np.float32),
-        calibrated >= point.thresholds,
-        tuple(errors),
-        tuple(name or "unknown" for name in grouped.cohort.projections.tolist()) if grouped else (),
-        tuple(undecided.tolist()),
+        (calibrated >= point.thresholds) & ~is_unlearnt,
+        tuple(found.errors),
+        tuple(name or "unknown" for name in views),
+        tuple(names[np.asarray(point.undecided) & ~is_unlearnt].tolist()),
         point.calibration.method != "none",
+        unknown=tuple(names[is_unlearnt].tolist()),
+        distances=found.distances,
+        distance_quantiles=np.full(len(found.ids), np.nan)
+        if distribution is None
+        else distribution.quantiles_of(found.distances),
     )
+
+
+def predict_to_file(
+    run: Run,
+    paths: Sequence[str | Path],
+    encoder: Encoder | Sequence[Encoder],
+    out: str | Path,
+    *,
+    studies: str | Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Predictions:
+    """Write predictions of any number of images; after an interruption, the same call continues.
+
+    What is finished is kept in ``OUT.partial`` until `out` is written whole.
+
+    Parameters
+    ----------
+    run, paths, encoder, studies, on_progress
+        As in :func:`predict_images`.
+    out
+        File whose ending says how it is written; see :meth:`Predictions.write`.
+
+    Raises
+    ------
+    ConfigError
+        The ending of `out` is another one, or the library for Parquet is missing.
+    StoreBusyError
+        Another process is writing the same file.
+    JobStopped
+        Ctrl-C; the message says what is kept.
+    RunError, TableError, DiskError
+        As :func:`predict_images`; and the disk failed: what was finished is kept.
+    """
+    out = Path(out)
+    require_writable_as_predictions(out)
+    if out.is_relative_to("/dev"):
+        predictions = predict_images(run, paths, encoder, studies=studies, on_progress=on_progress)
+        predictions.write(out)
+        return predictions
+    partial = out.with_name(f"{out.name}.partial")
+    lock = WriterLock.acquire(out)
+    try:
+        predictions = predict_images(
+            *(run, paths, encoder), studies=studies, partial=partial, on_progress=on_progress
+        )
+        predictions.write(out)
+        partial.unlink(missing_ok=True)
+    except KeyboardInterrupt as stop:
+        raise JobStopped(
+            f"What was finished is kept in {partial}; the same command continues."
+        ) from stop
+    finally:
+        lock.release()
+    return predictions
 
 
 def _as_encoders(encoder: Encoder | Sequence[Encoder] | None) -> tuple[Encoder, ...]:
@@ -312,7 +361,6 @@ class Predictor:
         is_tuned = model.tail is not None and self._encoders
         self.members = load_members(model, self._encoders[0]) if is_tuned else []
 
-    @torch.inference_mode()
     def from_pixels(
         self, *pixels: Tensor, slots: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
@@ -322,17 +370,34 @@ class Predictor:
         A model of whole studies also needs the study and projection of each image, as
         :meth:`cxr_cache.datasets.studies.Studies.pick` gives them; B is then the studies.
         """
+        return self.read_pixels(*pixels, slots=slots)[0]
+
+    @torch.inference_mode()
+    def read_pixels(
+        self, *pixels: Tensor, slots: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The same, and what a head on the frozen encoder reads of them, ``(B, D)``.
+
+        Of a fine-tuned model, too, the features are those of the encoder before fine-tuning, in
+        which :class:`cxr_cache.models.unlikeness.TrainingDistribution` describes training images.
+        """
         assert self._encoders, "pixels go through an encoder"
         if self.model.tail is None:
-            read = []
+            outputs = []
             for encoder, batch in zip(self._encoders, pixels, strict=True):
                 pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(batch))
-                outputs = {"embeddings": embeddings, "pooled": pooled}
-                read += [outputs[name] for name in FEATURES[self.model.features]]
-            return self.from_embeddings(*read, slots=slots)
+                of_encoder = {"embeddings": embeddings, "pooled": pooled}
+                outputs += [of_encoder[name] for name in FEATURES[self.model.features]]
+            read = self._prepare(outputs, slots)
+            return self._apply_heads(read), read
         (encoder,), (batch,) = self._encoders, pixels
-        tokens = encoder.stem(encoder.prepare(batch), self.model.tail["unfreeze_layers"])
-        return self.from_tokens(as_cached(tokens, self.model), slots)
+        n_unfrozen = self.model.tail["unfreeze_layers"]
+        tokens = encoder.stem(encoder.prepare(batch), n_unfrozen)
+        probabilities = self.from_tokens(as_cached(tokens, self.model), slots)
+        frozen = encoder.tail(tokens, n_unfrozen)[1].float().cpu().numpy()
+        unit = torch.from_numpy(prepare_features([frozen], "l2"))
+        unit = unit if slots is None else average_views(unit, torch.from_numpy(slots))
+        return probabilities, unit.numpy()
 
     @torch.inference_mode()
     def from_tokens(
@@ -357,18 +422,29 @@ class Predictor:
         They come in the order of :data:`cxr_cache.store.rows.FEATURES`, encoder after encoder: most
         often the embeddings alone. `slots` are those of :meth:`from_pixels`.
         """
-        assert self._bank is not None, "a fine-tuned model reads tokens"
         n_rows = len(outputs[0])
         n_at_once = _ROWS_AT_ONCE if slots is None else n_rows  # a study stays whole
-        averaged = []
-        for start in range(0, n_rows, n_at_once):
-            parts = [output[start : start + n_at_once] for output in outputs]
-            prepared = prepare_features(parts, self.model.head["input_norm"])
-            prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
-            read = torch.from_numpy(prepared)
-            read = read if slots is None else average_views(read, torch.from_numpy(slots))
-            averaged.append(predict_probabilities(self._bank, read).numpy())
-        return np.concatenate(averaged)
+        parts = [
+            self._apply_heads(
+                self._prepare([output[start : start + n_at_once] for output in outputs], slots)
+            )
+            for start in range(0, n_rows, n_at_once)
+        ]
+        return np.concatenate(parts)
+
+    def _prepare(
+        self, outputs: Sequence[NDArray[np.float32]], slots: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """What the head reads of some images, or of the studies that they make."""
+        prepared = prepare_features(outputs, self.model.head["input_norm"])
+        prepared = np.where(np.isfinite(prepared).all(axis=1, keepdims=True), prepared, np.nan)
+        if slots is None:
+            return prepared
+        return average_views(torch.from_numpy(prepared), torch.from_numpy(slots)).numpy()
+
+    def _apply_heads(self, read: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert self._bank is not None, "a fine-tuned model reads tokens"
+        return predict_probabilities(self._bank, torch.from_numpy(read)).numpy()
 
 
 def predict_store(
@@ -412,7 +488,7 @@ def predict_store(
         for note in notes:
             logger.warning("%s", note)
     cohort = (store.cohort if cohort is None else cohort).take(rows)
-    pick: _Pick = _pick_images
+    pick: Pick = _pick_images
     if model.level == "study":
         studies = group_by_study(cohort)
         cohort, pick = studies.cohort, studies.pick
@@ -445,7 +521,7 @@ def _predict_cached(
     store: FeatureStore,
     rows: NDArray[np.intp],
     n_predicted: int,
-    pick: _Pick,
+    pick: Pick,
 ) -> NDArray[np.float32]:
     lacking = rows[store.status[rows] != DONE]
     if len(lacking):

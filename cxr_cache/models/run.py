@@ -22,6 +22,8 @@ from cxr_cache.common.files import (
     require_no_writer,
     write_whole,
 )
+from cxr_cache.common.manifest import FILE as MANIFEST
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import (
     count,
@@ -33,12 +35,14 @@ from cxr_cache.common.wording import (
 from cxr_cache.datasets.preprocessing import number_decode_rule
 from cxr_cache.errors import RunError
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint
+from cxr_cache.models.unlikeness import TrainingDistribution
 
 if TYPE_CHECKING:  # torch takes seconds to import; `report` and `--help` do without it
     from torch import Tensor
 
 FORMAT_VERSION: Final = 1
 TableName = Literal[
+    "flow",
     "splits",
     "targets",
     "epoch_search",
@@ -53,7 +57,9 @@ TableName = Literal[
     "subgroups",
     "group_differences",
     "curves",
+    "decision_curves",
     "calibration",
+    "label_counts",
     "zero_shot",
     "matching",
     "overlap",
@@ -65,12 +71,15 @@ FINAL_FOLD: Final = "final"
 _PACKAGES: Final = ("cxr-cache", "torch", "numpy", "scikit-learn")
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
+_READS: Final = "test_reads.json"
 _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
+_DISTRIBUTION: Final = "training_distribution.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
 _CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
+_LOGS: Final = "logs"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
@@ -87,7 +96,10 @@ _LATER_FIELDS: Final = {
 _ENCODER_PREFIX: Final = "visual."
 _TEXT_COLUMNS: Final = ("image_id", "study_uid", "patient_id", "projection", "split")
 _TEXT_COLUMNS_OF: Final[dict[str, tuple[str, ...]]] = {
+    "flow": ("kind", "what"),
     "history": ("fold",),
+    "label_counts": ("finding",),
+    "decision_curves": ("finding",),
     "per_finding": ("finding", "store_finding"),
     "per_finding_by_study": ("finding",),
     "subgroups": ("group", "value", "finding"),
@@ -238,10 +250,12 @@ class Run:
             require_free(path, overwrite=overwrite)  # another may have finished since
             run._write_config("running")  # first: what is left of an old run is not taken for one
         tables = (f"{table}.csv" for table in get_args(TableName))
-        for name in (_METRICS, _MODEL, _FOLD_HEADS, _REPORT, _CARD, *tables):
+        names = (_METRICS, _READS, _MODEL, _FOLD_HEADS, _DISTRIBUTION, _REPORT, _CARD, MANIFEST)
+        for name in (*names, *tables):
             (path / name).unlink(missing_ok=True)
-        for folder in (_PLOTS, _STATES):
+        for folder in (_PLOTS, _STATES, _LOGS):
             shutil.rmtree(path / folder, ignore_errors=True)
+        mark_written(path)
         return run
 
     @classmethod
@@ -285,6 +299,8 @@ class Run:
             if not run._is_begun():  # another has finished it since
                 return None
             run._require_same(config, free, incidental)
+        if writes:
+            mark_written(run.path)
         return run
 
     @classmethod
@@ -313,6 +329,11 @@ class Run:
                 f"Run the same `cxr-cache {config.get('kind', 'train')}` command again."
             )
         return cls(path, config)
+
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Add entries to what ``config.json`` says of a run that is not finished."""
+        self.config = {**self.config, **entries}
+        self._write_config("running")
 
     def finish(self) -> None:
         """Declare the run complete; from here on it is not overwritten unasked."""
@@ -462,6 +483,7 @@ class Run:
         """
         _dump_metrics(metrics)  # what cannot be written fails before anything is removed
         model = None if point is None else self.load_model().read_at(point)
+        mark_written(self.path)
         (self.path / _METRICS).unlink(missing_ok=True)
         if model is not None:
             self.save_model(model)
@@ -491,10 +513,27 @@ class Run:
             raise RunError(f"{path} is damaged ({error}). {remedy}") from error
         return metrics
 
+    def write_reads(self, reads: Mapping[str, Any]) -> None:
+        """Write ``test_reads.json``, which is no figure: it differs when the same is done again."""
+        write_whole(self.path / _READS, json.dumps(reads, indent=2).encode())
+
+    def read_reads(self) -> dict[str, Any] | None:
+        """Read ``test_reads.json``; None where there is none, or a damaged one."""
+        try:
+            reads: dict[str, Any] = json.loads((self.path / _READS).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return reads
+
     def plot_path(self, name: str) -> Path:
         """Where the plot called `name` goes; its folder is made."""
         (self.path / _PLOTS).mkdir(exist_ok=True)
         return self.path / _PLOTS / f"{name}.png"
+
+    @property
+    def logs_path(self) -> Path:
+        """Where trackers of trainings write, each in a folder or file of its own."""
+        return self.path / _LOGS
 
     @property
     def report_path(self) -> Path:
@@ -503,6 +542,7 @@ class Run:
 
     def write_report(self, html: str) -> Path:
         """Write ``report.html``."""
+        mark_written(self.path)
         write_whole(self.report_path, html.encode())
         return self.report_path
 
@@ -598,6 +638,34 @@ class Run:
             return load_file(path)
         except SafetensorError as error:
             raise RunError(f"{path} is damaged: {error}. Train the run again.") from error
+
+    def save_distribution(self, found: TrainingDistribution) -> None:
+        """Write what tells how unlike its training images an image is."""
+        from safetensors.numpy import save
+
+        write_whole(self.path / _DISTRIBUTION, save(dict(vars(found))))
+
+    def load_distribution(self) -> TrainingDistribution | None:
+        """Read what :meth:`save_distribution` wrote; None where it did not, as before 0.2.
+
+        Raises
+        ------
+        RunError
+            The file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = self.path / _DISTRIBUTION
+        if not path.is_file():
+            return None
+        try:
+            return TrainingDistribution(**load_file(path))
+        except (SafetensorError, TypeError, OSError) as error:
+            raise RunError(
+                f"{path} is damaged: {error}. Delete it to predict without saying how unlike the "
+                "training images an image is, or train the run again."
+            ) from error
 
     def load_model(self, *, with_weights: bool = True) -> SavedModel:
         """Read ``model.safetensors``; its description alone needs no torch.

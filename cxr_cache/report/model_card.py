@@ -52,7 +52,7 @@ def render_card(view: RunView, *, license_id: str = UNKNOWN, dataset_id: str = U
         Text of ``README.md`` of a model repository.
     """
     environment = make_environment()
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = to_cell
     body = environment.get_template("model_card.md.j2").render(
         view=view,
         config=view.config,
@@ -121,7 +121,7 @@ def _interval(entry: dict[str, Any]) -> dict[str, float] | None:
     return {"interval_level": LEVEL, "interval_low": low, "interval_high": high}
 
 
-def _cell(text: object) -> str:
-    """Text for one cell of a Markdown table: no markup, no second line."""
+def to_cell(text: object) -> str:
+    """Make text fit one cell of a Markdown table: no markup, no second line."""
     one_line = " ".join(str(text).split())
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", one_line)

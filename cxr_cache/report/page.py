@@ -21,6 +21,7 @@ from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
+from cxr_cache.report.composition import count_line, tabulate_people
 from cxr_cache.report.views import RunView, collect_charts
 
 MAX_RUNS: Final = 6
@@ -34,6 +35,7 @@ def render_page(
     *,
     differences: Mapping[str, Any] | None = None,
     unit: Unit = "study",
+    notes: Sequence[str] = (),
     cases: Sequence[Mapping[str, Any]] | None = None,
     pictures: Mapping[str, str] | None = None,
     maps: Mapping[str, Any] | None = None,
@@ -49,6 +51,8 @@ def render_page(
         What :func:`cxr_cache.report.views.collect_differences` returns, for several runs.
     unit
         What was resampled for their intervals.
+    notes
+        What the differences between runs do not speak of, in sentences.
     cases
         Per run, cases by finding as :func:`cxr_cache.report.cases.find_cases` returns them.
     pictures
@@ -70,6 +74,7 @@ def render_page(
         several=len(views) > 1,
         differences=differences,
         units=UNITS[unit],
+        notes=notes,
         has_pictures=pictures is not None,
         problems=problems or [],
         charts=charts | {"rows": wording.plural(views[0].row)},
@@ -111,6 +116,8 @@ def make_environment() -> jinja2.Environment:
         "f1_of_calling_all": _f1_of_calling_all,
         "beside": _beside,
         "capitalize_first": _capitalize_first,
+        "counts": count_line,
+        "people": tabulate_people,
     }
     environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment

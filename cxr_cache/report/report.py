@@ -144,7 +144,11 @@ def write_joint_report(
     views = [read_view(run, name) for run, name in zip(runs, comparison.runs, strict=True)]
     shown = {} if image_dir is None else _show_cases(runs, image_dir)
     page = render_page(
-        views, differences=collect_differences(comparison), unit=comparison.unit, **shown
+        views,
+        differences=collect_differences(comparison),
+        unit=comparison.unit,
+        notes=comparison.notes,
+        **shown,
     )
     write_whole(path, page.encode())
     return path

@@ -5,26 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from cxr_cache.datasets.collections.labelling import say_whose_labels
+from cxr_cache.datasets.flow import parse_flow
 from cxr_cache.evaluation.compare import MACRO, Comparison
+from cxr_cache.evaluation.composition import WRITTEN
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
 from cxr_cache.evaluation.evaluate import find_few
 from cxr_cache.evaluation.figures import MEASURES
+from cxr_cache.evaluation.matching import name_data_set_of_run
 from cxr_cache.metrics.scores import CONFUSION_COLUMNS
 from cxr_cache.models.run import FINAL_FOLD, Run, TableName
+from cxr_cache.models.split_reads import SplitReads
 
 POINTS_OF_ALL_CURVES: Final = 30_000
 """What a page draws at most: about 0.7 MB, however many findings and runs there are."""
 MIN_POINTS: Final = 20
+MAX_BAND_POINTS: Final = 40
+"""Places at which the bands of a curve are drawn."""
 MAX_EPOCHS: Final = 150
 """Epochs of one fold that a page draws; of more, evenly spaced ones."""
 
 _DIGITS: Final = 4  # a curve is a few hundred pixels wide
 _CURVE_COLUMNS: Final = ("sensitivity", "specificity", "ppv")
+_BAND_COLUMNS: Final = (
+    *("specificity", "sensitivity_low", "sensitivity_high"),
+    *("sensitivity", "ppv_low", "ppv_high"),
+)
+_DECISION_COLUMNS: Final = (
+    *("threshold", "net_benefit", "net_benefit_low", "net_benefit_high", "treat_all"),
+)
 _BIN_COLUMNS: Final = ("n", "mean_probability", "observed")
 _POINT_COLUMNS: Final = (
     *("threshold", "prevalence_test", "n_positive_test", "n_test", *CONFUSION_COLUMNS),
@@ -62,6 +76,25 @@ class ZeroShotRows:
     """Over how many findings that is the mean."""
 
 
+class FlowStep(NamedTuple):
+    """Images that are left, what is lost of them next, and at the end the parts of them."""
+
+    left: Record
+    lost: list[Record]
+    parts: list[Record]
+
+
+class LabelRows(NamedTuple):
+    """Rows of ``label_counts.csv`` that a page shows."""
+
+    rows: list[Record]
+    sides: list[str]
+    has_codes: bool
+    n_findings: int
+    n_lacking: int
+    """Findings that some images say nothing of."""
+
+
 @dataclass(frozen=True, eq=False)
 class RunView:
     """One run as its page shows it; what is undefined is None."""
@@ -75,12 +108,35 @@ class RunView:
     """Rows of ``epoch_search.csv``."""
     n_folds: int
     tables: dict[str, pd.DataFrame]
-    """``history``, and of ``curves``, ``calibration`` and ``subgroups`` those that are there."""
+    """``history``, and those that are there of ``curves``, ``decision_curves``, ``calibration``,
+    ``subgroups``, ``flow`` and ``label_counts``."""
     zero_shot: ZeroShotRows | None
     zero_shot_is_stale: bool
     """Whether ``zero_shot.csv`` is there and of other predictions than the figures."""
     external: Record | None = None
     """Of a test on another data set, what ``metrics.json`` says of it."""
+    reads: SplitReads | None = None
+    """How often its test split has been read; None where that was never counted."""
+
+    @property
+    def flow(self) -> list[FlowStep]:
+        """What was left of the images, and what was lost next; empty for runs of before."""
+        steps: list[FlowStep] = []
+        for row in to_records(parse_flow(self.tables["flow"])) if "flow" in self.tables else ():
+            if row["kind"] == "left":
+                steps.append(FlowStep(row, [], []))
+            else:
+                (steps[-1].lost if row["kind"] == "lost" else steps[-1].parts).append(row)
+        return steps
+
+    @property
+    def labels(self) -> LabelRows:
+        """Findings that some images say nothing of, and whether codes as written are known."""
+        rows = to_records(self.tables["label_counts"]) if "label_counts" in self.tables else []
+        sides = [side for side in ("train", "test") if rows and f"{side}_present" in rows[0]]
+        has_codes = bool(rows) and WRITTEN[0] in rows[0]
+        lacking = [row for row in rows if any(row[f"{side}_unlabelled"] for side in sides)]
+        return LabelRows(rows if has_codes else lacking, sides, has_codes, len(rows), len(lacking))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -103,6 +159,13 @@ class RunView:
         return "score" if method == "none" else "probability"
 
     @property
+    def labelling(self) -> str:
+        """How the labels that it is scored on were made, in a sentence."""
+        if self.external is None:
+            return say_whose_labels(name_data_set_of_run(self.config))
+        return say_whose_labels(self.external.get("data_set", ""))
+
+    @property
     def head(self) -> str:
         """What the trained head is; runs that do not say have the reference's."""
         hidden = self.options.get("hidden", (512, 256))
@@ -110,6 +173,21 @@ class RunView:
         layers = ("linear", "two-layer", "three-layer", "four-layer")
         kind = layers[len(hidden)] if len(hidden) < len(layers) else f"{len(hidden) + 1}-layer"
         return f"{kind} head" + (f" with {norm}" if hidden else "")
+
+    @property
+    def final_epochs(self) -> str:
+        """For how many epochs the final model was trained, also where early stopping ended it."""
+        chosen = int(self.config["chosen_epochs"])
+        history = self.tables["history"]
+        if self.options.get("early_stopping") is None or "epoch" not in history:
+            return str(chosen)
+        if "horizon" in history:
+            history = history[history["horizon"] == chosen]
+        last = history.groupby("fold", sort=False)["epoch"].max().clip(upper=chosen)
+        if FINAL_FOLD in last:
+            return f"{last[FINAL_FOLD]}, by early stopping ({chosen} were chosen)"
+        epochs = ", ".join(str(n) for n in last)
+        return f"at most {chosen}; by early stopping the folds' models have {epochs}"
 
     @property
     def stores(self) -> list[dict[str, Any]]:
@@ -163,6 +241,7 @@ def read_view(run: Run, name: str | None = None) -> RunView:
         tables=tables,
         zero_shot=zero_shot,
         zero_shot_is_stale=has_zero_shot and zero_shot is None,
+        reads=_read_reads(run),
     )
 
 
@@ -181,7 +260,13 @@ def read_external_view(test: Run) -> RunView:
         zero_shot=None,
         zero_shot_is_stale=False,
         external=external,
+        reads=_read_reads(test),
     )
+
+
+def _read_reads(run: Run) -> SplitReads | None:
+    reads = run.read_reads()
+    return None if reads is None else SplitReads(**reads)
 
 
 def _read_metrics(run: Run) -> Record:
@@ -198,7 +283,9 @@ def _read_findings(run: Run) -> dict[str, Record]:
 
 
 def _read_optional(run: Run) -> dict[str, pd.DataFrame]:
-    names: tuple[TableName, ...] = ("curves", "calibration", "subgroups")
+    names: tuple[TableName, ...] = (
+        *("curves", "calibration", "subgroups", "flow", "label_counts", "decision_curves"),
+    )
     return {name: run.read_table(name) for name in names if run.has_table(name)}
 
 
@@ -249,10 +336,10 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
     """What the page's own program draws of runs with the same findings, ready for JSON.
 
     ``runs`` holds names, searches and histories; ``findings`` the F names and then a blank one for
-    all cells pooled; ``curves``, ``calibration``, ``points``, ``groups`` and ``zero_shot`` hold a
-    list per run with one entry per finding, in that order, None where there is nothing to draw;
-    what is unknown of a point is None. ``measures`` names those of the figures of a point that a
-    table shows, with their labels.
+    all cells pooled; ``curves``, ``bands`` (of a single run), ``decisions``, ``calibration``,
+    ``points``, ``groups`` and ``zero_shot`` hold a list per run with one entry per finding, in that
+    order, None where there is nothing to draw; what is unknown of a point is None. ``measures``
+    names those of the figures of a point that a table shows, with their labels.
     """
     findings = [*views[0].per_finding, POOLED]
     n_points = POINTS_OF_ALL_CURVES // (len(findings) * len(views))
@@ -264,6 +351,8 @@ def collect_charts(views: Sequence[RunView]) -> dict[str, Any]:
         ],
         "findings": findings,
         "curves": [_curves(view, findings, n_points) for view in views],
+        "bands": [_bands(view, findings) for view in views[:1] if len(views) == 1],
+        "decisions": [_decisions(view, findings) for view in views],
         "calibration": [_calibration(view, findings) for view in views],
         "points": [
             [*(_point(view, finding) for finding in view.per_finding), _pooled(view)]
@@ -315,6 +404,31 @@ def _curves(view: RunView, findings: Sequence[str], n_points: int) -> list[Recor
         else None
         for finding in findings
     ]
+
+
+def _bands(view: RunView, findings: Sequence[str]) -> list[Record | None]:
+    """Bounds of every finding's curves, at a few places of each."""
+    if not set(_BAND_COLUMNS) <= set(view.tables.get("curves", ())):
+        return [None] * len(findings)
+    by_finding = dict(iter(view.tables["curves"].groupby("finding")))
+    return [
+        _columns(_thin(by_finding[finding], MAX_BAND_POINTS), _BAND_COLUMNS)
+        if finding in by_finding
+        else None
+        for finding in findings
+    ]
+
+
+def _decisions(view: RunView, findings: Sequence[str]) -> list[Record | None]:
+    """Decision curves up to the first threshold from which on nothing is called."""
+    table = view.tables.get("decision_curves")
+    if table is None or table.empty:
+        return [None] * len(findings)
+    entries = {}
+    for finding, rows in table.groupby("finding"):
+        n_shown = 1 + int((rows["n_called"] > 0).sum())
+        entries[finding] = _columns(rows.iloc[:n_shown], _DECISION_COLUMNS)
+    return [entries.get(finding) for finding in findings]
 
 
 def _calibration(view: RunView, findings: Sequence[str]) -> list[Record | None]:

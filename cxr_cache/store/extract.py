@@ -16,6 +16,7 @@ import torch
 from joblib import cpu_count
 from numpy.typing import NDArray
 
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.wording import count
 from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
@@ -237,6 +238,7 @@ def run_extraction(
         recheck_images=config.recheck_images,
         on_space=on_space,
     )
+    mark_written(store_path)
     summary.n_taken_over, summary.n_damaged = resumed.n_taken_over, resumed.n_damaged
     summary.changed = resumed.changed
     with resumed.store as store:

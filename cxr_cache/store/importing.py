@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.cohort import Cohort
@@ -119,6 +120,7 @@ def import_embeddings(
     FeatureStore.create(
         store_path, cohort, encoder=encoder, features=shapes, fill=fill, overwrite=overwrite
     ).close()
+    mark_written(store_path)
     n_known = len(np.unique(positions[present]))
     return ImportSummary(
         store_path,

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.encoders.encoding import MIN_COSINE, cosines
@@ -86,6 +87,7 @@ def merge(
                 np.concatenate([part.cohort.targets for part in parts]),
                 first.findings,
                 first.header.cohort,
+                first.cohort.reading,
             ),
             encoder=first.header.encoder,
             features=first.feature_shapes,
@@ -96,6 +98,7 @@ def merge(
             overwrite=overwrite,
         ) as whole:
             counts = vars(whole.count_rows())
+    mark_written(store_path)
     n_damaged = sum(map(len, damaged))
     return MergeSummary(store_path=store_path, n_parts=len(parts), n_damaged=n_damaged, **counts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.flow import Flow
 from cxr_cache.datasets.labels import read_labels
 from cxr_cache.datasets.studies import Studies, group_by_study
 from cxr_cache.errors import StoreFormatError, StoreIncompleteError, TrainingError
-from cxr_cache.store.feature_store import FeatureStore
+from cxr_cache.store.feature_store import EMBEDDED, FAILED, FeatureStore
 from cxr_cache.store.side_by_side import Source, match_rows
 
 FEATURES: Final = {
@@ -67,6 +69,10 @@ class LabelledRows:
     """Other stores with the rows of the same N images, whose features are read beside these."""
     studies: Studies | None = None
     """How the images make studies, where those are trained on."""
+    flow: Flow | None = None
+    """What became of the other images of the data set's table."""
+    files: NDArray[np.uint8] | None = None
+    """SHA-256 of the file of each image, ``(N, 32)``; None where they are not known."""
 
     @property
     def images(self) -> Cohort:
@@ -115,15 +121,16 @@ def find_labelled_rows(
     cohort = store.cohort
     if labels is not None:
         cohort = read_labels(labels, cohort)
-    labelled = ~np.isnan(cohort.targets[done]).all(axis=1)
-    if not labelled.any():
+    is_labelled = ~np.isnan(cohort.targets).all(axis=1)
+    if not is_labelled[done].any():
         raise TrainingError(
             f"None of the {len(done):,} finished images of {store.path} has a label. Give a CSV "
             "with --labels."
         )
     if level == "study":
-        uids = cohort.study_uids[done]
-        labelled = np.isin(uids, uids[labelled])
+        uids = cohort.study_uids
+        is_labelled = np.isin(uids, uids[done][is_labelled[done]])
+    labelled = is_labelled[done]
     rows = done[labelled]
     n_failed = store.count_rows().n_failed
     left_out = {
@@ -139,13 +146,45 @@ def find_labelled_rows(
     notes += store.header.encoder.get("notes", [])
     if labels is not None and cohort.reading is not None:
         notes += cohort.reading.notes
+    flow = _follow(store, cohort, is_labelled, level)
     sources: tuple[Source, ...] = ()
     if further:
         kept, sources, of_stores = find_beside(
             (store, rows), further, check_labels=labels is None, allow_pending=allow_pending
         )
+        flow = flow.lose("no embedding in all stores", rows[~kept])
         rows, notes = rows[kept], [*notes, *of_stores]
-    return LabelledRows(rows, cohort.take(rows), tuple(notes), sources)
+    files = np.asarray(store.read_column("image_sha256"))[rows]
+    return LabelledRows(
+        rows,
+        cohort.take(rows),
+        tuple(notes),
+        sources,
+        flow=flow,
+        files=files if files.any() else None,
+    )
+
+
+_MOST_REASONS: Final = 5
+"""Reasons of failed rows that a flow tells apart."""
+
+
+def _follow(
+    store: FeatureStore, cohort: Cohort, is_labelled: NDArray[np.bool_], level: str
+) -> Flow:
+    """Count the images of a store, with the targets of `cohort`, that can be trained on."""
+    table = {} if store.cohort.reading is None else store.cohort.reading.counts
+    reading = cohort.reading if level == "image" else None  # it counts single images
+    flow = Flow.begin(cohort, table, reading)
+    flow = flow.lose("no label", ~is_labelled)
+    status = store.status
+    failed = np.flatnonzero(status == FAILED)
+    reasons = np.array(store.read_errors(failed), object)
+    often = [reason for reason, _ in Counter(reasons.tolist()).most_common(_MOST_REASONS)]
+    for reason in often:
+        flow = flow.lose(reason, failed[reasons == reason])
+    flow = flow.lose("failed for other reasons", failed)
+    return flow.lose("still pending", ~np.isin(status, (*EMBEDDED, FAILED)))
 
 
 def find_beside(
@@ -262,6 +301,10 @@ class TrainingData:
     """What a reader of the results should know about the rows left out."""
     studies: Studies | None = None
     """How images make the studies, where those are trained on."""
+    flow: Flow | None = None
+    """What became of the other images of the data set's table; as :attr:`LabelledRows.flow`."""
+    files: NDArray[np.uint8] | None = None
+    """SHA-256 of the files of the images, as :attr:`LabelledRows.files`."""
 
     @property
     def targets(self) -> NDArray[np.float32]:
@@ -290,7 +333,7 @@ def load_training_data(
     ).by(config.level)
     embeddings = read_features(store, found.rows, config, found.further, found.studies)
     notes = (*found.notes, *note_views([store, *further], config))
-    return TrainingData(embeddings, found.cohort, notes, found.studies)
+    return TrainingData(embeddings, found.cohort, notes, found.studies, found.flow, found.files)
 
 
 def _average(features: NDArray[np.float32], studies: Studies) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.wording import count
 from cxr_cache.datasets.images import require_any_image
 from cxr_cache.errors import ImageError, StoreMismatchError
@@ -187,6 +188,7 @@ def verify(
         if repair and found.bad_rows:
             store.mark_pending(np.array(sorted({bad.row for bad in found.bad_rows})))
             found.is_repaired = True
+            mark_written(store.path)
         vars(found).update(vars(store.count_rows()))
     return found
 

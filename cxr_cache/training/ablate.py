@@ -19,6 +19,7 @@ from joblib import cpu_count
 from numpy.typing import NDArray
 
 from cxr_cache.common.backends import open_backend, streams_results
+from cxr_cache.common.manifest import mark_written
 from cxr_cache.common.tables import write_table
 from cxr_cache.common.wording import count, first_lines, suggest
 from cxr_cache.config import TrainConfig, kinds, option_of
@@ -90,6 +91,15 @@ class Ablation:
         heads = self.table[self.table["kind"] == "head"]
         by_label = {setting.label: setting for setting in self.settings}
         return by_label[str(heads["setting"].iloc[0])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings for programs, the best first, and the learning curve."""
+        return {
+            "measure": self.measure,
+            "ranking": self.table,
+            "curve": self.curve,
+            "notes": self.notes,
+        }
 
     def to_text(self, n_shown: int = 20) -> str:
         """The best settings and every baseline, for a terminal."""
@@ -212,6 +222,7 @@ def run_ablation(
         rows = _plan(settings, baselines, base, found.cohort, split, n_repeats)
         methods = list({method.key: method for row in rows for method in row.methods}.values())
         results = Results.open(out, _identify(sources, found.cohort, split), split.n_folds)
+        mark_written(out)
         folds = range(split.n_folds)
         todo = [method for method in methods if not results.has(method)]
         n_done = sum(results.has(method, k) for method in methods for k in folds)

@@ -24,8 +24,9 @@ from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.splits import TEST, Split, assign_folds
 from cxr_cache.errors import ConfigError, TableError
 from cxr_cache.metrics.scores import auroc, macro_mean
+from cxr_cache.models.heads import HeadBank
 from cxr_cache.store.rows import prepare_embeddings
-from cxr_cache.training.fit import PlainRows
+from cxr_cache.training.fit import OnEpoch, PlainRows, telling
 from cxr_cache.training.search import final_members, refit, search_epochs, train_final
 
 _SCORED_AT_ONCE: Final = 8192
@@ -186,7 +187,12 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(
-        self, X: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        groups: ArrayLike | None = None,
+        *,
+        on_epoch: OnEpoch | None = None,
     ) -> FocalHeadClassifier:
         """Choose the number of epochs in folds, and train the final model.
 
@@ -200,6 +206,8 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         groups
             Patient or study of each row, ``(N,)``: no group is on both sides of a fold. Without
             it, every row stands for itself.
+        on_epoch
+            Called after every epoch, as in :func:`cxr_cache.train_head`.
 
         Raises
         ------
@@ -222,24 +230,36 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 "rows."
             )
         fold = np.where(labelled, 0, TEST).astype(np.int64)
-        if self._needs_folds(config):
-            whole = _read_groups(groups, len(fold))
-            fold[labelled] = assign_folds(
-                rows.targets[labelled], whole[labelled], config.n_folds, config.seed
-            )
-            split = Split(~labelled, fold)
-            search = search_epochs(rows, split, config, clusters=whole)
-            bank, history = train_final(rows, split, search, config)
-            members = [m.history[: search.chosen] for m in final_members(search, config)]
-            self.epoch_search_: pd.DataFrame | None = search.table
-            self.epochs_ = search.chosen
-        else:
-            self.epoch_search_, self.epochs_ = None, config.epochs[0]
-            bank, history = refit(rows, Split(~labelled, fold), config, n_epochs=self.epochs_)
-            members = []
+        with telling(on_epoch):
+            bank, history, members = self._train(rows, labelled, fold, groups, config)
         self.heads_ = [bank.as_sequential(h) for h in range(bank.n_heads)]
         self.loss_curve_ = _mean_losses([history] if history else members)
         return self
+
+    def _train(
+        self,
+        rows: PlainRows,
+        labelled: NDArray[np.bool_],
+        fold: NDArray[np.int64],
+        groups: ArrayLike | None,
+        config: TrainConfig,
+    ) -> tuple[HeadBank, list[dict[str, float]], list[list[dict[str, float]]]]:
+        """The final heads, their history and that of members; sets what the search found."""
+        if not self._needs_folds(config):
+            self.epoch_search_, self.epochs_ = None, config.epochs[0]
+            bank, history = refit(rows, Split(~labelled, fold), config, n_epochs=self.epochs_)
+            return bank, history, []
+        whole = _read_groups(groups, len(fold))
+        fold[labelled] = assign_folds(
+            rows.targets[labelled], whole[labelled], config.n_folds, config.seed
+        )
+        split = Split(~labelled, fold)
+        search = search_epochs(rows, split, config, clusters=whole)
+        bank, history = train_final(rows, split, search, config)
+        members = [m.history[: search.chosen] for m in final_members(search, config)]
+        self.epoch_search_: pd.DataFrame | None = search.table
+        self.epochs_ = search.chosen
+        return bank, history, members
 
     @property
     def head_(self) -> nn.Sequential:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cxr_cache.common.devices import resolve_device, resolve_precision
 from cxr_cache.common.distributed import barrier, is_main, process_group, world_size
+from cxr_cache.common.machine import compare_machines, describe_machine
 from cxr_cache.common.wording import count, describe_differences
-from cxr_cache.config import FinetuneConfig
+from cxr_cache.config import FinetuneConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import dead_workers_explained
 from cxr_cache.datasets.images import find_missing
@@ -39,7 +40,7 @@ from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.feature_store import DONE, FeatureStore
 from cxr_cache.store.resume import require_continuable
-from cxr_cache.store.rows import LabelledRows, find_labelled_rows
+from cxr_cache.store.rows import LabelledRows, find_labelled_rows, read_features
 from cxr_cache.store.side_by_side import StorePaths, require_one_store
 from cxr_cache.store.studies import StudyTokens
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
@@ -47,6 +48,7 @@ from cxr_cache.training.fit import HeadTask, Trajectory
 from cxr_cache.training.frozen_start import Start, load_start
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_codes,
     describe_head,
     describe_labels,
     describe_split,
@@ -67,6 +69,9 @@ from cxr_cache.training.search import (
     weigh_findings,
 )
 from cxr_cache.training.tuning import Keeper, TuningData, build_model, tune
+
+_FROZEN: Final = TrainConfig(features="projected", input_norm="l2", flip=False)
+"""How the frozen encoder's features are read to say how unlike the training images others are."""
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +145,14 @@ def _find_rows(
     verbs = "has no tokens yet and is" if n_without == 1 else "have no tokens yet and are"
     note = f"{n_without:,} of {count(len(store), 'image')} {verbs} left out."
     chosen = np.flatnonzero(has_tokens)
-    kept = LabelledRows(found.rows[chosen], found.cohort.take(chosen), (*found.notes, note))
+    assert found.flow is not None, "find_labelled_rows has followed the images"
+    kept = LabelledRows(
+        found.rows[chosen],
+        found.cohort.take(chosen),
+        (*found.notes, note),
+        flow=found.flow.lose("tokens still to come", found.rows[~has_tokens]),
+        files=None if found.files is None else found.files[chosen],
+    )
     return kept.by(level)
 
 
@@ -235,8 +247,14 @@ def tune_run(
         logger.info("%s: %s on %s, with %s", store_path, n_rows, device, settled)
         notes = found.notes + note_split(split, found.cohort, config.level)
         decisive = _decisive(settled, store, found, labels, from_run, start, split)
-        described = describe_split(split, found.cohort)
-        run = _open_run(run_dir, decisive, settled, notes, described, overwrite=overwrite)
+        incidental = {
+            "split": describe_split(split, found.cohort),
+            "label_codes": describe_codes(found.cohort),
+            "warnings": list(notes),
+            "processes": world_size(),
+            "machine": describe_machine(device),
+        }
+        run = _open_run(run_dir, decisive, incidental, settled, overwrite=overwrite)
         tokens = _open_source(store, found, encoder, settled, image_dir)
         data = TuningData(encoder, tokens, found.cohort.targets, tail)
         if is_main():
@@ -256,8 +274,11 @@ def tune_run(
                 search,
                 settled,
                 predictions=predictions,
+                features=read_features(store, found.rows, _FROZEN, (), found.studies)[0],
                 final_history=history,
                 studies=found.studies,
+                flow=found.flow,
+                files=found.files,
                 make_model=partial(
                     _to_model,
                     members,
@@ -388,20 +409,15 @@ def _free_options(has_start: bool) -> tuple[str, ...]:
 def _open_run(
     run_dir: Path,
     decisive: dict[str, Any],
+    incidental: dict[str, Any],
     config: FinetuneConfig,
-    notes: Sequence[str],
-    split: dict[str, Any],
     *,
     overwrite: bool,
 ) -> Run:
     """Continue what is there, or begin: all processes look, the main one writes."""
     free = _free_options(decisive["from_run"] is not None)
-    whole = decisive | {
-        "finetune": decisive["finetune"] | {name: getattr(config, name) for name in free},
-        "split": split,
-        "warnings": list(notes),
-        "processes": world_size(),
-    }
+    options = decisive["finetune"] | {name: getattr(config, name) for name in free}
+    whole = decisive | incidental | {"finetune": options}
     run = None
     if not overwrite:
         run = Run.resume(
@@ -415,7 +431,17 @@ def _open_run(
     if run is None and is_main():
         run = Run.create(run_dir, whole, overwrite=overwrite)
     barrier()
+    if run is not None and is_main():
+        _note_machine(run, incidental["machine"])
     return run or Run(run_dir, whole)
+
+
+def _note_machine(run: Run, machine: dict[str, Any]) -> None:
+    """Let a run that goes on elsewhere say so: its numbers are rounded in two ways."""
+    if differences := compare_machines(run.config.get("machine", machine), machine):
+        note = f"A part of this run was trained on another machine: {differences}."
+        warnings = run.config["warnings"]
+        run.record({"warnings": [*warnings, *([] if note in warnings else [note])]})
 
 
 class _Job:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from cxr_cache.models.heads import HeadBank
 from cxr_cache.training.backprop import Backprop, draw_dropout
 from cxr_cache.training.losses import FOCAL_LOSSES, LOSS_OPTIONS, make_loss, stack_losses
 from cxr_cache.training.optim import BankOptimizer
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE: Final = 8192
 _SCORED_AT_ONCE: Final = 8192  # rows of one head
@@ -462,7 +465,64 @@ whose records have the attributes `training` (:attr:`HeadTask.name`) and `row` (
 :attr:`Trajectory.history`), and sets the level to DEBUG."""
 
 
+OnEpoch: TypeAlias = Callable[[str, Mapping[str, float]], object]
+"""Is called after every epoch with the name of the training ("fold 2 of 5", "final model") and a
+row of :attr:`Trajectory.history`."""
+
+_listeners: Final[ContextVar[tuple[OnEpoch, ...]]] = ContextVar("listeners", default=())
+_part: Final[ContextVar[str]] = ContextVar("part", default="")
+
+
+@contextmanager
+def telling(on_epoch: OnEpoch | None) -> Iterator[None]:
+    """Call a function after every epoch that ends in the block; None calls nothing.
+
+    A training takes longer than to write about it: where the function raises, that is logged as a
+    warning, the function is not called again, and the training goes on.
+    """
+    token = _listeners.set((*_listeners.get(), *([] if on_epoch is None else [_guard(on_epoch)])))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+def _guard(on_epoch: OnEpoch) -> OnEpoch:
+    has_failed = False
+
+    def call(training: str, row: Mapping[str, float]) -> None:
+        nonlocal has_failed
+        if has_failed:
+            return
+        try:
+            on_epoch(training, row)
+        except Exception as error:
+            has_failed = True
+            logger.warning(
+                "%s is not told of further epochs, since it failed at epoch %d of %s: %s: %s. The "
+                "training goes on.",
+                getattr(on_epoch, "__name__", type(on_epoch).__name__),
+                *(row["epoch"], training, type(error).__name__, error),
+                exc_info=logger.isEnabledFor(logging.DEBUG),
+            )
+
+    return call
+
+
+@contextmanager
+def told_as(part: str) -> Iterator[None]:
+    """Call trainings of the block "PART, fold 2 of 5", where a job trains these more than once."""
+    token = _part.set(part)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
 def tell_of_epoch(training: str, row: Mapping[str, float]) -> None:
-    """Log an epoch for the handlers of :data:`EPOCHS`."""
+    """Tell of an epoch to the handlers of :data:`EPOCHS`, and as :func:`telling` was asked to."""
+    training = ", ".join(filter(None, (_part.get(), training or "head")))
     text = ", ".join(f"{name} {value:.5g}" for name, value in row.items())
-    EPOCHS.debug("%s: %s", training or "head", text, extra={"training": training, "row": row})
+    EPOCHS.debug("%s: %s", training, text, extra={"training": training, "row": row})
+    for listener in _listeners.get():
+        listener(training, row)

@@ -15,11 +15,13 @@ from cxr_cache.common.tables import hash_file
 from cxr_cache.common.wording import count, first_lines, list_names
 from cxr_cache.config import OPTIMISM_OF_PLATEAU, Recipe
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, finding_table, name_unit
+from cxr_cache.datasets.flow import Flow, format_flow, parse_flow
 from cxr_cache.datasets.splits import Split, count_shared_studies, find_shared
 from cxr_cache.datasets.studies import Studies
 from cxr_cache.metrics.operating_point import choose_operating_point
 from cxr_cache.metrics.scores import count_clusters
 from cxr_cache.models.run import FINAL_FOLD, Run, SavedModel
+from cxr_cache.models.unlikeness import fit_distribution
 from cxr_cache.training.baselines import LogisticBaseline
 from cxr_cache.training.search import EpochSearch, horizons
 
@@ -47,6 +49,17 @@ class TrainResult:
         """What the final model was trained for."""
         return self.epoch_search.chosen
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_text` for programs, and what ``metrics.json`` holds."""
+        return {
+            "run": self.run.path,
+            "chosen_epochs": self.chosen_epochs,
+            "measure": self.epoch_search.measure,
+            "search": self.search,
+            "metrics": self.metrics,
+            "notes": self.notes,
+        }
+
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
         n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
@@ -64,6 +77,8 @@ class TrainResult:
         lines += self._describe_stops()
         if whose := self.run.config.get("split", {}).get("whose"):
             lines.append(f"Split as given by {whose}")
+        if self.run.has_table("flow"):
+            lines += format_flow(parse_flow(self.run.read_table("flow")))
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _describe_stops(self) -> list[str]:
@@ -124,6 +139,12 @@ def describe_labels(path: Path | None) -> dict[str, str] | None:
     return None if path is None else {"path": str(path), "sha256": hash_file(path)}
 
 
+def describe_codes(cohort: Cohort) -> dict[str, Any] | None:
+    """What a run records of the label codes as they were written, and of what is made of them."""
+    reading = cohort.reading
+    return None if reading is None else {"policy": reading.policy, "codes": reading.codes}
+
+
 def describe_head(config: Recipe) -> dict[str, Any]:
     """Say what a saved head looks like, and how embeddings are prepared for it.
 
@@ -144,18 +165,23 @@ def write_outcome(
     config: Recipe,
     *,
     predictions: NDArray[np.float32],
+    features: NDArray[np.float32],
     final_history: list[dict[str, float]],
     make_model: Callable[[dict[str, float]], SavedModel],
     studies: Studies | None = None,
     baseline: LogisticBaseline | None = None,
+    flow: Flow | None = None,
+    files: NDArray[np.uint8] | None = None,
 ) -> None:
     """Write every file of a run but its figures and its page, and declare it finished.
 
-    Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``; its
+    Predictions are probabilities of the final model for all rows of the cohort, ``(N, F)``, and
+    `features` are what a head on the frozen encoder reads of them, ``(N, D)``; the model's
     history is empty where a fold's model is the final one. `make_model` makes the model to save,
     given the threshold of each finding, which is chosen on out-of-fold predictions. Where the rows
     are `studies`, the table of the split still names their images. The `baseline`, if there is one,
-    is kept to stand beside the model.
+    is kept to stand beside the model. The `flow` is that of the images until here, and `files` are
+    the digests of their files; without it no flow is written.
     """
     out_of_fold = np.full(cohort.targets.shape, np.nan, np.float32)
     for k, trajectory in enumerate(search.trajectories[search.chosen]):
@@ -170,7 +196,14 @@ def write_outcome(
         min_positives=config.min_positives,
     )
     run.save_model(make_model(point.by_finding(cohort.findings)).read_at(point))
-    run.write_table("splits", _split_table(cohort, split, studies))
+    trained = ~split.is_test
+    if found := fit_distribution(features[trained], split.fold[trained], seed=config.seed):
+        run.save_distribution(found)
+    splits = _split_table(cohort, split, studies)
+    run.write_table("splits", splits)
+    if flow is not None:
+        is_test = (splits["split"] == "test").to_numpy()
+        run.write_table("flow", flow.divide(is_test, split.n_folds, files).to_table())
     run.write_table("targets", finding_table(cohort, cohort.targets, ("image_id",)))
     run.write_table("epoch_search", search.table)
     run.write_table("history", _history_table(search, final_history, config))
@@ -185,8 +218,16 @@ def write_outcome(
         table = _prediction_table(cohort.take(test), baseline.probabilities, sides[test])
         run.write_table("logistic", table)
         run.config["logistic"] = {"C": baseline.C, "mean_auroc": baseline.mean_auroc}
+    run.config["findings_unlearnt"] = _list_unlearnt(cohort, trained)
     run.config |= {"chosen_epochs": search.chosen, "search_measure": search.measure}
     run.finish()
+
+
+def _list_unlearnt(cohort: Cohort, trained: NDArray[np.bool_]) -> list[str]:
+    """Findings that no training row has, or that none is without: nothing could be learnt."""
+    targets = cohort.targets[trained]
+    is_learnt = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
+    return [name for name, learnt in zip(cohort.findings, is_learnt, strict=True) if not learnt]
 
 
 def _split_table(cohort: Cohort, split: Split, studies: Studies | None) -> pd.DataFrame:

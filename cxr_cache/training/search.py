@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
@@ -29,7 +30,15 @@ from cxr_cache.metrics.scores import (
     support_mean,
 )
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.training.fit import HeadTask, Rows, Trajectory, count_steps, fit_heads, tell_of_epoch
+from cxr_cache.training.fit import (
+    HeadTask,
+    Rows,
+    Trajectory,
+    count_steps,
+    fit_heads,
+    tell_of_epoch,
+    told_as,
+)
 from cxr_cache.training.fit_on_cores import fit_on_cores
 
 LEARNABLE: Final = 10
@@ -116,7 +125,8 @@ def search_with(
     trajectories: dict[int, list[Trajectory]] = {}
     for horizon in horizons(config):
         keep = (horizon,) if config.has_horizon else config.epochs
-        trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
+        with told_as(count(horizon, "epoch")) if config.has_horizon else nullcontext():
+            trajectories |= dict.fromkeys(keep, fit(tasks, horizon, keep))
         logger.info("%s folds are trained for up to %s epochs", len(tasks), horizon)
     scores = np.array(
         [

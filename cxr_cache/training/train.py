@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxr_cache.common.devices import resolve_device
+from cxr_cache.common.machine import describe_machine
 from cxr_cache.common.wording import count
 from cxr_cache.config import RepeatConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort, finding_table
@@ -24,8 +25,10 @@ from cxr_cache.models.run import Run, SavedModel, require_free
 from cxr_cache.store.rows import TrainingData, load_training_data
 from cxr_cache.store.side_by_side import StorePaths, list_stores, open_stores
 from cxr_cache.training.baselines import train_logistic
+from cxr_cache.training.fit import told_as
 from cxr_cache.training.outcome import (
     TrainResult,
+    describe_codes,
     describe_head,
     describe_labels,
     describe_split,
@@ -64,7 +67,7 @@ def fit_run(
     run_dir = Path(run_dir)
     labels = None if labels is None else Path(labels)
     require_free(run_dir, overwrite=overwrite)
-    resolve_device(config.device)
+    device = resolve_device(config.device)
     with open_stores(store_path) as stores:
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
@@ -86,11 +89,13 @@ def fit_run(
             "kind": "train",
             "train": asdict(config),
             "seed": config.seed,
+            "machine": describe_machine(device),
             "findings": list(cohort.findings),
             "store": described[0],
             **({"further_stores": described[1:]} if described[1:] else {}),
             "reading": reading,
             "labels": describe_labels(labels),
+            "label_codes": describe_codes(cohort),
             "random_encoder": any(bool(encoder.get("is_random")) for encoder in encoders),
             "split": describe_split(split, cohort),
             "warnings": list(notes),
@@ -124,6 +129,7 @@ def fit_run(
         search,
         config,
         predictions=probabilities.numpy(),
+        features=data.embeddings[0],
         final_history=final_history,
         studies=data.studies,
         make_model=lambda thresholds: SavedModel(
@@ -135,6 +141,8 @@ def fit_run(
             further_encoders=tuple(encoders[1:]),
         ),
         baseline=baseline,
+        flow=data.flow,
+        files=data.files,
     )
     return TrainResult(run, search, notes)
 
@@ -159,8 +167,9 @@ def _test_repeats(
         again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
         progress = partial(_count, on_progress, n_repeats, repeat)
         groups = data.cohort.groups
-        found = search_epochs(data, split, again, clusters=groups, on_progress=progress)
-        bank, _ = train_final(data, split, found, again)
+        with told_as(f"repeat {repeat} of {n_repeats}"):
+            found = search_epochs(data, split, again, clusters=groups, on_progress=progress)
+            bank, _ = train_final(data, split, found, again)
         yield predict_probabilities(bank, embeddings).numpy()[split.is_test]
 
 

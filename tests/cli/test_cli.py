@@ -240,7 +240,7 @@ def test_too_many_failures_end_with_1_and_keep_the_rest(data, tmp_path):
 def test_train_writes_a_whole_run_and_prints_what_it_found(run):
     expected = {
         "config.json splits.csv targets.csv epoch_search.csv history.csv model.safetensors",
-        "fold_heads.safetensors",
+        "fold_heads.safetensors training_distribution.safetensors manifest.json",
         "predictions.csv out_of_fold.csv logistic.csv metrics.json per_finding.csv plots",
         "report.html model_card.md",
         "per_finding_by_study.csv subgroups.csv group_differences.csv curves.csv calibration.csv",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +60,26 @@ def test_recipes_are_compared_where_both_were_trained_several_times(runs, store,
     assert recipes.notes[0].startswith("This compares recipes: figures are means over 3 and 3 ")
     assert models.notes[0].startswith("This compares trained models, not recipes")
     assert models.macro("once")["difference"] == 0  # the first training is the run's own
+
+
+def test_runs_that_only_the_machine_tells_apart_are_said_to_be(runs, tmp_path):
+    path = shutil.copytree(runs[0].path, tmp_path / "elsewhere")
+    config = json.loads((path / "config.json").read_text())
+    config["machine"] |= {"instructions": "AVX2", "processor": "Z80"}
+    config["versions"]["torch"] = "1.13"
+    config["train"] |= {"n_jobs": 7}
+    (path / "config.json").write_text(json.dumps(config))
+    machine, versions = runs[0].config["machine"], runs[0].config["versions"]
+
+    other_machine = compare_runs(Run.open(runs[0].path), Run.open(path), n_resamples=20)
+    other_recipe = compare_runs(Run.open(path), runs[1], n_resamples=20)
+
+    assert other_machine.notes[-1].startswith(
+        "elsewhere has the recipe and the seed of a, and was trained on another machine: torch "
+        f"{versions['torch']} and 1.13, processor {machine['processor']} and Z80, instructions "
+        f"{machine['instructions']} and AVX2. Numbers are rounded otherwise there"
+    )
+    assert len(other_recipe.notes) == 1
 
 
 def test_the_evaluation_gives_the_recipe_and_the_spread_of_its_trainings(runs):

@@ -32,6 +32,7 @@ from cxr_cache.training.train import fit_run
 from scripts.write_random_biomedclip import write_biomedclip_folder
 from tests import synthetic
 from tests.encoders.test_encoder import TIMM_VIT, draw_pixels, write_folder, write_open_clip_model
+from tests.schemas import read_valid
 
 transformers = pytest.importorskip("transformers")
 
@@ -226,6 +227,10 @@ def test_the_command_and_its_table(store, folder, tmp_path):
     assert table["finding"].tolist() == [*entries, "macro"]
     assert table["present"].tolist() == [*(f"a {f}" for f in entries), ""]
     assert table["absent"].tolist() == [*(f"no {f}" for f in entries), ""]
+
+    printed = CliRunner().invoke(cli, [*map(str, arguments), "--json"]).stdout
+    rows = read_valid("zero-shot", printed)["findings"]
+    assert [row["finding"] for row in rows] == table["finding"].tolist()
 
 
 def test_a_runs_table_is_kept_with_it_until_it_is_trained_anew(store, folder, tmp_path):

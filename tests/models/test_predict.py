@@ -199,7 +199,9 @@ def test_predictions_as_table_and_as_text():
 
     table, lines = predictions.to_table(), predictions.to_text(n_shown=2).splitlines()
 
-    assert table.columns.tolist() == ["image", "present", "error", "Mass", "Nodule", "Hernia"]
+    described = ["image", "present", "ranked_only", "unknown", "distance", "distance_quantile"]
+    assert table.columns.tolist() == [*described, "error", "Mass", "Nodule", "Hernia"]
+    assert table["unknown"].tolist() == ["", "Mass;Nodule;Hernia"]
     assert table["present"].tolist() == ["Nodule;Hernia", ""]
     assert table["error"].tolist() == ["", "the file is empty"]
     assert lines[:3] == ["a.png", "  *  90.0%  Nodule", "  *   5.0%  Hernia"]
@@ -421,10 +423,9 @@ def test_what_is_not_decided_is_said_in_text_and_table():
 
     assert text.count("  ? ") == 2
     assert "? too few to decide, ranked only: Edema." in text
-    assert table.columns.tolist()[:4] == ["image", "present", "too_few_to_decide", "error"]
-    assert table["too_few_to_decide"].tolist() == ["Edema", "Edema"]
+    assert table["ranked_only"].tolist() == ["Edema", "Edema"]
     assert table["present"].tolist() == ["Mass;Hernia", "Hernia"]
-    assert "too_few_to_decide" not in make_predictions().to_table()
+    assert make_predictions().to_table()["ranked_only"].tolist() == ["", ""]
 
 
 def test_without_calibration_they_are_called_scores():

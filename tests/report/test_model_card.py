@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -114,3 +116,33 @@ def test_the_encoder_of_the_hub_is_the_base_model(run):
 
     assert card.data.base_model == "microsoft/BiomedCLIP"
     assert "The encoder has random weights." in card.text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"reading": {"format": "nih"}}, "by a program, not from the images. A model is scored on"),
+        ({"reading": {"format": "vindr"}}, "are those of radiologists who looked at the images."),
+        ({"reading": {"format": "table"}}, "those of your own table, and nothing is known here"),
+        # A table given with --labels replaces those of the data set.
+        ({"reading": {"format": "nih"}, "labels": {"file": "mine.csv"}}, "your own table"),
+    ],
+)
+def test_how_labels_were_made_is_told_from_the_data_set(view, config, said):
+    assert said in render_card(replace(view, config=view.config | config))
+
+
+def test_the_epochs_of_the_final_model_are_those_that_it_was_trained_for(view):
+    stopping = {**view.config["train"], "early_stopping": 3}
+    history = pd.DataFrame(
+        {
+            "fold": ["1"] * 3 + ["2"] * 5 + ["final"] * 4,
+            "epoch": [*range(1, 4), *range(1, 6), 1, 2, 3, 4],
+        }
+    )
+    config = view.config | {"train": stopping, "chosen_epochs": 4}
+    view = replace(view, config=config, tables=view.tables | {"history": history})
+    ensemble = replace(view, tables={"history": history[history["fold"] != "final"]})
+
+    assert "epochs of the final model: 4, by early stopping (4 were chosen)" in render_card(view)
+    assert ensemble.final_epochs == "at most 4; by early stopping the folds' models have 3, 4"

@@ -130,7 +130,8 @@ def joint(run, rival, folder) -> Path:
     comparison = compare_runs(run, rival, n_resamples=50)
     file = folder / "joint.html"
     views = [read_view(run), read_view(rival)]
-    file.write_text(render_page(views, differences=collect_differences(comparison)))
+    differences = collect_differences(comparison)
+    file.write_text(render_page(views, differences=differences, notes=comparison.notes))
     return file
 
 
@@ -467,6 +468,7 @@ def test_several_runs_are_drawn_beside_each_other(see, joint, run, rival):
     seen.tab.locator("th[data-key=d1] button").click()
     best = FINDINGS[int(differences.argmax())]
     assert seen.shown_findings()[0] == best
+    assert "This compares trained models, not recipes" in seen.tab.inner_text("#headline")
 
 
 def test_pictures_are_shown_with_their_warning(see, run, rival, folder):

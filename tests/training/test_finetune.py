@@ -477,6 +477,25 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(store, tuned, tmp_path,
     assert not (path / "unfinished").exists()
 
 
+def test_a_run_that_goes_on_elsewhere_says_so(store, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    here = torch.backends.cpu.get_cpu_capability()
+    with pytest.raises(KeyboardInterrupt):
+        tune_run(store, path, TUNED, on_progress=_StopAfter(1))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    with pytest.raises(KeyboardInterrupt):
+        tune_run(store, path, TUNED, on_progress=_StopAfter(2))
+    monkeypatch.undo()
+
+    run = tune_run(store, path, TUNED).run
+
+    assert run.config["machine"]["instructions"] == here
+    assert run.config["warnings"][-1] == (
+        f"A part of this run was trained on another machine: instructions {here} and SVE256."
+    )
+    assert len(set(run.config["warnings"])) == len(run.config["warnings"])
+
+
 def test_an_unfinished_run_of_other_options_is_refused(store, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):

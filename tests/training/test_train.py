@@ -17,6 +17,7 @@ import torch
 from sklearn import metrics as reference
 from sklearn.model_selection import train_test_split
 
+from cxr_cache.common.machine import describe_machine
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import (
     ConfigError,
@@ -159,6 +160,7 @@ def test_config_json_says_what_was_done(run, store):
     assert config["random_encoder"] is False
     assert config["warnings"] == []
     assert config["versions"].keys() >= {"python", "cxr-cache", "torch", "numpy", "scikit-learn"}
+    assert config["machine"] == describe_machine(torch.device("cpu"))
     search = read(run, "epoch_search").set_index("epochs")
     assert config["chosen_epochs"] == search["mean_auroc"].idxmax()
 

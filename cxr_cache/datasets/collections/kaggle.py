@@ -49,6 +49,7 @@ def list_rsna(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
         ("Pneumonia",),
         targets.to_numpy(np.int8)[:, None],
         files=(tables[0], *classes[:1], *mappings[:1]),
+        n_rows=len(boxes),
         columns=say_columns(boxes, {"patientId": "image", "Target": "finding Pneumonia"}),
         notes=(_FROM_NIH,),
     )
@@ -79,6 +80,7 @@ def list_siim(tables: list[Path], path: Path, image_dir: Path | None) -> Listing
         ("Pneumothorax",),
         outlined.to_numpy(np.int8)[:, None],
         files=(tables[0],),
+        n_rows=len(table),
         columns=say_columns(table, {"ImageId": "image", "EncodedPixels": "finding Pneumothorax"}),
         notes=(_FROM_NIH,),
     )

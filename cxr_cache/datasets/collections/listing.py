@@ -15,6 +15,7 @@ from cxr_cache.common.tables import hash_file, require_columns, require_unique
 from cxr_cache.common.wording import count
 from cxr_cache.config import ReadConfig
 from cxr_cache.datasets.codes import (
+    BLANK,
     Policy,
     apply_policy,
     combine_rows,
@@ -25,6 +26,7 @@ from cxr_cache.datasets.codes import (
 from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.collections.places import place_images
 from cxr_cache.datasets.columns import OPTIONS, read_ages, read_sexes, read_views
+from cxr_cache.datasets.flow import count_dropped
 from cxr_cache.errors import ConfigError
 
 CHEXPERT_FINDINGS: Final = (
@@ -63,6 +65,8 @@ class Listing:
         Rows of which the tables say nothing, whatever is made of a blank cell; ``(N,)``.
     policy
         What the authors make of uncertain and blank cells.
+    n_rows
+        Rows of the table, where an image may have several that are one here, such as boxes.
     columns
         What columns of the tables were used as.
     split
@@ -79,6 +83,7 @@ class Listing:
     unlabelled: NDArray[np.bool_] | None = None
     policy: Policy = field(default_factory=Policy)
     several_readers: bool = False
+    n_rows: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
     notes: tuple[str, ...] = ()
@@ -142,10 +147,11 @@ def make_cohort(
     targets = apply_policy(codes, findings, policy)
     if listing.unlabelled is not None:
         targets[listing.unlabelled] = np.nan
-    images = listing.images
+    images, is_coded = listing.images, (codes != BLANK).any(axis=1)
     if listing.several_readers:
         image_of, names = pd.factorize(images["image_id"])
         targets = combine_rows(targets, image_of, len(names), config.readers)
+        is_coded = np.bincount(image_of, is_coded) > 0
         images = images[~images["image_id"].duplicated()]
     images, fact_notes = _tidy_facts(images)
     if not listing.split:
@@ -160,6 +166,10 @@ def make_cohort(
             form,
             columns=dict(listing.columns),
             codes=count_codes(codes, findings),
+            counts={
+                "rows": listing.n_rows or len(listing.images),
+                **count_dropped(images, targets, is_coded),
+            },
             policy=policy.to_text() if findings else "",
             split=listing.split,
             notes=(*listing.notes, *fact_notes, *image_notes),

@@ -94,6 +94,7 @@ def list_vinbigdata(tables: list[Path], path: Path, image_dir: Path | None) -> L
         files=(tables[0],),
         usual=tuple(name for name in findings if name != "No finding"),
         several_readers=True,
+        n_rows=len(table),
         columns=say_columns(table, _COLUMNS, {"class_name": "finding", "class_id": "order"}),
         notes=(_NO_PATIENTS, "Class 14, No finding, says that a reader drew no box."),
     )

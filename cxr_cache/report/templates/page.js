@@ -42,7 +42,7 @@
   // -- line charts ---------------------------------------------------------------------------
 
   /* spec: x and y {min, max, label, ticks?}, lines [{points, style}], dots [{at, style, words}],
-     rules [{points}] for baselines; words for those who cannot see it. */
+     rules [{points}] for baselines, a band [[x, low, high]]; words for those who cannot see it. */
   function chart(spec) {
     const width = 320, height = 260;
     const left = 46, right = 12, top = 10, bottom = 42;
@@ -70,6 +70,12 @@
     const path = (points) =>
       points.filter(([a, b]) => a !== null && b !== null)
         .map(([a, b], k) => `${k ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
+    const inside = (spec.band || []).filter((place) => place.every((value) => value !== null))
+      .map(([a, ...bounds]) => [a, ...bounds.map((b) => Math.min(Math.max(b, spec.y.min), spec.y.max))]);
+    if (inside.length > 1) {
+      const edge = [...inside.map(([a, low]) => [a, low]), ...inside.map(([a, , high]) => [a, high]).reverse()];
+      svg.append(draw("path", { class: "band", d: `${path(edge)}Z` }));
+    }
     for (const rule of spec.rules || []) svg.append(draw("path", { class: "base", d: path(rule.points) }));
     for (const line of spec.lines) svg.append(draw("path", { class: `line ${line.style}`, d: path(line.points) }));
     for (const dot of spec.dots || []) {
@@ -88,8 +94,9 @@
   const zip = (a, b) => a.map((value, k) => [value, b[k]]);
   const eachRun = (list, use) => list.flatMap((entry, run) => (entry === null ? [] : [use(entry, run)]));
 
-  function rocChart(curves, points, name) {
+  function rocChart(curves, points, name, band) {
     return chart({
+      band: band && band.specificity.map((v, k) => [1 - v, band.sensitivity_low[k], band.sensitivity_high[k]]),
       x: unit("1 − specificity"), y: unit("sensitivity"), words: `ROC curve of ${name}`,
       rules: [{ points: [[0, 0], [1, 1]] }],
       lines: eachRun(curves, (c, run) => ({ style: `s${run}`, points: zip(c.specificity.map((v) => 1 - v), c.sensitivity) })),
@@ -100,8 +107,9 @@
     });
   }
 
-  function precisionRecallChart(curves, points, prevalence, name) {
+  function precisionRecallChart(curves, points, prevalence, name, band) {
     return chart({
+      band: band && band.sensitivity.map((v, k) => [v, band.ppv_low[k], band.ppv_high[k]]),
       x: unit("recall (sensitivity)"), y: unit("precision (PPV)"), words: `Precision-recall curve of ${name}`,
       rules: prevalence === null ? [] : [{ points: [[0, prevalence], [1, prevalence]] }],
       lines: eachRun(curves, (c, run) => ({ style: `s${run}`, points: zip(c.sensitivity, c.ppv) })),
@@ -132,6 +140,24 @@
     });
   }
 
+  /* Net benefit of acting from a probability on; dashed: on everything. Acting on nothing has 0. */
+  function decisionChart(decisions, name) {
+    const first = decisions.find((one) => one !== null);
+    const most = Math.max(...decisions.flatMap((one) => (one === null ? [] : [...one.net_benefit, ...one.treat_all])), 1e-4);
+    const low = -most / 4, all = zip(first.threshold, first.treat_all), end = all.findIndex(([, b]) => b < low);
+    if (end > 0) { // the line ends where it leaves the picture
+      const [[a, b], [c, d]] = all.slice(end - 1, end + 1);
+      all.splice(end, all.length, [a + ((b - low) / (b - d)) * (c - a), low]);
+    }
+    return chart({
+      x: { min: 0, max: Math.max(...decisions.flatMap((one) => (one === null ? [] : one.threshold))), label: "probability from which on one acts" },
+      y: { min: low, max: most * 1.05, label: "net benefit" }, words: `Decision curve of ${name}`,
+      band: several ? null : first.threshold.map((v, k) => [v, first.net_benefit_low[k], first.net_benefit_high[k]]),
+      rules: [{ points: all }, { points: [[0, 0], [first.threshold.at(-1), 0]] }],
+      lines: eachRun(decisions, (one, run) => ({ style: `s${run}`, points: zip(one.threshold, one.net_benefit) })),
+    });
+  }
+
   function legend() {
     const items = data.runs.map((run, k) => make("li", {},
       draw("svg", { viewBox: "0 0 28 10", "aria-hidden": "true" }, draw("path", { class: `line s${k}`, d: "M0 5H28" })), run.name));
@@ -145,17 +171,20 @@
     const curves = data.curves.map((of) => of[f]);
     const points = data.points.map((of) => of[f]);
     const stages = data.calibration.map((of) => of[f]);
+    const decisions = data.decisions.map((of) => of[f]), band = data.bands.length ? data.bands[0][f] : null;
     const first = points[0], isPooled = f === data.findings.length - 1;
     const box = make("div", { class: "panel" });
     if (data.findings[f]) box.append(make("h3", {}, data.findings[f]));
     if (several) box.append(legend());
     if (curves.some((curve) => curve !== null)) {
       box.append(make("div", { class: "charts" },
-        figure("ROC", area(points, "auroc", "AUROC"), rocChart(curves, points, name)),
-        figure("Precision and recall", area(points, "ap", "AP"), precisionRecallChart(curves, points, first.prevalence_test, name)),
-        stages.some((stage) => stage !== null) ? figure("Calibration", stages.some((s) => s && s.after) ? "thin: before it was calibrated" : "", calibrationChart(stages, name)) : null));
+        figure("ROC", area(points, "auroc", "AUROC"), rocChart(curves, points, name, band)),
+        figure("Precision and recall", area(points, "ap", "AP"), precisionRecallChart(curves, points, first.prevalence_test, name, band)),
+        stages.some((stage) => stage !== null) ? figure("Calibration", stages.some((s) => s && s.after) ? "thin: before it was calibrated" : "", calibrationChart(stages, name)) : null,
+        decisions.some((one) => one !== null) ? figure("Decision curve", "dashed: acting on all, and on none", decisionChart(decisions, name)) : null));
+      if (band) box.append(make("p", { class: "note" }, `Shaded: pointwise 95 % bands. Each holds at its own place (a specificity, a recall, a probability), not for a curve as a whole.${decisions[0] ? " Net benefit: true calls less false ones per image, a false one weighed by the odds of the probability (Vickers and Elkin 2006)." : ""}`));
       box.append(make("p", { class: "note" }, !isPooled
-        ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the last are tenths of the scale, larger where they hold more."
+        ? "Dots on the first two curves are the stored threshold; dashed lines are what guessing gets, and perfect calibration. Dots of the calibration curve are tenths of the scale, larger where they hold more."
         : "All labelled cells of all findings taken together. Dashed lines are what guessing gets, and perfect calibration."));
     } else {
       box.append(make("p", { class: "note" }, data.curves.every((of) => of.every((c) => c === null))
