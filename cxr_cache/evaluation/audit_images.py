@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from cxr_cache.datasets.images import MIN_EDGE_PX, read_picture
 from cxr_cache.errors import ImageError
 from cxr_cache.store.rows import to_unit_length
+
+if TYPE_CHECKING:
+    from sklearn.neighbors import NearestNeighbors
 
 Array: TypeAlias = NDArray[Any]
 
@@ -133,9 +136,9 @@ CLOSE: Final = "close embeddings"
 
 N_NEIGHBOURS: Final = 10
 """Neighbours that are looked up for every image."""
-_N_SAMPLED: Final = 1000
-"""Images that tell what distance between embeddings is usual."""
-_PRODUCTS_AT_ONCE: Final = 2**24  # 64 MiB in float32
+MAX_RATIO: Final = 0.25
+"""Distance of a copy over that of the last neighbour, at most. docs/audit.md says what it finds."""
+_EQUAL: Final = 1e-6  # rounding of a distance in float32, should there be as many copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,9 +199,7 @@ def find_neighbours(
     mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = to_unit_length(embeddings - mean if less_mean else embeddings)
     n_wanted = min(N_NEIGHBOURS + 1, len(centred))
-    from sklearn.neighbors import NearestNeighbors  # most commands do without it
-
-    search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")
+    search = _make_search(n_wanted)
     own = np.arange(len(centred)) if own is None else own
     squares, rows = search.fit(centred).kneighbors(centred[own])
     # An image is among its own neighbours, but behind its copies it need not come first.
@@ -209,25 +210,28 @@ def find_neighbours(
     return Neighbourhood(own, rows[~is_self].reshape(others), distances)
 
 
-def find_copies(
-    embeddings: NDArray[np.float32], others: NDArray[np.float32], closeness: float
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """Find images that lie closer to one of some others than these lie to one another.
+def _make_search(n_neighbours: int) -> NearestNeighbors:
+    from sklearn.neighbors import NearestNeighbors  # a second to import, and few commands need it
 
-    Distances are those of :class:`Neighbourhood`, less the mean of the others. The bound is
-    `closeness` times the median distance of the others (of a thousand of them, where there are
-    more) to the last of their neighbours. Blocks of matrix products compare every image with every
-    other: 112,120 with 6,352 of 512 numbers take nine seconds of one core.
+    return NearestNeighbors(n_neighbors=n_neighbours, algorithm="brute", metric="sqeuclidean")
+
+
+def find_copies(
+    embeddings: NDArray[np.float32], others: NDArray[np.float32]
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """Find images that lie much closer to one of some others than to those around it.
+
+    Distances are those of :class:`Neighbourhood`, less the mean of the others. An image counts
+    whose nearest lies closer than :data:`MAX_RATIO` of the distance to the last of its neighbours
+    among them. scikit-learn compares block by block and keeps the nearest only.
 
     Parameters
     ----------
     embeddings
         In the encoder's scale, finite, ``(n, D)``.
     others
-        Those of the same encoder that are known, ``(m, D)``. Of fewer than three no distance is
-        usual, and nothing is found.
-    closeness
-        In (0, 1].
+        Those of the same encoder that are known, ``(m, D)``. Of fewer than three nothing can be
+        said, and nothing is found.
 
     Returns
     -------
@@ -237,35 +241,13 @@ def find_copies(
     if min(len(embeddings), len(others) - 2) < 1:
         return np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0)
     mean = others.mean(axis=0, dtype=np.float64).astype(np.float32)
-    known = to_unit_length(others - mean)
-    bound = closeness * _measure_usual_distance(known)
-    n_rows = max(1, _PRODUCTS_AT_ONCE // len(known))
-    nearest, cosines = np.empty(len(embeddings), np.intp), np.empty(len(embeddings))
-    for start in range(0, len(embeddings), n_rows):
-        part = slice(start, start + n_rows)
-        products = to_unit_length(embeddings[part] - mean) @ known.T
-        nearest[part] = products.argmax(axis=1)
-        cosines[part] = products.max(axis=1)
-    distances = np.maximum(1 - cosines, 0)
-    rows = np.flatnonzero(distances < bound)
-    return rows, nearest[rows], distances[rows]
-
-
-def _measure_usual_distance(known: NDArray[np.float32]) -> float:
-    """Median distance to the last neighbour, as :attr:`Neighbourhood.usual_distance`, of a sample.
-
-    They have unit length, ``(m, D)``, and are at least three.
-    """
-    sampled = np.random.default_rng(0).permutation(len(known))[:_N_SAMPLED]
-    last = min(N_NEIGHBOURS, len(known) - 1)
-    n_rows = max(1, _PRODUCTS_AT_ONCE // len(known))
-    cosines = [
-        np.partition(known[sampled[start : start + n_rows]] @ known.T, -last - 1, axis=1)[
-            :, -last - 1
-        ]  # an image is its own nearest, or a copy of it is
-        for start in range(0, len(sampled), n_rows)
-    ]
-    return float(np.median(1 - np.concatenate(cosines)))
+    n_wanted = min(N_NEIGHBOURS, len(others))
+    search = _make_search(n_wanted)
+    search.fit(to_unit_length(others - mean))
+    squares, nearest = search.kneighbors(to_unit_length(embeddings - mean))
+    distances = squares / 2  # (n, P), nearest first
+    rows = np.flatnonzero(distances[:, 0] <= np.maximum(MAX_RATIO * distances[:, -1], _EQUAL))
+    return rows, nearest[rows, 0], distances[rows, 0]
 
 
 def find_same_digests(digests: NDArray[np.uint8]) -> NDArray[np.intp]:

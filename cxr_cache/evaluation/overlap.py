@@ -12,7 +12,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cxr_cache.common.wording import count, find_differences
-from cxr_cache.config import AuditConfig
 from cxr_cache.errors import CxrCacheError, RunError, StoreMismatchError
 from cxr_cache.evaluation.audit_images import CLOSE, SAME_FILE, find_copies
 from cxr_cache.models.run import Run
@@ -307,8 +306,7 @@ def _find_same(theirs: _Files, ours: _Files, split: Mapping[str, str]) -> pd.Dat
     same_file = files[files["digest"] != ""].merge(own_files, on="digest")
     found = [same_file.assign(evidence=SAME_FILE, distance=np.nan)]
     if theirs.embeddings is not None and ours.embeddings is not None:
-        copies = find_copies(theirs.embeddings, ours.embeddings, AuditConfig.closeness)
-        rows, own_rows, distances = copies
+        rows, own_rows, distances = find_copies(theirs.embeddings, ours.embeddings)
         close = {"image_id": theirs.image_ids[rows], "run_image_id": ours.image_ids[own_rows]}
         found.append(pd.DataFrame(close).assign(evidence=CLOSE, distance=distances))
     else:

@@ -11,20 +11,24 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from cxr_cache.cli.main import cli
+from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
+from cxr_cache.datasets.readers import load_cohort
+from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import RunError
-from cxr_cache.evaluation import audit_images
 from cxr_cache.evaluation.audit import audit_store
 from cxr_cache.evaluation.audit_images import find_copies
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.evaluation.overlap import find_overlap
 from cxr_cache.models.run import Run
+from cxr_cache.store.extract import extract_embeddings
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.training.train import fit_run
-from tests.synthetic import IMPORTED, QUICK, make_cohort, make_embeddings, make_store
+from tests.synthetic import IMPORTED, QUICK, WIDTH, make_cohort, make_embeddings, make_store
 
 N_SAME, N_CLOSE = 5, 7
 
@@ -129,7 +133,7 @@ def test_an_audit_of_another_store_finds_them_too(own, copied, tmp_path):
 
 def test_an_audit_of_a_store_without_such_images_says_so(own, tmp_path):
     cohort = call_otherwise(make_cohort(30, seed=3))
-    embeddings = make_embeddings(make_cohort(30, seed=3), seed=3)
+    embeddings = np.random.default_rng(3).normal(size=(60, 1, WIDTH)).astype(np.float32)
     path = write_store(tmp_path / "clean.h5", cohort, embeddings, np.arange(900, 960))
     with FeatureStore.open(path) as store:
         assert "  None is the run's own." in audit_store(store, run=own[1]).to_text()
@@ -140,7 +144,7 @@ def test_an_audit_of_a_store_without_such_images_says_so(own, tmp_path):
 def test_other_images_of_the_same_names_are_not_the_runs(own, tmp_path):
     """Names like 00001.png are given in every hospital."""
     cohort = make_cohort(80)
-    embeddings = make_embeddings(make_cohort(80, seed=4), seed=4)
+    embeddings = np.random.default_rng(4).normal(size=(160, 1, WIDTH)).astype(np.float32)
     for digests in (np.arange(900, 1060), np.zeros(160, int)):
         path = write_store(tmp_path / f"{digests[0]}.h5", cohort, embeddings, digests)
         with FeatureStore.open(path) as store:
@@ -239,35 +243,41 @@ def test_a_comparison_of_stores_with_other_files_says_so(own, tmp_path):
 # --- the nearest of many -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [64, 2**24])
-def test_copies_are_those_of_a_plain_loop(at_once, monkeypatch):
-    monkeypatch.setattr(audit_images, "_PRODUCTS_AT_ONCE", at_once)
+def test_copies_are_those_of_a_plain_loop():
     rng = np.random.default_rng(0)
     others = rng.normal(1, 1, (60, 6)).astype(np.float32)
     images = rng.normal(1, 1, (40, 6)).astype(np.float32)
-    images[[3, 17, 30]] = others[[50, 1, 2]] + 1e-3
+    images[[3, 17, 30]] = others[[50, 1, 2]] + 0.05
     mean = others.mean(axis=0)
 
-    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
         a, b = a - mean, b - mean
-        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        return 1 - float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
-    usual = np.median([sorted(1 - cosine(a, b) for b in others)[10] for a in others])
-    distances = np.array([[1 - cosine(a, b) for b in others] for a in images])
-    expected = np.flatnonzero(distances.min(axis=1) < 0.5 * usual)
+    distances = np.array([[distance(a, b) for b in others] for a in images])
+    nearest, tenth = np.sort(distances, axis=1)[:, [0, 9]].T
 
-    rows, of_others, found = find_copies(images, others, 0.5)
+    rows, of_others, found = find_copies(images, others)
 
+    np.testing.assert_array_equal(rows, np.flatnonzero(nearest < 0.25 * tenth))
     assert {3, 17, 30} <= set(rows) < set(range(40))
-    np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(of_others, distances.argmin(axis=1)[rows])
-    np.testing.assert_allclose(found, distances.min(axis=1)[rows], atol=1e-6)
+    np.testing.assert_allclose(found, nearest[rows], atol=1e-6)
+
+
+def test_a_copy_is_found_among_many():
+    """The distance to the tenth of them is no measure then."""
+    others = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    others[:25] = others[0]
+    rows, _, distances = find_copies(others[[0, 30]], others)
+    assert rows.tolist() == [0, 1]
+    assert distances.max() == pytest.approx(0, abs=1e-6)
 
 
 def test_nothing_is_close_to_almost_nothing():
     one = np.ones((1, 4), np.float32)
-    assert not len(find_copies(one, np.ones((2, 4), np.float32), 1.0)[0])
-    assert not len(find_copies(one[:0], np.eye(4, dtype=np.float32), 1.0)[0])
+    assert not len(find_copies(one, np.ones((2, 4), np.float32))[0])
+    assert not len(find_copies(one[:0], np.eye(4, dtype=np.float32))[0])
 
 
 @pytest.mark.slow
@@ -277,10 +287,39 @@ def test_a_data_set_as_large_as_nihs_is_compared_in_a_minute():
     others = rng.normal(size=(6352, 512)).astype(np.float32)
     images[1000:1100] = others[:100] * 1.1
     start = time.process_time()
-    rows, of_others, _ = find_copies(images, others, 0.1)
+    rows, of_others, _ = find_copies(images, others)
     assert time.process_time() - start < 60
     np.testing.assert_array_equal(rows, np.arange(1000, 1100))
     np.testing.assert_array_equal(of_others, np.arange(100))
+
+
+@pytest.mark.slow
+def test_real_radiographs_saved_again_are_found_and_others_are_not(shared_data, tmp_path):
+    """A pretrained encoder, 300 radiographs; 50 of them as other files, and 50 others."""
+    folder = shared_data / "indiana_256"
+    cohort = load_cohort(folder)
+    is_there = [(folder / "images" / name).is_file() for name in cohort.image_ids]
+    cohort = cohort.take(np.flatnonzero(is_there)[:350])
+    encoder = load_encoder(f"local-dir:{shared_data.parent / 'encoders' / 'dinov2_small'}")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for name in cohort.image_ids[:50]:
+        with Image.open(folder / "images" / name) as image:
+            image.resize((230, 230)).save(saved / name, quality=80)
+
+    def embed(name: str, rows: slice, images: Path) -> np.ndarray:
+        part = cohort.take(np.arange(350)[rows])
+        path, config = tmp_path / f"{name}.h5", ExtractConfig(num_workers=0)
+        extract_embeddings(part, images, path, encoder, config)
+        with FeatureStore.open(path) as store:
+            return np.array(store.embeddings[:, 0])
+
+    own = embed("own", slice(300), folder / "images")
+    copies = find_copies(embed("saved", slice(50), saved), own)
+    others = find_copies(embed("others", slice(300, 350), folder / "images"), own)
+    assert len(copies[0]) >= 40
+    np.testing.assert_array_equal(copies[0], copies[1])
+    assert len(others[0]) <= 1
 
 
 def test_a_store_of_the_runs_own_images_elsewhere_is_audited_as_its_own(own, tmp_path):
