@@ -97,7 +97,8 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     if not stores:
         metrics = evaluate_run(opened, groups=groups, **vars(config))
         reads = tell_of_reads(opened)
-        show(lambda: f"{format_summary(metrics)}\n{reads}", metrics)
+        told = metrics | {"test_reads": opened.read_reads()}
+        show(lambda: f"{format_summary(metrics)}\n{reads}", told)
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
@@ -109,7 +110,8 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         seed=config.seed,
         **{name: options[name] for name in (*of_external, "model", "device")},
     )
-    show(evaluation.to_text, evaluation.metrics)
+    reads = None if evaluation.reads is None else evaluation.reads.to_dict()
+    show(evaluation.to_text, evaluation.metrics | {"test_reads": reads})
     if (out := options["out"]) is not None:
         say(f"Report: {out / 'report.html'}" if out.is_dir() else f"{out} written")
 
@@ -296,7 +298,7 @@ def checklist(run: Path, out: Path | None) -> None:
 )
 @option("--out", type=FILE, help="Markdown file to write instead of printing; it may not exist.")
 def methods(run: Path, external: Path | None, out: Path | None) -> None:
-    """Write the methods section of a paper from what a run recorded, and its results.
+    """Write the methods section of a paper from what a run recorded.
 
     Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
     """

@@ -8,6 +8,7 @@ one it is the family's own way, and a note says so.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,7 +33,7 @@ from cxr_cache.encoders.sources import (
     first_file,
     require_whole_patches,
 )
-from cxr_cache.encoders.tensor_names import EVA_X, spell
+from cxr_cache.encoders.tensor_names import EVA_X, EVA_X_GATED, spell
 from cxr_cache.encoders.timm_vit import PooledTower
 from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
 from cxr_cache.errors import EncoderError
@@ -137,7 +138,8 @@ def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
     EncoderError
         There is no file, it cannot be read, or it holds an adapter.
     """
-    path = Path(identifier).expanduser().resolve()
+    # Links are kept: in a cache of the hub they lead to files without endings or neighbours
+    path = Path(os.path.abspath(Path(identifier).expanduser()))  # noqa: PTH100
     if not path.is_file():
         raise EncoderError(
             f"{path} is not a file. local-file: takes one with an encoder's weights."
@@ -459,8 +461,9 @@ def _fill_eva(visual: Any, source: Source) -> None:
     require_numbers(tensors, source.weights)
     converted: dict[str, Tensor] = checkpoint_filter_fn(tensors, visual.trunk)
     named = {f"trunk.{name}": tensor for name, tensor in converted.items()}
+    table = EVA_X_GATED if source.model_cfg["swiglu_mlp"] else EVA_X
     fill_tower(
-        visual, named, source.weights, "image", lambda name: spell(name, EVA_X), is_bare=True
+        visual, named, source.weights, "image", lambda name: spell(name, table), is_bare=True
     )
 
 

@@ -197,13 +197,17 @@ _DINO3_REPOSITORY: Final = {
 }
 EVA_X: Final = {
     "trunk.fc_norm": "norm",
-    ".mlp.fc1_g": ".mlp.w1",
-    ".mlp.fc1_x": ".mlp.w2",
     ".mlp.norm": ".mlp.ffn_ln",
     ".attn.norm": ".attn.inner_attn_ln",
     ".attn.q_proj.bias": ".attn.q_bias",
     ".attn.v_proj.bias": ".attn.v_bias",
     "trunk": "",
+}
+EVA_X_GATED: Final = {
+    ".mlp.fc1_g": ".mlp.w1",
+    ".mlp.fc1_x": ".mlp.w2",
+    ".mlp.fc2": ".mlp.w3",
+    **EVA_X,
 }
 """Parts of names in a tower of timm, and what checkpoints call them; bars part several names."""
 
@@ -270,4 +274,9 @@ def make_speller(
     table, gated = _TABLES[_KINDS.get(model_type, "clip"), is_repository]
     if settings.get("use_swiglu_ffn") or settings.get("use_gated_mlp"):
         table = {**table, **gated}
-    return lambda name: origins.get(name) or [prefix + each for each in spell(name, table)]
+
+    def spell_missing(name: str) -> list[str]:
+        is_outside = name.startswith("head.weight")  # transformers keeps it beside the tower
+        return [each if is_outside else prefix + each for each in spell(name, table)]
+
+    return lambda name: origins.get(name) or spell_missing(name)

@@ -81,6 +81,7 @@ class Comparison:
             "level": LEVEL,
             "differences": self.table,
             "notes": self.notes,
+            "test_reads": None if self.reads is None else self.reads.to_dict(),
         }
 
     @property

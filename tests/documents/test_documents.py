@@ -55,6 +55,7 @@ NEEDS = {
 """Stores and runs that a page takes for granted."""
 NAMES = {
     "docs/audit.md": {"runs/first": "runs/indiana"},
+    "docs/checklists.md": {"DATA": "labels.csv"},
     "docs/label_efficiency.md": {
         **{"50,200,1000,all": "10,20,all", "50,1000,all": "10,all", "phantoms.h5": "indiana.h5"},
         **{"20,80,all": "10,20,all", "batch_size=32": "batch_size=8"},

@@ -6,14 +6,18 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor
 
@@ -27,6 +31,7 @@ from tests.encoders.equality import (
     require_gradients,
     trace,
 )
+from tests.encoders.test_encoder import COMMIT, write_hub_cache
 from tests.encoders.test_hugging_face import PROCESSING, Trace, require_theirs, write_model
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -339,6 +344,113 @@ def test_numbers_of_older_numpy_are_read_and_other_objects_are_not(eva, tmp_path
     torch.save(content | {"history": np.array([object()])}, path)
     with pytest.raises(EncoderError, match=r"eva_x_tiny\.pt was refused.*could run code"):
         load_encoder(f"local-file:{path}")
+
+
+# --- Folders and repositories --------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, without a network."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    return tmp_path / "hub"
+
+
+def test_a_repository_may_hold_weights_alone(eva, cache):
+    path, _ = eva
+    write_hub_cache(cache, "org/eva", path.parent, (path.name,))
+    alone = load_encoder(f"local-file:{path}", precision="fp32")
+    for name in ("hf-hub:org/eva", f"hf-hub:org/eva@{COMMIT}"):
+        encoder = load_encoder(f"{name}?img_size=96", precision="fp32")
+        identity = load_encoder(name, precision="fp32").identity
+        assert identity.differences(alone.identity) == {}
+        assert (identity.name, identity.revision) == (f"{name}?file={path.name}", COMMIT)
+        assert encoder.identity.name == f"{name}?file={path.name}&img_size=96"
+        recorded = recorded_options(encoder.identity.to_dict())
+        assert load_encoder(**vars(recorded)).identity == encoder.identity
+
+
+def test_several_weights_need_the_name_of_one(eva, clip, cache):
+    """Also where they lie beside a configuration, as RAD-DINO's do."""
+    (path, _), (other, _) = eva, clip
+    names = (path.name, other.name)
+    write_hub_cache(cache, "org/two", path.parent, names)
+    listed = re.escape(f"several files of weights: {', '.join(sorted(names))}. Say which one, such")
+    for place in ("hf-hub:org/two", f"local-dir:{path.parent}"):
+        with pytest.raises(EncoderError, match=rf"{listed} as {place}\?file=best_64"):
+            load_encoder(place)
+        for file in (path, other):
+            named = load_encoder(f"{place}?file={file.name}").identity
+            assert named.differences(load_encoder(f"local-file:{file}").identity) == {}
+    with pytest.raises(EncoderError, match=r"has no eva\.pt\. It holds best_64_0\.0001"):
+        load_encoder(f"local-dir:{path.parent}?file=eva.pt")
+    with pytest.raises(EncoderError, match=r"(?s)eva\.pt of org/two is not in the Hugging Face"):
+        load_encoder("hf-hub:org/two?file=eva.pt")
+
+
+def test_a_file_beside_a_configuration_can_be_named(tmp_path, cache):
+    """Statistics are those of the repository, not what is assumed of bare weights."""
+    write_model(tmp_path / "m", *DINOV2["dinov2"])
+    tensors = name_as_dinov2(load_file(tmp_path / "m" / "model.safetensors"))
+    save_file(tensors, tmp_path / "m" / "backbone_compatible.safetensors")
+    files = ("config.json", "model.safetensors", "preprocessor_config.json")
+    write_hub_cache(cache, "org/dino", tmp_path / "m", (*files, "backbone_compatible.safetensors"))
+    whole = load_encoder("hf-hub:org/dino").identity
+    bare = load_encoder("hf-hub:org/dino?file=backbone_compatible.safetensors").identity
+    assert (whole.differences(bare), bare.notes) == ({}, ())
+    assert whole.name == "hf-hub:org/dino"
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    """A repository of the hub that holds what a folder holds."""
+    snapshot = tmp_path / COMMIT
+
+    def ask(url: str, **_: Any) -> None:
+        if not (snapshot / url.partition("/resolve/main/")[2]).is_file():
+            raise EntryNotFoundError(url)
+
+    def list_files(*_: Any, **__: Any) -> Any:
+        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", list_files)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(snapshot / file)
+    )
+    snapshot.mkdir()
+    return snapshot
+
+
+def test_the_hub_lists_the_weights_of_a_repository(eva, online):
+    path, _ = eva
+    (online / "README.md").write_text("EVA-X")
+    (online / "weights").mkdir()
+    (online / "weights" / path.name).write_bytes(path.read_bytes())
+    identity = load_encoder("hf-hub:MapleF/eva").identity
+    assert identity.name == f"hf-hub:MapleF/eva?file=weights/{path.name}"
+    assert identity.revision == COMMIT
+    (online / "second.pth").write_bytes(path.read_bytes())
+    with pytest.raises(EncoderError, match=r"several files of weights: second\.pth, weights/eva"):
+        load_encoder("hf-hub:MapleF/eva")
+    with pytest.raises(EncoderError, match=r"the Hugging Face hub has no x\.pt. It holds second"):
+        load_encoder("hf-hub:MapleF/eva?file=x.pt")
+
+
+def test_weights_of_usual_names_wait_for_their_configuration(tmp_path, cache):
+    """Half of a repository in the cache is not taken for weights that never had one."""
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=128, num_heads=2, depth=1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    write_hub_cache(cache, "org/half", tmp_path, ("model.safetensors",))
+    with pytest.raises(EncoderError, match=r"config\.json of org/half is not in the Hugging Face"):
+        load_encoder("hf-hub:org/half")
 
 
 # --- What a file does not say --------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import pytest
+import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
@@ -667,14 +668,20 @@ def write_hub_cache(hub: Path, repo: str, model: Path, files: tuple[str, ...]) -
         (snapshot / file).symlink_to(root / "blobs" / str(i))
 
 
+def bare_vit() -> nn.Module:
+    """A tower of a kind that loads without a configuration."""
+    sizes = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 1, "num_classes": 0}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **sizes)
+    return model
+
+
 ENCODE_OFFLINE = """
 import json, sys
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import EncoderError
-print(json.dumps(load_encoder(sys.argv[1]).identity.to_dict()))
-for name in sys.argv[2:]:
+for name in sys.argv[1:]:
     try:
-        load_encoder(name)
+        print(json.dumps(load_encoder(name).identity.to_dict()))
     except EncoderError as error:
         print(json.dumps(str(error)))
 """
@@ -687,7 +694,9 @@ def test_a_cached_repository_loads_offline_and_one_that_is_not_says_what_to_do(
     files = ("open_clip_config.json", "open_clip_model.safetensors")
     write_hub_cache(tmp_path / "home" / "hub", "org/whole", tiny_folder, files)
     write_hub_cache(tmp_path / "home" / "hub", "org/half", tiny_folder, files[:1])
-    names = ("org/whole", "org/half", "org/none")
+    torch.save(bare_vit().state_dict(), tiny_folder / "vit.pth")
+    write_hub_cache(tmp_path / "home" / "hub", "org/bare", tiny_folder, ("vit.pth",))
+    names = ("org/whole", "org/half", "org/none", "org/bare")
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
 
@@ -697,7 +706,8 @@ def test_a_cached_repository_loads_offline_and_one_that_is_not_says_what_to_do(
     )  # fmt: skip
 
     assert finished.returncode == 0, finished.stderr
-    identity, half, none = map(json.loads, finished.stdout.splitlines())
+    identity, half, none, bare = map(json.loads, finished.stdout.splitlines())
+    assert bare["name"] == "hf-hub:org/bare?file=vit.pth"
     local = load_encoder(f"local-dir:{tiny_folder}").identity
     assert EncoderIdentity.from_dict(identity).differences(local) == {}
     assert (identity["name"], identity["revision"]) == ("hf-hub:org/whole", COMMIT)
