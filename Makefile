@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow wheel-test faults bench figures check format clean
+.PHONY: setup demo test test-slow docs wheel-test faults bench figures check format clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test-slow: setup
 	  $(BIN)/python -m pytest -q -m 'not slow and not faults' $(NUMERIC)
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
 	  $(BIN)/python -m pytest -q -m 'not slow and not faults' $(NUMERIC)
+
+# The site of docs/ in build/site; a warning, a dead link or anchor is an error. The variable silences a
+# notice of the theme's authors about versions of MkDocs to come.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Builds wheel and source distribution, installs the wheel with all that it needs into an empty
 # environment (gigabytes, from the network), and runs the demo there.

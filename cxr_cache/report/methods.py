@@ -29,6 +29,7 @@ from cxr_cache.errors import RunError
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, describe_sample
 from cxr_cache.metrics.operating_point import PRIOR_POSITIVES
 from cxr_cache.models.run import Run
+from cxr_cache.report import facts as known
 from cxr_cache.report import phrases
 from cxr_cache.report.model_card import UNKNOWN, read_card
 from cxr_cache.report.views import Record, RunView, read_external_view, read_view
@@ -92,7 +93,7 @@ def describe_methods(run: Run, *, external: str | Path | None = None) -> str:
         *(_data, _split, _encoders, _model, _training, _selection, _decisions, _statistics),
         _software,
     ]
-    paragraphs = [" ".join(write(facts)) for write in methods]
+    paragraphs = [" ".join(filter(None, write(facts))) for write in methods]
     results = [" ".join(_results(facts.view.metrics, facts.view.row, "test set"))]
     if external is not None:
         test = _open_external(external, run)
@@ -195,11 +196,13 @@ def _data(facts: _Facts) -> Iterator[str]:
         yield f"They were listed in {'; '.join(digests)}."
     if labels := config.get("labels"):
         yield f"Labels were taken from {labels['path']} (SHA-256 {labels['sha256']}) instead."
-    yield "[Sites, period, inclusion and exclusion criteria, age and sex, ethics approval.]"
+    yield "[Sites, period, inclusion criteria, ethics approval.]"
+    yield known.exclusions(facts.view) or "[Images that were left out, and why.]"
+    yield from _people(facts.view.metrics.get("demographics") or {})
     findings = config["findings"]
     yield f"{_name_or_count(findings)} {'was' if len(findings) == 1 else 'were'} labelled."
     yield "[How the labels were made, by whom and from what.]"
-    if policy := reading.get("policy"):
+    if policy := (config.get("label_codes") or reading).get("policy"):
         yield f"Label codes were read so: {policy}."
     missing = facts.run.targets[list(findings)].isna().to_numpy().mean()
     if missing:
@@ -207,6 +210,26 @@ def _data(facts: _Facts) -> Iterator[str]:
             f"{missing:.1%} of the labels were missing; they took part neither in training nor in "
             "any figure."
         )
+
+
+def _people(demographics: Record) -> Iterator[str]:
+    """Age and sex of either side, as far as the data set tells them."""
+    sides = {"train": "training set", "test": "test set"}
+    of_side = {name: demographics.get(side) or {} for side, name in sides.items()}
+    ages = [
+        f"{age['median']:g} years (quartiles {age['quartiles'][0]:g} to {age['quartiles'][1]:g}) "
+        f"in the {name}"
+        for name, people in of_side.items()
+        if (age := people.get("age")) and age["n_studies"]
+    ]
+    sexes = [
+        f"{', '.join(f'{n:,} {value}' for value, n in sex['n'].items())} among the "
+        f"{UNITS[sex['unit']]} of the {name}"
+        for name, people in of_side.items()
+        if (sex := people.get("sex")) and any(sex["n"].values())
+    ]
+    yield f"The median age was {' and '.join(ages)}." if ages else "[Age.]"
+    yield f"Sex: {'; '.join(sexes)}." if sexes else "[Sex.]"
 
 
 def _form(name: str) -> str:
@@ -478,12 +501,17 @@ def _statistics(facts: _Facts) -> Iterator[str]:
         )
     else:
         yield "No intervals were computed."
+    if facts.view.reads is not None:
+        yield facts.view.reads.to_text()
 
 
 def _software(facts: _Facts) -> Iterator[str]:
     versions = facts.config.get("versions", {})
     named = [f"{'Python' if name == 'python' else name} {of}" for name, of in versions.items()]
-    yield f"Software: {', '.join(named) if named else '[versions]'}. [Hardware.]"
+    yield f"Software: {', '.join(named) if named else '[versions]'}."
+    machine = facts.config.get("machine", {})
+    parts = [str(machine[name]) for name in ("gpu", "processor") if machine.get(name)]
+    yield f"Training ran on {' and '.join(parts)}." if parts else "[Hardware.]"
 
 
 def _open_external(folder: str | Path, run: Run) -> RunView:

@@ -50,7 +50,6 @@ NEEDS = {
     "docs/external_validation.md": ["runs/first"],
     "docs/label_efficiency.md": ["mine.h5", "indiana.h5"],
     "docs/methods_section.md": ["runs/first", "external"],
-    "docs/protocol.md": ["indiana.h5"],
     "docs/reading_the_page.md": ["runs/first"],
 }
 """Stores and runs that a page takes for granted."""
@@ -61,7 +60,6 @@ NAMES = {
         **{"50,200,1000,all": "10,20,all", "50,1000,all": "10,all", "phantoms.h5": "indiana.h5"},
         **{"20,80,all": "10,20,all", "batch_size=32": "batch_size=8"},
     },
-    "docs/protocol.md": {"F.h5": "indiana.h5", "RUN": "runs/reference"},
     "README.md": {"runs/mine": "runs/own"},
 }
 """Words of a page that stand for others here: names it leaves open, numbers too large."""

@@ -190,6 +190,24 @@ def test_patients_are_counted_where_they_are_known(base, tmp_path):
     assert "The patients of 4 images were not known." in text
 
 
+def test_age_and_sex_are_told_where_they_are_known(base, tmp_path):
+    blanks = find_blanks(describe_methods(base))
+    assert {"Age.", "Sex."} <= set(blanks)
+    run = copy_run(base, tmp_path / "run")
+    table = run.predictions
+    study = table["study_uid"].astype(int)
+    table.insert(3, "age", (20 + study % 60).astype(str))
+    table.insert(4, "sex", study.mod(2).map({0: "F", 1: "M"}))
+    run.write_table("predictions", table)
+    score_run(run, n_resamples=0)
+    text = describe_methods(run)
+    of_test = table[table["split"] == "test"].drop_duplicates("study_uid")
+    median = of_test["age"].astype(float).median()
+    assert f"{median:g} years (quartiles" in text
+    n_f = (of_test["sex"] == "F").sum()
+    assert f"{n_f} F, {len(of_test) - n_f} M among the studies of the test set" in text
+
+
 def test_several_stores_imported_features_and_studies(base):
     imported = {
         **{"name": "imported:features.npz", "imported": True, "is_random": False},
@@ -234,6 +252,10 @@ def test_what_the_run_does_not_know_is_a_blank_and_never_guessed(base):
     text = describe_methods(Run(base.path, named))
     assert "of me/chest, read in the form of NIH ChestX-ray14." in text
     assert "Label codes were read so: uncertain: ones." in text
+    machine = {"processor": "EPYC 9", "gpu": "H100", "cores": 2}
+    text = describe_methods(Run(base.path, {**base.config, "machine": machine}))
+    assert "Training ran on H100 and EPYC 9." in text
+    assert "Hardware." not in find_blanks(text)
 
 
 def test_options_of_a_later_version_are_refused(base):
