@@ -112,7 +112,7 @@ def test_runs_predict_what_they_did(name, tmp_path):
     succeed("predict", COMPAT / name, IMAGES, "--device", "cpu", "--out", out)
     ours, theirs = (pd.read_csv(path) for path in (out, COMPAT / f"predicted_{name}.csv"))
     assert [Path(path).name for path in ours["image"]] == [Path(p).name for p in theirs["image"]]
-    assert ours.columns.tolist() == theirs.columns.tolist()
+    assert set(theirs) <= set(ours)  # columns came, none went
     assert ours["present"].equals(theirs["present"])
     findings = theirs.columns[3:]
     # The blocks compute in bf16, and were run on a processor with AMX tiles. One that has bf16 in

@@ -242,7 +242,7 @@ def test_train_writes_a_whole_run_and_prints_what_it_found(run):
         "config.json splits.csv targets.csv epoch_search.csv history.csv model.safetensors",
         "fold_heads.safetensors training_distribution.safetensors manifest.json",
         "predictions.csv out_of_fold.csv logistic.csv metrics.json per_finding.csv plots",
-        "report.html model_card.md",
+        "report.html model_card.md flow.csv label_counts.csv decision_curves.csv test_reads.json",
         "per_finding_by_study.csv subgroups.csv group_differences.csv curves.csv calibration.csv",
     }
     assert {path.name for path in run.iterdir()} == set(" ".join(expected).split())

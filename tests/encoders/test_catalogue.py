@@ -166,9 +166,9 @@ def test_the_default_is_pinned():
 
 def test_an_encoder_that_no_name_leads_to_says_how_it_comes_in():
     with pytest.raises(
-        EncoderError, match=r"weights of eva-x-b: download .*MapleF.* local-file:PA"
+        EncoderError, match=r"weights of chexzero: download .*rajpurkarlab.* chexzero\?file=PA"
     ):
-        load_encoder("eva-x-b")
+        load_encoder("chexzero")
     with pytest.raises(
         EncoderError, match=r"ark-plus \(https.*cannot be loaded here.*cxr-cache import"
     ):

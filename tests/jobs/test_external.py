@@ -105,6 +105,7 @@ def test_it_leaves_what_a_runs_own_test_leaves(tested):
     names = {path.name for path in tested.iterdir() if path.suffix == ".csv"}
     of_run = {"predictions", "targets", "per_finding", "per_finding_by_study", "subgroups"}
     of_run |= {"curves", "calibration", "group_differences"}
+    of_run |= {"decision_curves", "label_counts"}
     assert names == {f"{name}.csv" for name in of_run | {"matching", "overlap"}}
     assert {path.name for path in (tested / "plots").iterdir()} == {
         f"{name}.png"

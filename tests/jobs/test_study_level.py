@@ -167,7 +167,7 @@ def test_files_and_a_store_get_the_probabilities_of_the_run(
     kept = dict(zip(predicted.image_ids, predicted.probabilities, strict=True))
     np.testing.assert_allclose([kept[uid] for uid in whole.index], whole, atol=2e-3)
     columns = predicted.to_table().columns.tolist()
-    assert columns[:4] == ["study", "views", "present", "error"]
+    assert columns[:5] == ["study", "views", "present", "ranked_only", "unknown"]
 
 
 def test_a_study_with_a_broken_image_has_no_prediction(frozen, images, encoder, tmp_path):

@@ -87,9 +87,16 @@ def read_bytes(run: Run, *names: str) -> dict[str, bytes]:
 def trained_files(*except_for: str) -> set[str]:
     """What training leaves, before evaluation."""
     tables = {f"{name}.csv" for name in TABLES if name != "per_finding"}
-    return (tables | {"config.json", "model.safetensors", "fold_heads.safetensors"}) - set(
-        except_for
-    )
+    return (
+        tables
+        | {
+            "config.json",
+            "model.safetensors",
+            "fold_heads.safetensors",
+            "flow.csv",
+            "training_distribution.safetensors",
+        }
+    ) - set(except_for)
 
 
 def score(targets: pd.Series, probabilities: pd.Series) -> float:
@@ -138,7 +145,10 @@ def test_a_whole_run_is_evaluated_and_reported(store, tmp_path):
         *(
             "group_differences.csv",
             "curves.csv",
+            "decision_curves.csv",
             "calibration.csv",
+            "label_counts.csv",
+            "test_reads.json",
             "report.html",
             "model_card.md",
             "plots",
