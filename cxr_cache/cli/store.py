@@ -121,7 +121,8 @@ def encoders(name: str | None, as_json: bool, **options: Any) -> None:
         every = [check.describe_known(each) for each in known.read_known().values()]
         click.echo(json.dumps(every, indent=2) if as_json else check.format_known())
         return
-    if name and (path := Path(name)).exists():
+    path = Path(name if Path(name).exists() else name.rpartition("?")[0])
+    if name and path != Path() and path.exists():
         name = f"local-{'dir' if path.is_dir() else 'file'}:{name}"
     if not as_json and (about := known.find_known(name)):
         click.echo(f"{check.format_one(about)}\n")  # also where its weights are not there
