@@ -869,7 +869,7 @@ class EncoderOptions(Config):
         "Name of the encoder: one that cxr-cache encoders lists, hf-hub:ORG/REPO[@REVISION], "
         "local-dir:FOLDER, local-file:WEIGHTS, timm:NAME, an open_clip name, or "
         "random:TIMM_NAME[:SEED]. ?img_size=224 behind it asks for images of another size than its "
-        "own.",
+        "own, and ?file=WEIGHTS for one file of a folder or repository.",
         flag="--model",
     )
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")

@@ -131,7 +131,8 @@ def encoders(name: str | None, **options: Any) -> None:
         every = [check.describe_known(each) for each in known.read_known().values()]
         show(check.format_known, every)
         return
-    if name and (path := Path(name)).exists():
+    path = Path(name if Path(name).exists() else name.rpartition("?")[0])
+    if name and path != Path() and path.exists():
         name = f"local-{'dir' if path.is_dir() else 'file'}:{name}"
     if about := known.find_known(name):
         say(f"{check.format_one(about)}\n")  # also where its weights are not there

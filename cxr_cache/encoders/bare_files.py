@@ -35,7 +35,13 @@ from cxr_cache.encoders.sources import (
 )
 from cxr_cache.encoders.tensor_names import EVA_X, EVA_X_GATED, spell
 from cxr_cache.encoders.timm_vit import PooledTower
-from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
+from cxr_cache.encoders.weights import (
+    fill_tower,
+    read_names,
+    read_tensors,
+    require_no_adapter,
+    require_usable,
+)
 from cxr_cache.errors import EncoderError
 
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -145,11 +151,7 @@ def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
             f"{path} is not a file. local-file: takes one with an encoder's weights."
         )
     shapes = dict(read_names(path))
-    if adapters := [name for name in shapes if "lora_" in name]:
-        raise EncoderError(
-            f"{path} holds an adapter (LoRA: {list_names(adapters, 1)}), which is a change to "
-            "another model and no model by itself. Merge the two and save the result."
-        )
+    require_no_adapter(shapes, path)
     return path, shapes
 
 
@@ -256,7 +258,9 @@ def _count_heads(path: Path, width: int) -> int:
 
 def _read_grid(path: Path, shapes: Shapes, name: str, n_before: int = 1) -> int:
     """Read the side of the square of patches off the position embeddings."""
-    n_patches = shapes[name][-2] - n_before if name in shapes and len(shapes[name]) > 1 else 0
+    if len(shapes.get(name, ())) < 2:
+        _need(path, shapes, name, 3)
+    n_patches = shapes[name][-2] - n_before
     side = isqrt(max(n_patches, 0))
     if not n_patches or side**2 != n_patches:
         raise EncoderError(
@@ -458,7 +462,7 @@ def _fill_eva(visual: Any, source: Source) -> None:
         for name, tensor in read_tensors(source.weights).items()
         if not re.fullmatch(r"(head|lm_head)\.(weight|bias)|mask_token", name)
     }
-    require_numbers(tensors, source.weights)
+    require_usable(tensors, source.weights)
     converted: dict[str, Tensor] = checkpoint_filter_fn(tensors, visual.trunk)
     named = {f"trunk.{name}": tensor for name, tensor in converted.items()}
     table = EVA_X_GATED if source.model_cfg["swiglu_mlp"] else EVA_X
@@ -483,6 +487,11 @@ def describe_unknown(identifier: str) -> EncoderError:
         return EncoderError(
             f"{path} does not tell by itself which image tower it is for, but "
             f"{HUGGING_FACE_CONFIG} lies beside it: name the folder, local-dir:{path.parent}."
+        )
+    if not shapes:
+        return EncoderError(
+            f"{path} holds no tensors by their names, so there is no model in it. Save its "
+            "weights: torch.save(model.state_dict(), 'weights.pt')."
         )
     return EncoderError(
         f"{path} holds no image tower that its tensors tell: {list_names(list(shapes), 3)}. "

@@ -274,9 +274,10 @@ class Encoder(nn.Module):
                 "is for vision transformers."
             )
         if not embedding.isfinite().all():
+            remedy = "" if self.precision == "fp32" else ", or need --precision fp32"
             raise EncoderError(
                 f"{self._name} gives NaN or infinity for a black image in {self.precision}. "
-                "The weights are damaged, or need --precision fp32."
+                f"The weights are damaged{remedy}."
             )
 
 

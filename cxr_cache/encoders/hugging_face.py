@@ -42,7 +42,7 @@ from cxr_cache.encoders.weights import (
     list_parts,
     read_names,
     read_tensors,
-    require_numbers,
+    require_usable,
 )
 from cxr_cache.errors import ConfigError, EncoderError
 
@@ -95,9 +95,10 @@ def _find(place: Place) -> Source | None:
 
 def _note_unknown_kind(cfg: Mapping[str, Any], path: Path) -> Iterator[str]:
     """Say that a processor may do more than its file states."""
-    if (kind := _find_kind(cfg)) not in _KINDS:
+    if _find_kind(cfg) not in _KINDS:
+        named = cfg.get("image_processor_type") or cfg.get("feature_extractor_type")
         yield (
-            f"{path.name} names an image processor that is not known here ({kind}). Images were "
+            f"{path.name} names an image processor that is not known here ({named}). Images were "
             "prepared as the file states; if the processor's own code does more, the features are "
             "not quite the encoder's."
         )
@@ -206,7 +207,7 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
     """Put a checkpoint's weights into the tower; every tensor must have its place."""
     assert source.weights is not None
     tensors = read_tensors(source.weights)
-    require_numbers(tensors, source.weights)
+    require_usable(tensors, source.weights)
     model_type = source.model_cfg["model_type"]
     settings = read_settings(source.model_cfg, source.origin)
     named = rename_tensors(tensors, source.weights)

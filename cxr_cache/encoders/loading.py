@@ -124,13 +124,16 @@ def load_encoder(
         with ``config.json``, weights and ``preprocessor_config.json`` as transformers writes them
         for DINOv2, DINOv3, ViT, CLIP and SigLIP.
         ``local-file:PATH``: weights without a configuration, of OpenAI's CLIP (CheXzero), of the
-        DINOv2 repository (RAD-DINO, CheXFound) or of EVA-X, with a ``preprocessor_config.json``
-        beside them or a note on what was assumed.
+        repositories of DINOv2 (RAD-DINO, CheXFound) and DINOv3, or of EVA-X, with a
+        ``preprocessor_config.json`` beside them or a note on what was assumed. A folder or
+        repository may hold such weights, too: ``?file=NAME`` behind its name says which.
+        ``chexzero?file=PATH`` and ``chexfound?file=PATH``: theirs, prepared for as their authors
+        do.
         ``timm:NAME``: timm's published weights.
         ``ARCHITECTURE/TAG`` as open_clip lists them (``ViT-B-32/laion2b_s34b_b79k``).
         ``random:TIMM_NAME`` or ``random:TIMM_NAME:SEED``: seeded random weights.
-        Any of them may end in ``?img_size=224``, for images of another size than the encoder's own;
-        position embeddings are resampled, which the identity records.
+        Any of them may end in ``?img_size=224``, for images of another size than the encoder's own,
+        a multiple of its patches'; position embeddings are resampled, which the identity records.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, or ``"auto"`` for the best there is.
     precision

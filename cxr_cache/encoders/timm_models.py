@@ -27,7 +27,7 @@ from cxr_cache.encoders.sources import (
     require_whole_patches,
 )
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
-from cxr_cache.encoders.weights import fill_tower, read_tensors, require_numbers
+from cxr_cache.encoders.weights import fill_tower, read_tensors, require_usable
 from cxr_cache.errors import ConfigError, EncoderError
 
 WEIGHTS_FILES: Final = ("model.safetensors", "pytorch_model.bin")
@@ -87,8 +87,8 @@ def _find(place: Place) -> Source:
     model_args = config.get("model_args") or {}
     n_channels = model_args.get("in_chans", 3)
     if model_args.get("img_size") and cfg.get("fixed_input_size", False):
-        cfg["input_size"] = (n_channels, *_pair(model_args["img_size"]))  # as timm has it
-    _require_size(cfg.get("input_size", (n_channels, 224, 224)), config_path)
+        cfg["input_size"] = (3, *_pair(model_args["img_size"]))  # as timm has it
+    _require_size(cfg.get("input_size", (3, 224, 224)), n_channels, config_path)
     model_cfg = {"architecture": architecture, "model_args": model_args}
     if "global_pool" in config:
         model_cfg["global_pool"] = config["global_pool"]
@@ -99,7 +99,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, ...]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _require_size(size: Any, path: Path) -> None:
+def _require_size(size: Any, n_channels: int, path: Path) -> None:
     """Raise EncoderError where an input size is none."""
     is_size = isinstance(size, list | tuple) and all(isinstance(n, int) for n in size)
     if not is_size or len(size) != 3 or min(size) < 1:
@@ -107,11 +107,12 @@ def _require_size(size: Any, path: Path) -> None:
             f"{path} has the input_size {size!r}, where channels, height and width belong, such as "
             "[3, 224, 224]. Copy the file from the model's repository."
         )
-    if size[0] != 3:
-        raise EncoderError(
-            f"{path} is for images of {size[0]} channels, not of 3. Take a model for images in "
-            "colour; radiographs fill all three channels."
-        )
+    for n in (n_channels, size[0]):
+        if n != 3:
+            raise EncoderError(
+                f"{path} is for images of {n} channels, not of 3. Take a model for images in "
+                "colour; radiographs fill all three channels."
+            )
 
 
 def build_tower(source: Source) -> nn.Module:
@@ -163,7 +164,7 @@ def fill_with_weights(visual: Any, source: Source) -> None:
 
     assert source.weights is not None
     tensors = read_tensors(source.weights)
-    require_numbers(tensors, source.weights)
+    require_usable(tensors, source.weights)
     trunk = visual.trunk
     architecture = timm.models.get_pretrained_cfg(source.model_cfg["architecture"])
     own = architecture.classifier if architecture else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def load_weights(
     `fit` may change the tensors before.
     """
     named = read_tensors(path, _VISION_PREFIX)
-    require_numbers(named, path)
+    require_usable(named, path)
     tensors = {name.removeprefix(_VISION_PREFIX): tensor for name, tensor in named.items()}
     if not tensors:
         raise EncoderError(
@@ -200,13 +201,12 @@ def _require_no_pointer(path: Path) -> None:
     """Raise EncoderError for what a clone without Git LFS holds in place of a large file."""
     if not path.is_file():
         return  # whoever reads it says so
-    with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise EncoderError(
-                f"{path} is a pointer of Git LFS, which stands for the weights until they are "
-                "downloaded. Run git lfs pull in its folder, or download the file from the "
-                "model's page."
-            )
+    if _read_start(path, 23) == b"version https://git-lfs":
+        raise EncoderError(
+            f"{path} is a pointer of Git LFS, which stands for the weights until they are "
+            "downloaded. Run git lfs pull in its folder, or download the file from the "
+            "model's page."
+        )
 
 
 def read_names(path: Path) -> list[tuple[str, tuple[int, ...]]]:
@@ -266,14 +266,20 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
             f"Save these alone: torch.save(torch.jit.load({path.name!r}, 'cpu').state_dict(), "
             "'weights.pt')."
         )
+    if not is_archive and (start := _read_start(path, 4))[:1] != b"\x80":  # of a pickle
+        what = f"begins with {start!r}" if start else "is empty"
+        raise EncoderError(
+            f"{path} is damaged, or not a checkpoint of torch (it {what}). Copy or download it "
+            "again."
+        )
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals([*_numpy_globals(), argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         raise EncoderError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code "
-            f"when loaded ({_refusal(error)}). Use the model's safetensors file, or download the "
-            "file again."
+            f"when loaded ({_refusal(error)}). Use the model's safetensors file, have its weights "
+            "saved alone, torch.save(model.state_dict(), 'weights.pt'), or download the file again."
         ) from error
     except Exception as error:  # damaged bytes can raise anything
         raise EncoderError(
@@ -290,6 +296,14 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
     }
 
 
+def _read_start(path: Path, n_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(n_bytes)
+    except OSError as error:
+        raise EncoderError(f"{path} cannot be read: {error}.") from error
+
+
 def _holds_program(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -298,7 +312,8 @@ def _holds_program(path: Path) -> bool:
 def _numpy_globals() -> list[Any]:
     """List what pickled numbers of NumPy are made of, such as a training program's best loss.
 
-    They hold no code. NumPy 2 has moved the first of them.
+    Like the table of a training program's options, which is allowed too, they hold no code. NumPy
+    2 has moved the first of them.
     """
     scalar = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"]
@@ -306,8 +321,18 @@ def _numpy_globals() -> list[Any]:
     return [*moved, np.dtype, *kinds]
 
 
-def require_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise EncoderError where weights are quantised, NaN or infinite."""
+def require_no_adapter(names: Iterable[str], path: Path) -> None:
+    """Raise EncoderError where names of tensors are those of an adapter."""
+    if adapters := [name for name in names if "lora_" in name]:
+        raise EncoderError(
+            f"{path} holds an adapter (LoRA: {list_names(adapters, 1)}), which is a change to "
+            "another model and no model by itself. Merge the two and save the result."
+        )
+
+
+def require_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise EncoderError where weights are quantised, NaN or infinite, or an adapter's."""
+    require_no_adapter(tensors, path)
     packed = [
         name
         for name, tensor in tensors.items()
@@ -359,6 +384,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _refusal(error: Exception) -> str:
     """Extract the part of torch's long message that says what was refused."""
-    # Its first paragraph advises to switch the check off, which is no advice to hand on
+    # Its first paragraph advises to switch the check off, and what follows a refused name to allow
+    # it, which is no advice to hand on
     found = re.search(r"(?:WeightsUnpickler error:\s*|\n\n)(\S.*)", str(error))
-    return found[1] if found else first_line(error)
+    reason = found[1] if found else first_line(error)
+    return reason.partition(" was not an allowed global")[0]

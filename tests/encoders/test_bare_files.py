@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import zipfile
@@ -337,13 +338,66 @@ def test_a_bias_of_keys_that_no_mask_takes_away_is_refused(tmp_path):
 def test_numbers_of_older_numpy_are_read_and_other_objects_are_not(eva, tmp_path):
     path, _ = eva
     expected = load_encoder(f"local-file:{path}").identity
-    content = torch.load(path, weights_only=False)
+    content = torch.load(path, weights_only=False) | {"args": argparse.Namespace(lr=1e-3)}
     torch.save(content, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"numpy._core.multi", b"numpy.core.multi"))
     assert load_encoder(f"local-file:{path}").identity == expected
     torch.save(content | {"history": np.array([object()])}, path)
     with pytest.raises(EncoderError, match=r"eva_x_tiny\.pt was refused.*could run code"):
         load_encoder(f"local-file:{path}")
+
+
+# --- Full size -----------------------------------------------------------------------------------
+
+
+def write_large_clip(folder: Path, architecture: str) -> tuple[Path, Any]:
+    """The whole of OpenAI's CLIP as its state dict has it, but for the length of its text tower."""
+    cfg = open_clip.get_model_config(architecture)
+    cfg |= {"quick_gelu": True, "text_cfg": cfg["text_cfg"] | {"layers": 1, "vocab_size": 64}}
+    model = disturb(open_clip.CLIP(**cfg)).half().float()
+    torch.save({k: v.half() for k, v in model.state_dict().items()}, folder / "clip.pt")
+    return folder / "clip.pt", lambda encoder, pixels: require_clip(encoder, model.visual, pixels)
+
+
+def write_large_dinov2(folder: Path, **settings: Any) -> tuple[Path, Any]:
+    _, theirs = write_model(folder / "hf", "Dinov2Model", "Dinov2Config", settings)
+    torch.save(
+        name_as_dinov2(load_file(folder / "hf" / "model.safetensors")), folder / "vitb14.pth"
+    )
+    return folder / "vitb14.pth", lambda encoder, pixels: require_theirs(encoder, theirs, pixels)
+
+
+def write_large_dinov3(folder: Path, **settings: Any) -> tuple[Path, Any]:
+    path, _, theirs = write_dinov3(folder, settings | {"num_register_tokens": 4})
+    return path, lambda encoder, pixels: require_theirs(encoder, theirs, pixels)
+
+
+def write_large_eva_x(folder: Path, **sizes: Any) -> tuple[Path, Any]:
+    model = disturb(make_eva(224, **sizes, ref_feat_shape=(14, 14)))
+    torch.save({"module": name_as_eva_x(model.state_dict())}, folder / "eva_x_base.pt")
+    return folder / "eva_x_base.pt", lambda encoder, pixels: require_timm(encoder, model, pixels)
+
+
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+FULL_SIZE: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "CLIP ViT-B/32": (write_large_clip, {"architecture": "ViT-B-32"}, 224),
+    "CLIP ViT-B/16": (write_large_clip, {"architecture": "ViT-B-16"}, 224),
+    "DINOv2 ViT-B/14": (write_large_dinov2, {"image_size": 518}, 518),
+    "DINOv3 ViT-S/16": (write_large_dinov3, {"hidden_size": 384, "num_attention_heads": 6}, 224),
+    "DINOv3 ViT-B/16": (write_large_dinov3, BASE, 224),
+    "EVA-X-B": (write_large_eva_x, {"embed_dim": 768, "depth": 12, "num_heads": 12}, 224),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("write", "sizes", "px"), FULL_SIZE.values(), ids=FULL_SIZE.keys())
+def test_bare_files_of_full_size_are_what_their_family_computes(tmp_path, write, sizes, px):
+    path, require_family = write(tmp_path, **sizes)
+    encoder = load_encoder(f"local-file:{path}", precision="fp32")
+    assert (encoder.identity.n_blocks, encoder.preprocessing.image_size_px) == (12, px)
+    pixels = draw_pixels(2, px)
+    require_family(encoder, pixels)
+    require_gradients(encoder, pixels)
 
 
 # --- Folders and repositories --------------------------------------------------------------------
@@ -520,6 +574,23 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "quantised": (
         edit(lambda tensors: {k: v.to(torch.uint8) for k, v in tensors.items()}),
         "holds quantised weights .*torch.uint8",
+    ),
+    "no names": (
+        lambda path: torch.save([torch.ones(2)], path),
+        r"holds no tensors by their names, .*torch\.save\(model\.state_dict\(\)",
+    ),
+    "a web page": (
+        lambda path: path.write_text("<!DOCTYPE html>"),
+        r"is damaged, or not a checkpoint of torch \(it begins with b'<!DO'\)\. Copy",
+    ),
+    "nothing": (lambda path: path.write_bytes(b""), r"not a checkpoint of torch \(it is empty\)"),
+    "no positions": (
+        edit(lambda tensors: {k: v for k, v in tensors.items() if k != "pos_embed"}),
+        "holds no image tower that its tensors tell: cls_token",
+    ),
+    "a whole program": (
+        lambda path: torch.save(torch.nn.Linear(2, 2), path),
+        r"was refused.*GLOBAL torch\.nn\.modules\.linear\.Linear\)\. Use the.*weights saved alone",
     ),
     "code in a pickle": (
         lambda path: torch.save({"model": {}, "x": Trace()}, path),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -26,13 +27,14 @@ from cxr_cache.config import DEFAULT_ENCODER
 from cxr_cache.datasets.readers import READERS
 from cxr_cache.encoders.catalogue import check
 from cxr_cache.encoders.catalogue.known import find_known, read_known, spell_out
-from cxr_cache.encoders.loading import load_encoder
+from cxr_cache.encoders.loading import load_encoder, recorded_options
 from cxr_cache.errors import EncoderError
-from tests.encoders.test_encoder import COMMIT
+from tests.encoders.test_encoder import COMMIT, write_hub_cache
 from tests.encoders.test_timm_models import write_folder
 from tests.test_docs import ROOT, commands_in
 
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+EVA_X = "eva_x_base_patch16_merged520k_mim.pt"
 PAGE = ROOT / "docs" / "encoders.md"
 ARCHITECTURES = {
     "biomedclip": ("vit_base_patch16_224", {}),
@@ -148,6 +150,11 @@ def test_the_table_is_json_too():
         ("rad-dino@v1", "hf-hub:microsoft/rad-dino@v1"),
         ("biomedclip@main", f"hf-hub:{BIOMEDCLIP}@main"),
         ("dinov3-s?img_size=96", "timm:vit_small_patch16_dinov3.lvd1689m?img_size=96"),
+        (
+            "rad-dino@v1?file=backbone_compatible.safetensors",
+            "hf-hub:microsoft/rad-dino@v1?file=backbone_compatible.safetensors",
+        ),
+        ("eva-x-b@v1?img_size=96", f"hf-hub:MapleF/eva_x@v1?file={EVA_X}&img_size=96"),
         ("local-dir:rad-dino", "local-dir:rad-dino"),
         ("ViT-B-32/openai", "ViT-B-32/openai"),
         ("", ""),
@@ -166,7 +173,7 @@ def test_the_default_is_pinned():
 
 def test_an_encoder_that_no_name_leads_to_says_how_it_comes_in():
     with pytest.raises(
-        EncoderError, match=r"weights of chexzero: download .*rajpurkarlab.* chexzero\?file=PA"
+        EncoderError, match=r"weights of chexzero: download .*rajpurkarlab.* file, chexzero\?file=P"
     ):
         load_encoder("chexzero")
     with pytest.raises(
@@ -175,6 +182,55 @@ def test_an_encoder_that_no_name_leads_to_says_how_it_comes_in():
         load_encoder("Ark-Plus")
     with pytest.raises(EncoderError, match=r"no architecture 'rad-din'. Did you mean rad-dino or"):
         load_encoder("rad-din")
+
+
+@pytest.fixture
+def chexzero(tmp_path) -> Path:
+    """A file of CheXzero's kind and width, with one block."""
+    vision = {"image_size": 64, "patch_size": 32, "width": 768, "layers": 1}
+    text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    torch.save(model.state_dict(), tmp_path / "best.pt")
+    return tmp_path / "best.pt"
+
+
+def test_what_an_encoders_own_code_does_with_images_is_in_the_catalogue(chexzero):
+    """CheXzero: mean 101.48761 and standard deviation 83.43944 of 255, on padded images."""
+    encoder = load_encoder(f"chexzero?file={chexzero}")
+    alone = load_encoder(f"local-file:{chexzero}")
+    pixels = encoder.preprocessing
+    assert [255 * n for n in pixels.mean] == pytest.approx([101.48761] * 3, abs=1e-5)
+    assert [255 * n for n in pixels.std] == pytest.approx([83.43944] * 3, abs=1e-5)
+    assert (pixels.resize, pixels.image_size_px) == ("pad", 64)
+    assert (encoder.identity.name, encoder.identity.notes) == (f"chexzero?file={chexzero}", ())
+    recorded = json.loads(json.dumps(encoder.identity.to_dict()))
+    assert load_encoder(**vars(recorded_options(recorded))).identity == encoder.identity
+    assert encoder.identity.differences(alone.identity).keys() == {"mean", "std", "resize"}
+    assert f"name it chexzero?file={chexzero}." in alone.identity.notes[0]
+    assert load_encoder(f"chexzero?file={chexzero}", resize="crop").preprocessing.resize == "crop"
+    larger = load_encoder(f"chexzero?file={chexzero}&img_size=96").identity
+    assert larger.name == f"chexzero?file={chexzero}&img_size=96"
+
+
+def test_a_file_of_another_width_is_not_the_encoder(chexzero):
+    with pytest.raises(EncoderError, match=r"768 wide, and chexfound is 1024 wide\..* local-file:"):
+        load_encoder(f"chexfound?file={chexzero}")
+
+
+def test_a_file_of_a_known_repository_is_prepared_as_its_authors_do(tmp_path, no_network):
+    model = timm.create_model(
+        "vit_base_patch14_dinov2", img_size=28, depth=1, num_classes=0, init_values=1.0
+    )
+    torch.save(model.state_dict(), tmp_path / "backbone.pth")
+    write_hub_cache(tmp_path / "hub", "microsoft/rad-dino", tmp_path, ("backbone.pth",))
+    for name in ("rad-dino", "hf-hub:microsoft/rad-dino"):
+        encoder = load_encoder(f"{name}?file=backbone.pth")
+        assert (encoder.preprocessing.mean, encoder.preprocessing.std) == (
+            (0.5307,) * 3, (0.2583,) * 3
+        )  # fmt: skip
+        assert encoder.identity.notes == ()
+        assert encoder.identity.name == "hf-hub:microsoft/rad-dino?file=backbone.pth"
+    assert find_known(encoder.identity.name) == read_known()["rad-dino"]
 
 
 def test_a_gated_model_is_one_sentence_with_its_page(monkeypatch, no_network):
@@ -232,8 +288,19 @@ def test_a_file_is_read_as_weights(folder):
     Path("notes.pt").write_text("no weights")
     result = run("notes.pt")
     assert result.exit_code == 1
-    assert "notes.pt was refused" in result.stderr
-    assert "()" not in result.stderr  # torch's reason is there
+    assert "notes.pt is damaged, or not a checkpoint of torch (it begins with b'no w')" in (
+        result.stderr
+    )
+
+
+def test_a_file_or_folder_may_ask_for_more(folder):
+    said = run(f"{folder}?img_size=192").stdout
+    assert "dinov2_small?img_size=192\n" in said
+    assert "resampled from those of 160 px" in said
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "vit.safetensors")
+    said = run(f"{folder}?file=vit.safetensors").stdout
+    assert f"local-file:{folder.resolve() / 'vit.safetensors'}\n" in said
 
 
 def test_no_name_is_not_this_folder(folder):

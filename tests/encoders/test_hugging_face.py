@@ -160,6 +160,93 @@ def test_every_family_computes_what_transformers_computes(tmp_path, model, confi
     assert encoder.identity.positions_from_px == (own_px if scale > 1 and has_positions else None)
 
 
+ACTIVATIONS = ("gelu_new", "gelu_fast", "quick_gelu", "silu", "relu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_function_is_that_of_transformers(tmp_path, activation):
+    model, config, settings = FAMILIES["vit"]
+    settings = settings | {"hidden_act": activation, "pooler_act": activation}
+    name, theirs = write_model(tmp_path / "m", model, config, settings)
+    require_theirs(load_encoder(name, precision="fp32"), theirs, draw_pixels(2, 64))
+
+
+OTHER_FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "in float16": ("dinov2", {"dtype": torch.float16}, {}),
+    "in bfloat16": ("registers", {"dtype": torch.bfloat16}, {}),
+    "rotary in bfloat16": ("dinov3", {"dtype": torch.bfloat16}, {}),
+    "sides in lists": ("vit", {}, {"image_size": [64, 64], "patch_size": [16, 16]}),
+    "no registers": ("registers", {}, {"num_register_tokens": 0}),
+    "wider than its tower": ("vit", {}, {"pooler_output_size": 20}),
+}
+
+
+@pytest.mark.parametrize(("family", "how", "changes"), OTHER_FORMS.values(), ids=OTHER_FORMS.keys())
+def test_other_forms_of_a_family_load_as_transformers_loads_them(tmp_path, family, how, changes):
+    model, config, settings = FAMILIES[family]
+    name, theirs = write_model(tmp_path / "m", model, config, settings | changes, 64)
+    if how:
+        theirs.to(how["dtype"]).save_pretrained(tmp_path / "m")
+    theirs = type(theirs).from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    require_theirs(load_encoder(name, precision="fp32"), theirs, draw_pixels(2, 64))
+
+
+def test_a_decoder_that_was_trained_on_top_is_left_out(tmp_path):
+    settings = FAMILIES["vit"][2]
+    name, theirs = write_model(tmp_path / "m", "ViTForMaskedImageModeling", "ViTConfig", settings)
+    require_theirs(load_encoder(name, precision="fp32"), theirs.vit, draw_pixels(2, 64))
+
+
+SWIN = {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+OTHERS = {
+    "vit_mae": ("ViTMAEModel", "ViTMAEConfig", FAMILIES["vit"][2]),
+    "beit": ("BeitModel", "BeitConfig", FAMILIES["vit"][2]),
+    "deit": ("DeiTModel", "DeiTConfig", FAMILIES["vit"][2]),
+    "swin": ("SwinModel", "SwinConfig", SWIN),
+    "clip_text_model": ("CLIPTextModel", "CLIPTextConfig", TEXT),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_of_other_kinds_are_refused_by_their_names(tmp_path, kind):
+    name, _ = write_model(tmp_path / "m", *OTHERS[kind])
+    message = rf"has the model_type '{kind}', which is no image tower.*Known are dinov2.*import"
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(name)
+
+
+REFUSED_TOWERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "oblong images": (
+        "vit",
+        {"image_size": [64, 32]},
+        r"image_size \[64, 32\], not a sq.*import",
+    ),
+    "oblong patches": ("dinov2", {"patch_size": [14, 7]}, r"patch_size \[14, 7\], not a square"),
+    "a bias of keys": ("dinov3", {"key_bias": True}, r"built: biases of queries, keys .*import"),
+    "no bias": ("dinov3", {"mlp_bias": False}, r"built: mlp_bias or proj_bias is false.*import"),
+    "another gate": (
+        "dinov3",
+        {"hidden_act": "relu"},
+        r"hidden_act is relu with .*import",
+    ),
+    "another pooler": (
+        "vit",
+        {"pooler_act": "laplace"},
+        "pooler_act 'laplace', which is not",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"), REFUSED_TOWERS.values(), ids=REFUSED_TOWERS.keys()
+)
+def test_towers_that_timm_has_not_are_refused_in_a_sentence(tmp_path, family, changes, message):
+    model, config, settings = FAMILIES[family]
+    name, _ = write_model(tmp_path / "m", model, config, settings | changes, 64)
+    with pytest.raises(EncoderError, match=rf"config\.json .*{message}"):
+        load_encoder(name)
+
+
 LARGE = {
     "dinov2": ("Dinov2Model", "Dinov2Config", {"image_size": 518}),
     "registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"patch_size": 14}),
@@ -318,6 +405,27 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "SigLIP": ("SiglipImageProcessor", {"size": {"height": 64, "width": 64}, "resample": 2}),
     "DINOv3": ("DINOv3ViTImageProcessor", {"size": {"height": 64, "width": 64}}),
     "ViT": ("ViTImageProcessor", {"size": {"height": 64, "width": 64}, "resample": 2}),
+    "size as a number": ("CLIPImageProcessor", {"size": 64, "crop_size": 64}),
+    "no crop": (
+        "CLIPImageProcessor",
+        {"size": {"height": 64, "width": 64}, "do_center_crop": False},
+    ),
+    "Lanczos": ("ViTImageProcessor", {"size": {"height": 64, "width": 64}, "resample": 1}),
+    "box": ("ViTImageProcessorPil", {"size": {"height": 64, "width": 64}, "resample": 4}),
+    "Hamming": ("ViTImageProcessorPil", {"size": {"height": 64, "width": 64}, "resample": 5}),
+    "pixels from 0 to 255": (
+        "ViTImageProcessor",
+        {"size": {"height": 64, "width": 64}, "do_rescale": False}
+        | {"image_mean": [101.48761] * 3, "image_std": [83.43944] * 3},
+    ),
+    "pixels from 0 to 2": (
+        "ViTImageProcessor",
+        {"size": {"height": 64, "width": 64}, "rescale_factor": 1 / 127.5},
+    ),
+    "not normalised": (
+        "ViTImageProcessor",
+        {"size": {"height": 64, "width": 64}, "do_normalize": False},
+    ),
 }
 
 
@@ -326,6 +434,8 @@ def test_pixels_are_those_of_the_familys_own_processor(tmp_path, kind, settings)
     """To one grey level, for images of every shape; files that transformers itself writes."""
     family = FAMILIES["siglip vision"]
     name, _ = write_model(tmp_path / "m", *family, 64)
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this version of transformers has no {kind}")
     processor = getattr(transformers, kind)(**settings)
     processor.save_pretrained(tmp_path / "m")
     preprocessing = load_encoder(name).preprocessing
@@ -387,6 +497,16 @@ def test_a_way_of_preparing_images_that_is_not_offered_is_refused(vit, changes, 
     write_processing(vit, **({"size": {"height": 64, "width": 64}} | changes))
     with pytest.raises(EncoderError, match=rf"preprocessor_config\.json.*{message}"):
         load_encoder(f"local-dir:{vit}")
+
+
+def test_an_image_processor_that_is_not_known_is_noted(vit):
+    write_processing(
+        vit, image_processor_type="OwnImageProcessor", size={"height": 64, "width": 64}
+    )
+    encoder = load_encoder(f"local-dir:{vit}")
+    (note,) = encoder.identity.notes
+    assert "names an image processor that is not known here (OwnImageProcessor)" in note
+    assert encoder.preprocessing.image_size_px == 64
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
@@ -470,6 +590,12 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "adapter": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
         "holds an adapter .LoRA.*merge_and_unload",
+    ),
+    "adapter beside its model": (
+        lambda folder: edit_weights(
+            folder, lambda t: t.update({"base_model.vit.lora_A.weight": torch.ones(2, 48)})
+        ),
+        r"model\.safetensors holds an adapter \(LoRA: base_model\.vit\.lora_A\.weight\).*Merge",
     ),
     "adapter alone": (
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 
 from cxr_cache.datasets.images import read_image
 from cxr_cache.encoders.loading import load_encoder
@@ -162,6 +163,154 @@ def test_another_size_of_a_folder_is_that_of_the_name(published):
     folder = load_encoder(f"local-dir:{published}?img_size=96", precision="fp32").identity
     named = load_encoder("timm:test_vit?img_size=96", precision="fp32").identity
     assert folder.differences(named) == {}
+
+
+TINY = {"embed_dim": 48, "depth": 3, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_args"),
+    [
+        ("vit_base_patch32_clip_224", {"img_size": 64}),
+        ("vit_base_patch32_clip_quickgelu_224", {"img_size": 64}),
+        ("vit_base_patch16_siglip_224", {"img_size": 64}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+        ("eva02_base_patch16_clip_224", {"img_size": 64}),
+        ("beit_base_patch16_224", {"img_size": 64}),
+        ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "reg_tokens": 3, "no_embed_class": True}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "class_token": False, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avgmax", "qk_norm": True}),
+        ("vit_tiny_patch16_224", {"img_size": 64, "dynamic_img_size": True}),
+        ("vit_small_patch16_dinov3_qkvb", {}),
+        ("vit_small_patch16_dinov3", {"global_pool": "map"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_what_timm_itself_saves_is_what_it_computes(tmp_path, architecture, model_args):
+    model = disturb(timm.create_model(architecture, num_classes=5, **(TINY | model_args)))
+    save_for_hf(model, tmp_path / "m", model_args=TINY | model_args)
+    encoder = load_encoder(f"local-dir:{tmp_path / 'm'}", precision="fp32")
+    pixels = draw_pixels(2, encoder.preprocessing.image_size_px)
+    with torch.inference_mode():
+        features = model.forward_features(encoder.prepare(pixels))
+        expected = model.forward_head(features, pre_logits=True)
+        if "dinov3" in architecture and model.global_pool == "avg":  # upstream's class token
+            expected = features[:, 0]
+    assert relative_error(encoder.encode(pixels)[1], expected) < 1e-5
+    for n_unfrozen in (1, 2, 3) if encoder.is_splittable else ():
+        _, _, embedding = encoder.encode_with_tokens(pixels, n_unfrozen)
+        assert relative_error(embedding, expected) < 1e-5
+
+
+def test_towers_that_resample_for_every_image_do_so_once_and_for_all(tmp_path):
+    """Their processor asks for another size than they were made for, as timm saves them."""
+    model = disturb(
+        timm.create_model("vit_tiny_patch16_224", img_size=64, dynamic_img_size=True, **TINY)
+    )
+    save_for_hf(model, tmp_path / "m", model_args=TINY | {"img_size": 64, "dynamic_img_size": True})
+    for size, px in (("", 224), ("?img_size=96", 96)):
+        encoder = load_encoder(f"local-dir:{tmp_path / 'm'}{size}", precision="fp32")
+        assert (encoder.preprocessing.image_size_px, encoder.patch_grid) == (px, (px // 16,) * 2)
+        assert encoder.identity.positions_from_px == 64
+        pixels = draw_pixels(2, px)
+        with torch.inference_mode():
+            expected = model.forward_head(model.forward_features(encoder.prepare(pixels)), True)
+        assert relative_error(encoder.encode_with_tokens(pixels, 2)[2], expected) < 1e-5
+
+
+def test_a_folder_of_dinov3_takes_another_size(tmp_path):
+    """timm says of towers that take any size that theirs is not fixed."""
+    model = disturb(timm.create_model("vit_small_patch16_dinov3", **TINY))
+    save_for_hf(model, tmp_path / "m", model_args=TINY)
+    encoder = load_encoder(f"local-dir:{tmp_path / 'm'}?img_size=96", precision="fp32")
+    pixels = draw_pixels(2, 96)
+    with torch.inference_mode():
+        expected = model.forward_features(encoder.prepare(pixels))[:, 0]
+    assert relative_error(encoder.encode_with_tokens(pixels, 2)[2], expected) < 1e-5
+    assert encoder.identity.positions_from_px is None
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        config["model_args" if name in config["model_args"] else "pretrained_cfg"][name] = value
+    path.write_text(json.dumps(config))
+
+
+def name_as_meta(folder: Path) -> None:
+    """Give a DINOv3 without biases the names of its repository, and biases that are not 0."""
+    path = folder / "model.safetensors"
+    tensors = {
+        name.replace("gamma_", "ls").replace("reg_token", "storage_tokens"): tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors | {"blocks.1.attn.qkv.bias": torch.ones(3 * 48)}, path)
+
+
+VIT = ("vit_tiny_patch16_224", TINY | {"img_size": 64, "patch_size": 16})
+DAMAGE: dict[str, tuple[tuple[str, dict[str, Any]], Any, str]] = {
+    "another patch": (
+        VIT,
+        lambda folder: edit_config(folder, patch_size=8),
+        r"(?s)does not fit.*shape: patch_embed.*\(\(48, 3, 16, 16\) in the file, \(48, 3, 8, 8\)",
+    ),
+    "another size": (
+        VIT,
+        lambda folder: edit_config(folder, img_size=96, input_size=[3, 96, 96]),
+        r"(?s)does not fit.*pos_embed \(\(1, 17, 48\) in the file, \(1, 37, 48\) in the tower",
+    ),
+    "another depth": (
+        VIT,
+        lambda folder: edit_config(folder, depth=4),
+        r"(?s)does not fit.*missing in the file: blocks\.3\.attn",
+    ),
+    "biases that timm would drop": (
+        ("vit_small_patch16_dinov3", TINY | {"img_size": 64}),
+        name_as_meta,
+        r"(?s)does not fit.*unknown to the tower: .*blocks\.1\.attn\.qkv\.bias",
+    ),
+    "no size": (
+        ("vit_tiny_patch16_224", TINY),
+        lambda folder: edit_config(folder, input_size=224),
+        r"has the input_size 224, where channels, height and width belong",
+    ),
+    "grey": (
+        ("vit_tiny_patch16_224", TINY | {"in_chans": 1}),
+        lambda folder: None,
+        "is for images of 1 channels, not of 3. Take a model",
+    ),
+    "one mean": (
+        VIT,
+        lambda folder: edit_config(folder, mean=[0.5]),
+        "must hold 3 numbers each. Copy the file",
+    ),
+    "an interpolation by chance": (
+        VIT,
+        lambda folder: edit_config(folder, interpolation="random"),
+        "interpolation is 'random'; choose from bicubic.*Copy the file",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_what_timm_would_fit_in_silence_is_refused(tmp_path, kind, damage, message):
+    architecture, model_args = kind
+    name, _ = write_folder(tmp_path / "m", architecture, **model_args)
+    damage(tmp_path / "m")
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(name)
+
+
+def test_an_older_configuration_in_one_piece_loads(tmp_path):
+    name, _ = write_folder(tmp_path / "m", *VIT[:1], **VIT[1])
+    expected = load_encoder(name).identity
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    parts = config.pop("pretrained_cfg")
+    path.write_text(json.dumps(parts | config | {"num_features": 48, "labels": ["a"]}))
+    assert load_encoder(name).identity == expected
 
 
 @pytest.fixture
