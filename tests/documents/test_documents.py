@@ -212,6 +212,7 @@ def run_python(text: str, scope: dict[str, Any], page: str) -> None:
     for long, short in {
         '"biomedclip"': '"random:test_vit"',
         '"runs/first"': f'"runs/python", {small}',
+        "FocalHeadClassifier(epochs=10": "FocalHeadClassifier(batch_size=8, epochs=2",
         "my_cohort(path)": "__import__('cxr_cache').load_cohort(path)",
     }.items():
         text = text.replace(long, short)
