@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cxr_cache.models.export import export_run as export_run
     from cxr_cache.models.predict import predict_images as predict_images
     from cxr_cache.models.run import Run as Run
+    from cxr_cache.report.methods import describe_methods as describe_methods
     from cxr_cache.report.report import write_report as write_report
     from cxr_cache.store.exporting import export_features as export_features
     from cxr_cache.store.extract import extract_embeddings as extract_embeddings
@@ -60,6 +61,7 @@ _HOMES: Final = {
     "TrainConfig": "config",
     "audit_store": "evaluation.audit",
     "compare_runs": "evaluation.compare",
+    "describe_methods": "report.methods",
     "evaluate_on_store": "jobs.external",
     "evaluate_predictions": "evaluation.evaluate",
     "evaluate_run": "jobs.scoring",

@@ -60,12 +60,8 @@ def render() -> str:
         command = cli.commands[name]
         rows.append(f"| [`{name}`](#{name}) | {command.get_short_help_str(limit=200)} |\n")
         sections.append(f"\n## {name}\n\n```\n{_help_of(command, name)}\n```\n")
-    shared = [
-        _SHARED,
-        *(f"| {status} | {meaning} |\n" for status, meaning in _STATUSES),
-        _ELSEWHERE,
-    ]
-    return "".join([_HEAD, *rows, *shared, *sections])
+    statuses = [f"| {status} | {meaning} |\n" for status, meaning in _STATUSES]
+    return "".join([_HEAD, *rows, _SHARED, *statuses, _ELSEWHERE, *sections])
 
 
 def _help_of(command: click.Command, name: str) -> str:

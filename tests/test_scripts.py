@@ -160,6 +160,20 @@ def test_coverage_is_simulated_for_both_kinds_of_intervals(tmp_path):
     assert "resampling studies" in printed
 
 
+@pytest.mark.slow
+def test_bands_and_planned_widths_are_simulated(tmp_path):
+    out = tmp_path / "bands.json"
+    script = REPOSITORY / "scripts" / "curve_bands.py"
+
+    printed = run([sys.executable, script, "--repeats", 4, "--resamples", 20, "--out", out])
+
+    written = json.loads(out.read_text())
+    assert len(written["bands"]) == 4
+    assert all(0 <= share <= 1 for row in written["bands"] for share in row["held"].values())
+    assert all(0.5 < ratio < 2 for row in written["widths"] for ratio in row["ratios"])
+    assert "expected / simulated half width" in printed
+
+
 def check_gpu(out: Path, sections: str, *more: str) -> dict[str, dict]:
     """Run the GPU check on the CPU; gives its sections."""
     script = REPOSITORY / "scripts" / "gpu_check.sh"

@@ -25,7 +25,7 @@ from cxr_cache.cli.options import (
     pick,
     require_folder,
 )
-from cxr_cache.cli.output import give, say, show
+from cxr_cache.cli.output import give, note, say, show
 from cxr_cache.cli.progress import counting
 from cxr_cache.config import CardConfig, CompareConfig, EvaluateConfig, ExternalConfig
 
@@ -97,7 +97,8 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     if not stores:
         metrics = evaluate_run(opened, groups=groups, **vars(config))
         reads = tell_of_reads(opened)
-        show(lambda: f"{format_summary(metrics)}\n{reads}", metrics)
+        told = metrics | {"test_reads": opened.read_reads()}
+        show(lambda: f"{format_summary(metrics)}\n{reads}", told)
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 
@@ -109,7 +110,8 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
         seed=config.seed,
         **{name: options[name] for name in (*of_external, "model", "device")},
     )
-    show(evaluation.to_text, evaluation.metrics)
+    reads = None if evaluation.reads is None else evaluation.reads.to_dict()
+    show(evaluation.to_text, evaluation.metrics | {"test_reads": reads})
     if (out := options["out"]) is not None:
         say(f"Report: {out / 'report.html'}" if out.is_dir() else f"{out} written")
 
@@ -284,3 +286,37 @@ def checklist(run: Path, out: Path | None) -> None:
         return
     write_whole(out, text.encode())
     show(f"{out} written", {"written": [out]})
+
+
+@click.command()
+@RUN
+@option(
+    "--external",
+    type=FOLDER,
+    help="Folder of a test on another data set, which `evaluate --store ... --out` wrote: it is "
+    "described too.",
+)
+@option("--out", type=FILE, help="Markdown file to write instead of printing; it may not exist.")
+def methods(run: Path, external: Path | None, out: Path | None) -> None:
+    """Write the methods section of a paper from what a run recorded.
+
+    Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
+    """
+    from cxr_cache.common.files import write_whole
+    from cxr_cache.models.run import Run
+    from cxr_cache.report.methods import describe_methods, find_blanks
+
+    if out is not None:
+        require_folder(out.parent)
+        if out.exists():
+            raise click.ClickException(
+                f"{out} is there already, and may hold what you filled in. Choose another name."
+            )
+    text = describe_methods(Run.open(run), external=external)
+    if out is None:
+        show(text, {"methods": text})
+    else:
+        write_whole(out, text.encode())
+        show(f"{out} written", {"written": [out]})
+    blanks = "\n".join(f"  [{blank}]" for blank in find_blanks(text))
+    note(f"To be filled in, as the run does not know it:\n{blanks}")

@@ -82,7 +82,7 @@ def describe(
     plan: bool,
     **options: Any,
 ) -> None:
-    """Show findings, counts, views and missing files of a data set; or plan its test."""
+    """Show what a data set holds, and plan its test."""
     from cxr_cache.datasets.describe import describe_cohort, plan_test
     from cxr_cache.datasets.images import find_missing
     from cxr_cache.datasets.readers import load_cohort

@@ -211,9 +211,10 @@ def demo(folder: Path, **options: Any) -> None:
 @click.command()
 @click.argument("folder", type=FOLDER, default=Path())
 def doctor(folder: Path) -> None:
-    """Say what works on this machine and in FOLDER (this one, if none is named), and what not.
+    """Say what works on this machine and in a folder, and what not.
 
-    Nothing is asked of the network, and nothing is left in the folder.
+    FOLDER is where stores and runs would be written, the current one if none is named. Nothing is
+    asked of the network, and nothing is left in the folder.
 
     Exit status: 0 if the main job can run here, 1 if something that it needs is broken.
     """

@@ -107,14 +107,14 @@ class Flow:
             How the labels of these images were read, where that is known.
         """
         here = count_images(cohort.images)
-        flow = cls(cohort.images, np.ones(len(cohort), bool), here, ())
+        flow, read = cls(cohort.images, np.ones(len(cohort), bool), here, ()), here
         if "rows" in table:
             read = Counts(table["images"], table["studies"], table["patients"])
             flow = replace(flow, now=read._replace(images=table["rows"]))
             flow = flow.reach("rows of the table")._lose("more rows of the same image", read)
             flow = flow.reach("images of the table") if read.images < table["rows"] else flow
             flow = flow._lose("not in the store (--limit, --part)", here)
-        if flow.now != here or not flow.rows:
+        if not flow.rows or read != here:
             flow = flow.reach("images of the store")
         dropped = {} if labels is None else labels.counts
         is_whole = table.get("images", len(cohort)) == len(cohort)  # else these are of more images

@@ -50,9 +50,11 @@ _LATER_FIELDS: Final = {"resize_px": None, "crop_rounding": "nearest", "antialia
 
 
 _RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
+    name: Image.Resampling[name.upper()]
+    for name in ("bicubic", "bilinear", "lanczos", "box", "hamming")
 }
+"""By their names in Pillow. Not nearest: where a point lies between two pixels, Pillow and torch
+choose different ones."""
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,133 @@
 """Checkpoints that come without a configuration: names and shapes of the tensors say what to build.
 
-OpenAI's CLIP (CheXzero), files of the DINOv2 repository (RAD-DINO, CheXFound) and EVA-X. Two things
-no shape shows: the number of attention heads, which is that of the family, and how images are
-prepared. That is read from a ``preprocessor_config.json`` beside the file; without one it is the
-family's own way, and a note says so.
+OpenAI's CLIP (CheXzero), files of the repositories of DINOv2 (RAD-DINO, CheXFound) and DINOv3, and
+EVA-X. Two things no shape shows: the number of attention heads, which is that of the family, and
+how images are prepared. That is read from a ``preprocessor_config.json`` beside the file; without
+one it is the family's own way, and a note says so.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import isqrt
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.encoders import hugging_face, open_clip
+from cxr_cache.encoders.catalogue.known import Known
 from cxr_cache.encoders.sources import (
     CONFIG_FILES,
     HUGGING_FACE_CONFIG,
     IMAGENET,
     Family,
+    Place,
     Source,
     first_file,
+    require_whole_patches,
 )
+from cxr_cache.encoders.tensor_names import EVA_X, EVA_X_GATED, spell
 from cxr_cache.encoders.timm_vit import PooledTower
 from cxr_cache.encoders.weights import fill_tower, read_names, read_tensors, require_numbers
 from cxr_cache.errors import EncoderError
 
 _SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+_USUAL_NAMES: Final = {*hugging_face.WEIGHTS_FILES, *open_clip.WEIGHTS_FILES}
+"""Of weights that come with a configuration."""
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 _HEADS: Final = {1280: 16, 1408: 16, 1664: 16}
 """Attention heads by width of the tower, where they are not 64 numbers wide each."""
-_DINO: Final = {"image_mean": IMAGENET["mean"], "image_std": IMAGENET["std"]}
 _CLIP: Final = {
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
 }
-_EVA_X: Final = {"image_mean": (0.49185,) * 3, "image_std": (0.28509,) * 3}
+_EVA_X: Final = {"mean": (0.49185,) * 3, "std": (0.28509,) * 3}
+_CUT_OUT = "the shortest edge resized (bicubic), the middle cut out"
+_SQUEEZED = "squeezed into a square (bilinear)"
 
 
-def _find_only_file(identifier: str) -> str | None:
-    """Give the file of weights that a path is, or that lies alone in its folder; None otherwise."""
-    path = Path(identifier).expanduser().resolve()
-    if path.is_file():
-        return str(path)
-    if not path.is_dir() or first_file(path, CONFIG_FILES):
-        return None
-    files = [file for file in path.iterdir() if file.suffix in _SUFFIXES]
-    return str(files[0]) if len(files) == 1 else None
+@dataclass(frozen=True)
+class BareFile:
+    """Weights without a configuration in a folder or repository, and the name that leads there."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+
+def find_in_place(place: Place, file: str | None) -> BareFile | None:
+    """Find the weights that a folder or repository holds without a configuration.
+
+    `file` is the one to take. Without it, None is given where there is a configuration, or no
+    weights at all: other families say what is missing.
+
+    Raises
+    ------
+    EncoderError
+        There is no such file, or several could be meant.
+    """
+    if file is None:
+        names = _list_bare(place)
+        if len(names) > 1:
+            raise EncoderError(
+                f"{place.folder or place.repo} holds no configuration, but several files of "
+                f"weights: {list_names(names, 20)}. Say which one, such as "
+                f"{place.name}?file={names[0]}."
+            )
+        if not names:
+            return None
+        file = names[0]
+    if place.folder is not None:
+        path = place.folder / file
+        if not path.is_file():
+            raise EncoderError(f"{place.folder} has no {file}.{_suggest_files(place)}")
+        return BareFile(path, f"local-file:{path}")
+    found = place.find((file,))
+    if found is None:
+        raise EncoderError(
+            f"{place.repo} on the Hugging Face hub has no {file}.{_suggest_files(place)}"
+        )
+    with suppress(EncoderError):  # there is none, or it cannot be asked for
+        place.find(hugging_face.PREPROCESSING_FILES)
+    commit = found.parents[len(PurePosixPath(file).parts) - 1].name
+    return BareFile(found, f"{place.name}?file={file}", commit)
+
+
+def _list_bare(place: Place) -> list[str]:
+    """List the files of weights in a place without a configuration; none where it has one."""
+    try:
+        if place.find(CONFIG_FILES) is not None:
+            return []
+    except EncoderError:
+        # Without a network, other weights in the cache may still be those that are meant
+        cached = _keep_weights(place, is_cached=True)
+        cached = [name for name in cached if name not in _USUAL_NAMES]
+        if not cached:
+            raise
+        return cached
+    with suppress(EncoderError):
+        return _keep_weights(place)
+    return _keep_weights(place, is_cached=True)
+
+
+def _keep_weights(place: Place, *, is_cached: bool = False) -> list[str]:
+    return [name for name in place.list_files(is_cached=is_cached) if name.endswith(_SUFFIXES)]
+
+
+def _suggest_files(place: Place) -> str:
+    """Say which files of weights a place has instead, where that can be known."""
+    with suppress(EncoderError):
+        if names := _keep_weights(place):
+            return f" It holds {list_names(names, 20)}."
+    return " Check the name."
 
 
 def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
@@ -63,7 +138,8 @@ def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
     EncoderError
         There is no file, it cannot be read, or it holds an adapter.
     """
-    path = Path(identifier).expanduser().resolve()
+    # Links are kept: in a cache of the hub they lead to files without endings or neighbours
+    path = Path(os.path.abspath(Path(identifier).expanduser()))  # noqa: PTH100
     if not path.is_file():
         raise EncoderError(
             f"{path} is not a file. local-file: takes one with an encoder's weights."
@@ -78,34 +154,95 @@ def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
 
 
 def _make_source(
-    path: Path, model_cfg: dict[str, Any], kind: str, own: Mapping[str, Any], px: int, margin: float
+    path: Path,
+    model_cfg: dict[str, Any],
+    kind: str,
+    px: int,
+    statistics: Mapping[str, Any],
+    *,
+    margin: float = 1,
+    how: str = _CUT_OUT,
+    notes: tuple[str, ...] = (),
 ) -> Source:
-    """Give the source of a file for images `px` wide, cut out of ones `margin` times as wide."""
+    """Give the source of a file for images `px` wide, prepared as is `kind`'s way.
+
+    They are cut out of images `margin` times as wide, or `how` says otherwise.
+    """
     name = f"local-file:{path}"
     expected = hugging_face.PREPROCESSING_FILES
     if (beside := first_file(path.parent, expected)) is not None:
-        return Source(name, str(path), model_cfg, hugging_face.read_processor(beside), path)
-    resized = round(px * margin)
-    processor = {
-        "origin": str(path),
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": resized},
-        "do_center_crop": True,
-        "crop_size": px,
-        "crop_rounding": "nearest",  # these families crop by torchvision
-        **own,
-    }
-    mean, std = (", ".join(f"{n:.4g}" for n in own[key]) for key in ("image_mean", "image_std"))
+        processor = hugging_face.read_processor(beside)
+        return Source(name, str(path), model_cfg, processor, path, notes=notes)
+    processor = {"origin": str(path), "image_processor_type": "CLIPImageProcessor"}
+    processor |= {f"image_{key}": values for key, values in statistics.items()}
+    if how == _SQUEEZED:
+        processor |= {"size": {"height": px, "width": px}, "resample": 2}
+    else:
+        processor |= {
+            "size": {"shortest_edge": round(px * margin)},
+            "do_center_crop": True,
+            "crop_size": px,
+            "crop_rounding": "nearest",  # these families crop by torchvision
+        }
+    mean, std = (", ".join(f"{n:.4g}" for n in statistics[key]) for key in ("mean", "std"))
     note = (
-        f"{path.name} does not say how images are prepared. {kind} was assumed: the shortest edge "
-        f"resized (bicubic), the middle cut out, mean {mean}, standard deviation {std}. If it was "
-        f"trained otherwise, put its {expected[0]} beside it."
+        f"{path.name} does not say how images are prepared. {kind} was assumed: {how}, mean "
+        f"{mean}, standard deviation {std}. If it was trained otherwise, put its {expected[0]} "
+        "beside it."
     )
-    return Source(name, str(path), model_cfg, processor, path, notes=(note,))
+    return Source(name, str(path), model_cfg, processor, path, notes=(note, *notes))
 
 
-def _count_blocks(shapes: Shapes, pattern: str) -> int:
-    return 1 + max(int(found[1]) for name in shapes if (found := re.search(pattern, name)))
+def take_known(source: Source, known: Known) -> Source:
+    """Prepare images as an encoder's authors do, where its file does not say how.
+
+    They are known by the encoder's name, which is then the source's too.
+
+    Raises
+    ------
+    EncoderError
+        The file holds a tower of another width.
+    """
+    cfg = source.model_cfg
+    width = cfg.get("hidden_size") or cfg.get("vision_cfg", {}).get("width") or cfg["embed_dim"]
+    if width != known.width:
+        raise EncoderError(
+            f"{source.weights} holds a tower {width} wide, and {known.name} is {known.width} wide. "
+            f"If it is another encoder, name it local-file:{source.weights}."
+        )
+    if not known.model:
+        source = replace(source, name=f"{known.name}?file={source.weights}")
+    if not known.mean or source.preprocess_cfg["origin"] != str(source.weights):
+        return source
+    processor = dict(source.preprocess_cfg)
+    processor |= {"image_mean": known.mean, "image_std": known.std}
+    if known.resize:
+        processor["resize_mode"] = known.resize
+    return replace(source, preprocess_cfg=processor, notes=source.notes[1:])
+
+
+def _need(path: Path, shapes: Shapes, name: str, n_axes: int) -> tuple[int, ...]:
+    """Read the shape of a tensor without which the tower cannot be told.
+
+    Raises
+    ------
+    EncoderError
+        It is missing, or has another number of axes.
+    """
+    if len(shape := shapes.get(name, ())) != n_axes:
+        what = f"{name} of shape {shape}" if name in shapes else f"no {name}"
+        raise EncoderError(
+            f"{path} is half a checkpoint, or of another kind than its names tell: it holds {what}."
+            " Copy or download it again."
+        )
+    return shape
+
+
+def _count_blocks(path: Path, shapes: Shapes, pattern: str) -> int:
+    numbers = [int(found[1]) for name in shapes if (found := re.search(pattern, name))]
+    if not numbers:
+        raise EncoderError(f"{path} is half a checkpoint: it holds no blocks. Copy it again.")
+    return 1 + max(numbers)
 
 
 def _count_heads(path: Path, width: int) -> int:
@@ -136,17 +273,20 @@ def _find_clip(path: Path, shapes: Shapes) -> Source | None:
     """Read a state dict of OpenAI's CLIP, whose tower open_clip builds."""
     if "visual.class_embedding" not in shapes or "visual.proj" not in shapes:
         return None
-    width, _, patch, _ = shapes["visual.conv1.weight"]
+    width, _, patch, _ = _need(path, shapes, "visual.conv1.weight", 4)
     px = patch * _read_grid(path, shapes, "visual.positional_embedding")
     vision = {
         "image_size": px,
         "patch_size": patch,
         "width": width,
-        "layers": _count_blocks(shapes, r"^visual\.transformer\.resblocks\.(\d+)\."),
+        "layers": _count_blocks(path, shapes, r"^visual\.transformer\.resblocks\.(\d+)\."),
         "head_width": width // _count_heads(path, width),
     }
-    cfg = {"embed_dim": shapes["visual.proj"][1], "vision_cfg": vision, "quick_gelu": True}
-    return _make_source(path, cfg, "OpenAI's CLIP (with QuickGELU)", _CLIP, px, 1)
+    embed_dim = _need(path, shapes, "visual.proj", 2)[1]
+    cfg = {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": True}
+    source = _make_source(path, cfg, "OpenAI's CLIP (with QuickGELU)", px, _CLIP)
+    hint = f" CheXzero's images are prepared otherwise: name it chexzero?file={path}."
+    return replace(source, notes=tuple(note + hint for note in source.notes))
 
 
 # -- the DINOv2 repository ----------------------------------------------------------------
@@ -160,7 +300,7 @@ def _find_vit(path: Path, named: Shapes) -> Source | None:
         return None
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= shapes.keys():
         return None
-    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    width, _, patch, _ = _need(path, shapes, "patch_embed.proj.weight", 4)
     px = patch * _read_grid(path, shapes, "pos_embed")
     is_gated = "blocks.0.mlp.w12.weight" in shapes
     hidden = shapes.get(f"blocks.0.mlp.{'w3' if is_gated else 'fc2'}.weight", (0, 0))[-1]
@@ -168,7 +308,7 @@ def _find_vit(path: Path, named: Shapes) -> Source | None:
     cfg = {
         "model_type": "dinov2_with_registers" if n_registers else "dinov2",
         "hidden_size": width,
-        "num_hidden_layers": _count_blocks(shapes, r"^blocks\.(\d+)\."),
+        "num_hidden_layers": _count_blocks(path, shapes, r"^blocks\.(\d+)\."),
         "num_attention_heads": _count_heads(path, width),
         "image_size": px,
         "patch_size": patch,
@@ -182,7 +322,81 @@ def _find_vit(path: Path, named: Shapes) -> Source | None:
     if "blocks.0.ls1.gamma" not in shapes:
         cfg |= {"model_type": "vit", "intermediate_size": hidden, "layer_norm_eps": 1e-6}
         kind = "ImageNet's usual way"
-    return _make_source(path, cfg, kind, _DINO, px, 1)
+    return _make_source(path, cfg, kind, px, IMAGENET)
+
+
+# -- the DINOv3 repository ----------------------------------------------------------------
+
+_DINOV3_PX: Final = 224  # its code and its image processor; rotary positions fit any size
+_BFLOAT16_STEP: Final = 2**-8
+"""Relative distance of two numbers in bfloat16, at most."""
+
+
+def _find_dinov3(path: Path, shapes: Shapes) -> Source | None:
+    """Read a file of the DINOv3 repository, whose positions are rotary."""
+    if not {"rope_embed.periods", "blocks.0.attn.qkv.weight"} <= shapes.keys():
+        return None
+    width, _, patch, _ = _need(path, shapes, "patch_embed.proj.weight", 4)
+    periods = read_tensors(path, "rope_embed.periods")["rope_embed.periods"].flatten().double()
+    base = _read_base(path, periods)
+    is_gated, has_bias = "blocks.0.mlp.w1.weight" in shapes, "blocks.0.attn.qkv.bias" in shapes
+    cfg = {
+        "model_type": "dinov3_vit",
+        "hidden_size": width,
+        "num_hidden_layers": _count_blocks(path, shapes, r"^blocks\.(\d+)\."),
+        "num_attention_heads": width // (4 * len(periods)),  # a quarter of a head's width each
+        "intermediate_size": _need(
+            path, shapes, f"blocks.0.mlp.{'w1' if is_gated else 'fc1'}.weight", 2
+        )[0],
+        "image_size": _DINOV3_PX,
+        "patch_size": patch,
+        "num_register_tokens": shapes.get("storage_tokens", (1, 0))[1],
+        "query_bias": has_bias,
+        "value_bias": has_bias,
+        "use_gated_mlp": is_gated,
+        "hidden_act": "silu" if is_gated else "gelu",
+        "rope_theta": base,
+    }
+    is_rounded = not torch.allclose(periods, _make_periods(base, len(periods)), rtol=1e-5)
+    notes = (
+        f"The periods of rotary positions in {path.name} are rounded to bfloat16. They are "
+        "computed in float32 here, as transformers and timm do; the features differ a little from "
+        "those of Meta's own code.",
+    )
+    return _make_source(
+        path,
+        cfg,
+        "DINOv3's way",
+        _DINOV3_PX,
+        IMAGENET,
+        how=_SQUEEZED,
+        notes=notes if is_rounded else (),
+    )
+
+
+def _make_periods(base: float, n_periods: int) -> Tensor:
+    """Compute the periods of rotary positions, ``base ** (i / n)``, as DINOv3 defines them."""
+    return base ** (torch.arange(n_periods, dtype=torch.float64) / n_periods)
+
+
+def _read_base(path: Path, periods: Tensor) -> float:
+    """Read the base of the periods of rotary positions: 100, unless they tell otherwise.
+
+    Raises
+    ------
+    EncoderError
+        They are not powers of one number, as transformers and timm compute them.
+    """
+    n = len(periods)
+    found = float(periods[-1].abs()) ** (n / (n - 1)) if n > 1 else 100.0
+    for base in (100.0, found):
+        if torch.allclose(periods, _make_periods(base, n), rtol=_BFLOAT16_STEP, atol=0):
+            return base
+    raise EncoderError(
+        f"{path} has periods of rotary positions from {periods[0]:.4g} to {periods[-1]:.4g} "
+        "(rope_embed.periods), which are not powers of one number, the only ones that are offered. "
+        "Features that the model's own code computes come in by cxr-cache import."
+    )
 
 
 # -- EVA-X --------------------------------------------------------------------------------
@@ -192,7 +406,7 @@ def _find_eva(path: Path, shapes: Shapes) -> Source | None:
     """Read a file of EVA-X, in the names of timm's Eva."""
     if "blocks.0.attn.q_proj.weight" not in shapes or "pos_embed" not in shapes:
         return None
-    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    width, _, patch, _ = _need(path, shapes, "patch_embed.proj.weight", 4)
     px = patch * _read_grid(path, shapes, "pos_embed")
     gate = shapes.get("blocks.0.mlp.w1.weight")
     hidden = (gate or shapes.get("blocks.0.mlp.fc1.weight") or (4 * width,))[0]
@@ -200,7 +414,7 @@ def _find_eva(path: Path, shapes: Shapes) -> Source | None:
         "img_size": px,
         "patch_size": patch,
         "embed_dim": width,
-        "depth": _count_blocks(shapes, r"^blocks\.(\d+)\."),
+        "depth": _count_blocks(path, shapes, r"^blocks\.(\d+)\."),
         "num_heads": _count_heads(path, width),
         "mlp_ratio": (hidden + 0.5) / width,
         "swiglu_mlp": gate is not None,
@@ -211,16 +425,16 @@ def _find_eva(path: Path, shapes: Shapes) -> Source | None:
         "ref_feat_shape": (px // patch, px // patch),
         "num_classes": 0,
     }
-    return _make_source(path, cfg, "EVA-X's way", _EVA_X, px, 256 / 224)
+    return _make_source(path, cfg, "EVA-X's way", px, _EVA_X, margin=256 / 224)
 
 
 def _build_eva(source: Source) -> nn.Module:
     """Build timm's Eva for the shapes of a file; its weights mean nothing yet."""
-    import torch
     from timm.models.eva import Eva
 
     own_px = source.model_cfg["img_size"]
     px = source.img_size or hugging_face.read_size(source.preprocess_cfg, own_px, "squash")[0]
+    require_whole_patches(source, (source.model_cfg["patch_size"],) * 2, own_px)
     try:
         with torch.random.fork_rng(devices=[]):  # it draws its initial weights
             trunk = Eva(**(dict(source.model_cfg) | {"img_size": px}))
@@ -247,52 +461,43 @@ def _fill_eva(visual: Any, source: Source) -> None:
     require_numbers(tensors, source.weights)
     converted: dict[str, Tensor] = checkpoint_filter_fn(tensors, visual.trunk)
     named = {f"trunk.{name}": tensor for name, tensor in converted.items()}
-    fill_tower(visual, named, source.weights, "image")
+    table = EVA_X_GATED if source.model_cfg["swiglu_mlp"] else EVA_X
+    fill_tower(
+        visual, named, source.weights, "image", lambda name: spell(name, table), is_bare=True
+    )
 
 
-def _of_files(
-    family: Family, find: Callable[[Path, Shapes], Source | None], *, is_last: bool = False
-) -> Family:
-    """Give a family whose encoders are found in files, and prepared for as a processor says.
-
-    The last one to be asked for a file says that it is of no known kind.
-    """
-
-    def in_file(identifier: str) -> Source | None:
-        path, shapes = _read_shapes(identifier)
-        found = find(path, shapes)
-        if found is None and is_last and (path.parent / HUGGING_FACE_CONFIG).is_file():
-            raise EncoderError(
-                f"{path} does not tell by itself which image tower it is for, but "
-                f"{HUGGING_FACE_CONFIG} lies beside it: name the folder, local-dir:{path.parent}."
-            )
-        if found is None and is_last:
-            raise EncoderError(
-                f"{path} holds no image tower that its tensors tell: {list_names(list(shapes), 3)}."
-                " Known without a configuration are OpenAI's CLIP (visual.class_embedding), files "
-                "of the DINOv2 repository (blocks.0.attn.qkv.weight) and EVA-X "
-                "(blocks.0.attn.q_proj.weight). Put config.json and preprocessor_config.json "
-                "beside any other, and name the folder as local-dir:."
-            )
-        return found
-
-    def in_folder(identifier: str) -> Source | None:
-        file = _find_only_file(identifier)
-        return None if file is None else find(*_read_shapes(file))
-
+def _of_files(family: Family, find: Callable[[Path, Shapes], Source | None]) -> Family:
+    """Give a family whose encoders are found in files, and prepared for as a processor says."""
     return replace(
         family,
-        find={"local-file": in_file, "local-dir": in_folder},
+        find={"local-file": lambda identifier: find(*_read_shapes(identifier))},
         read_preprocessing=hugging_face.read_preprocessing,
+    )
+
+
+def describe_unknown(identifier: str) -> EncoderError:
+    """Give the error of a file whose tensors do not tell which image tower it is for."""
+    path, shapes = _read_shapes(identifier)
+    if (path.parent / HUGGING_FACE_CONFIG).is_file():
+        return EncoderError(
+            f"{path} does not tell by itself which image tower it is for, but "
+            f"{HUGGING_FACE_CONFIG} lies beside it: name the folder, local-dir:{path.parent}."
+        )
+    return EncoderError(
+        f"{path} holds no image tower that its tensors tell: {list_names(list(shapes), 3)}. "
+        "Known without a configuration are OpenAI's CLIP (visual.class_embedding), files of the "
+        "repositories of DINOv2 (blocks.0.attn.qkv.weight) and DINOv3 (rope_embed.periods) and "
+        "EVA-X (blocks.0.attn.q_proj.weight). Put config.json and preprocessor_config.json beside "
+        "any other, and name the folder as local-dir:."
     )
 
 
 FAMILIES: Final = {
     "files of OpenAI's CLIP": _of_files(open_clip.FAMILY, _find_clip),
     "files of DINOv2": _of_files(hugging_face.FAMILY, _find_vit),
+    "files of DINOv3": _of_files(hugging_face.FAMILY, _find_dinov3),
     "files of EVA-X": _of_files(
-        replace(hugging_face.FAMILY, build=_build_eva, fill=_fill_eva),
-        _find_eva,
-        is_last=True,
+        replace(hugging_face.FAMILY, build=_build_eva, fill=_fill_eva), _find_eva
     ),
 }

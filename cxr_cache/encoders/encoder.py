@@ -270,7 +270,8 @@ class Encoder(nn.Module):
         if pooled.ndim != 2 or embedding.ndim != 2:
             raise EncoderError(
                 f"{self._name} gives an output of shape {tuple(embedding.shape)} for one image, "
-                "not one embedding. Its configuration must pool the tokens."
+                "not one embedding. Its configuration must pool the tokens, or --pool does, which "
+                "is for vision transformers."
             )
         if not embedding.isfinite().all():
             raise EncoderError(

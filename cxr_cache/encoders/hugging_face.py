@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
 from torch import nn
 
-from cxr_cache.common.wording import list_names
+from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.layouts import (
+    ACTIVATIONS,
     LAYOUTS,
     build_trunk,
     fit_tensors,
     read_settings,
-    rename_tensors,
 )
 from cxr_cache.encoders.sources import (
     ADAPTER_CONFIG,
@@ -33,7 +33,9 @@ from cxr_cache.encoders.sources import (
     Place,
     Source,
     find_in_places,
+    require_whole_patches,
 )
+from cxr_cache.encoders.tensor_names import make_speller, rename_tensors
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
 from cxr_cache.encoders.weights import (
     fill_tower,
@@ -85,7 +87,20 @@ def _find(place: Place) -> Source | None:
         "normalised. Copy it from the model's repository.",
     )
     preprocessing = read_processor(preprocessing_path)
-    return Source(place.name, str(config_path), config, preprocessing, weights, place.revision)
+    notes = tuple(_note_unknown_kind(preprocessing, preprocessing_path))
+    return Source(
+        place.name, str(config_path), config, preprocessing, weights, place.revision, notes=notes
+    )
+
+
+def _note_unknown_kind(cfg: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Say that a processor may do more than its file states."""
+    if (kind := _find_kind(cfg)) not in _KINDS:
+        yield (
+            f"{path.name} names an image processor that is not known here ({kind}). Images were "
+            "prepared as the file states; if the processor's own code does more, the features are "
+            "not quite the encoder's."
+        )
 
 
 def read_processor(path: Path) -> dict[str, Any]:
@@ -138,11 +153,14 @@ def build_tower(source: Source) -> nn.Module:
     # Where images are of any shape, read_preprocessing asks the caller for one.
     own_px = read_size(source.preprocess_cfg, settings["image_size"], "squash")[0]
     image_px = source.img_size or own_px
+    require_whole_patches(source, (settings["patch_size"],) * 2, own_px)
     try:
         trunk = build_trunk(model_type, settings, image_px)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise EncoderError(
-            f"The image tower that {source.origin} describes cannot be built: {error}"
+            f"The image tower that {source.origin} describes cannot be built: {first_line(error)}. "
+            "Take configuration and weights from the model's repository; embeddings that were "
+            "computed elsewhere come in by cxr-cache import."
         ) from error
     has_positions = getattr(trunk, "pos_embed", None) is not None
     is_resampled = has_positions and image_px // settings["patch_size"] != (
@@ -167,17 +185,19 @@ def _build_head(source: Source, width: int) -> nn.Module | None:
     if name.endswith("visual_projection.weight"):
         return nn.Linear(width, projected_width, bias=False)
     if source.model_cfg["model_type"] == "vit":
-        activation = {"tanh": nn.Tanh, "linear": nn.Identity}.get(
-            source.model_cfg.get("pooler_act", "tanh")
-        )
-        if activation is None:
+        from timm.layers.create_act import get_act_layer
+
+        named = source.model_cfg.get("pooler_act", "tanh")
+        known = {"tanh": "tanh", "linear": "identity"} | ACTIVATIONS
+        if named not in known:
             raise EncoderError(
-                f"{source.origin} has the pooler_act '{source.model_cfg['pooler_act']}', which is "
-                "neither tanh nor linear."
+                f"{source.origin} has the pooler_act '{named}', which is not one of "
+                f"{', '.join(known)}. Embeddings that were computed elsewhere come in by cxr-cache "
+                "import."
             )
         head = nn.Sequential()
         head.add_module("dense", nn.Linear(width, projected_width))
-        head.add_module("activation", activation())
+        head.add_module("activation", get_act_layer(known[named])())
         return head
     return None
 
@@ -195,18 +215,22 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
             f"{source.weights} holds no image tower, but {list_names(list(tensors), 3)}. "
             f"{source.origin} asks for a {model_type}; take both from the same repository."
         )
-    fill_tower(visual, fit_tensors(named, visual, model_type, settings), source.weights, "image")
+    fitted = fit_tensors(named, visual, model_type, settings)
+    spell = make_speller(tensors, model_type, settings)
+    fill_tower(visual, fitted, source.weights, "image", spell, is_bare=source.is_bare)
 
 
 # -- preprocessing ------------------------------------------------------------------------
 
 ResizeMode: TypeAlias = Literal["squash", "crop", "pad"]
-_RESAMPLING: Final = {2: "bilinear", 3: "bicubic"}
-_OTHERS: Final = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
+_RESAMPLING: Final = {1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""By their numbers in Pillow."""
 _DEFAULT_RESAMPLING: Final = {"ViT": 2, "DINOv3ViT": 2, "CLIP": 3, "Bit": 3, "Siglip": 3}
 """By the kind of image processor, of files that leave it out."""
 _CROPPING: Final = ("CLIP", "Bit")
 """Kinds for which one number is the shortest edge, not the side of a square."""
+_KINDS: Final = {*_DEFAULT_RESAMPLING, "Siglip2", "DeiT", "Beit", "Blip", "ChineseCLIP", ""}
+"""Kinds that do no more than their files state."""
 
 
 def _find_kind(cfg: Mapping[str, Any]) -> str:
@@ -227,6 +251,7 @@ def read_size(
         The file describes something that is not offered.
     """
     origin = cfg.get("origin", "The preprocessing")
+    resize = resize or cfg.get("resize_mode")  # never in a file; of encoders that are known
     size = cfg.get("size") if cfg.get("do_resize", True) else None
     crop = cfg.get("crop_size") if cfg.get("do_center_crop", False) else None
     if isinstance(size, int) and _find_kind(cfg) in _CROPPING:
@@ -262,6 +287,75 @@ def _read_sides(size: Any, origin: str) -> int | None:
     return height
 
 
+_STEPS: Final = {"resize", "rescale", "normalize", "center_crop", "pad", "convert_rgb"}
+"""What may be done to images; any more would be left out."""
+
+
+def _require_known_steps(cfg: Mapping[str, Any], origin: str) -> None:
+    """Raise EncoderError where a processor does more to images than is offered."""
+    asked = {key for key, value in cfg.items() if value is True}
+    more = {key for key in asked if key.startswith("do_") and key[3:] not in _STEPS}
+    if more := sorted((more - {"do_reduce_labels"}) | (asked & {"offset", "rescale_offset"})):
+        raise EncoderError(
+            f"{origin} does more to images than is offered ({list_names(more)}), and features "
+            "without it would be others. Embeddings that were computed elsewhere come in by "
+            "cxr-cache import."
+        )
+
+
+def _read_interpolation(cfg: Mapping[str, Any], origin: str) -> str:
+    """Read the name of the interpolation, which files have by its number."""
+    resample = cfg.get("resample", _DEFAULT_RESAMPLING.get(_find_kind(cfg)))
+    if resample is None:
+        raise EncoderError(
+            f"{origin} does not say by which interpolation images are resized (resample). Copy the "
+            "file from the model's repository, or add the line as its code has it, such as "
+            '"resample": 3 for bicubic.'
+        )
+    name = _RESAMPLING.get(resample, resample)
+    if name not in _RESAMPLING.values():
+        raise EncoderError(
+            f"{origin} asks for the interpolation {'nearest' if name == 0 else repr(name)} "
+            "(resample), which is not offered. Offered are "
+            f"{', '.join(f'{n} ({name})' for n, name in _RESAMPLING.items())}: one of these in a "
+            "copy of the file changes features a little."
+        )
+    return str(name)
+
+
+def _read_statistics(
+    cfg: Mapping[str, Any], normalize: str, origin: str
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Read mean and standard deviation of pixels in 0..1."""
+    if normalize == "imagenet":
+        return IMAGENET["mean"], IMAGENET["std"]  # type: ignore[return-value]
+    mean, std = cfg.get("image_mean"), cfg.get("image_std")
+    if not cfg.get("do_normalize", True):
+        mean, std = 0, 1
+    if mean is None or std is None:
+        raise EncoderError(
+            f"{origin} has no image_mean and image_std. Copy the file from the model's repository, "
+            "or choose --normalize imagenet."
+        )
+    factor = cfg.get("rescale_factor", 1 / 255) if cfg.get("do_rescale", True) else 1
+    return _read_channels(mean, factor, origin), _read_channels(std, factor, origin)
+
+
+def _read_channels(values: Any, factor: Any, origin: str) -> tuple[float, float, float]:
+    """Read a number for each channel, of pixels times `factor`, as one of pixels in 0..1."""
+    numbers = values if isinstance(values, list | tuple) else (values,)
+    numbers = tuple(numbers) * 3 if len(numbers) == 1 else tuple(numbers)
+    are_numbers = all(isinstance(n, int | float) for n in (*numbers, factor))
+    if not are_numbers or len(numbers) != 3 or not factor > 0:
+        raise EncoderError(
+            f"{origin} has {values!r} as mean or standard deviation (image_mean, image_std) of "
+            f"pixels times {factor!r} (rescale_factor), where one number or three belong. Copy the "
+            "file from the model's repository."
+        )
+    scale = 1 if abs(factor * 255 - 1) < 1e-6 else factor * 255
+    return (numbers[0] / scale, numbers[1] / scale, numbers[2] / scale)
+
+
 def read_preprocessing(
     source: Source, visual: Any, resize: str | None, normalize: str, bits_stored: int | None
 ) -> Preprocessing:
@@ -271,41 +365,21 @@ def read_preprocessing(
     sides = visual.trunk.patch_embed.img_size if hasattr(visual, "trunk") else visual.image_size
     origin, px = cfg["origin"], sides[0]
     size_px, resized, mode = read_size(cfg, px, resize)
-    resample = cfg.get("resample", _DEFAULT_RESAMPLING.get(_find_kind(cfg)))
-    if resample not in _RESAMPLING:
-        raise EncoderError(
-            f"{origin} asks for the interpolation {_OTHERS.get(resample, resample)}; offered are "
-            f"{', '.join(_RESAMPLING.values())}."
-        )
-    if not cfg.get("do_rescale", True) or abs(cfg.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
-        raise EncoderError(
-            f"{origin} does not scale pixels to 0..1 (do_rescale {cfg.get('do_rescale', True)}, "
-            f"rescale_factor {cfg.get('rescale_factor')}), which is not offered."
-        )
-    statistics: dict[str, Any] = {"mean": cfg.get("image_mean"), "std": cfg.get("image_std")}
-    if not cfg.get("do_normalize", True):
-        statistics = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    if normalize == "imagenet":
-        statistics = dict(IMAGENET)
-    if None in statistics.values():
-        raise EncoderError(
-            f"{origin} has no image_mean and image_std. Copy the file from the model's repository, "
-            "or choose --normalize imagenet."
-        )
-    triples = {k: (v,) * 3 if isinstance(v, int | float) else v for k, v in statistics.items()}
+    _require_known_steps(cfg, origin)
+    mean, std = _read_statistics(cfg, normalize, origin)
     try:
         preprocessing = Preprocessing(
             image_size_px=size_px,
-            mean=tuple(triples["mean"]),
-            std=tuple(triples["std"]),
-            interpolation=_RESAMPLING[resample],
+            mean=mean,
+            std=std,
+            interpolation=_read_interpolation(cfg, origin),
             resize=mode,
             resize_px=None if resized == size_px else resized,
             crop_rounding=cfg.get("crop_rounding", "down")
             if mode == "crop" or resized != size_px
             else "nearest",
         )
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise EncoderError(f"{origin}: {error}") from error
     if source.img_size is not None:
         preprocessing = preprocessing.scaled_to(source.img_size)

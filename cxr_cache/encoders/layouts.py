@@ -1,7 +1,7 @@
-"""Vision transformers of Hugging Face: their settings as timm's, their tensors by timm's names.
+"""Vision transformers of Hugging Face: their settings as timm's, their tensors in timm's shapes.
 
-One table of names serves all families, since none of them means two things. What a family is
-missing in its configuration are the defaults of transformers, which leaves them out of files.
+What a family is missing in its configuration are the defaults of transformers, which leaves them
+out of files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cxr_cache.encoders.weights import held_twice
 from cxr_cache.errors import EncoderError
 
 
@@ -87,6 +86,8 @@ LAYOUTS: Final[dict[str, Layout]] = {
             "query_bias": True,
             "key_bias": False,
             "value_bias": True,
+            "proj_bias": True,
+            "mlp_bias": True,
             "use_gated_mlp": False,
             "rope_theta": 100.0,
         },
@@ -109,11 +110,14 @@ LAYOUTS: Final[dict[str, Layout]] = {
 }
 """By the ``model_type`` of a ``config.json``."""
 
-_ACTIVATIONS: Final = {
+ACTIVATIONS: Final = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
@@ -139,20 +143,25 @@ def read_settings(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     for name in ("image_size", "patch_size"):
         sides = settings[name] if isinstance(settings[name], list) else [settings[name]] * 2
         if len(set(sides)) != 1:
-            raise EncoderError(f"{origin} asks for {name} {sides}, not a square.")
+            raise EncoderError(
+                f"{origin} asks for {name} {sides}, not a square, and no other is offered. "
+                "Embeddings that were computed elsewhere come in by cxr-cache import."
+            )
         settings[name] = sides[0]
     for name, default in settings.items():
         is_count = isinstance(layout.defaults[name], int) and name not in ("mlp_ratio", "qkv_bias")
         if is_count and (not isinstance(default, int) or default < 0):
             raise EncoderError(f"{origin} has {name} {default!r}, where a whole number belongs.")
-    if settings["hidden_act"] not in _ACTIVATIONS:
+    if settings["hidden_act"] not in ACTIVATIONS:
         raise EncoderError(
             f"{origin} has the activation function '{settings['hidden_act']}', which is not one of "
-            f"{', '.join(_ACTIVATIONS)}."
+            f"{', '.join(ACTIVATIONS)}. Embeddings that were computed elsewhere come in by "
+            "cxr-cache import."
         )
     if settings["num_channels"] != 3:
         raise EncoderError(
-            f"{origin} is for images of {settings['num_channels']} channels, not of 3."
+            f"{origin} is for images of {settings['num_channels']} channels, not of 3. Take a "
+            "model for images in colour; radiographs fill all three channels."
         )
     return settings
 
@@ -174,11 +183,19 @@ def build_trunk(model_type: str, settings: Mapping[str, Any], image_px: int) -> 
 def _arguments_of_eva(settings: Mapping[str, Any], image_px: int) -> dict[str, Any]:
     """Give the arguments of timm's Eva, whose keys have no bias."""
     biases = [settings[f"{name}_bias"] for name in ("query", "key", "value")]
-    is_gated, activation = settings["use_gated_mlp"], _ACTIVATIONS[settings["hidden_act"]]
+    is_gated, activation = settings["use_gated_mlp"], ACTIVATIONS[settings["hidden_act"]]
     if biases not in ([True, False, True], [False, False, False]):
-        raise ValueError(f"biases of queries, keys and values are {biases}")
+        raise ValueError(
+            f"biases of queries, keys and values are {biases}, where queries and values have some "
+            "or none, and keys have none"
+        )
     if activation != ("silu" if is_gated else "gelu"):
-        raise ValueError(f"hidden_act is {settings['hidden_act']} with use_gated_mlp {is_gated}")
+        raise ValueError(
+            f"hidden_act is {settings['hidden_act']} with use_gated_mlp {is_gated}, where silu "
+            "goes with a gate, and gelu without"
+        )
+    if not (settings["mlp_bias"] and settings["proj_bias"]):
+        raise ValueError("mlp_bias or proj_bias is false, where these layers have biases")
     width = settings["hidden_size"]
     return {
         "img_size": image_px,
@@ -215,7 +232,7 @@ def _arguments_of_vit(
         "qkv_bias": settings["qkv_bias"],
         "reg_tokens": settings.get("num_register_tokens", 0),
         "norm_layer": partial(nn.LayerNorm, eps=settings["layer_norm_eps"]),
-        "act_layer": get_act_layer(_ACTIVATIONS[settings["hidden_act"]]),
+        "act_layer": get_act_layer(ACTIVATIONS[settings["hidden_act"]]),
         "global_pool": "token",
         "num_classes": 0,
         **LAYOUTS[model_type].arguments,
@@ -233,125 +250,13 @@ def _arguments_of_vit(
     return arguments
 
 
-_PREFIXES: Final = re.compile(r"^(?:vision_model|dinov2|dinov2_with_registers|vit)\.")
-"""What models for more than embeddings call the tower."""
-_IGNORED: Final = re.compile(
-    r"text_model\..*|text_projection\..*|logit_scale|logit_bias|classifier\..*|head\.(weight|bias)"
-    r"|(?:dino_head|ibot_head|student)\..*"
-    r"|(?:embeddings\.)?mask_token|.*\.position_ids|rope_embeddings\.inv_freq"
-)
-"""Tensors that no embedding of an image needs: the other tower, what was trained on top or beside,
-what masked patches were replaced by, and positions counted from 0."""
-
-_WB: Final = r"(\.weight|\.bias)"
-_NAMES: Final = [
-    (re.compile(pattern), name)
-    for pattern, name in {
-        r"embeddings\.(?:cls_token|class_embedding)|cls_token": "trunk.cls_token",
-        r"embeddings\.register_tokens|register_tokens": "trunk.reg_token",
-        r"embeddings\.position_embeddings?(?:\.weight)?|pos_embed": "trunk.pos_embed",
-        r"embeddings\.(?:patch_embeddings(?:\.projection)?|patch_embedding)" + _WB: (
-            r"trunk.patch_embed.proj\1"
-        ),
-        r"patch_embed\.proj" + _WB: r"trunk.patch_embed.proj\1",
-        r"pre_layrnorm" + _WB: r"trunk.norm_pre\1",  # spelt like this by transformers
-        r"(?:layernorm|post_layernorm|norm)" + _WB: r"trunk.norm\1",
-        # DINOv2's own trainer keeps blocks in groups, with their numbers after the group's.
-        r"(?:encoder\.)?(?:layers?|blocks)\.(?:\d+\.)?(\d+)\.(.*)": r"trunk.blocks.\1.\2",
-        r"visual_projection(\.weight)": r"head\1",
-        r"pooler\.dense" + _WB: r"head.dense\1",
-        r"head\.probe": "trunk.attn_pool.latent",
-        r"head\.attention\.in_proj_(weight|bias)": r"trunk.attn_pool.qkv.\1",
-        r"head\.attention\.out_proj" + _WB: r"trunk.attn_pool.proj\1",
-        r"head\.layernorm" + _WB: r"trunk.attn_pool.norm\1",
-        r"head\.mlp\.(fc[12])" + _WB: r"trunk.attn_pool.mlp.\1\2",
-    }.items()
-]
-_NAMES_IN_BLOCKS: Final = [
-    (re.compile(pattern + r"(\.weight|\.bias)$"), name)
-    for pattern, name in {
-        r"\.(?:attention\.attention\.|attention\.|self_attn\.)query": ".attn.q",
-        r"\.(?:attention\.attention\.|attention\.|self_attn\.)key": ".attn.k",
-        r"\.(?:attention\.attention\.|attention\.|self_attn\.)value": ".attn.v",
-        r"\.(?:attention\.|self_attn\.)q_proj": ".attn.q",
-        r"\.(?:attention\.|self_attn\.)k_proj": ".attn.k",
-        r"\.(?:attention\.|self_attn\.)v_proj": ".attn.v",
-        r"\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)": ".attn.proj",
-        r"\.(?:layernorm_before|layer_norm1)": ".norm1",
-        r"\.(?:layernorm_after|layer_norm2)": ".norm2",
-        r"\.(?:intermediate\.dense|mlp\.weights_in|mlp\.w12)": ".mlp.fc1",
-        r"\.(?:output\.dense|mlp\.weights_out|mlp\.w3|mlp\.down_proj)": ".mlp.fc2",
-        r"\.mlp\.gate_proj": ".mlp.gate",
-        r"\.mlp\.up_proj": ".mlp.value",
-    }.items()
-]
-_JOINED: Final = {".qkv": (".q", ".k", ".v"), ".fc1": (".gate", ".value")}
-"""Matrices that timm keeps as one, and their parts in order."""
-
-
-def rename_tensors(tensors: Mapping[str, Tensor], path: Any) -> dict[str, Tensor]:
-    """Give a checkpoint's tensors the names that :class:`PooledTower` has for them.
-
-    Tensors that no image needs are left out by name; unknown ones keep their names, for
-    :func:`cxr_cache.encoders.weights.fill_tower` to refuse.
-
-    Raises
-    ------
-    EncoderError
-        Two tensors would be the same.
-    """
-    renamed: dict[str, Tensor] = {}
-    origins: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        bare = _PREFIXES.sub("", name)
-        if _IGNORED.fullmatch(bare) or not tensor.numel():  # no registers are an empty tensor
-            continue
-        new = _rename(bare)
-        if new in renamed:
-            raise held_twice(path, origins[new], name)
-        renamed[new], origins[new] = tensor, name
-    for whole, parts in _JOINED.items():
-        for name in [name for name in renamed if re.search(rf"{re.escape(parts[0])}\.\w+$", name)]:
-            stem, _, kind = name.rpartition(f"{parts[0]}.")
-            named = [f"{stem}{part}.{kind}" for part in parts]
-            shapes = {tuple(renamed[p].shape[1:]) if p in renamed else None for p in named}
-            if len(shapes) == 1 and None not in shapes:
-                renamed[f"{stem}{whole}.{kind}"] = torch.cat([renamed.pop(part) for part in named])
-    for name in [name for name in renamed if ".mlp.value." in name]:  # there was no gate
-        renamed[name.replace(".mlp.value.", ".mlp.fc1.")] = renamed.pop(name)
-    for name in [name for name in renamed if name.startswith("trunk.attn_pool.qkv.")]:
-        tensor, kind = renamed.pop(name), name.rpartition(".")[2]
-        width = len(tensor) // 3
-        renamed[f"trunk.attn_pool.q.{kind}"] = tensor[:width]
-        renamed[f"trunk.attn_pool.kv.{kind}"] = tensor[width:]
-    return renamed
-
-
-def _rename(name: str) -> str:
-    """Give the tower's name of one tensor; an unknown one keeps its own."""
-    for pattern, new in _NAMES:
-        if match := pattern.fullmatch(name):
-            renamed = match.expand(new)
-            break
-    else:
-        return name
-    if ".blocks." not in renamed:
-        return renamed
-    renamed = re.sub(r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma", renamed)
-    for pattern, new in _NAMES_IN_BLOCKS:
-        renamed, n_found = pattern.subn(rf"{new}\1", renamed)
-        if n_found:
-            break
-    return renamed
-
-
 def fit_tensors(
     tensors: Mapping[str, Tensor], tower: Any, model_type: str, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Bring tensors into the shapes of the tower: axes of one, and positions for its input size."""
     expected = tower.state_dict()
     if model_type == "dinov3_vit":
-        tensors = {_name_in_eva(name): tensor for name, tensor in tensors.items()}
+        tensors = split_biases({_name_in_eva(name): t for name, t in tensors.items()})
     fitted = {
         name: tensor.reshape(expected[name].shape)
         if name in expected and tensor.squeeze().shape == expected[name].squeeze().shape
@@ -388,6 +293,24 @@ def _fit_positions(
     if class_token is None or class_token.shape != before.shape:
         return {"trunk.pos_embed": patches}
     return {"trunk.pos_embed": patches, "trunk.cls_token": class_token.float() + before}
+
+
+def split_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split biases of queries, keys and values as timm's Eva keeps them; keys have none there.
+
+    DINOv3's own code multiplies them by a mask, which is 0 for keys. A bias of keys that is left
+    keeps a name that no tower has. Of other names nothing is changed.
+    """
+    split = {name: t for name, t in tensors.items() if not re.search(r"\.qkv\.bias(_mask)?$", name)}
+    for name, bias in tensors.items():
+        if not name.endswith(".qkv.bias"):
+            continue
+        stem = name.removesuffix(".qkv.bias")
+        masked = bias.float() * tensors.get(f"{name}_mask", torch.ones(()))
+        split[f"{stem}.q_bias"], of_keys, split[f"{stem}.v_bias"] = masked.chunk(3)
+        if of_keys.any():
+            split[f"{stem}.k_bias"] = of_keys
+    return split
 
 
 def _name_in_eva(name: str) -> str:

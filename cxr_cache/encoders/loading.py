@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -12,10 +11,17 @@ from torch import nn
 from cxr_cache.common.devices import require_choice, resolve_device, resolve_precision
 from cxr_cache.config import DEFAULT_ENCODER, POOLS, EncoderOptions
 from cxr_cache.encoders import bare_files, hugging_face, open_clip, timm_models
-from cxr_cache.encoders.catalogue.known import spell_out
+from cxr_cache.encoders.catalogue.known import find_known, spell_out
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.identity import EncoderIdentity
-from cxr_cache.encoders.sources import IMAGENET, Family, Source
+from cxr_cache.encoders.sources import (
+    IMAGENET,
+    Family,
+    Source,
+    join_query,
+    open_place,
+    split_query,
+)
 from cxr_cache.encoders.timm_vit import find_random, pool_otherwise, split_pooled
 from cxr_cache.errors import EncoderError
 
@@ -40,31 +46,57 @@ def find_encoder(name: str) -> tuple[Family, Source]:
     EncoderError
         No family knows the name, or what it leads to is not whole.
     """
-    plain, img_size = _split_size(spell_out(name))
+    plain, query = split_query(spell_out(name))
     scheme, colon, identifier = plain.partition(":")
     if not colon:
         scheme, identifier = "", plain
+    if not identifier:
+        raise _no_encoder(name)
+    place = open_place(scheme, identifier)
+    if place is None and "file" in query:
+        raise EncoderError(
+            f"?file= in {name} names a file of a folder or repository: it goes with local-dir: and "
+            "hf-hub: names."
+        )
+    bare = None if place is None else bare_files.find_in_place(place, query.get("file"))
+    if bare is not None and "file" in query:
+        scheme, identifier = "local-file", str(bare.path)
     for family in FAMILIES.values():
-        if identifier and scheme in family.find and (source := family.find[scheme](identifier)):
-            if img_size is None:
-                return family, source
-            sized = f"{source.name}?img_size={img_size}"
-            return family, replace(source, name=sized, img_size=img_size)
-    raise EncoderError(
+        if source := _ask(family, scheme, identifier, bare):
+            if "local-file" in family.find and (known := find_known(name)):
+                source = bare_files.take_known(source, known)
+            return family, _resize(source, query.get("img_size"))
+    raise bare_files.describe_unknown(identifier) if scheme == "local-file" else _no_encoder(name)
+
+
+def _ask(
+    family: Family, scheme: str, identifier: str, bare: bare_files.BareFile | None
+) -> Source | None:
+    """Ask a family for the encoder that a name leads to, and for weights without a configuration.
+
+    The latter are asked for under the file's own name, which a folder or repository has not.
+    """
+    if bare is not None and "local-file" in family.find:
+        source = family.find["local-file"](str(bare.path))
+        return source and replace(source, name=bare.name, revision=bare.revision)
+    return family.find[scheme](identifier) if scheme in family.find else None
+
+
+def _no_encoder(name: str) -> EncoderError:
+    return EncoderError(
         f"'{name}' names no encoder. Names are hf-hub:ORG/REPO, local-dir:PATH, local-file:PATH, "
         "timm:NAME, random:TIMM_NAME, or an open_clip architecture with its weights, "
         "ViT-B-32/laion2b_s34b_b79k."
     )
 
 
-def _split_size(name: str) -> tuple[str, int | None]:
-    """Split the size of the images off a name, NAME?img_size=224; paths may hold a '?', too."""
-    plain, _, query = name.rpartition("?")
-    if match := re.fullmatch(r"img_size=([1-9]\d{0,4})", query):
-        return plain, int(match[1])
-    if plain and (query.startswith("img_size") or not name.startswith("local-")):
-        raise EncoderError(f"'?{query}' in {name} is not of the form ?img_size=224.")
-    return name, None
+def _resize(source: Source, img_size: str | None) -> Source:
+    """Ask for images of another size, which is then part of the name."""
+    if img_size is None:
+        return source
+    plain, asked = split_query(source.name)
+    sized = join_query(plain, asked | {"img_size": img_size})
+    return replace(source, name=sized, img_size=int(img_size))
 
 
 def load_encoder(
@@ -147,7 +179,6 @@ def load_encoder(
     chosen_precision = resolve_precision(precision, chosen_device)
     family, source = find_encoder(name)
     visual = family.build(source)
-    _require_a_patch(visual, source)
     preprocessing = family.read_preprocessing(source, visual, resize, normalize, bits_stored)
     if normalize == "imagenet":
         source = replace(source, notes=(*source.notes, *_note_statistics(family, source, visual)))
@@ -157,18 +188,6 @@ def load_encoder(
     if pool != "default":
         visual, split = pool_otherwise(visual, pool, source.name), split_pooled
     return Encoder(visual.to(chosen_device), split(visual), preprocessing, chosen_precision, source)
-
-
-def _require_a_patch(visual: nn.Module, source: Source) -> None:
-    """Raise EncoderError where an image of the size that was asked for is less than one patch."""
-    embed = getattr(getattr(visual, "trunk", None), "patch_embed", visual)
-    side = max(getattr(embed, "patch_size", (0,)))
-    if source.img_size is not None and source.img_size < side:
-        raise EncoderError(
-            f"{source.name} asks for images of {source.img_size} x {source.img_size} pixels, which "
-            f"is less than one patch of this encoder, {side} x {side} pixels. Ask for a multiple "
-            f"of {side}, such as ?img_size={224 // side * side}."
-        )
 
 
 def _note_statistics(family: Family, source: Source, visual: nn.Module) -> Iterator[str]:

@@ -26,6 +26,7 @@ from cxr_cache.encoders.sources import (
     Source,
     fetch_from_hub,
     find_in_places,
+    require_whole_patches,
 )
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
@@ -229,6 +230,8 @@ def build_tower(source: Source) -> nn.Module:
         raise EncoderError(
             f"The image tower that {source.origin} describes cannot be built: {error}"
         ) from error
+    embed = getattr(getattr(visual, "trunk", None), "patch_embed", visual)
+    require_whole_patches(source, _pair(getattr(embed, "patch_size", 0)), own_px)
     if px != own_px:
         visual.positions_from_px = own_px  # type: ignore[assignment]
     return visual
@@ -280,7 +283,8 @@ def fill_tower(visual: Any, source: Source) -> None:
     if source.weights is None:
         fill_with_noise(visual, source.seed)
     else:
-        load_weights(visual, source.weights, None if source.img_size is None else _fit_positions)
+        fit = None if source.img_size is None else _fit_positions
+        load_weights(visual, source.weights, fit, is_bare=source.is_bare)
     if source.img_size is not None and hasattr(getattr(visual, "trunk", None), "set_input_size"):
         visual.trunk.set_input_size(source.img_size)  # timm resamples positions in place
 

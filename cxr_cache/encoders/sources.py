@@ -6,8 +6,11 @@ seconds, and a command that only reads features should not wait for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,6 +54,11 @@ class Source:
     notes: tuple[str, ...] = ()
     """Sentences on what had to be assumed."""
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the weights come without a configuration, so that they say what to build."""
+        return self.weights is not None and self.origin == str(self.weights)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -60,6 +68,18 @@ class Place:
     folder: Path | None = None
     repo: str = ""
     revision: str | None = None
+
+    def find(self, files: Sequence[str]) -> Path | None:
+        """Give the first of `files` that is here; None where there is none.
+
+        Raises
+        ------
+        EncoderError
+            The hub cannot be asked, or gives nothing out.
+        """
+        if self.folder is None:
+            return find_on_hub(self.repo, files, self.revision)
+        return first_file(self.folder, files)
 
     def fetch(self, files: Sequence[str], lack: str) -> Path:
         """Give the first of `files` that is here.
@@ -71,34 +91,56 @@ class Place:
         """
         if self.folder is None:
             return fetch_from_hub(self.repo, files, self.revision)
-        found = first_file(self.folder, files)
+        found = self.find(files)
         if found is None:
             raise EncoderError(f"{self.folder} {lack}")
         return found
+
+    def list_files(self, *, is_cached: bool = False) -> list[str]:
+        """List the names of the files here; of a repository, those in the cache if `is_cached`."""
+        if self.folder is not None:
+            return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+        if not is_cached:
+            return list_on_hub(self.repo, self.revision)
+        root = _find_snapshot(self.repo, self.revision)
+        return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
 
     def pin(self, file: Path) -> Place:
         """Give the same place at the commit that `file` is from, .../snapshots/COMMIT/FILE."""
         return self if self.folder else replace(self, revision=file.parent.name)
 
 
+def open_place(scheme: str, identifier: str) -> Place | None:
+    """Give the folder or repository that a name leads to; None where it leads to none.
+
+    Raises
+    ------
+    EncoderError
+        There is no such folder.
+    """
+    if scheme == "hf-hub":
+        repo, _, revision = identifier.partition("@")
+        return Place(f"hf-hub:{identifier}", None, repo, revision or None)
+    if scheme != "local-dir":
+        return None
+    folder = Path(identifier).expanduser().resolve()
+    if not folder.is_dir():
+        raise EncoderError(
+            f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} "
+            f"or {HUGGING_FACE_CONFIG} and the weights, for example a copy of the model's "
+            "Hugging Face repository."
+        )
+    return Place(f"local-dir:{folder}", folder)
+
+
 def find_in_places(find: Callable[[Place], Source | None]) -> dict[str, Callable[[str], Any]]:
     """Give :attr:`Family.find` of a family whose folders and repositories hold the same files."""
 
-    def in_folder(identifier: str) -> Source | None:
-        folder = Path(identifier).expanduser().resolve()
-        if not folder.is_dir():
-            raise EncoderError(
-                f"{folder} is not a folder. local-dir: takes the folder that holds {CONFIG_FILE} "
-                f"or {HUGGING_FACE_CONFIG} and the weights, for example a copy of the model's "
-                "Hugging Face repository."
-            )
-        return find(Place(f"local-dir:{folder}", folder))
+    def find_by(scheme: str, identifier: str) -> Source | None:
+        place = open_place(scheme, identifier)
+        return None if place is None else find(place)
 
-    def on_hub(identifier: str) -> Source | None:
-        repo, _, revision = identifier.partition("@")
-        return find(Place(f"hf-hub:{identifier}", None, repo, revision or None))
-
-    return {"hf-hub": on_hub, "local-dir": in_folder}
+    return {scheme: partial(find_by, scheme) for scheme in ("hf-hub", "local-dir")}
 
 
 @dataclass(frozen=True)
@@ -120,12 +162,76 @@ class Family:
     """Takes the tower apart; None where that cannot be done."""
 
 
+def split_query(name: str) -> tuple[str, dict[str, str]]:
+    """Split what a name asks for off it: ``NAME?file=WEIGHTS&img_size=224``.
+
+    Paths may hold a question mark, too.
+
+    Raises
+    ------
+    EncoderError
+        Something else is asked for.
+
+    Examples
+    --------
+    >>> split_query("hf-hub:org/repo@main?file=vit.pt&img_size=224")
+    ('hf-hub:org/repo@main', {'file': 'vit.pt', 'img_size': '224'})
+    """
+    plain, _, query = name.rpartition("?")
+    asked = dict(part.partition("=")[::2] for part in query.split("&"))
+    is_known = asked.keys() <= {"file", "img_size"} and all(asked.values())
+    if plain and is_known and re.fullmatch(r"[1-9]\d{0,4}", asked.get("img_size", "1")):
+        return plain, asked
+    if plain and (query.startswith(("img_size", "file=")) or not name.startswith("local-")):
+        raise EncoderError(f"'?{query}' in {name} is not of the form ?img_size=224 or ?file=NAME.")
+    return name, {}
+
+
+def join_query(plain: str, asked: Mapping[str, str]) -> str:
+    """Put what a name asks for behind it again."""
+    return plain + "?" * bool(asked) + "&".join(f"{key}={value}" for key, value in asked.items())
+
+
+def require_whole_patches(source: Source, patch: Sequence[int], own_px: int) -> None:
+    """Raise EncoderError where a name asks for a size that patches do not fill.
+
+    What is left over would be cut off without a word. The encoder's own size is its own affair.
+    """
+    px, side = source.img_size, lcm(*patch)
+    if px is None or px == own_px or not side or px % side == 0:
+        return
+    nearest = [size for size in (px // side * side, (px // side + 1) * side) if size]
+    raise EncoderError(
+        f"{source.name} asks for images of {px} x {px} pixels, which the encoder's patches of "
+        f"{patch[0]} x {patch[-1]} pixels do not fill. Ask for the nearest size that they do: "
+        f"{' or '.join(f'?img_size={size}' for size in nearest)}."
+    )
+
+
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of the files `names` that a folder holds."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Path:
+    """The first of `files` that the repository has, as :func:`find_on_hub` finds it.
+
+    Raises
+    ------
+    EncoderError
+        It has none of them, or the hub cannot be asked.
+    """
+    found = find_on_hub(repo, files, revision)
+    if found is None:
+        raise EncoderError(
+            f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be "
+            "loaded. Check the name; it must be a repository in the format of open_clip, "
+            "transformers or timm."
+        )
+    return found
+
+
+def find_on_hub(repo: str, files: Sequence[str], revision: str | None) -> Path | None:
     """The first of `files` that the repository has, from the cache or else from the hub.
 
     What the cache holds is used without asking the hub, so a cached encoder neither needs a
@@ -157,10 +263,34 @@ def fetch_from_hub(repo: str, files: Sequence[str], revision: str | None) -> Pat
     # huggingface_hub 0.x raises errors of requests and 1.x those of httpx; they share no base
     except Exception as error:
         raise _hub_error(repo, files, revision, error) from error
-    raise EncoderError(
-        f"{repo} on the Hugging Face hub has none of {', '.join(files)}, so it cannot be loaded. "
-        "Check the name; it must be a repository in the format of open_clip, transformers or timm."
-    )
+    return None
+
+
+def list_on_hub(repo: str, revision: str | None) -> list[str]:
+    """List the names of a repository's files.
+
+    Raises
+    ------
+    EncoderError
+        The hub cannot be asked, or does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:  # as in find_on_hub
+        raise _hub_error(repo, ("the list of files",), revision, error) from error
+    return sorted(file.rfilename for file in info.siblings or ())
+
+
+def _find_snapshot(repo: str, revision: str | None) -> Path:
+    """Give the folder of the cache with a repository's files, which may not be there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    ref = root / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    return root / "snapshots" / (commit or "main")
 
 
 def _hub_error(

@@ -90,7 +90,8 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
             "A local-dir: folder also needs the tokenizer's files (tokenizer.json, "
             "tokenizer_config.json, vocab.txt, special_tokens_map.json) of the model's repository."
         ) from error
-    fill_tower(tower, tensors, source.weights, "text")
+    prefix = _PREFIX if read_tensors(source.weights, _PREFIX) else ""
+    fill_tower(tower, tensors, source.weights, "text", lambda name: [prefix + name])
     return TextEncoder(source.name, tower, tokenize, float(scale.exp()), device)
 
 

@@ -8,7 +8,8 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "module")
 
 
 def load_weights(
-    visual: nn.Module, path: Path, fit: Callable[[nn.Module, dict[str, Tensor]], None] | None = None
+    visual: nn.Module,
+    path: Path,
+    fit: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
+    *,
+    is_bare: bool = False,
 ) -> None:
     """Copy a checkpoint's vision tensors into the tower, and raise unless all of them fit.
 
     `fit` may change the tensors before.
     """
-    tensors = {
-        name.removeprefix(_VISION_PREFIX): tensor
-        for name, tensor in read_tensors(path, _VISION_PREFIX).items()
-    }
-    require_numbers(tensors, path)
+    named = read_tensors(path, _VISION_PREFIX)
+    require_numbers(named, path)
+    tensors = {name.removeprefix(_VISION_PREFIX): tensor for name, tensor in named.items()}
     if not tensors:
         raise EncoderError(
             f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
@@ -45,38 +48,94 @@ def load_weights(
         )
     if fit is not None:
         fit(visual, tensors)
-    fill_tower(visual, tensors, path, "image")
+    fill_tower(
+        visual, tensors, path, "image", lambda name: [_VISION_PREFIX + name], is_bare=is_bare
+    )
 
 
-def fill_tower(tower: nn.Module, tensors: dict[str, Tensor], path: Path, kind: str) -> None:
+def fill_tower(
+    tower: nn.Module,
+    tensors: dict[str, Tensor],
+    path: Path,
+    kind: str,
+    spell: Callable[[str], Sequence[str]],
+    *,
+    is_bare: bool = False,
+) -> None:
     """Copy a checkpoint's tensors into the image or text tower; every one must have its place.
+
+    `spell` gives the names in the checkpoint of what has one name in the tower, as
+    :func:`read_tensors` gives them. The checkpoint `is_bare` where it has no configuration.
 
     Raises
     ------
     EncoderError
-        Naming the tensors that are missing, left over or of another shape.
+        Naming the tensors that are missing, left over or of another shape, as the file does.
     """
     expected = tower.state_dict()
     # Positions counted from 0, which older versions of transformers wrote into checkpoints.
     tensors = {k: v for k, v in tensors.items() if not k.endswith(".position_ids") or k in expected}
-    problems = {
-        "missing in the file": sorted(expected.keys() - tensors.keys()),
-        "unknown to the tower": sorted(tensors.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} ({tuple(tensors[name].shape)} in the file, "
-            f"{tuple(expected[name].shape)} in the tower)"
-            for name in sorted(expected.keys() & tensors.keys())
-            if tensors[name].shape != expected[name].shape
-        ],
-    }
-    if any(problems.values()):
-        lines = [f"  {what}: {list_names(names, 3)}" for what, names in problems.items() if names]
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        lines = _describe_misfit(shapes, tensors, _make_speller(path, spell), path)
+        described = "its own tensors describe" if is_bare else "the configuration describes"
+        remedy = "Configuration and weights must come from the same model; copy both again."
+        if is_bare:
+            remedy = (
+                "It is half a checkpoint, or of another model than its names tell. Download it "
+                "again, or put its config.json beside it and name the folder, local-dir:."
+            )
         raise EncoderError(
-            f"{path} does not fit the {kind} tower that the configuration describes:\n"
-            + "\n".join(lines)
-            + "\nConfiguration and weights must come from the same model; copy both again."
+            "\n".join([f"{path} does not fit the {kind} tower that {described}:", *lines, remedy])
         )
     tower.load_state_dict(tensors)
+
+
+def _describe_misfit(
+    expected: Mapping[str, torch.Size],
+    tensors: Mapping[str, Tensor],
+    spell: Callable[[str], Sequence[str]],
+    path: Path,
+) -> list[str]:
+    """Say which tensors are missing, left over or of another shape, by their names in the file."""
+    in_file = dict(_read_raw_shapes(path))
+    missing, unknown, wrong, parts = [], [], [], set()
+    for name in sorted(expected):
+        names = spell(name)
+        if name in tensors and tensors[name].shape == expected[name]:
+            continue
+        parts.update(names)
+        absent = [each for each in names if each not in in_file]
+        if name not in tensors and absent:
+            missing += absent
+        else:
+            found = [str(in_file.get(each, "none")) for each in names]
+            wrong.append(
+                f"{' + '.join(names)} ({' + '.join(found)} in the file, {tuple(expected[name])} in "
+                "the tower)"
+            )
+    for name in sorted(tensors.keys() - expected.keys()):
+        unknown += [each for each in spell(name) if each not in parts]
+    problems = {
+        "missing in the file": missing,
+        "unknown to the tower": unknown,
+        "of another shape": wrong,
+    }
+    return [
+        f"  {what}: {list_names(list(dict.fromkeys(names)), 3)}"
+        for what, names in problems.items()
+        if names
+    ]
+
+
+def _make_speller(
+    path: Path, spell: Callable[[str], Sequence[str]]
+) -> Callable[[str], Sequence[str]]:
+    """Make what names tensors as a file does, with what its training program put before them."""
+    raw = {_unwrap(name): name for name, _ in _read_raw_shapes(path)}
+    wrappers = Counter(name.removesuffix(bare) for bare, name in raw.items())
+    wrapper = wrappers.most_common(1)[0][0] if wrappers else ""
+    return lambda name: [raw.get(bare, wrapper + bare) for bare in spell(name)]
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -158,16 +217,21 @@ def read_names(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     EncoderError
         As :func:`read_tensors`.
     """
+    return [(_unwrap(name), shape) for name, shape in _read_raw_shapes(path)]
+
+
+def _read_raw_shapes(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Read names and shapes, with what a training program put before the names."""
     if (parts := list_parts(path)) != [path]:
-        return [found for part in parts for found in read_names(part)]
+        return [found for part in parts for found in _read_raw_shapes(part)]
     if path.suffix != ".safetensors":
-        return [(name, tuple(t.shape)) for name, t in read_tensors(path).items()]
+        return [(name, tuple(tensor.shape)) for name, tensor in _read_pickle(path, "").items()]
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            return [(_unwrap(name), tuple(file.get_slice(name).get_shape())) for name in names]
+            return [(name, tuple(file.get_slice(name).get_shape())) for name in names]
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 
 from cxr_cache.datasets.images import MIN_EDGE_PX, read_picture
 from cxr_cache.errors import ImageError
@@ -197,6 +196,8 @@ def find_neighbours(
     mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     centred = to_unit_length(embeddings - mean if less_mean else embeddings)
     n_wanted = min(N_NEIGHBOURS + 1, len(centred))
+    from sklearn.neighbors import NearestNeighbors  # most commands do without it
+
     search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")
     own = np.arange(len(centred)) if own is None else own
     squares, rows = search.fit(centred).kneighbors(centred[own])

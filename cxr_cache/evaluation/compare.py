@@ -31,7 +31,7 @@ from cxr_cache.metrics.intervals import (
 from cxr_cache.metrics.resampled import RankedScores, bootstrap
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
-from cxr_cache.models.split_reads import count_reading
+from cxr_cache.models.split_reads import SplitReads, count_reading
 
 COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""
@@ -65,6 +65,8 @@ class Comparison:
     """As ``comparison.csv``: one row per run, kind of rows, measure and finding."""
     notes: tuple[str, ...] = ()
     """What the differences do not speak of."""
+    reads: SplitReads | None = None
+    """How often the test split has been read, this time included."""
 
     def __repr__(self) -> str:
         return first_lines(self.to_text())
@@ -79,6 +81,7 @@ class Comparison:
             "level": LEVEL,
             "differences": self.table,
             "notes": self.notes,
+            "test_reads": None if self.reads is None else self.reads.to_dict(),
         }
 
     @property
@@ -102,7 +105,8 @@ class Comparison:
             f"{self.runs[0]} with {LEVEL:.0%} paired intervals over {UNITS[self.unit]}",
         ]
         lines += self._pair() if len(self.runs) == 2 else self._several()
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        reads = [] if self.reads is None else [self.reads.to_text()]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes), *reads])
 
     def _pair(self) -> list[str]:
         first, second = self.runs
@@ -225,8 +229,16 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
-    notes += (*note_overlap(names, runs), count_reading("compare", *runs).to_text())
-    return Comparison(names, first.count_images(), first.n_studies, images[0][0].unit, table, notes)
+    notes += tuple(note_overlap(names, runs))
+    return Comparison(
+        names,
+        first.count_images(),
+        first.n_studies,
+        images[0][0].unit,
+        table,
+        notes,
+        count_reading("compare", *runs),
+    )
 
 
 def _list_notes(

@@ -18,6 +18,7 @@ from cxr_cache.errors import TableError
 from cxr_cache.evaluation.compare import describe_recipe
 from cxr_cache.evaluation.composition import count_labels, describe_people
 from cxr_cache.evaluation.curves import (
+    BAND_RESAMPLES,
     DECISION_COLUMNS,
     calibration_curves,
     decision_curves,
@@ -345,6 +346,7 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "calibration": _describe_calibration(raw, images, reading.point.calibration),
         "bootstrap": _describe_bootstrap(by_image, reading, images.unit),
     }
+    of_bands = {"n_resamples": min(reading.n_resamples, BAND_RESAMPLES), "seed": reading.seed}
     tables: dict[TableName, pd.DataFrame] = {
         "per_finding": tabulate_findings(images, reading.point.thresholds, by_image).assign(
             **calibration_columns(raw, images, reading.point.calibration)
@@ -352,10 +354,8 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
         "subgroups": tabulate_groups(subsets, reading.point.thresholds),
         "group_differences": differences,
-        "curves": ranking_curves(images, n_resamples=reading.n_resamples, seed=reading.seed),
-        "decision_curves": decision_curves(
-            images, n_resamples=reading.n_resamples, seed=reading.seed
-        )
+        "curves": ranking_curves(images, **of_bands),
+        "decision_curves": decision_curves(images, **of_bands)
         if is_calibrated
         else pd.DataFrame(columns=list(DECISION_COLUMNS)),
         "calibration": calibration_curves(raw, images if is_calibrated else None),
@@ -475,10 +475,10 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         f"  exact match     {_with_interval(test['exact_match'], '{:.2%}')}; always "
         f"{list_names(metrics['best_constant']) or 'nothing'} scores {constant}",
         f"  Brier score     {_with_interval(test['macro_brier'])}; constant prevalence scores "
-        f"{_with_interval(test['macro_brier_of_prevalence'])}, skill "
+        f"{_with_interval(test['macro_brier_of_prevalence'])}, mean skill "
         f"{_with_interval(test['macro_brier_skill'])}",
         f"  log loss        {_with_interval(test['macro_log_loss'])}; constant prevalence scores "
-        f"{_with_interval(test['macro_log_loss_of_prevalence'])}, skill "
+        f"{_with_interval(test['macro_log_loss_of_prevalence'])}, mean skill "
         f"{_with_interval(test['macro_log_loss_skill'])}",
         f"  thresholds      {metrics['threshold_rule']}, macro sensitivity "
         f"{_with_interval(test['macro_sensitivity'])}, specificity "

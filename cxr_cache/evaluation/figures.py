@@ -165,19 +165,24 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
         [exact_matches(decided, called) for called in (decisions, *constants)], axis=-1
     )
 
+    n_present, n_cells = (targets == 1).sum(axis=0), (~np.isnan(targets)).sum(axis=0)
+    unweighted = {
+        name: _beside_prevalence(name, cells.sum(axis=0), n_present, n_cells)
+        for name, cells in errors.items()
+    }
+
     def statistics(weights: Array) -> Figures:
         counts = confusion_counts(targets, decisions, weights)  # (R, F, 4)
         n_labelled, n_positive = counts.sum(axis=-1), counts[..., 0] + counts[..., 2]
         counts *= is_decided[:, None]
         per_finding, micro = rates(counts)._asdict(), rates(counts.sum(axis=-2))._asdict()
-        constant = errors_of_prevalence(n_positive, n_labelled)
         for name, cells in errors.items():
-            summed, by_constant = weights @ cells, np.nan_to_num(n_labelled * constant[name])
-            per_finding[name] = divide(summed, n_labelled)
-            per_finding[f"{name}_skill"] = 1 - divide(summed, by_constant)
-            summed, by_constant = summed.sum(axis=-1), by_constant.sum(axis=-1)
-            micro[name] = divide(summed, n_labelled.sum(axis=-1))
-            micro[f"{name}_skill"] = 1 - divide(summed, by_constant)
+            of_both = _beside_prevalence(name, weights @ cells, n_positive, n_labelled)
+            for figure, values in (
+                (name, of_both[0]),
+                (f"{name}_skill", _skill(*of_both, unweighted[name])),
+            ):
+                per_finding[figure], micro[figure] = values[..., :-1], values[..., -1]
         per_finding["auroc"], per_finding["ap"] = ranked.auroc_and_ap(weights)
         micro["auroc"], micro["ap"] = (of[:, 0] for of in pooled.auroc_and_ap(weights))
         prevalence = divide(n_positive, n_labelled)
@@ -201,6 +206,35 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
         }
 
     return statistics
+
+
+def _beside_prevalence(
+    name: str, summed: Array, n_positive: Array, n_labelled: Array
+) -> tuple[FloatArray, FloatArray]:
+    """Mean ``"brier"`` or ``"log_loss"`` errors, and those of stating each finding's prevalence.
+
+    From sums over labelled rows and numbers of rows, ``(..., F)``; with all cells pooled as one
+    more finding, ``(..., F + 1)``.
+    """
+    of_constant = np.nan_to_num(n_labelled * errors_of_prevalence(n_positive, n_labelled)[name])
+    summed, of_constant, n = (
+        np.concatenate([each, each.sum(axis=-1, keepdims=True)], axis=-1)
+        for each in (summed, of_constant, n_labelled)
+    )
+    return divide(summed, n), divide(of_constant, n)
+
+
+def _skill(
+    errors: FloatArray, constants: FloatArray, unweighted: tuple[FloatArray, FloatArray]
+) -> FloatArray:
+    """1 - error / constant on the rows as they are, and what follows to first order under weights.
+
+    A quotient under weights would have no variance: where the few positives of a finding weigh next
+    to nothing, so does the constant.
+    """
+    error, constant = unweighted
+    change: FloatArray = divide(error * (constants - constant), np.square(constant))
+    return 1 - divide(errors, constant) + change
 
 
 @dataclass(frozen=True, eq=False)

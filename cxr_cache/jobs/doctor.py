@@ -186,7 +186,7 @@ def _check_processor() -> tuple[Status, str, dict[str, Any]]:
         name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)())
         for name in ("avx512_bf16", "amx_tile")
     }
-    facts = {
+    facts: dict[str, Any] = {
         "cores": joblib.cpu_count(),  # those that this process may use
         "torch_threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
@@ -240,7 +240,7 @@ def _check_hub() -> tuple[Status, str, dict[str, Any]]:
         try_to_load_from_cache(repo, "open_clip_config.json", revision=revision or None), str
     )
     there = next(each for each in (folder, *folder.parents) if each.exists())
-    facts = {
+    facts: dict[str, Any] = {
         "folder": str(folder),
         "is_writable": os.access(there, os.W_OK),
         "is_offline": bool(constants.HF_HUB_OFFLINE),

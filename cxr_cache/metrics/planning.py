@@ -50,6 +50,8 @@ def expected_macro_half_width(
     """
     counted = np.minimum(n_positive, n_negative) >= 1
     n_positive, n_negative = n_positive[counted], n_negative[counted]
+    if len(n_positive) == 1:
+        return float(expected_half_width(auroc, n_positive, n_negative)[0]), 1
     rarer = np.minimum(n_positive, n_negative)
     measured = rarer > 1
     if not measured.any():

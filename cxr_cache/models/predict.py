@@ -119,7 +119,8 @@ def predict_images(
     for note in () if grouped is None else grouped.notes:
         logger.warning("%s", note)
     _warn_of_unused_bits(names, encoders)
-    ids, pick = names, _pick_images
+    ids = names
+    pick: Pick = _pick_images
     if grouped is not None:
         ids, pick = grouped.cohort.image_ids.tolist(), grouped.pick
     found = Rows(ids, names, pick, len(model.findings))

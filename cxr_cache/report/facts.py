@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from cxr_cache.common.wording import count, list_names, plural
 from cxr_cache.datasets.cohort import UNITS
+from cxr_cache.datasets.collections.labelling import say_whose_labels
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.evaluate import LEVEL, describe_sample
 from cxr_cache.evaluation.figures import MEASURES
@@ -120,10 +121,16 @@ def label_source(view: RunView) -> str | None:
     if tags and tuple(view.config["findings"]) == FINDINGS:
         return (
             f"35 findings are groups of tags that reports were coded with ({tags[0]}), by the rule "
-            "in cxr_cache/datasets/findings35.json. They were not read from the pictures."
+            "in cxr_cache/datasets/findings35.json."
         )
     used = [name for name, use in columns.items() if use in ("finding", "findings")]
-    return f"Labels are those of the columns {list_names(used, 5)}." if used else None
+    return f"Labels are those of the data set's table: {list_names(used, 5)}." if used else None
+
+
+def annotators(view: RunView) -> str | None:
+    """Say who made the labels of a published data set; nothing is known of a table of one's own."""
+    known = view.labelling
+    return None if known == say_whose_labels("") else known
 
 
 def people(view: RunView) -> str | None:
@@ -310,8 +317,8 @@ def ensembling(view: RunView) -> str | None:
     """Say whether models are averaged."""
     finals = {
         "ensemble": f"Probabilities are averaged over the models of {count(view.n_folds, 'fold')}.",
-        "refit": "None: one model is trained again on all train images.",
-        "best-fold": "None: the model of the best fold is taken.",
+        "refit": "No ensemble: one model is trained again on all train images.",
+        "best-fold": "No ensemble: the model of the best fold is taken.",
     }
     return finals.get(str(_option(view, "final")))
 
@@ -521,6 +528,7 @@ FACTS: Final[dict[str, Fact]] = {
         deidentification,
         missing_labels,
         label_source,
+        annotators,
         people,
         outcomes,
         prevalences,

@@ -15,11 +15,11 @@ from torch import Tensor
 from cxr_cache.common.devices import free_ram_bytes
 from cxr_cache.common.distributed import world_size
 from cxr_cache.config import Augmentation
-from cxr_cache.datasets.augment import augment, enlarge_for_crops
 from cxr_cache.datasets.decoding import Batch, decode_batches, read_ahead
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import decode_tokens
 from cxr_cache.errors import TrainingError
+from cxr_cache.store.augment import augment, enlarge_for_crops
 from cxr_cache.store.feature_store import FeatureStore
 
 _SHARE_OF_MEMORY: Final = 0.5

@@ -92,6 +92,9 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ``none`` takes rows as they are, which suits a pipeline that scales them.
     device
         ``cpu``, ``cuda``, or ``auto``.
+    precision
+        ``fp32``; or ``fp64``, which takes twice as long and gives the same heads on every
+        processor.
     n_jobs
         Processes that share the folds on the CPU; -1 is one per core. Little work starts none.
     random_state
@@ -246,7 +249,8 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ) -> tuple[HeadBank, list[dict[str, float]], list[list[dict[str, float]]]]:
         """The final heads, their history and that of members; sets what the search found."""
         if not self._needs_folds(config):
-            self.epoch_search_, self.epochs_ = None, config.epochs[0]
+            self.epoch_search_: pd.DataFrame | None = None
+            self.epochs_ = config.epochs[0]
             bank, history = refit(rows, Split(~labelled, fold), config, n_epochs=self.epochs_)
             return bank, history, []
         whole = _read_groups(groups, len(fold))
@@ -257,7 +261,7 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         search = search_epochs(rows, split, config, clusters=whole)
         bank, history = train_final(rows, split, search, config)
         members = [m.history[: search.chosen] for m in final_members(search, config)]
-        self.epoch_search_: pd.DataFrame | None = search.table
+        self.epoch_search_ = search.table
         self.epochs_ = search.chosen
         return bank, history, members
 

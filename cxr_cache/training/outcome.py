@@ -58,6 +58,8 @@ class TrainResult:
             "search": self.search,
             "metrics": self.metrics,
             "notes": self.notes,
+            "flow": parse_flow(self.run.read_table("flow")) if self.run.has_table("flow") else [],
+            "test_reads": self.run.read_reads(),
         }
 
     def to_text(self) -> str:

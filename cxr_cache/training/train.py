@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from cxr_cache.common.devices import resolve_device
+from cxr_cache.common.devices import resolve_device, resolve_training_dtype
 from cxr_cache.common.machine import describe_machine
 from cxr_cache.common.wording import count
 from cxr_cache.config import RepeatConfig, TrainConfig
@@ -68,6 +68,7 @@ def fit_run(
     labels = None if labels is None else Path(labels)
     require_free(run_dir, overwrite=overwrite)
     device = resolve_device(config.device)
+    resolve_training_dtype(config.precision, device)  # refuses before anything is read
     with open_stores(store_path) as stores:
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending
@@ -96,6 +97,7 @@ def fit_run(
             "reading": reading,
             "labels": describe_labels(labels),
             "label_codes": describe_codes(cohort),
+            "n_views": len(data.embeddings),
             "random_encoder": any(bool(encoder.get("is_random")) for encoder in encoders),
             "split": describe_split(split, cohort),
             "warnings": list(notes),

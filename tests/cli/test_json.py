@@ -35,6 +35,7 @@ COMMANDS = {
     "compare": "compare {run} {other} --resamples 20 --out compared",
     "report": "report {run}",
     "checklist": "checklist {run}",
+    "methods": "methods {run}",
     "encoders": "encoders",
     "predict": "predict {run} {image}",
     "explain": "explain {run} {image} --finding Cardiomegaly --out maps",

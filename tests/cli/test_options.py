@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from cxr_cache.cli.main import cli
 from cxr_cache.cli.options import Option, options_given, pick
+from cxr_cache.cli.output import is_json
 from cxr_cache.config import Config, FinetuneConfig, TrainConfig, kinds, option_of
 from cxr_cache.errors import ConfigError
 
@@ -33,7 +34,8 @@ def parse(command: str, *arguments: str) -> dict[str, Any]:
     context = cli.commands[command].make_context(command, list(arguments), parent)
     with context:
         given = options_given(context.params)
-    return {"all": context.params, "given": given}
+        as_json = is_json()
+    return {"all": context.params, "given": given, "json": as_json}
 
 
 def needed(command: click.Command) -> list[str]:
@@ -56,7 +58,7 @@ def example(option: click.Option) -> tuple[str, Any]:
     inner = getattr(option.type, "inner", option.type)
     if isinstance(inner, click.Choice):
         other = next(choice for choice in inner.choices if choice != option.default)
-        return other, other
+        return other, (other,) if option.multiple else other
     if inner.name == "integers":
         separator = inner.separator
         return f"2{separator}3", (2, 3)
@@ -83,7 +85,9 @@ def test_every_option_answers_to_its_environment_variable(command, option, monke
         del words[at : at + 2]
     monkeypatch.setenv(variable, text)
     parsed = parse(command.name, *words)
-    if option.name != "config":
+    if option.name == "json":  # which no command gets: it says how results are written
+        assert parsed["json"]
+    elif option.name != "config":
         assert parsed["all"][option.name] == expected
         assert option.name in parsed["given"]
 
@@ -248,7 +252,7 @@ def test_the_config_of_an_old_run_trains_the_same(folder, command, made):
     # What came later has its default, or does nothing, as before: old stores give no split.
     expected: dict[str, Any] = {"split": "given", "level": "image"}
     expected |= {"min_positives": 0, "select_by": "macro", "within_one_se": False}
-    expected |= {"baseline": True} if command == "train" else {}
+    expected |= {"baseline": True, "precision": "fp32"} if command == "train" else {}
     if command == "finetune":  # or does nothing, as before
         expected |= {"layer_decay": 1.0, "mixup": 0.0, "ema_decay": 0.0, "patch_dropout": 0.0}
     assert added == expected

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import open_clip
 import pytest
+import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
@@ -30,23 +31,12 @@ from cxr_cache.encoders.loading import FAMILIES, load_encoder
 from cxr_cache.encoders.sources import Family, Source
 from cxr_cache.errors import ConfigError, EncoderError
 from scripts.write_random_biomedclip import CONFIG, write_biomedclip_folder, write_checkpoint
+from tests.encoders.equality import draw_pixels, relative_error
 
 TINY_TEXT = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
 TINY_VIT = {"image_size": 64, "patch_size": 16, "width": 64, "head_width": 16, "layers": 3}
 TIMM_VIT = {"timm_model_name": "test_vit", "timm_pool": "", "image_size": 160}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def draw_pixels(n_images: int, size_px: int, seed: int = 0) -> torch.Tensor:
-    """Blurred noise: smooth as a radiograph is, and different from image to image."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n_images, 1, 7, 7, generator=generator) * 255
-    smooth = torch.nn.functional.interpolate(coarse, size_px, mode="bilinear")
-    return smooth.expand(-1, 3, -1, -1).to(torch.uint8)
 
 
 def write_folder(folder: Path, tensors: dict[str, torch.Tensor], config: Any) -> str:
@@ -435,7 +425,19 @@ def test_random_features_tell_images_apart(name):
         ("ViT-B-32/nonsense", "does not say which weights.*ViT-B-32/laion2b_s34b_b79k"),
         ("ViT-B/32/openai", "another activation.*Use ViT-B-32-quickgelu/openai"),
         ("random:vit_tinny_patch16_224", "Did you mean vit_tiny_patch16_224"),
-        ("random:test_vit?img_size=7", "7 x 7 .*less than one patch.* 16 x 16 .*img_size=224"),
+        (
+            "random:test_vit?img_size=7",
+            r"7 x 7 .*patches of 16 x 16 .*not fill.*: \?img_size=16\.",
+        ),
+        (
+            "random:test_vit?img_size=150",
+            r"150 x 150 pixels.* nearest size that they do: \?img_size=144 or \?img_size=160\.",
+        ),
+        ("random:test_vit?img_size=", r"'\?img_size=' in .* is not of the form \?img_size=224"),
+        (
+            "random:test_vit?file=x.pt",
+            r"\?file= in random.* goes with local-dir: and hf-hub:",
+        ),
         ("random:test_vit:x", "seed in random:test_vit:x"),
         ("random:hf-hub:org/repo", "no architecture 'hf-hub'"),
     ],
@@ -564,23 +566,23 @@ DAMAGE = {
     ),
     "missing tensor": (
         lambda folder: edit_weights(folder, lambda tensors: tensors.pop(QKV)),
-        r"(?s)does not fit.*missing in the file: trunk.blocks.0.attn.qkv.weight\n.*same model",
+        r"(?s)does not fit.*missing in the file: visual.trunk.blocks.0.attn.qkv.weight\n.*same mod",
     ),
     "tensor too many": (
         lambda folder: edit_weights(folder, lambda t: t.update({"visual.extra": torch.ones(1)})),
-        "(?s)does not fit.*unknown to the tower: extra\n",
+        "(?s)does not fit.*unknown to the tower: visual.extra\n",
     ),
     "wrong shape": (
         lambda folder: edit_weights(folder, lambda t: t.update({QKV: torch.ones(2, 3)})),
-        r"(?s)does not fit.*qkv.weight \(\(2, 3\) in the file, \(192, 64\) in the tower\)",
+        r"(?s)does not fit.*shape: visual.*qkv.weight \(\(2, 3\) in the file, \(192, 64\) in",
     ),
     "NaN": (
         lambda folder: edit_weights(folder, lambda t: t[QKV].fill_(torch.nan)),
-        "holds NaN or infinity in trunk.blocks.0.attn.qkv.weight.*damaged",
+        "holds NaN or infinity in visual.trunk.blocks.0.attn.qkv.weight.*damaged",
     ),
     "quantised": (
         lambda folder: edit_weights(folder, lambda t: t.update({QKV: t[QKV].to(torch.int8)})),
-        "holds quantised weights .trunk.blocks.0.attn.qkv.weight: torch.int8.",
+        "holds quantised weights .visual.trunk.blocks.0.attn.qkv.weight: torch.int8.",
     ),
 }
 
@@ -666,14 +668,20 @@ def write_hub_cache(hub: Path, repo: str, model: Path, files: tuple[str, ...]) -
         (snapshot / file).symlink_to(root / "blobs" / str(i))
 
 
+def bare_vit() -> nn.Module:
+    """A tower of a kind that loads without a configuration."""
+    sizes = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 1, "num_classes": 0}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **sizes)
+    return model
+
+
 ENCODE_OFFLINE = """
 import json, sys
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import EncoderError
-print(json.dumps(load_encoder(sys.argv[1]).identity.to_dict()))
-for name in sys.argv[2:]:
+for name in sys.argv[1:]:
     try:
-        load_encoder(name)
+        print(json.dumps(load_encoder(name).identity.to_dict()))
     except EncoderError as error:
         print(json.dumps(str(error)))
 """
@@ -686,7 +694,9 @@ def test_a_cached_repository_loads_offline_and_one_that_is_not_says_what_to_do(
     files = ("open_clip_config.json", "open_clip_model.safetensors")
     write_hub_cache(tmp_path / "home" / "hub", "org/whole", tiny_folder, files)
     write_hub_cache(tmp_path / "home" / "hub", "org/half", tiny_folder, files[:1])
-    names = ("org/whole", "org/half", "org/none")
+    torch.save(bare_vit().state_dict(), tiny_folder / "vit.pth")
+    write_hub_cache(tmp_path / "home" / "hub", "org/bare", tiny_folder, ("vit.pth",))
+    names = ("org/whole", "org/half", "org/none", "org/bare")
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
 
@@ -696,7 +706,8 @@ def test_a_cached_repository_loads_offline_and_one_that_is_not_says_what_to_do(
     )  # fmt: skip
 
     assert finished.returncode == 0, finished.stderr
-    identity, half, none = map(json.loads, finished.stdout.splitlines())
+    identity, half, none, bare = map(json.loads, finished.stdout.splitlines())
+    assert bare["name"] == "hf-hub:org/bare?file=vit.pth"
     local = load_encoder(f"local-dir:{tiny_folder}").identity
     assert EncoderIdentity.from_dict(identity).differences(local) == {}
     assert (identity["name"], identity["revision"]) == ("hf-hub:org/whole", COMMIT)

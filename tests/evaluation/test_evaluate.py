@@ -16,6 +16,7 @@ from sklearn import metrics as reference
 
 from cxr_cache.errors import ConfigError, RunError, TableError
 from cxr_cache.evaluation.evaluate import evaluate_predictions, format_summary, score_run
+from cxr_cache.evaluation.figures import estimate
 from cxr_cache.evaluation.scored import parse_predictions, read_scored
 from cxr_cache.metrics.operating_point import choose_thresholds
 from cxr_cache.metrics.scores import NEVER, UNDECIDED, find_best_constant
@@ -180,6 +181,39 @@ def test_skill_scores_are_scikit_learns(tmp_path, seed):
         run.per_finding["brier_skill"].mean()
     )
     assert test["macro_brier_skill"]["n_findings"] == len(FINDINGS) - 1
+
+
+def test_the_interval_of_a_skill_score_is_as_wide_as_one_from_studies_drawn_with_replacement():
+    """The constant of a finding with one positive is nearly zero where that positive weighs little.
+
+    A quotient by it had an interval ten times as wide.
+    """
+    rng = np.random.default_rng(0)
+    n_rows, n_positive = 400, [1, 1, 2, 3, 10, 40, 120]
+    targets = (np.arange(n_rows)[:, None] < n_positive).astype(float)
+    logits = np.log(np.mean(targets, axis=0)) + targets + 0.5 * rng.standard_normal(targets.shape)
+    probabilities = 1 / (1 + np.exp(-logits))
+    names = tuple("abcdefg")
+    predictions = pd.DataFrame(probabilities, columns=list(names)).assign(
+        image_id=np.arange(n_rows).astype(str), study_uid=np.arange(n_rows).astype(str)
+    )
+    images = parse_predictions(
+        predictions.assign(projection=""),
+        pd.DataFrame(targets, columns=list(names)).assign(image_id=predictions["image_id"]),
+        names,
+    )
+
+    def skill(rows):
+        drawn, p = targets[rows], probabilities[rows]
+        defined = np.flatnonzero(drawn.any(axis=0))
+        scores = [reference.d2_log_loss_score(drawn[:, f], p[:, f]) for f in defined]
+        return np.mean(scores)
+
+    spread = np.std([skill(rng.integers(n_rows, size=n_rows)) for _ in range(200)])
+    found = estimate(images, np.full(7, 0.5), n_resamples=200).overall()["macro_log_loss_skill"]
+
+    assert found["value"] == pytest.approx(skill(np.arange(n_rows)))
+    assert 3 * spread < found["high"] - found["low"] < 8 * spread
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -9,6 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from cxr_cache.encoders.sources import join_query, split_query
 from cxr_cache.errors import EncoderError
 
 
@@ -34,6 +35,12 @@ class Known:
     """Width of its tokens, and of its pooled output."""
     file_sha256: str
     """Of the file with the weights, where it is pinned; else empty."""
+    mean: tuple[float, ...]
+    """Of pixels on the scale 0..1, one for each channel, as the authors' code has it where no file
+    beside the weights does; empty where it is unknown."""
+    std: tuple[float, ...]
+    resize: str
+    """How their code makes an image square, where it is another way than the family's."""
     page: str
     note: str
     """Oddities and traps, in sentences."""
@@ -42,6 +49,12 @@ class Known:
     def token_mb(self) -> float:
         """Megabytes that the tokens of an image take in float16."""
         return self.n_tokens * self.width * 2 / 1e6
+
+
+def _read_channels(text: str) -> tuple[float, ...]:
+    """Read a number for each channel, of which one stands for three."""
+    numbers = tuple(map(float, text.split()))
+    return numbers * 3 if len(numbers) == 1 else numbers
 
 
 @cache
@@ -53,15 +66,27 @@ def read_known() -> dict[str, Known]:
         values: dict[str, Any] = dict(row)
         values |= {name: int(row[name]) for name in ("image_px", "n_tokens", "width")}
         values |= {"seen": tuple(row["seen"].split()), "is_gated": bool(row["is_gated"])}
+        values |= {name: _read_channels(row[name]) for name in ("mean", "std")}
         known[row["name"]] = Known(**values)
     return known
 
 
+def _split_model(name: str) -> tuple[str, str]:
+    """Split a name into what it is without a revision, and the file that it asks for."""
+    plain, query = split_query(name)
+    return plain.partition("@")[0], query.get("file", "")
+
+
 def find_known(name: str) -> Known | None:
     """Find what is known of an encoder by its short name or its own, whatever its revision."""
-    bare = re.split("[@?]", name)[0]
-    models = {known.model.partition("@")[0]: known for known in read_known().values()} | {"": None}
-    return read_known().get(bare.lower()) or models.get(bare)
+    try:
+        plain, file = _split_model(name)
+    except EncoderError:
+        return None
+    if (known := read_known().get(plain.lower())) is not None:
+        return known
+    models = {_split_model(known.model): known for known in read_known().values() if known.model}
+    return models.get((plain, file)) or models.get((plain, ""))
 
 
 def spell_out(name: str) -> str:
@@ -76,9 +101,11 @@ def spell_out(name: str) -> str:
     --------
     >>> spell_out("rad-dino"), spell_out("DINOv3-B?img_size=512")
     ('hf-hub:microsoft/rad-dino', 'timm:vit_base_patch16_dinov3.lvd1689m?img_size=512')
+    >>> spell_out("chexzero?file=/data/best.pt")
+    'local-file:/data/best.pt'
     """
     short = re.split("[@?]", name)[0]
-    rest, known = name[len(short) :], read_known().get(short.lower())
+    known = read_known().get(short.lower())
     if known is None:
         return name
     if not known.n_tokens:
@@ -86,9 +113,14 @@ def spell_out(name: str) -> str:
             f"{known.name} ({known.page}) cannot be loaded here. {known.note} Features that its "
             "own code computes come in by cxr-cache import."
         )
+    plain, asked = split_query(name)
     if not known.model:
-        raise EncoderError(
-            f"No name leads to the weights of {known.name}: download them from {known.page} and "
-            "name the file local-file:PATH."
-        )
-    return (known.model.partition("@")[0] if rest.startswith("@") else known.model) + rest
+        if "file" not in asked:
+            raise EncoderError(
+                f"No name leads to the weights of {known.name}: download them from {known.page} "
+                f"and name the file, {known.name}?file=PATH."
+            )
+        return join_query(f"local-file:{asked.pop('file')}", asked)
+    model, own = split_query(known.model)
+    revision = plain[len(short) :]
+    return join_query(f"{model.partition('@')[0] if revision else model}{revision}", own | asked)

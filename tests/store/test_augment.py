@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cxr_cache.config import Augmentation
-from cxr_cache.datasets.augment import augment, enlarge_for_crops
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.errors import ConfigError
+from cxr_cache.store.augment import augment, enlarge_for_crops
 
 SEEDS = torch.arange(4)
 PREPROCESSING = Preprocessing(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash")
