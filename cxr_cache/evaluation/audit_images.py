@@ -235,6 +235,8 @@ def find_copies(
         return np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0)
     mean = others.mean(axis=0, dtype=np.float64).astype(np.float32)
     n_wanted = min(N_NEIGHBOURS, len(others))
+    from sklearn.neighbors import NearestNeighbors  # most commands do without it
+
     search = NearestNeighbors(n_neighbors=n_wanted, algorithm="brute", metric="sqeuclidean")
     search.fit(to_unit_length(others - mean))
     squares, nearest = search.kneighbors(to_unit_length(embeddings - mean))
