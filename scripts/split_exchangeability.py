@@ -111,7 +111,8 @@ def measure_test(
                 "missing": float(((n_test == 0) | (n_test == n)).mean()),
             }
         )
-    return pd.DataFrame(rows)
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
 
 
 def share_pairs(shared: Array, n_test: Array) -> float:
@@ -141,7 +142,7 @@ def find_most_together(counts: Array, folds: Array) -> list[float]:
 def summarise(table: pd.DataFrame) -> pd.Series:
     """Mean error of frequent findings, and means over rare ones of what makes seeds alike."""
     frequent, rare = table[table["n_images"] >= MIN_IMAGES], table[table["n"].between(*FEW)]
-    return pd.Series(
+    summary: pd.Series = pd.Series(
         {
             f"error, {MIN_IMAGES} images or more": frequent["error"].mean(),
             "shared, rare findings": rare["shared"].mean(),
@@ -151,6 +152,7 @@ def summarise(table: pd.DataFrame) -> pd.Series:
             "rare findings that a side lacks, per seed": rare["missing"].sum(),
         }
     )
+    return summary
 
 
 if __name__ == "__main__":

@@ -134,5 +134,6 @@ def _name_accelerator(device: torch.device) -> str:
 
     if device.type != "cuda":
         return device.type
-    versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    versions = f"CUDA {torch.version.cuda}, cuDNN {cudnn}"
     return f"{torch.cuda.get_device_name(device)}, {versions}"

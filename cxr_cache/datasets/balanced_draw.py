@@ -79,7 +79,8 @@ def _count_wanted(counts: NDArray[np.float64], share: float) -> NDArray[np.float
     totals, n_groups = counts.sum(axis=0), (counts > 0).sum(axis=0)
     of_group = totals / n_groups
     bounded = np.clip(share * totals, of_group, totals - of_group)
-    return np.where(n_groups > 1, bounded, share * totals)
+    demanded: NDArray[np.float64] = np.where(n_groups > 1, bounded, share * totals)
+    return demanded
 
 
 def _even_out(
@@ -100,7 +101,7 @@ def _even_out(
       draws were close to the other side, and these are others with every seed.
     """
     is_below = heights > 0
-    is_chosen = is_below.copy()
+    is_chosen: NDArray[np.bool_] = is_below.copy()
     is_chosen[heights.argmax()], is_chosen[heights.argmin()] = True, False  # neither side is empty
     shared = classes[:, classes.sum(axis=0) > 1].astype(np.float64)
     n_shared = shared.sum(axis=0)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from cxr_cache.common.wording import count
 from cxr_cache.config import PlanConfig
@@ -306,7 +307,8 @@ def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
     >>> print(plan_test(load_cohort("DATA")).to_text())  # doctest: +SKIP
     """
     config = config or PlanConfig()
-    cohort = cohort.take(~np.isnan(cohort.targets).all(axis=1))
+    is_labelled: NDArray[np.bool_] = np.isfinite(cohort.targets).any(axis=1)
+    cohort = cohort.take(is_labelled)
     if not len(cohort):
         raise TableError("No image has a label, so there is no test to plan.")
     is_test, share, whose = np.ones(len(cohort), bool), config.test_fraction, ""
@@ -329,8 +331,8 @@ def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
     needed = studies_for(config.plan_width, width_at, len(cohort.findings))
     of_macro, n_in_macro = expected_macro_half_width(config.plan_auroc, *expected)
     rows = [
-        FindingPlan(finding, *expected[:, f].tolist(), _known(half_widths[f]), _whole(needed[f]))
-        for f, finding in enumerate(cohort.findings)
+        FindingPlan(finding, float(n), float(n_not), _known(half_widths[f]), _whole(needed[f]))
+        for f, (finding, n, n_not) in enumerate(zip(cohort.findings, *expected, strict=True))
     ]
     [macro_needed] = studies_for(config.plan_width, macro_at, 1)
     return Plan(

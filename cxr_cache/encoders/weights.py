@@ -100,7 +100,8 @@ def _describe_misfit(
 ) -> list[str]:
     """Say which tensors are missing, left over or of another shape, by their names in the file."""
     in_file = dict(_read_raw_shapes(path))
-    missing, unknown, wrong, parts = [], [], [], set()
+    missing, unknown, wrong = [], [], []
+    parts: set[str] = set()
     for name in sorted(expected):
         names = spell(name)
         if name in tensors and tensors[name].shape == expected[name]:

@@ -244,7 +244,8 @@ def _benefits(weights: Array, cells: _Cells) -> tuple[FloatArray, FloatArray]:
         called.append(at_least[:, 1:])
         n.append(at_least[:, :1])
     n_rows = n[0] + n[1]
-    return net_benefit(*called, n_rows, THRESHOLDS), net_benefit(*n, n_rows, THRESHOLDS)
+    model = net_benefit(called[0], called[1], n_rows, THRESHOLDS)
+    return model, net_benefit(n[0], n[1], n_rows, THRESHOLDS)
 
 
 def decision_curves(images: ScoredImages, *, n_resamples: int, seed: int) -> pd.DataFrame:

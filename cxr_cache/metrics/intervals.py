@@ -220,8 +220,9 @@ def _sum_variances(
     areas: FloatArray, variance: FloatArray, n_positive: Array, n_negative: Array
 ) -> FloatArray:
     """Variance of AUROCs, given that of the share that a positive beats; alike for negatives."""
-    total: FloatArray = areas * (1 - areas) + (n_positive + n_negative - 2) * variance
-    return total / (n_positive * n_negative)
+    total = areas * (1 - areas) + (n_positive + n_negative - 2) * variance
+    mean: FloatArray = total / (n_positive * n_negative)
+    return mean
 
 
 def _place_normal_scores(distances: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

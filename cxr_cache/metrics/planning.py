@@ -59,7 +59,7 @@ def expected_macro_half_width(
     variances = np.square(normal_scores_error(np.full(len(rarer), auroc), n_positive, n_negative))
     total = float(variances.sum())
     worth = pool_clusters(variances[measured], rarer[measured], total=total)
-    interval = student_interval(auroc, math.sqrt(total) / len(rarer), worth, "logit")
+    interval = student_interval(np.array(auroc), math.sqrt(total) / len(rarer), worth, "logit")
     return float(interval.high - interval.low) / 2, len(rarer)
 
 

@@ -313,4 +313,5 @@ def _count_below(
     n_rows, n_values = ascending.shape
     shifts = 2.0 * np.arange(n_rows)[:, None]
     found = np.searchsorted((ascending + shifts).ravel(), (places + shifts).ravel(), side=side)
-    return found.reshape(n_rows, -1) - n_values * np.arange(n_rows)[:, None]
+    below: NDArray[np.intp] = found.reshape(n_rows, -1) - n_values * np.arange(n_rows)[:, None]
+    return below

@@ -574,7 +574,13 @@ class Run:
 
         (self.path / _STATES).mkdir(exist_ok=True)
         with replacing(self._state_path(name)) as file:
-            torch.save(dict(state), file)
+            try:
+                torch.save(dict(state), file)
+            except RuntimeError as error:
+                # Ctrl-C in the midst: torch fails to end the half file, which is not the news.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
 
     def load_state(self, name: str) -> dict[str, Any] | None:
         """What :meth:`save_state` kept under `name`; None if there is nothing.

@@ -409,6 +409,23 @@ def test_a_full_disk_is_named_and_the_last_state_stays(tmp_path):
     assert [path.name for path in (run.path / "unfinished").iterdir()] == ["fold-1.pt"]
 
 
+def test_an_interruption_while_a_state_is_written_is_still_one(tmp_path, monkeypatch):
+    """torch's writer fails on the half file that it leaves; the command must end as after Ctrl-C."""
+
+    def stopped(_state, _file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 5666368 vs 5666256")
+
+    run = Run.create(tmp_path / "run", {"kind": "finetune"})
+    run.save_state("fold-1", {"epoch": 1})
+    monkeypatch.setattr(torch, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_state("fold-1", {"epoch": 2})
+    assert run.load_state("fold-1") == {"epoch": 1}
+
+
 # --- One writer at a time -------------------------------------------------------------------------
 
 
