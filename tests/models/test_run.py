@@ -410,7 +410,7 @@ def test_a_full_disk_is_named_and_the_last_state_stays(tmp_path):
 
 
 def test_an_interruption_while_a_state_is_written_is_still_one(tmp_path, monkeypatch):
-    """torch's writer fails on the half file that it leaves; the command must end as after Ctrl-C."""
+    """torch's writer fails on the half file that it leaves; the command must end by Ctrl-C."""
 
     def stopped(_state, _file):
         try:
