@@ -185,6 +185,7 @@ def ablate(
 @option("--image-dir", type=FOLDER, help="Folder with the images, to train from images.")
 @LABELS
 @options_of(FinetuneConfig, recipes={"reference": FinetuneConfig.reference})
+@options_of(RepeatConfig)
 @MODEL_OF_STORE
 @GROUPS
 @ALLOW_PENDING
@@ -200,6 +201,7 @@ def finetune(
     model: str | None,
     allow_pending: bool,
     overwrite: bool,
+    n_repeats: int,
     **options: Any,
 ) -> None:
     """Train the last blocks of the encoder with the head, from tokens or images.
@@ -229,6 +231,7 @@ def finetune(
             model=model,
             allow_pending=allow_pending,
             overwrite=overwrite,
+            n_repeats=n_repeats,
             echo=lambda line: click.echo(line, err=True),
             tell=click.echo,
             on_progress=on_progress,
