@@ -12,7 +12,8 @@ the images of a study share most of their variance:
 * 35 findings as frequent as those of the Indiana collection, in a test split of 770 studies of two
   images: the intervals of this package, and percentiles of studies drawn with replacement;
 * AUROCs from 0.6 to 0.97 of one finding with 5 to 200 positives among 800 studies of one image, the
-  scores of positives being as spread out as those of negatives, or 1.5 times as much;
+  scores of positives being as spread out as those of negatives, or 1.5 times as much, with eight
+  times as many repeats;
 * the mean AUROC and AP of one to twenty findings with three to ten positives each among 200 studies
   of one image, and of the 35 findings among 770: how often two models that are equally good are
   called different at 5 %, where the noise of a model is that of each finding by itself, and where
@@ -67,6 +68,8 @@ AREAS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.97)
 N_POSITIVE = (5, 9, 14, 20, 50, 200)
 SPREADS = (1.0, 1.5)
 """Standard deviations of the positives' scores; those of the negatives' have 1."""
+AREA_REPEATS = 8
+"""How many times as many repeats: those need no resamples."""
 CLASSES = ((1, 1), (2, 4), (5, 9), (10, 19), (20, 49), (50, 10**6))
 """Findings by their number of studies with a positive."""
 
@@ -135,29 +138,44 @@ def covers(interval: Interval, truth: Array | float) -> Array:
 # --- AUROCs up to nearly 1 -----------------------------------------------------------------------
 
 
-def cover_auroc(repeats: int, n_resamples: int) -> list[dict[str, float]]:
+def cover_auroc(repeats: int) -> list[dict[str, float]]:
     """Share of intervals that cover, by AUROC, number of positives and spread of their scores."""
     found = []
     for spread in SPREADS:
         for area in AREAS:
             for n_positive in N_POSITIVE:
-                rng = np.random.default_rng([5, n_positive, int(100 * area)])
-                present = np.arange(800) < n_positive
-                targets = np.repeat(present[:, None], repeats, axis=1).astype(float)
+                rng = np.random.default_rng([5, n_positive, int(100 * area), int(10 * spread)])
                 distance = norm.ppf(area) * np.hypot(1, spread)
-                scores = rng.standard_normal(targets.shape)
-                scores[present] = distance + spread * scores[present]
-                ranked = RankedScores(targets, scores)
-                n = np.array([[n_positive], [800 - n_positive]])
-                once = ranked.auroc_and_ap(np.ones((1, 800)))[0][0]
-                areas = bootstrap(partial(_areas, ranked), np.arange(800), n_resamples, 0)["auroc"]
-                errors = standard_errors(areas, min(n))
+                positives = distance + spread * rng.standard_normal((repeats, n_positive))
+                negatives = rng.standard_normal((repeats, 800 - n_positive))
+                once, spreads = resample_without_end(positives, negatives)
+                n = np.array([n_positive, 800 - n_positive])
+                errors = spreads * np.sqrt((n.min() + 1) / (n.min() - 1))  # as standard_errors
                 shares = {
                     "coverage": covers(auroc_interval(once, errors, *n), area).mean(),
-                    "logit": covers(student_interval(once, errors, min(n), "logit"), area).mean(),
+                    "logit": covers(student_interval(once, errors, n.min(), "logit"), area).mean(),
                 }
                 found.append({"spread": spread, "auroc": area, "n_positive": n_positive, **shares})
     return found
+
+
+def resample_without_end(positives: Array, negatives: Array) -> tuple[Array, Array]:
+    """AUROCs, and their spread over infinitely many resamples, ``(R,)`` each, of untied scores.
+
+    Scores of R samples are ``(R, m)`` and ``(R, n)``. Exponential weights that are divided by their
+    sum have the covariance matrix (I - J / m) / (m (m + 1)), with J all ones, so the variance of an
+    AUROC is a sum of squares: over positives, over negatives and over their pairs.
+    """
+    (m, n), R = (positives.shape[1], negatives.shape[1]), range(len(positives))
+    positives, negatives = np.sort(positives), np.sort(negatives)
+    beaten = np.array([np.searchsorted(negatives[r], positives[r]) for r in R]) / n  # (R, m)
+    beating = 1 - np.array([np.searchsorted(positives[r], negatives[r]) for r in R]) / m  # (R, n)
+    areas = beaten.mean(axis=1)
+    pairs = m * n * (areas + areas**2)
+    pairs -= n * np.square(beaten).sum(axis=1) + m * np.square(beating).sum(axis=1)
+    variances = beaten.var(axis=1) / (m + 1) + beating.var(axis=1) / (n + 1)
+    variances += np.maximum(pairs, 0) / (m * (m + 1) * n * (n + 1))
+    return areas, np.sqrt(variances)
 
 
 # --- equal models --------------------------------------------------------------------------------
@@ -386,7 +404,7 @@ def main() -> None:
     of_one = options.repeats, options.resamples
     one = cover_one_finding(draw_alike_images, *of_one)
     patients = cover_one_finding(draw_alike_studies, *of_one)
-    areas = cover_auroc(*of_one)
+    areas = cover_auroc(AREA_REPEATS * options.repeats)
     equal = compare_equal_models(*of_one)
     same = compare_same_recipe(*of_one)
     many = cover_many_findings(*of_one)
@@ -396,7 +414,8 @@ def main() -> None:
             f"resampling {name} {100 * share:.1f}" for name, share in shares.items()
         )
         print(f"  {what}: {covered}")
-    print("AUROC of one finding, by its positives; intervals that cover (Student's on the logit):")
+    print(f"AUROC by positives, {AREA_REPEATS * options.repeats:,} repeats; intervals that cover")
+    print("(Student's on the logit scale), in %:")
     print(tabulate_areas(areas))
     print("Equal models called different, and coverage of the first one's macro AUROC, in %:")
     heads = ["findings x positives", "noise", "macro AUROC", "macro AP", "coverage"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from cxr_cache.metrics.resampled import RankedScores, bootstrap
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -142,6 +146,24 @@ def test_resampling_reaches_its_goals_at_full_size(tmp_path):
     few, many = written["growth"]
     assert many["cpu_seconds"] < 1.5 * 4 * few["cpu_seconds"]
     assert many["peak_mb"] < 1.2 * 4 * few["peak_mb"]
+
+
+def test_resamples_without_end_have_the_spread_of_many(monkeypatch):
+    """Coverage of AUROCs is simulated with a formula in place of resamples."""
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    script = importlib.import_module("interval_coverage")
+    rng = np.random.default_rng(0)
+    positives, negatives = 1.5 + rng.standard_normal((3, 7)), rng.standard_normal((3, 60))
+
+    areas, spreads = script.resample_without_end(positives, negatives)
+
+    targets = np.repeat([[1.0], [0.0]], [7, 60], axis=0).repeat(3, axis=1)
+    ranked = RankedScores(targets, np.concatenate([positives, negatives], axis=1).T)
+    np.testing.assert_allclose(areas, ranked.auroc_and_ap(np.ones((1, 67)))[0][0])
+    resampled = bootstrap(
+        lambda weights: {"auroc": ranked.auroc_and_ap(weights)[0]}, np.arange(67), 4000, 0
+    )
+    np.testing.assert_allclose(spreads, resampled["auroc"].std(axis=0), rtol=0.05)
 
 
 @pytest.mark.slow

@@ -210,6 +210,7 @@ def ablate(
 @option("--image-dir", type=FOLDER, help="Folder with the images, to train from images.")
 @LABELS
 @options_of(FinetuneConfig, recipes={"reference": FinetuneConfig.reference})
+@options_of(RepeatConfig)
 @MODEL_OF_STORE
 @GROUPS
 @ALLOW_PENDING
@@ -227,6 +228,7 @@ def finetune(
     allow_pending: bool,
     overwrite: bool,
     log_to: tuple[str, ...],
+    n_repeats: int,
     **options: Any,
 ) -> None:
     """Train the last blocks of the encoder with the head, from tokens or images.
@@ -257,6 +259,7 @@ def finetune(
             model=model,
             allow_pending=allow_pending,
             overwrite=overwrite,
+            n_repeats=n_repeats,
             echo=note,
             tell=say,
             on_progress=on_progress,

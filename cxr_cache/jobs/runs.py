@@ -141,6 +141,7 @@ def finetune_tail(
     model: str | None = None,
     allow_pending: bool = False,
     overwrite: bool = False,
+    n_repeats: int = RepeatConfig.n_repeats,
     echo: Callable[[str], object] = _say_nothing,
     tell: Callable[[str], object] = _say_nothing,
     on_progress: Callable[[int, int], None] = _count_nothing,
@@ -172,6 +173,9 @@ def finetune_tail(
         The store's encoder, if it has moved; None takes the recorded name.
     overwrite
         Replace a finished run, or start an unfinished one anew.
+    n_repeats
+        As in :func:`train_head`; every repeat begins with the heads of the same repeat of
+        `from_run`, which needs as many.
     echo
         Takes a line that says what trains, before it does.
     on_progress
@@ -211,6 +215,7 @@ def finetune_tail(
             model=model,
             allow_pending=allow_pending,
             overwrite=overwrite,
+            n_repeats=n_repeats,
             echo=echo,
             on_progress=on_progress,
         )

@@ -43,7 +43,7 @@ Scale: TypeAlias = Literal["logit", "log", "identity"]
 
 _ROUNDING: Final = 1e-6
 """Share of a figure up to which its error is rounding; some are summed in float32."""
-_PRIOR_CLUSTERS: Final = 20
+_PRIOR_CLUSTERS: Final = 30
 """Clusters that the variance of normal scores is worth beside the observed one in an AUROC's
 interval. Chosen by simulation: with fewer, AUROCs near 1 are covered too often; with more, scores
 of another shape are covered more rarely."""
@@ -155,9 +155,9 @@ def auroc_interval(
     part 2", 2006). The variance that belongs to A is that of normal scores of one variance in both
     classes, multiplied by
 
-        (m * observed variance / variance of normal scores + 20) / (m + 20),
+        (m * observed variance / variance of normal scores + 30) / (m + 30),
 
-    and t has m + 20 degrees of freedom. Here m is what the observed variance is worth: n - 1, with
+    and t has m + 30 degrees of freedom. Here m is what the observed variance is worth: n - 1, with
     n clusters of the rarer class, or 2 (n - 1) / (kurtosis - 1), which is fewer where A is near 1,
     since a variance of values with such a kurtosis is that uncertain.
 

@@ -75,6 +75,7 @@ _READS: Final = "test_reads.json"
 _MODEL: Final = "model.safetensors"
 _FOLD_HEADS: Final = "fold_heads.safetensors"
 _DISTRIBUTION: Final = "training_distribution.safetensors"
+_REPEAT_HEADS: Final = "fold_heads_{}.safetensors"
 _STATES: Final = "unfinished"
 _REPORT: Final = "report.html"
 _CARD: Final = "model_card.md"
@@ -253,6 +254,8 @@ class Run:
         names = (_METRICS, _READS, _MODEL, _FOLD_HEADS, _DISTRIBUTION, _REPORT, _CARD, MANIFEST)
         for name in (*names, *tables):
             (path / name).unlink(missing_ok=True)
+        for old in path.glob(_REPEAT_HEADS.format("*")):
+            old.unlink()
         for folder in (_PLOTS, _STATES, _LOGS):
             shutil.rmtree(path / folder, ignore_errors=True)
         mark_written(path)
@@ -604,6 +607,11 @@ class Run:
             ) from error
         return state
 
+    def drop_states(self, prefix: str) -> None:
+        """Delete what :meth:`save_state` kept under names that begin so."""
+        for path in (self.path / _STATES).glob(f"{prefix}*.pt"):
+            path.unlink(missing_ok=True)
+
     def _state_path(self, name: str) -> Path:
         return self.path / _STATES / f"{name}.pt"
 
@@ -634,10 +642,29 @@ class Run:
         RunError
             The file is missing or damaged.
         """
+        return self._load_heads(self.path / _FOLD_HEADS)
+
+    def save_repeat_heads(self, repeat: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the heads of a repeat, from 2 on: those of its K folds and its final one."""
+        from safetensors.torch import save
+
+        write_whole(self._repeat_heads_path(repeat), save(_plain(tensors)))
+
+    def load_repeat_heads(self, repeat: int) -> dict[str, Tensor]:
+        """Read what :meth:`save_repeat_heads` wrote, with errors of :meth:`load_fold_heads`."""
+        return self._load_heads(self._repeat_heads_path(repeat))
+
+    def has_repeat_heads(self, repeat: int) -> bool:
+        """Whether the heads of a repeat were kept; version 0.1.0 kept none."""
+        return self._repeat_heads_path(repeat).is_file()
+
+    def _repeat_heads_path(self, repeat: int) -> Path:
+        return self.path / _REPEAT_HEADS.format(repeat)
+
+    def _load_heads(self, path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = self.path / _FOLD_HEADS
         if not path.is_file():
             raise RunError(f"{path} is missing. Train the run again with `cxr-cache train`.")
         try:

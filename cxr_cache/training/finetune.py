@@ -20,7 +20,7 @@ from cxr_cache.common.devices import resolve_device, resolve_precision
 from cxr_cache.common.distributed import barrier, is_main, process_group, world_size
 from cxr_cache.common.machine import compare_machines, describe_machine
 from cxr_cache.common.wording import count, describe_differences
-from cxr_cache.config import FinetuneConfig, TrainConfig
+from cxr_cache.config import FinetuneConfig, RepeatConfig, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.decoding import dead_workers_explained
 from cxr_cache.datasets.images import find_missing
@@ -45,7 +45,7 @@ from cxr_cache.store.side_by_side import StorePaths, require_one_store
 from cxr_cache.store.studies import StudyTokens
 from cxr_cache.store.tokens import ImageTokens, TokenSource, open_tokens
 from cxr_cache.training.fit import HeadTask, Trajectory
-from cxr_cache.training.frozen_start import Start, load_start
+from cxr_cache.training.frozen_start import Start, load_starts
 from cxr_cache.training.outcome import (
     TrainResult,
     describe_codes,
@@ -53,10 +53,13 @@ from cxr_cache.training.outcome import (
     describe_labels,
     describe_split,
     note_split,
+    tabulate_repeats,
     write_outcome,
 )
 from cxr_cache.training.search import (
     EpochSearch,
+    Weighing,
+    count_epochs,
     final_members,
     final_task,
     fold_tasks,
@@ -64,6 +67,7 @@ from cxr_cache.training.search import (
     replay_rates,
     require_trainable_folds,
     search_with,
+    seed_of_repeat,
     split_rows,
     stack_members,
     weigh_findings,
@@ -203,6 +207,7 @@ def tune_run(
     model: str | None = None,
     allow_pending: bool = False,
     overwrite: bool = False,
+    n_repeats: int = RepeatConfig.n_repeats,
     echo: Callable[[str], object] = lambda _: None,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> TrainResult:
@@ -212,7 +217,7 @@ def tune_run(
     and then evaluates the run. A run that goes on after an interruption ends with the same weights
     as one that was not interrupted, and one of several processes with those of a single one.
     """
-    config = config or FinetuneConfig()
+    config, n_repeats = config or FinetuneConfig(), RepeatConfig(n_repeats).n_repeats
     run_dir = Path(run_dir)
     store_path = require_one_store(
         store_path, "Fine-tuning trains the last blocks of one encoder, on its tokens in one store"
@@ -231,7 +236,10 @@ def tune_run(
         found = _find_rows(store, source, labels, allow_pending=allow_pending, level=config.level)
         if source == "images":
             _require_images(found.images, image_dir)
-        start = None if from_run is None else load_start(Run.open(from_run), found, store, config)
+        starts: list[Start | None] = [None] * n_repeats
+        if from_run is not None:
+            starts = [*load_starts(Run.open(from_run), found, store, config, n_repeats)]
+        start = starts[0]
         split = start.split if start else split_rows(found.cohort, found.studies, config)
         require_trainable_folds(found.cohort.targets, split, config)
         encoder = reload_encoder(store.header.encoder, model=model, device=str(device))
@@ -260,12 +268,21 @@ def tune_run(
         if is_main():
             echo(_describe(build_model(data, settled), tokens, settled))
         with dead_workers_explained():
-            job = _Job(run, data, split, settled, start, on_progress)
-            targets, groups = found.cohort.targets, found.cohort.groups
-            weighing = weigh_findings(targets, groups, split, settled.select_by)
-            search = search_with(job.fit, job.tasks, settled, targets, weighing)
+            groups = found.cohort.groups
+            weighing = weigh_findings(data.targets, groups, split, settled.select_by)
+            make_job = partial(_Job, run, data, split, settled, weighing)
+            job = make_job(start, partial(count_epochs, on_progress, n_repeats, 1))
+            search = job.search()
             members, history = job.train_final(search)
-            predictions = job.predict(members)
+            predictions = job.predict(members, np.arange(len(data.targets)))
+            repeats = [
+                make_job(of, partial(count_epochs, on_progress, n_repeats, k), repeat=k).test()
+                for k, of in enumerate(starts[1:], start=2)
+            ]
+        if is_main() and repeats:
+            run.config["n_repeats"] = n_repeats
+            tested = [predictions[split.is_test], *repeats]
+            run.write_table("repeats", tabulate_repeats(found.cohort, split, tested))
         if is_main():
             write_outcome(
                 run,
@@ -445,7 +462,7 @@ def _note_machine(run: Run, machine: dict[str, Any]) -> None:
 
 
 class _Job:
-    """The trainings of one run, each of which can be interrupted."""
+    """The trainings of one repeat of a run, each of which can be interrupted."""
 
     def __init__(
         self,
@@ -453,12 +470,17 @@ class _Job:
         data: TuningData,
         split: Split,
         config: FinetuneConfig,
+        weighing: Weighing,
         start: Start | None,
         on_progress: Callable[[int, int], None],
+        *,
+        repeat: int = 1,
     ) -> None:
         self._run, self._data, self._split, self._config = run, data, split, config
-        self._start, self._on_progress = start, on_progress
-        tasks = fold_tasks(split, config.seed)
+        self._weighing, self._start, self._on_progress = weighing, start, on_progress
+        self._seed, self._name = seed_of_repeat(config.seed, repeat), f"repeat-{repeat}"
+        self._prefix = "" if repeat == 1 else f"{self._name}-"
+        tasks = fold_tasks(split, self._seed)
         one_will_do = not config.searches and config.final == "refit"  # for the thresholds
         self.tasks = tasks[:1] if one_will_do else tasks
         self._n_epochs_in_all = sum(horizons(config)) * len(self.tasks)
@@ -466,14 +488,34 @@ class _Job:
             self._n_epochs_in_all += config.epochs[-1]  # at most
         self._n_epochs_done = 0
 
-    def fit(
+    def search(self) -> EpochSearch:
+        """Train every fold, and choose the number of epochs."""
+        config, targets = self._config, self._data.targets
+        return search_with(self._fit, self.tasks, config, targets, self._weighing)
+
+    def test(self) -> NDArray[np.float32]:
+        """Train all of it for its predictions of the test rows, ``(n, F)``; only these are kept."""
+        if (state := self._run.load_state(self._name)) is None:
+            members, _ = self.train_final(self.search())
+            rows = np.flatnonzero(self._split.is_test)
+            state = {"tested": torch.from_numpy(self.predict(members, rows))}
+            if is_main():
+                self._run.save_state(self._name, state)
+                self._run.drop_states(self._prefix)
+            barrier()
+        else:
+            self._on_progress(self._n_epochs_in_all, self._n_epochs_in_all)
+        tested: NDArray[np.float32] = state["tested"].numpy()
+        return tested
+
+    def _fit(
         self, tasks: Sequence[HeadTask], horizon: int, keep: Collection[int]
     ) -> list[Trajectory]:
         """Train the folds one after the other; see :data:`cxr_cache.training.search.FitTasks`."""
         heads = self._start.fold_heads if self._start else [None] * len(tasks)
         return [
             self._tune(
-                f"fold-{k}-of-{horizon}-epochs",
+                f"{self._prefix}fold-{k}-of-{horizon}-epochs",
                 task,
                 n_epochs=horizon,
                 keep=keep,
@@ -492,8 +534,8 @@ class _Job:
         rates = replay_rates(search)
         self._n_epochs_in_all += len(rates) - self._config.epochs[-1]
         trajectory = self._tune(
-            "final",
-            final_task(self._split, self._config.seed),
+            f"{self._prefix}final",
+            final_task(self._split, self._seed),
             n_epochs=len(rates),
             keep=[len(rates)],
             keep_weights=True,
@@ -521,10 +563,9 @@ class _Job:
         saved = _to_save(members, half=self._config.half)
         return {name: tensor.float() for name, tensor in saved.items()}
 
-    def predict(self, members: dict[str, Tensor]) -> NDArray[np.float32]:
-        """Probabilities for all rows, averaged over the members, ``(N, F)``."""
+    def predict(self, members: dict[str, Tensor], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Probabilities of these rows, averaged over the members, ``(n, F)``."""
         model = build_model(self._data, self._config)
-        rows = np.arange(len(self._data.targets))
         parts = []
         for member in range(len(members["weight_0"])):
             model.restore({name: tensor[member : member + 1] for name, tensor in members.items()})

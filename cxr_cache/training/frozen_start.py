@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from torch import Tensor
 
-from cxr_cache.common.wording import describe_differences, find_differences
+from cxr_cache.common.wording import count, describe_differences, find_differences
 from cxr_cache.config import FinetuneConfig
 from cxr_cache.datasets.splits import Split
 from cxr_cache.encoders.identity import compare_encoders
@@ -81,14 +82,47 @@ def _require_frozen(run: Run) -> None:
         )
 
 
-def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: FinetuneConfig) -> Start:
+def load_starts(
+    run: Run,
+    found: LabelledRows,
+    store: FeatureStore,
+    config: FinetuneConfig,
+    n_repeats: int = 1,
+) -> list[Start]:
     """Read split and heads of a frozen run, and raise unless they fit the rows and options.
+
+    Each repeat begins with the heads of the run's own repeat of that number, so that the spread of
+    the fine-tuned repeats holds that of the frozen ones.
 
     Raises
     ------
     RunError
-        The run is of another store, other images, labels or options; both values are named.
+        The run is of another store, other images, labels or options; both values are named. Or it
+        does not have the heads of so many repeats.
     """
+    missing = [repeat for repeat in range(2, n_repeats + 1) if not run.has_repeat_heads(repeat)]
+    if missing:
+        raise RunError(
+            f"{run.path} has the heads of {count(missing[0] - 1, 'training')}, and --repeats "
+            f"{n_repeats} begins each repeat with heads of its own. Train it with `cxr-cache train "
+            f"--repeats {n_repeats}`, or fine-tune without --repeats."
+        )
+    first = _load_start(run, found, store, config)
+    starts = [first]
+    for repeat in range(2, n_repeats + 1):
+        heads = [_pick(run.load_repeat_heads(repeat), k) for k in range(first.split.n_folds + 1)]
+        starts.append(replace(first, fold_heads=tuple(heads[:-1]), final_head=heads[-1]))
+    return starts
+
+
+def _pick(heads: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """One head of several that lie on axis 0, as a bank of one."""
+    return {name: tensor[k : k + 1] for name, tensor in heads.items()}
+
+
+def _load_start(
+    run: Run, found: LabelledRows, store: FeatureStore, config: FinetuneConfig
+) -> Start:
     _require_frozen(run)
     model, cohort = run.load_model(), found.cohort
     recorded = (
@@ -112,10 +146,9 @@ def load_start(run: Run, found: LabelledRows, store: FeatureStore, config: Finet
         )
     split = _read_split(run, found, store, config)
     heads = run.load_fold_heads()
-    fold_heads = ({name: t[k : k + 1] for name, t in heads.items()} for k in range(split.n_folds))
+    fold_heads = tuple(_pick(heads, k) for k in range(split.n_folds))
     # Of an ensemble any member will do: none has seen test.
-    final_head = {name: tensor[:1] for name, tensor in model.head_tensors.items()}
-    return Start(split, tuple(fold_heads), final_head)
+    return Start(split, fold_heads, _pick(model.head_tensors, 0))
 
 
 def _read_split(

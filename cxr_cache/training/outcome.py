@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class TrainResult:
         return {
             "run": self.run.path,
             "chosen_epochs": self.chosen_epochs,
-            "measure": self.epoch_search.measure,
+            "measure": self.epoch_search.weighing.measure,
             "search": self.search,
             "metrics": self.metrics,
             "notes": self.notes,
@@ -65,7 +65,7 @@ class TrainResult:
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
         n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
-        measure = self.epoch_search.measure
+        measure = self.epoch_search.weighing.measure
         if n_folds == 1:
             lines = [f"No search: {measure} on one held-out fold, which the thresholds come from"]
         else:
@@ -73,7 +73,8 @@ class TrainResult:
         for row in self.search.to_dict("records"):
             mark = "   <- chosen" if row["epochs"] == self.chosen_epochs and n_folds > 1 else ""
             spread = f" ± {row['std_auroc']:.4f}" if n_folds > 1 else ""
-            lines.append(f"  {row['epochs']:>5} epochs  {row['mean_auroc']:.4f}{spread}{mark}")
+            n, noun = row["epochs"], "epoch" if row["epochs"] == 1 else "epochs"
+            lines.append(f"  {n:>5} {noun:<6}  {row['mean_auroc']:.4f}{spread}{mark}")
         if self.run.config[self.run.config["kind"]]["schedule"] == "plateau":
             lines.append(f"  {OPTIMISM_OF_PLATEAU}")
         lines += self._describe_stops()
@@ -90,8 +91,10 @@ class TrainResult:
         lengths = [len(fold.history) for fold in trajectories[longest]]
         if all(length == longest for length in lengths):
             return []
-        stops = ", ".join(f"fold {k} after {n}" for k, n in enumerate(lengths, 1) if n < longest)
-        return [f"  early stopping: {stops} epochs"]
+        stops = (
+            f"fold {k} after {count(n, 'epoch')}" for k, n in enumerate(lengths, 1) if n < longest
+        )
+        return [f"  early stopping: {', '.join(stops)}"]
 
 
 def note_split(split: Split, cohort: Cohort, level: str = "image") -> tuple[str, ...]:
@@ -221,7 +224,7 @@ def write_outcome(
         run.write_table("logistic", table)
         run.config["logistic"] = {"C": baseline.C, "mean_auroc": baseline.mean_auroc}
     run.config["findings_unlearnt"] = _list_unlearnt(cohort, trained)
-    run.config |= {"chosen_epochs": search.chosen, "search_measure": search.measure}
+    run.config |= {"chosen_epochs": search.chosen, "search_measure": search.weighing.measure}
     run.finish()
 
 
@@ -230,6 +233,19 @@ def _list_unlearnt(cohort: Cohort, trained: NDArray[np.bool_]) -> list[str]:
     targets = cohort.targets[trained]
     is_learnt = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
     return [name for name, learnt in zip(cohort.findings, is_learnt, strict=True) if not learnt]
+
+
+def tabulate_repeats(
+    cohort: Cohort, split: Split, tested: Sequence[NDArray[np.float32]]
+) -> pd.DataFrame:
+    """Tabulate the test predictions of every training, ``(n, F)`` each, numbered from 1."""
+    of_test = cohort.take(np.flatnonzero(split.is_test))
+    tables = [
+        finding_table(of_test, probabilities).assign(repeat=repeat)
+        for repeat, probabilities in enumerate(tested, start=1)
+    ]
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    return table
 
 
 def _split_table(cohort: Cohort, split: Split, studies: Studies | None) -> pd.DataFrame:

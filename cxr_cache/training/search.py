@@ -54,12 +54,12 @@ class EpochSearch:
     trajectories: dict[int, list[Trajectory]]
     """By candidate, the trajectory of each fold."""
     table: pd.DataFrame
-    """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K, as `measure` says."""
+    """Columns epochs, mean_auroc, std_auroc, fold_1 ... fold_K, of the AUROC that is weighed."""
     chosen: int
     """Candidate with the best mean over folds, of equal ones the smallest; or the smallest within
     one standard error of the best."""
-    measure: str = "macro AUROC"
-    """What the table holds, in words."""
+    weighing: Weighing
+    """How much each finding counts in the table."""
 
 
 def horizons(config: Recipe) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ def search_with(
     )  # (C, K)
     table = _tabulate(list(trajectories), scores)
     best = choose_candidate(scores, within_one_se=config.within_one_se)
-    return EpochSearch(trajectories, table, list(trajectories)[best], weighing.measure)
+    return EpochSearch(trajectories, table, list(trajectories)[best], weighing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +268,23 @@ def final_task(split: Split, seed: int) -> HeadTask:
     """Training on everything but test, with nothing left to score."""
     rows = np.flatnonzero(~split.is_test)
     return HeadTask(rows, np.empty(0, np.int64), _head_seed(seed, -1), "final model")
+
+
+def seed_of_repeat(seed: int, repeat: int) -> int:
+    """Derive the seed of a repeat, counted from 1, that no other has; the first has the run's own.
+
+    The split is that of the run's seed in all of them.
+    """
+    if repeat == 1:
+        return seed
+    return int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
+
+
+def count_epochs(
+    on_progress: Callable[[int, int], None], n_repeats: int, repeat: int, done: int, of: int
+) -> None:
+    """Count the epochs of all repeats, each of which has as many."""
+    on_progress((repeat - 1) * of + done, n_repeats * of)
 
 
 def _head_seed(seed: int, fold: int) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -18,7 +17,6 @@ from cxr_cache.common.devices import resolve_device, resolve_training_dtype
 from cxr_cache.common.machine import describe_machine
 from cxr_cache.common.wording import count
 from cxr_cache.config import RepeatConfig, TrainConfig
-from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.splits import Split
 from cxr_cache.models.heads import predict_probabilities
 from cxr_cache.models.run import Run, SavedModel, require_free
@@ -33,15 +31,17 @@ from cxr_cache.training.outcome import (
     describe_labels,
     describe_split,
     note_split,
+    tabulate_repeats,
     write_outcome,
 )
 from cxr_cache.training.search import (
+    count_epochs,
     require_trainable_folds,
     search_epochs,
+    seed_of_repeat,
     split_rows,
     stack_members,
     train_final,
-    weigh_findings,
 )
 
 logger = logging.getLogger(__name__)
@@ -109,19 +109,16 @@ def fit_run(
         split,
         config,
         clusters=cohort.groups,
-        on_progress=partial(_count, on_progress, n_repeats, 1),
+        on_progress=partial(count_epochs, on_progress, n_repeats, 1),
     )
     bank, final_history = train_final(data, split, search, config)
     probabilities = predict_probabilities(bank, torch.from_numpy(data.embeddings[0]))
-    baseline = None
-    if config.baseline:
-        weighing = weigh_findings(cohort.targets, cohort.groups, split, config.select_by)
-        baseline = train_logistic(data, split, weighing, config)
+    baseline = train_logistic(data, split, search.weighing, config) if config.baseline else None
     if n_repeats > 1:
-        repeats = _test_repeats(data, split, config, n_repeats, on_progress)
+        repeats = _test_repeats(run, data, split, config, n_repeats, on_progress)
         tested = [probabilities.numpy()[split.is_test], *repeats]
         run.config["n_repeats"] = n_repeats
-        run.write_table("repeats", _tabulate_repeats(cohort, split, tested))
+        run.write_table("repeats", tabulate_repeats(cohort, split, tested))
     logger.info("The final model is trained; writing %s", run_dir)
     run.save_fold_heads(stack_members(search.trajectories[search.chosen], search.chosen))
     write_outcome(
@@ -149,45 +146,27 @@ def fit_run(
     return TrainResult(run, search, notes)
 
 
-def _count(
-    on_progress: Callable[[int, int], None], n_repeats: int, repeat: int, done: int, of: int
-) -> None:
-    """Count the epochs of all repeats, each of which has as many."""
-    on_progress((repeat - 1) * of + done, n_repeats * of)
-
-
 def _test_repeats(
+    run: Run,
     data: TrainingData,
     split: Split,
     config: TrainConfig,
     n_repeats: int,
     on_progress: Callable[[int, int], None],
 ) -> Iterator[NDArray[np.float32]]:
-    """Train the recipe again on the same split, with other seeds; test predictions, ``(n, F)``."""
+    """Train the recipe again on the same split, with other seeds; test predictions, ``(n, F)``.
+
+    The heads of each are kept, for a fine-tuning of the same repeats to begin with.
+    """
     embeddings = torch.from_numpy(data.embeddings[0])
     for repeat in range(2, n_repeats + 1):
-        again = replace(config, seed=_seed_of_repeat(config.seed, repeat))
-        progress = partial(_count, on_progress, n_repeats, repeat)
+        again = replace(config, seed=seed_of_repeat(config.seed, repeat))
+        progress = partial(count_epochs, on_progress, n_repeats, repeat)
         groups = data.cohort.groups
         with told_as(f"repeat {repeat} of {n_repeats}"):
             found = search_epochs(data, split, again, clusters=groups, on_progress=progress)
             bank, _ = train_final(data, split, found, again)
+        members = stack_members(found.trajectories[found.chosen], found.chosen)
+        final = bank.snapshot([0])
+        run.save_repeat_heads(repeat, {k: torch.cat([members[k], final[k]]) for k in members})
         yield predict_probabilities(bank, embeddings).numpy()[split.is_test]
-
-
-def _seed_of_repeat(seed: int, repeat: int) -> int:
-    """Derive a seed that no other repeat has; the split keeps the run's own."""
-    return int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
-
-
-def _tabulate_repeats(
-    cohort: Cohort, split: Split, tested: Sequence[NDArray[np.float32]]
-) -> pd.DataFrame:
-    """Test predictions of every training, ``(n, F)`` each, numbered from 1."""
-    of_test = cohort.take(np.flatnonzero(split.is_test))
-    tables = [
-        finding_table(of_test, probabilities).assign(repeat=repeat)
-        for repeat, probabilities in enumerate(tested, start=1)
-    ]
-    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
-    return table

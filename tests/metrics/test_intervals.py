@@ -163,8 +163,8 @@ def test_bounds_of_an_auroc_are_those_from_which_it_is_just_near_enough(
         expected = mean * (1 - mean) + (n_positive + n_negative - 2) * variance
         expected /= n_positive * n_negative
         worth = (min(n_positive, n_negative) - 1) * min(1, 2 / (kurtosis - 1))
-        mixed = (worth * error**2 + 20 * expected) / (worth + 20)
-        return abs(area - mean) - stats.t.ppf(0.975, worth + 20) * np.sqrt(mixed)
+        mixed = (worth * error**2 + 30 * expected) / (worth + 30)
+        return abs(area - mean) - stats.t.ppf(0.975, worth + 30) * np.sqrt(mixed)
 
     middle = np.sqrt(2) * stats.norm.ppf(area)
     wanted = [
@@ -297,10 +297,10 @@ def test_coverage_at_full_size(tmp_path):
     assert found["one_finding"]["images"] < 0.85
     assert 0.92 <= found["patients"]["patients"] <= 0.98
     assert found["patients"]["studies"] < 0.85
-    for row in found["areas"]:  # 500 repeats have a standard error of 1 %
+    for row in found["areas"]:  # 4,000 repeats have a standard error of 0.35 %
         if row["spread"] == 1:
-            assert 0.92 <= row["coverage"] <= 0.985, row
-        assert row["coverage"] >= 0.85, row
+            assert 0.93 <= row["coverage"] <= 0.98, row
+        assert row["coverage"] >= 0.88, row
     for row in found["equal_models"]:  # of a nominal 95 and 5 %
         assert row["coverage"] >= 0.92, row
         several = not row["design"].startswith("1 x")

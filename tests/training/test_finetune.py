@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+from cxr_cache.common.wording import count
 from cxr_cache.config import Augmentation, ExtractConfig, FinetuneConfig, TrainConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
@@ -231,7 +232,8 @@ def test_stopping_epochs_are_reported(store, tmp_path):
     assert min(lengths["1"], lengths["2"]) < 12
     for fold in ("1", "2"):
         if lengths[fold] < 12:
-            assert f"fold {fold} after {lengths[fold]}" in result.to_text()
+            assert f"fold {fold} after {count(lengths[fold], 'epoch')}" in result.to_text()
+    assert "\n      1 epoch   0." in result.to_text()
 
 
 # -- using it ---------------------------------------------------------------------------
@@ -422,6 +424,64 @@ def test_a_frozen_run_that_does_not_fit_is_refused_with_both_values(
     with pytest.raises(RunError, match=r"weights_sha256: '\w+' in the run, '\w+' now"):
         tune_run(elsewhere, tmp_path / "r", config, from_run=frozen.path)
     assert not (tmp_path / "r").exists()
+
+
+# -- repeats ----------------------------------------------------------------------------
+
+
+def by_repeat(run: Run) -> list[np.ndarray]:
+    """Test predictions of every training, ``(n, F)`` each."""
+    table, findings = run.read_table("repeats"), list(run.config["findings"])
+    return [part[findings].to_numpy() for _, part in table.groupby("repeat")]
+
+
+def test_the_first_repeat_is_the_run_and_an_interrupted_second_ends_as_it_would_have(
+    store, tuned, tmp_path
+):
+    whole, broken, counts = tmp_path / "whole", tmp_path / "broken", []
+    run = tune_run(store, whole, TUNED, n_repeats=2, on_progress=lambda *c: counts.append(c)).run
+    n_epochs = counts[-1][0]
+    with pytest.raises(KeyboardInterrupt):
+        tune_run(store, broken, TUNED, n_repeats=2, on_progress=_StopAfter(n_epochs - 1))
+    again = tune_run(store, broken, TUNED, n_repeats=2).run
+
+    assert_same_run(run, tuned)
+    assert run.config["n_repeats"] == 2
+    assert counts[-1][1] == n_epochs
+    first, second = by_repeat(run)
+    findings = list(run.config["findings"])
+    predictions = tuned.read_table("predictions").query("split == 'test'")[findings]
+    np.testing.assert_array_equal(first, predictions)
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(by_repeat(again)[1], second)
+
+
+def test_each_repeat_begins_with_the_heads_of_the_same_frozen_repeat(store, tmp_path):
+    """So that the fine-tuned recipe and the frozen one can be compared, training included."""
+    recipe = replace(FROZEN, norm="layer", final="ensemble")  # no statistics, which would move
+    frozen = fit_run(store, tmp_path / "frozen", recipe, n_repeats=2).run
+    config = config_from_run(frozen, "reference", batch_size=8, device="cpu", precision="fp32")
+    still = replace(config, learning_rate=1e-12, head_learning_rate=1e-12, epochs=(1,))
+
+    run = tune_run(store, tmp_path / "run", still, from_run=frozen.path, n_repeats=2).run
+
+    before, after = by_repeat(frozen), by_repeat(run)
+    for ours, theirs in zip(after, before, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert np.abs(before[0] - before[1]).max() > 1e-2
+    notes = compare_runs(frozen, run, n_resamples=20).notes
+    assert notes[0].startswith("This compares recipes: figures are means over 2 and 2 trainings")
+
+
+def test_a_frozen_run_of_fewer_repeats_is_no_start_for_them(store, frozen, tmp_path):
+    config = config_from_run(frozen, batch_size=8)
+    message = (
+        r"has the heads of 1 training, and --repeats 3 begins each repeat with heads of its own\. "
+        r"Train it with `cxr-cache train --repeats 3`, or fine-tune without --repeats\."
+    )
+    with pytest.raises(RunError, match=message):
+        tune_run(store, tmp_path / "run", config, from_run=frozen.path, n_repeats=3)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_fine_tuned_into_its_own_place(store, frozen):

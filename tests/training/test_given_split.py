@@ -20,7 +20,7 @@ from cxr_cache.report.views import read_view
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import find_labelled_rows
 from cxr_cache.training.ablate import make_settings, run_ablation
-from cxr_cache.training.frozen_start import config_from_run, load_start
+from cxr_cache.training.frozen_start import config_from_run, load_starts
 from cxr_cache.training.train import fit_run
 from tests.synthetic import QUICK, make_cohort, make_store
 
@@ -115,11 +115,11 @@ def test_a_fine_tuning_takes_the_split_of_its_start(store, run):
     assert config.split == "given"
     with FeatureStore.open(store) as features:
         found = find_labelled_rows(features)
-        start = load_start(run, found, features, config)
+        [start] = load_starts(run, found, features, config)
         assert start.split.whose == WHOSE
         np.testing.assert_array_equal(start.split.is_test, give_split()[1] == "test")
         with pytest.raises(RunError, match="split: 'given' in the run, 'new' now"):
-            load_start(run, found, features, config_from_run(run, split="new"))
+            load_starts(run, found, features, config_from_run(run, split="new"))
 
 
 def test_a_run_of_an_earlier_version_had_a_split_of_its_own(run):
