@@ -96,9 +96,9 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
     opened = Run.open(run)
     if not stores:
         metrics = evaluate_run(opened, groups=groups, **vars(config))
-        reads = tell_of_reads(opened)
+        told_of = tell_of_reads(opened)
         told = metrics | {"test_reads": opened.read_reads()}
-        show(lambda: f"{format_summary(metrics)}\n{reads}", told)
+        show(lambda: f"{format_summary(metrics)}\n{told_of}", told)
         return
     from cxr_cache.jobs.external import evaluate_on_store  # may need the encoder: imports torch
 

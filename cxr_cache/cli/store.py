@@ -98,9 +98,9 @@ def describe(
     missing = None if image_dir is None else find_missing(image_dir, cohort.image_ids)
     description = describe_cohort(cohort, missing)
     expected = plan_test(cohort, planned) if plan else None
-    parts = [description, *([] if expected is None else [expected])]
     more = {} if expected is None else {"plan": expected.to_dict()}
-    show(lambda: "\n\n".join(part.to_text() for part in parts), description.to_dict() | more)
+    planned_text = "" if expected is None else f"\n\n{expected.to_text()}"
+    show(lambda: description.to_text() + planned_text, description.to_dict() | more)
     if plot is not None:
         from cxr_cache.report.plots import draw_class_distribution
 

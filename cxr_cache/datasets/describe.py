@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from cxr_cache.common.wording import count
 from cxr_cache.config import PlanConfig
@@ -307,7 +306,7 @@ def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
     >>> print(plan_test(load_cohort("DATA")).to_text())  # doctest: +SKIP
     """
     config = config or PlanConfig()
-    is_labelled: NDArray[np.bool_] = np.isfinite(cohort.targets).any(axis=1)
+    is_labelled = np.atleast_1d(np.isfinite(cohort.targets).any(axis=1))
     cohort = cohort.take(is_labelled)
     if not len(cohort):
         raise TableError("No image has a label, so there is no test to plan.")

@@ -296,9 +296,10 @@ def _require_known_steps(cfg: Mapping[str, Any], origin: str) -> None:
     """Raise EncoderError where a processor does more to images than is offered."""
     asked = {key for key, value in cfg.items() if value is True}
     more = {key for key in asked if key.startswith("do_") and key[3:] not in _STEPS}
-    if more := sorted((more - {"do_reduce_labels"}) | (asked & {"offset", "rescale_offset"})):
+    more = (more - {"do_reduce_labels"}) | (asked & {"offset", "rescale_offset"})
+    if more:
         raise EncoderError(
-            f"{origin} does more to images than is offered ({list_names(more)}), and features "
+            f"{origin} does more to images than is offered ({list_names(sorted(more))}), and features "
             "without it would be others. Embeddings that were computed elsewhere come in by "
             "cxr-cache import."
         )
@@ -329,7 +330,7 @@ def _read_statistics(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Read mean and standard deviation of pixels in 0..1."""
     if normalize == "imagenet":
-        return IMAGENET["mean"], IMAGENET["std"]  # type: ignore[return-value]
+        return IMAGENET["mean"], IMAGENET["std"]
     mean, std = cfg.get("image_mean"), cfg.get("image_std")
     if not cfg.get("do_normalize", True):
         mean, std = 0, 1

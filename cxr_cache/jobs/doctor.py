@@ -154,7 +154,7 @@ def _check_device() -> tuple[Status, str, dict[str, Any]]:
 
     from cxr_cache.common.devices import resolve_device
 
-    gpus = [
+    gpus: list[dict[str, Any]] = [
         {"name": torch.cuda.get_device_name(i), "memory_bytes": _gpu_memory(i)}
         for i in range(torch.cuda.device_count())
     ]

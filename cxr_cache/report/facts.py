@@ -169,10 +169,10 @@ def prevalences(view: RunView) -> str | None:
         table[f"{side}_present"] / (table[f"{side}_present"] + table[f"{side}_absent"])
         for side in ("train", "test")
     ]
-    furthest = (shares[0] - shares[1]).abs().idxmax()
-    train, test = (share[furthest] for share in shares)
+    furthest = int((shares[0] - shares[1]).abs().to_numpy().argmax())
+    train, test = (share.iloc[furthest] for share in shares)
     return (
-        f"Prevalences differ most in {table['finding'][furthest]}: {train:.1%} in train, "
+        f"Prevalences differ most in {table['finding'].iloc[furthest]}: {train:.1%} in train, "
         f"{test:.1%} in test."
     )
 

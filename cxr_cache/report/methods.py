@@ -131,7 +131,7 @@ class _Facts:
     @cached_property
     def recipe(self) -> TrainConfig | FinetuneConfig:
         """What it was trained with; options that came later have what was done before."""
-        kind = _CONFIGS[self.config["kind"]]
+        kind: type[TrainConfig | FinetuneConfig] = _CONFIGS[self.config["kind"]]
         recorded = {"split": "new", **kind.earlier, **self.config[self.config["kind"]]}
         if unknown := set(recorded) - {of.name for of in fields(kind)}:
             raise RunError(
@@ -158,7 +158,8 @@ class _Facts:
         table = self.run.predictions
         if "patient_id" not in table:
             return pd.Series([""] * len(table), index=table["split"], dtype=str)
-        return table.set_index("split")["patient_id"]
+        patients: pd.Series = table.set_index("split")["patient_id"]
+        return patients
 
     @property
     def unit(self) -> str:
