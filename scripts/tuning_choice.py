@@ -23,7 +23,7 @@ from cxr_cache.models.tuned import copy_tail
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import find_labelled_rows
 from cxr_cache.store.tokens import open_tokens
-from cxr_cache.training.frozen_start import config_from_run, load_start
+from cxr_cache.training.frozen_start import config_from_run, load_starts
 from cxr_cache.training.search import fold_tasks, score_fold, weigh_findings
 from cxr_cache.training.tuning import Keeper, TuningData, tune
 
@@ -43,7 +43,7 @@ def main() -> None:
     config = config_from_run(run, epochs=(given.epochs,), **{"patch_dropout": 0.5} | values)
     with FeatureStore.open(given.store) as store:
         found = find_labelled_rows(store).by(config.level)
-        start = load_start(run, found, store, config)
+        (start,) = load_starts(run, found, store, config)
         encoder = reload_encoder(store.header.encoder)
         source = open_tokens(store, found.rows, encoder.device, "ram")
         targets = found.cohort.targets

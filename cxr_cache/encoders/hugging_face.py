@@ -299,8 +299,8 @@ def _require_known_steps(cfg: Mapping[str, Any], origin: str) -> None:
     more = (more - {"do_reduce_labels"}) | (asked & {"offset", "rescale_offset"})
     if more:
         raise EncoderError(
-            f"{origin} does more to images than is offered ({list_names(sorted(more))}), and features "
-            "without it would be others. Embeddings that were computed elsewhere come in by "
+            f"{origin} does more to images than is offered ({list_names(sorted(more))}), and "
+            "features without it would differ. Embeddings that were computed elsewhere come in by "
             "cxr-cache import."
         )
 

@@ -47,9 +47,8 @@ class Item:
 
 def fill_checklist(view: RunView, name: str) -> tuple[Item, ...]:
     """Fill one of :data:`CHECKLISTS` with the facts of an evaluated run."""
-    text = (
-        files("cxr_cache.report").joinpath("checklists").joinpath(f"{name}.csv").read_text("utf-8")
-    )
+    folder = files("cxr_cache.report") / "checklists"
+    text = (folder / f"{name}.csv").read_text("utf-8")
     table = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
     return tuple(
         Item(row["item"], row["section"], row["asks"], _state(view, row["facts"]), row["left"])
