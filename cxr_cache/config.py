@@ -450,7 +450,7 @@ class TrainConfig(Recipe):
     (30, 50, 75, 90, 100)
     """
 
-    reference: ClassVar = {
+    reference: ClassVar[Mapping[str, Any]] = {
         name: Recipe.__dataclass_fields__[name].default
         for name in ("epochs", "batch_size", "learning_rate", "final", "calibration", "select_by")
     }
@@ -545,13 +545,17 @@ class FinetuneConfig(Recipe):
     False
     """
 
-    reference: ClassVar = {
+    reference: ClassVar[Mapping[str, Any]] = {
         **{"epochs": (5, 10, 15), "learning_rate": 2e-5, "head_learning_rate": 2e-4},
         **{"batch_size": 16, "schedule": "plateau", "final": "refit"},
         **{"warmup_steps": 0, "ema_decay": 0.0, "patch_dropout": 0.0},
         **{"calibration": "none", "select_by": "macro"},
     }
-    earlier: ClassVar = {**Recipe.earlier, "ema_decay": 0.0, "patch_dropout": 0.0}
+    earlier: ClassVar[Mapping[str, Any]] = {
+        **Recipe.earlier,
+        "ema_decay": 0.0,
+        "patch_dropout": 0.0,
+    }
 
     epochs: tuple[int, ...] = _other(
         "epochs",

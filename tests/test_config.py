@@ -6,7 +6,10 @@ import json
 import math
 import pickle
 import re
+import shutil
+import subprocess
 from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from cxr_cache.config import (
 )
 from cxr_cache.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
     (
         found
@@ -160,3 +164,21 @@ def test_a_notebook_shows_what_the_options_mean(found):
     """help(TrainConfig) says more than its signature."""
     for of in fields(found):
         assert re.search(rf"^{of.name}\n    \S", found.__doc__, re.MULTILINE), of.name
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_options_are_read_by_every_python_that_is_promised(version):
+    """What typing takes in annotations differs; config.py imports nothing but Python itself."""
+    minor = f"python{version}"
+    places = (Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/{minor}")
+    found = next(map(str, places), None) or shutil.which(minor)
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"there is no {minor} here")
+    code = (
+        "from cxr_cache import config\n"
+        "for kind in vars(config).values():\n"
+        "    if isinstance(kind, type) and config.Config in kind.__mro__[1:]:\n"
+        "        config.kinds(kind)\n"
+    )
+    done = subprocess.run([found, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
