@@ -116,6 +116,7 @@ def test_it_leaves_what_a_runs_own_test_leaves(tested):
     }
     assert (tested / "report.html").stat().st_size > 10_000
     assert "external" in json.loads((tested / "metrics.json").read_text())
+    assert json.loads((tested / "test_reads.json").read_text())["n_reads"] == 1
 
 
 def test_figures_are_those_of_the_runs_probabilities_and_the_others_labels(run, other, tested):
