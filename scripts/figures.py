@@ -150,15 +150,14 @@ FIGURES: Final = (
     ),
     Figure(
         "docs/measurements.md",
-        r"\| MobileNetV1 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|",
+        r"MobileNet has ([\d.]+) out of fold, ([\d.]+) on test and ([\d.]+) by study",
         score_folds,
         "images embeddings",
     ),
     Figure(
         "docs/measurements.md",
-        r"micro PPV of the others is ([\d.]+);[\s\S]*?\s+The label accuracy is ([\d.]+) %[\s\S]*?"
-        r"33 findings scored, (\d+) have a better Brier score than constant prevalence\s+"
-        r"and (\d+) a better log loss",
+        r"the micro PPV is ([\d.]+), the label accuracy ([\d.]+) %, and\s+(\d+) findings have a "
+        r"better Brier score and (\d+) a better log loss",
         judge_rare,
         "images embeddings",
     ),
