@@ -237,7 +237,13 @@ class Cohort:
         columns
             Values by name, as :meth:`pandas.DataFrame.assign` takes them.
         """
-        return dataclasses.replace(self, images=self.images.assign(**columns))
+        images = self.images.copy()
+        for name, values in columns.items():
+            # As objects: Arrow, where pandas has it, fails on names that are not UTF-8, and these
+            # are to be refused in a sentence.
+            cells = values if np.isscalar(values) else np.asarray(values, object)
+            images[name] = pd.Series(cells, images.index, object)
+        return dataclasses.replace(self, images=images)
 
 
 def _complete_table(images: pd.DataFrame) -> pd.DataFrame:

@@ -264,7 +264,7 @@ def test_columns_that_cannot_be_kept_are_refused(images, message):
     if "image_id" not in images:
         images = {"image_id": ["a", "b"], "study_uid": ["1", "2"], **images}
     with pytest.raises(TableError, match=message):
-        Cohort(pd.DataFrame(images), np.zeros((2, 1), np.float32), ("Edema",))
+        Cohort(pd.DataFrame(images, dtype=object), np.zeros((2, 1), np.float32), ("Edema",))
 
 
 def test_an_unknown_format_is_refused_with_those_there_are(tmp_path):

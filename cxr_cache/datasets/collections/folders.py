@@ -77,7 +77,8 @@ def parse_class_folders(paths: Sequence[str]) -> pd.DataFrame | None:
         return None
     given = sides if all(sides) else ""
     table: pd.DataFrame = pd.DataFrame(
-        {"image_id": paths, "given_split": given, "class": [p[0] for p in parts]}
+        {"image_id": paths, "given_split": given, "class": [p[0] for p in parts]},
+        dtype=object,  # text of Arrow cannot hold names that are not UTF-8
     )
     return table
 
@@ -118,7 +119,7 @@ def list_images(tables: list[Path], path: Path, image_dir: Path | None) -> Listi
     findings = (rule.finding,) if rule and rule.finding else ()
     codes = np.array(named.pop("present", []), np.int8).reshape(len(paths), len(findings))
     return Listing(
-        pd.DataFrame({"image_id": paths, "study_uid": paths, **named}),
+        pd.DataFrame({"image_id": paths, "study_uid": paths, **named}, dtype=object),
         findings,
         codes,
         notes=(rule.note,) if rule and rule.note else (),
