@@ -404,6 +404,15 @@ def test_a_name_that_is_not_utf_8_is_refused_before_extraction(tmp_path):
         cohort.assign(image_id=ids)
 
 
+def test_a_folder_with_such_a_name_is_refused_too(tmp_path):
+    """Also where pandas keeps text in Arrow, which cannot hold it."""
+    for name in (b"a.png", b"r\xf6ntgen.png"):
+        noise(64, 64).save(tmp_path / os.fsdecode(name))
+    result = CliRunner().invoke(cli, ["describe", "--data", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "has a name that is not UTF-8" in result.output
+
+
 # --- tables -----------------------------------------------------------------------------------
 
 REPORTS = "uid,Problems\n00012,normal\nNA,Cardiomegaly\n"

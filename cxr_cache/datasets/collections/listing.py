@@ -156,7 +156,8 @@ def make_cohort(
     images, fact_notes = _tidy_facts(images)
     if not listing.split:
         images = images.drop(columns="given_split", errors="ignore")
-    images["image_id"], image_notes = place_images(images["image_id"].tolist(), path, image_dir)
+    image_ids, image_notes = place_images(images["image_id"].tolist(), path, image_dir)
+    images["image_id"] = pd.Series(image_ids, images.index, object)
     return Cohort(
         images,
         targets,
