@@ -19,6 +19,8 @@ from cxr_cache.evaluation.evaluate import score_run
 from cxr_cache.models.run import Run
 from cxr_cache.report import phrases
 from cxr_cache.report.methods import describe_methods, find_blanks
+from cxr_cache.report.page import render_page
+from cxr_cache.report.views import read_view
 from tests.evaluation.test_evaluate import make_run
 from tests.report.test_report import copy_run
 
@@ -298,6 +300,17 @@ def test_the_command_writes_a_file_and_never_over_one(base, external, tmp_path):
 
     printed = CliRunner().invoke(cli, ["methods", str(base.path)])
     assert printed.stdout.strip() == describe_methods(base).strip()
+
+
+def test_a_regression_that_cannot_be_scored_is_said_to_be_undefined(base, tmp_path):
+    """As on a test of four images, where no finding has both classes."""
+    run = copy_run(base, tmp_path / "run")
+    none = {"value": None, "low": None, "high": None}
+    run.write_metrics(
+        {**run.metrics, "logistic": {"C": 0.1, "macro_auroc": none, "difference": none}}
+    )
+    assert "minus it: <strong>undefined</strong>" in render_page([read_view(run)])
+    assert "had a macro AUROC of undefined" in describe_methods(run)
 
 
 @pytest.mark.parametrize(
