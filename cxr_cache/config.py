@@ -262,6 +262,9 @@ class Config:
 
 # -- training -----------------------------------------------------------------------------
 
+OF_THE_MACHINE: Final = ("device", "n_jobs", "num_workers", "tokens_in", "grad_checkpointing")
+"""Options of training that decide where and how fast is computed, not what."""
+
 
 @dataclass(frozen=True)
 class Recipe(Config):
@@ -840,9 +843,6 @@ class ReadConfig(Config):
     )
 
 
-# -- extraction ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PlanConfig(Config):
     """What a plan of the test assumes."""
@@ -862,6 +862,9 @@ class PlanConfig(Config):
         "With --plan: share of the data that is the test, unless the data set has a split.",
         check=must(lambda x: 0 < x < 1, "must lie between 0 and 1"),
     )
+
+
+# -- extraction ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

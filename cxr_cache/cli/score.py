@@ -273,7 +273,6 @@ def checklist(run: Path, out: Path | None) -> None:
     Each item holds facts of the run, or says that it is to be written by the authors. Nothing is
     guessed.
     """
-    from cxr_cache.common.files import write_whole
     from cxr_cache.models.run import Run
     from cxr_cache.report.checklist import render_checklists
     from cxr_cache.report.views import read_view
@@ -281,11 +280,7 @@ def checklist(run: Path, out: Path | None) -> None:
     if out is not None:
         require_folder(out.parent)
     text = render_checklists(read_view(Run.open(run)))
-    if out is None:
-        show(text.rstrip(), {"checklists": text})
-        return
-    write_whole(out, text.encode())
-    show(f"{out} written", {"written": [out]})
+    _give_text(text, "checklists", out)
 
 
 @click.command()
@@ -302,7 +297,6 @@ def methods(run: Path, external: Path | None, out: Path | None) -> None:
 
     Nothing is guessed: what a paper must say and the run does not know stands in square brackets.
     """
-    from cxr_cache.common.files import write_whole
     from cxr_cache.models.run import Run
     from cxr_cache.report.methods import describe_methods, find_blanks
 
@@ -313,10 +307,17 @@ def methods(run: Path, external: Path | None, out: Path | None) -> None:
                 f"{out} is there already, and may hold what you filled in. Choose another name."
             )
     text = describe_methods(Run.open(run), external=external)
-    if out is None:
-        show(text, {"methods": text})
-    else:
-        write_whole(out, text.encode())
-        show(f"{out} written", {"written": [out]})
+    _give_text(text, "methods", out)
     blanks = "\n".join(f"  [{blank}]" for blank in find_blanks(text))
     note(f"To be filled in, as the run does not know it:\n{blanks}")
+
+
+def _give_text(text: str, what: str, out: Path | None) -> None:
+    """Print a text in Markdown, or write it where a file is given."""
+    if out is None:
+        show(text.rstrip(), {what: text})
+        return
+    from cxr_cache.common.files import write_whole
+
+    write_whole(out, text.encode())
+    show(f"{out} written", {"written": [out]})

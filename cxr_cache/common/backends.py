@@ -21,6 +21,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.backend import resource_tracker as loky_tracker
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
+from cxr_cache.common.extras import pip_line
 from cxr_cache.config import BACKENDS
 from cxr_cache.errors import BackendError, ConfigError, WorkerLostError
 
@@ -207,7 +208,7 @@ def _import(module: str, extra: str) -> Any:
     if importlib.util.find_spec(module) is None:
         raise BackendError(
             f"--backend {extra} needs the package {module}, which is not installed. Install it "
-            f"with `pip install 'cxr-cache[{extra}]'`, on every machine that works."
+            f"with `{pip_line(extra)}`, on every machine that works."
         )
     return importlib.import_module(module)
 

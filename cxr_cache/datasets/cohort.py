@@ -186,13 +186,18 @@ class Cohort:
         n_studies = count(len(np.unique(self.study_uids)), "study")
         n_patients = len(set(self.patient_ids.tolist()) - {""})
         known = count(n_patients, "patient") if n_patients else "patients unknown"
-        n_labelled = int((~np.isnan(self.targets)).any(axis=1).sum())
+        n_labelled = int(self.is_labelled.sum())
         return (
             f"Cohort of {count(len(self), 'image')} of {n_studies} ({known}), {n_labelled:,} of "
             f"them labelled\n"
             f"  {count(len(self.findings), 'finding')}: {list_names(self.findings, 5)}\n"
             f"  known of each image: {list_names([*self.images.columns])}"
         )
+
+    @cached_property
+    def is_labelled(self) -> NDArray[np.bool_]:
+        """Whether a label of each image is known, ``(N,)``."""
+        return np.atleast_1d((~np.isnan(self.targets)).any(axis=1))
 
     @cached_property
     def image_ids(self) -> NDArray[np.str_]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cxr_cache.common.wording import count
 from cxr_cache.config import PlanConfig
+from cxr_cache.datasets.codes import CODE_NAMES
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, Reading, Unit, name_unit
 from cxr_cache.datasets.labels import FINDINGS, PUBLISHED_COUNTS, PUBLISHED_IMAGES
 from cxr_cache.datasets.splits import has_given_split, take_given_split
@@ -22,9 +23,6 @@ from cxr_cache.metrics.planning import (
     studies_for,
 )
 from cxr_cache.metrics.scores import FloatArray, count_clusters
-
-CODES: Final = ("present", "absent", "uncertain", "blank")
-"""Names of codes in :class:`cxr_cache.datasets.cohort.Reading`, in the order shown."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class CohortDescription:
         width = max(len("finding"), *(len(count.finding) for count in self.findings))
         header = f"{'finding':<{width}}  {'images':>7}  {'studies':>7}  {'prevalence':>10}"
         codes = {} if self.reading is None else self.reading.codes
-        written = [code for code in CODES if any(code in of for of in codes.values())]
+        written = [code for code in CODE_NAMES.values() if any(code in of for of in codes.values())]
         header += "".join(f"  {code:>9}" for code in written)
         rows = [
             f"{count.finding:<{width}}  {count.images:>7,}  {count.studies:>7,}  "
@@ -306,8 +304,7 @@ def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
     >>> print(plan_test(load_cohort("DATA")).to_text())  # doctest: +SKIP
     """
     config = config or PlanConfig()
-    is_labelled = np.atleast_1d(np.isfinite(cohort.targets).any(axis=1))
-    cohort = cohort.take(is_labelled)
+    cohort = cohort.take(cohort.is_labelled)
     if not len(cohort):
         raise TableError("No image has a label, so there is no test to plan.")
     is_test, share, whose = np.ones(len(cohort), bool), config.test_fraction, ""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cxr_cache.common.extras import pip_line
 from cxr_cache.common.files import read_text
 from cxr_cache.common.wording import first_line
 from cxr_cache.encoders.loading import find_encoder
@@ -145,7 +146,7 @@ def _require_transformers(source: Source) -> None:
     except ImportError as error:
         raise EncoderError(
             f"The text tower of {source.name} is a model of the transformers library, which is not "
-            "installed: pip install 'cxr-cache[text]'."
+            f"installed: {pip_line('text')}."
         ) from error
 
 

@@ -13,7 +13,7 @@ from scipy.special import stdtr, stdtrit
 
 from cxr_cache.common.machine import compare_machines
 from cxr_cache.common.wording import count, first_lines, list_names
-from cxr_cache.config import CompareConfig
+from cxr_cache.config import OF_THE_MACHINE, CompareConfig
 from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.errors import RunError
 from cxr_cache.evaluation.figures import MEASURES, to_number
@@ -271,10 +271,6 @@ def _list_notes(
     return tuple(notes)
 
 
-_OF_THE_MACHINE: Final = ("device", "n_jobs", "num_workers", "tokens_in", "grad_checkpointing")
-"""Options that decide where and how fast a run is trained, not what is trained."""
-
-
 def _differ_by_machine(first: Run, second: Run) -> str:
     """What differs between the machines of two runs of one recipe and seed; else nothing."""
     recipes = [
@@ -282,7 +278,7 @@ def _differ_by_machine(first: Run, second: Run) -> str:
             **{
                 name: value
                 for name, value in run.config.get(run.config.get("kind", ""), {}).items()
-                if name not in _OF_THE_MACHINE
+                if name not in OF_THE_MACHINE
             },
             "kind": run.config.get("kind"),
             "encoders": [store.get("encoder") for store in run.stores],

@@ -166,7 +166,7 @@ def note_overlap(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
     concerned: dict[str, list[str]] = {}
     for name, run in zip(names, runs, strict=True):
         splits = run.read_table("splits")
-        key = (_own_path(run), hash(tuple(splits["image_id"] + splits["split"])))
+        key = (run.store_path, hash(tuple(splits["image_id"] + splits["split"])))
         if key not in found:
             found[key] = _note_tested_and_trained_on(run, splits)
         if found[key]:
@@ -209,7 +209,7 @@ def _note_other_files(first: Run, second: Run) -> str:
     """A sentence if two runs of several stores were tested on other files of the same names."""
     splits = first.read_table("splits")
     tested = splits.loc[splits["split"] == "test", "image_id"]
-    if _own_path(first) == _own_path(second):
+    if first.store_path == second.store_path:
         return ""
     try:
         with _open_own(first) as ours, _open_own(second) as theirs:
@@ -242,11 +242,6 @@ class _Files:
         return cls(image_ids.to_numpy(str), np.full(len(image_ids), "", object), None)
 
 
-def _own_path(run: Run) -> str:
-    path: str = run.config.get("store", {}).get("path", "")
-    return path
-
-
 @contextmanager
 def _open_own(run: Run) -> Iterator[FeatureStore]:
     """Open the store that a run was trained on.
@@ -258,9 +253,9 @@ def _open_own(run: Run) -> Iterator[FeatureStore]:
     StoreNotFoundError, StoreFormatError
         It is not there.
     """
-    if not (path := _own_path(run)):
+    if not run.store_path:
         raise RunError(f"{run.path} does not record the store that it was trained on.")
-    with FeatureStore.open(path) as own:
+    with FeatureStore.open(run.find_store() or run.store_path) as own:
         yield own
 
 

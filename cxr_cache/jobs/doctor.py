@@ -161,7 +161,7 @@ def _check_device() -> tuple[Status, str, dict[str, Any]]:
     chosen = resolve_device("auto").type
     facts: dict[str, Any] = {"auto": chosen, "gpus": gpus, "cuda": torch.version.cuda}
     if gpus:
-        shown = [f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" for gpu in facts["gpus"]]
+        shown = [f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" for gpu in gpus]
         return "ok", f"{chosen}: {'; '.join(shown)}", facts
     built = "built for CUDA" if torch.version.cuda else "built without CUDA"
     if chosen == "mps":

@@ -103,8 +103,8 @@ def refresh_report(run: Run) -> Path | None:
 
 def tell_of_reads(run: Run) -> str:
     """Say how often the test split of an evaluated run has been read; empty where nobody knows."""
-    reads = run.read_reads()
-    return "" if reads is None else SplitReads(**reads).to_text()
+    reads = SplitReads.of_run(run)
+    return "" if reads is None else reads.to_text()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
+from cxr_cache.common.extras import EXTRAS, require_extra
 from cxr_cache.common.wording import first_line
 from cxr_cache.datasets.preprocessing import Preprocessing
 from cxr_cache.encoders.encoder import Encoder
@@ -36,7 +36,6 @@ OPSET: Final = 18
 MAX_DIFFERENCE: Final = 1e-4
 """Between probabilities of the file and of torch, both in float32."""
 
-_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 _MAX_BYTES: Final = 2 * 10**9  # protobuf holds 2 GiB
 _EXPORTERS: Final[tuple[dict[str, Any], ...]] = (
     {
@@ -57,13 +56,8 @@ _HOW_TO_USE: Final = (
 
 
 def require_onnx(run: Run, model: SavedModel) -> None:
-    """Raise ExportError unless the packages of the extra are there; any run will do."""
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ExportError(
-            f"--format onnx needs {', '.join(missing)}, which cxr-cache does without otherwise. "
-            "Install with: pip install 'cxr-cache[onnx]'"
-        )
+    """Raise ConfigError unless the packages of the extra are there; any run will do."""
+    require_extra("onnx", "--format onnx")
 
 
 def write_onnx(
@@ -104,7 +98,9 @@ def write_onnx(
             f"Checked with onnxruntime: probabilities of {len(images)} generated images are "
             f"within {difference:.1e} of torch's.",
         )
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", *_PACKAGES))
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", *EXTRAS["onnx"].packages)
+    )
     raise ExportError(
         "No ONNX file that computes what the run computes could be made, so none was kept:\n"
         + "\n".join(f"  {reason}" for reason in reasons)

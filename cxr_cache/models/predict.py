@@ -199,8 +199,10 @@ def _predict_rows(
     images, slots = found.pick(usable)
     of_encoders = zip(*(decoded[i] for i in images.tolist()), strict=True)
     pixels = [torch.from_numpy(np.stack(of_one)) for of_one in of_encoders]  # each in its size
-    found.probabilities[usable], features = predictor.read_pixels(*pixels, slots=slots)
-    if distribution is not None:
+    if distribution is None:
+        found.probabilities[usable] = predictor.from_pixels(*pixels, slots=slots)
+    else:
+        found.probabilities[usable], features = predictor.read_pixels(*pixels, slots=slots)
         found.distances[usable] = distribution.distances(features)
     for row in usable[np.isnan(found.probabilities[usable]).any(axis=1)].tolist():
         found.errors[row] = "the encoder gave NaN or infinity for this image"
@@ -362,6 +364,7 @@ class Predictor:
         is_tuned = model.tail is not None and self._encoders
         self.members = load_members(model, self._encoders[0]) if is_tuned else []
 
+    @torch.inference_mode()
     def from_pixels(
         self, *pixels: Tensor, slots: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
@@ -371,7 +374,9 @@ class Predictor:
         A model of whole studies also needs the study and projection of each image, as
         :meth:`cxr_cache.datasets.studies.Studies.pick` gives them; B is then the studies.
         """
-        return self.read_pixels(*pixels, slots=slots)[0]
+        if self.model.tail is None:
+            return self._apply_heads(self._encode(pixels, slots))
+        return self.from_tokens(as_cached(self._stem(pixels), self.model), slots)
 
     @torch.inference_mode()
     def read_pixels(
@@ -382,23 +387,34 @@ class Predictor:
         Of a fine-tuned model, too, the features are those of the encoder before fine-tuning, in
         which :class:`cxr_cache.models.unlikeness.TrainingDistribution` describes training images.
         """
-        assert self._encoders, "pixels go through an encoder"
         if self.model.tail is None:
-            outputs = []
-            for encoder, batch in zip(self._encoders, pixels, strict=True):
-                pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(batch))
-                of_encoder = {"embeddings": embeddings, "pooled": pooled}
-                outputs += [of_encoder[name] for name in FEATURES[self.model.features]]
-            read = self._prepare(outputs, slots)
+            read = self._encode(pixels, slots)
             return self._apply_heads(read), read
-        (encoder,), (batch,) = self._encoders, pixels
-        n_unfrozen = self.model.tail["unfreeze_layers"]
-        tokens = encoder.stem(encoder.prepare(batch), n_unfrozen)
+        tokens = self._stem(pixels)
         probabilities = self.from_tokens(as_cached(tokens, self.model), slots)
-        frozen = encoder.tail(tokens, n_unfrozen)[1].float().cpu().numpy()
+        (encoder,) = self._encoders
+        frozen = encoder.tail(tokens, self.model.tail["unfreeze_layers"])[1].float().cpu().numpy()
         unit = torch.from_numpy(prepare_features([frozen], "l2"))
         unit = unit if slots is None else average_views(unit, torch.from_numpy(slots))
         return probabilities, unit.numpy()
+
+    def _encode(
+        self, pixels: Sequence[Tensor], slots: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
+        """What the heads of a run on frozen encoders read, ``(B, D)``."""
+        assert self._encoders, "pixels go through an encoder"
+        outputs = []
+        for encoder, batch in zip(self._encoders, pixels, strict=True):
+            pooled, embeddings = (part.cpu().numpy() for part in encoder.encode(batch))
+            of_encoder = {"embeddings": embeddings, "pooled": pooled}
+            outputs += [of_encoder[name] for name in FEATURES[self.model.features]]
+        return self._prepare(outputs, slots)
+
+    def _stem(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Tokens in front of the blocks that were fine-tuned, not yet in the cache's format."""
+        assert self.model.tail is not None, "heads read embeddings"
+        (encoder,), (batch,) = self._encoders, pixels
+        return encoder.stem(encoder.prepare(batch), self.model.tail["unfreeze_layers"])
 
     @torch.inference_mode()
     def from_tokens(

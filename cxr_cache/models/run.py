@@ -391,6 +391,18 @@ class Run:
         return [self.config.get("store", {}), *self.config.get("further_stores", ())]
 
     @property
+    def store_path(self) -> str:
+        """The first store, as it was named when the run was trained; empty if none is recorded."""
+        path: str = self.stores[0].get("path", "")
+        return path
+
+    def find_store(self) -> Path | None:
+        """Find the first store by its path, also from beside the run; None if it is not there."""
+        path = Path(self.store_path)
+        places = (path, self.path.resolve().parent / path)
+        return next((place for place in places if place.is_file()), None)
+
+    @property
     def level(self) -> str:
         """What is given a prediction, as :attr:`SavedModel.level` says."""
         level: str = self.config.get(self.config.get("kind", ""), {}).get("level", "image")

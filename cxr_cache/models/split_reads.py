@@ -43,6 +43,12 @@ class SplitReads:
     problem: str = ""
     """Why the present reading could not be counted, in a sentence."""
 
+    @staticmethod
+    def of_run(run: Run) -> SplitReads | None:
+        """As the run's ``test_reads.json`` has it; None where there is none."""
+        reads = run.read_reads()
+        return None if reads is None else SplitReads(**reads)
+
     def to_text(self) -> str:
         """Say it in sentences."""
         by = f"by {count(self.n_runs, 'run')}"
@@ -75,10 +81,9 @@ def count_reading(verb: str, *runs: Run) -> SplitReads:
     """
     splits = runs[0].read_table("splits")
     test = splits.loc[splits["split"] == "test", "image_id"]
-    store = _find_store(runs[0])
+    store = runs[0].find_store()
     if store is None:
-        path = runs[0].config.get("store", {}).get("path")
-        problem = f"it is counted beside the store, and {path} is not there."
+        problem = f"it is counted beside the store, and {runs[0].store_path} is not there."
         return SplitReads(digest_ids(test), 0, 0, problem)
     return count_reading_beside(store, test, verb, runs)
 
@@ -109,13 +114,6 @@ def count_reading_beside(
         problem = ""
     n_runs = len({run for read in reads for run in read["runs"]})
     return SplitReads(split, len(reads), n_runs, problem)
-
-
-def _find_store(run: Run) -> Path | None:
-    """The run's store, by the path that it was trained with, also from beside the run."""
-    path = Path(run.config.get("store", {}).get("path", ""))
-    places = (path, run.path.resolve().parent / path)
-    return next((place for place in places if place.is_file()), None)
 
 
 def _acquire(path: Path) -> WriterLock:

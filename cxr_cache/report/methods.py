@@ -17,6 +17,7 @@ import pandas as pd
 
 from cxr_cache.common.wording import count, list_names, plural
 from cxr_cache.config import (
+    OF_THE_MACHINE,
     Augmentation,
     FinetuneConfig,
     Recipe,
@@ -44,11 +45,8 @@ _TITLES: Final = {
     **{form.format: form.title for form in reversed(FORMS)},
 }
 """Published data sets by the names of their readers."""
-_OF_THE_MACHINE: Final = (
-    *("n_jobs", "num_workers", "device", "tokens_in", "grad_checkpointing", "precision"),
-    *("source", "half"),
-)
-"""Options that decide where and how fast is computed; a paper can do without them."""
+_LEFT_OUT: Final = (*OF_THE_MACHINE, "precision", "source", "half")
+"""Options that a paper can do without."""
 _DESCRIBED: Final = (
     *("epochs", "n_folds", "test_fraction", "split", "split_by", "level", "final", "seed"),
     *("batch_size", "learning_rate", "weight_decay", "max_grad_norm", "schedule", "patience"),
@@ -202,7 +200,7 @@ def _data(facts: _Facts) -> Iterator[str]:
     yield from _people(facts.view.metrics.get("demographics") or {})
     findings = config["findings"]
     yield f"{_name_or_count(findings)} {'was' if len(findings) == 1 else 'were'} labelled."
-    yield "[How the labels were made, by whom and from what.]"
+    yield known.annotators(facts.view) or "[How the labels were made, by whom and from what.]"
     if policy := (config.get("label_codes") or reading).get("policy"):
         yield f"Label codes were read so: {policy}."
     missing = facts.run.targets[list(findings)].isna().to_numpy().mean()
@@ -417,7 +415,7 @@ def _fine_tuning(tuned: FinetuneConfig) -> Iterator[str]:
 
 def _further(recipe: Recipe) -> Iterator[str]:
     """Options that no sentence speaks of, where they are not the default."""
-    known = {*_DESCRIBED, *_OF_THE_MACHINE}
+    known = {*_DESCRIBED, *_LEFT_OUT}
     listed = [
         f"{of.name.replace('_', ' ')} {getattr(recipe, of.name)}"
         for of in fields(recipe)

@@ -241,7 +241,7 @@ def read_view(run: Run, name: str | None = None) -> RunView:
         tables=tables,
         zero_shot=zero_shot,
         zero_shot_is_stale=has_zero_shot and zero_shot is None,
-        reads=_read_reads(run),
+        reads=SplitReads.of_run(run),
     )
 
 
@@ -260,13 +260,8 @@ def read_external_view(test: Run) -> RunView:
         zero_shot=None,
         zero_shot_is_stale=False,
         external=external,
-        reads=_read_reads(test),
+        reads=SplitReads.of_run(test),
     )
-
-
-def _read_reads(run: Run) -> SplitReads | None:
-    reads = run.read_reads()
-    return None if reads is None else SplitReads(**reads)
 
 
 def _read_metrics(run: Run) -> Record:

@@ -121,7 +121,7 @@ def find_labelled_rows(
     cohort = store.cohort
     if labels is not None:
         cohort = read_labels(labels, cohort)
-    is_labelled = np.atleast_1d(np.isfinite(cohort.targets).any(axis=1))
+    is_labelled = cohort.is_labelled
     if not is_labelled[done].any():
         raise TrainingError(
             f"None of the {len(done):,} finished images of {store.path} has a label. Give a CSV "

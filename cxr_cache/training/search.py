@@ -247,7 +247,7 @@ def split_rows(cohort: Cohort, studies: Studies | None, config: Recipe) -> Split
     """
     if studies is None:
         return split_cohort(cohort, config)
-    rows = np.flatnonzero(~np.isnan(studies.images.targets).all(axis=1))
+    rows = np.flatnonzero(studies.images.is_labelled)
     return studies.take_split(split_cohort(studies.images.take(rows), config), rows)
 
 

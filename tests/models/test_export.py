@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cxr_cache.cli.main import cli
+from cxr_cache.common import extras
 from cxr_cache.common.files import WriterLock
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.preprocessing import normalise
@@ -628,9 +629,9 @@ def test_a_model_beyond_what_onnx_holds_is_refused(tmp_path, tiny, monkeypatch):
 
 def test_without_the_extra_the_error_says_what_to_install(tmp_path, tiny, monkeypatch):
     """Before the encoder is loaded; open-clip needs none of it."""
-    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None if "script" in name else name)
+    monkeypatch.setattr(extras, "package_versions", lambda name, *_: "script" not in name)
     monkeypatch.setattr(export_module, "reload_encoder", pytest.fail)
-    with pytest.raises(ExportError, match=r"needs onnxscript, .*pip install 'cxr-cache\[onnx\]'"):
+    with pytest.raises(ConfigError, match=r"needs onnxscript, .*pip install 'cxr-cache\[onnx\]'"):
         export_run(save_run(tmp_path / "run", tiny), tmp_path / "model.onnx", "onnx")
 
 

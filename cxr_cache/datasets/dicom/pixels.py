@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from cxr_cache.common.extras import pip_line
 from cxr_cache.errors import ImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset, FileDataset
 
-REMEDY: Final = "pip install 'cxr-cache[dicom]'"
+REMEDY: Final = pip_line("dicom")
 
 HALF_RANGE: Final = 127.5
 
