@@ -475,12 +475,6 @@ class TrainConfig(Recipe):
         "Also train an L2-regularised logistic regression on the same folds and features, which "
         "stands beside the head.",
     )
-    precision: str = option(
-        "fp32",
-        "Number format that heads train in. fp64 takes twice as long, and gives the same model on "
-        "every processor: fp32 rounds otherwise on each, which training enlarges.",
-        choices=("fp32", "fp64"),
-    )
     n_jobs: int = option(
         -1,
         "Number of processes that share the folds on the CPU; -1 uses one per core.",

@@ -1,7 +1,6 @@
 """How far the same recipe and seed give the same model where numbers are rounded otherwise.
 
     python scripts/same_seed.py features.h5 --out runs
-    python scripts/same_seed.py features.h5 --out runs64 --precision fp64
     python scripts/same_seed.py tokens.h5 --out tuned --command finetune --precision fp32
 
 Trains one recipe again and again, each time in processes of its own, which are told to use other

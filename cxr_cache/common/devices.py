@@ -60,19 +60,6 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
     return cast(Precision, precision)
 
 
-def resolve_training_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype that heads train in: torch's default for ``"fp32"``, or float64.
-
-    Raises
-    ------
-    ConfigError
-        Apple's GPUs compute nothing in float64.
-    """
-    if precision == "fp64" and device.type == "mps":
-        raise ConfigError("--precision fp64 needs --device cpu or cuda; mps has no float64.")
-    return torch.float64 if precision == "fp64" else torch.get_default_dtype()
-
-
 def require_choice(option: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raise ConfigError unless `value` is one of the choices."""
     if value not in choices:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +51,6 @@ class HeadBank(nn.Module):
     seeds
         One per head; they decide initial weights and dropout, so that a head does not depend on
         its neighbours.
-    dtype
-        Of all numbers, by default torch's; initial weights and dropout are drawn alike for each.
     """
 
     def __init__(
@@ -67,7 +64,6 @@ class HeadBank(nn.Module):
         norm: str = "batch",
         seeds: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         seeds = range(n_heads) if seeds is None else seeds
@@ -75,7 +71,7 @@ class HeadBank(nn.Module):
             raise ValueError(f"{n_heads} heads need as many seeds, not {len(seeds)}")
         self.widths = (n_inputs, *hidden, n_outputs)
         self.dropout, self.norm = dropout, norm
-        self._allocate(n_heads, torch.device(device), dtype)
+        self._allocate(n_heads, torch.device(device))
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for h, generator in enumerate(self.generators):
             self._initialise(h, generator)
@@ -91,7 +87,6 @@ class HeadBank(nn.Module):
         *,
         seeds: Sequence[int],
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
     ) -> HeadBank:
         """Draw one head per seed, with the hidden layers, norm and dropout of a recipe."""
         return cls(
@@ -103,21 +98,19 @@ class HeadBank(nn.Module):
             norm=recipe.norm,
             seeds=seeds,
             device=device,
-            dtype=dtype,
         )
 
-    def _allocate(self, n_heads: int, device: torch.device, dtype: torch.dtype | None) -> None:
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+    def _allocate(self, n_heads: int, device: torch.device) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
         for i, (n_in, n_out) in enumerate(zip(self.widths[:-1], self.widths[1:], strict=True)):
             shapes |= {f"weight_{i}": (n_in, n_out), f"bias_{i}": (1, n_out)}
             if i < self.n_hidden:
                 shapes |= {f"norm_weight_{i}": (n_out,), f"norm_bias_{i}": (n_out,)}
             if i < self.n_hidden and self.norm == "batch":
-                self.register_buffer(f"mean_{i}", torch.zeros(n_heads, n_out, **kind))
-                self.register_buffer(f"var_{i}", torch.ones(n_heads, n_out, **kind))
+                self.register_buffer(f"mean_{i}", torch.zeros(n_heads, n_out, device=device))
+                self.register_buffer(f"var_{i}", torch.ones(n_heads, n_out, device=device))
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
-        self.flat = torch.zeros(n_heads, n_parameters, **kind)
+        self.flat = torch.zeros(n_heads, n_parameters, device=device)
         self.flat_grad = torch.zeros_like(self.flat)
         self._grad_views: dict[str, Tensor] = {}
         start = 0

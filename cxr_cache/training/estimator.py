@@ -92,9 +92,6 @@ class FocalHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ``none`` takes rows as they are, which suits a pipeline that scales them.
     device
         ``cpu``, ``cuda``, or ``auto``.
-    precision
-        ``fp32``; or ``fp64``, which takes twice as long and gives the same heads on every
-        processor.
     n_jobs
         Processes that share the folds on the CPU; -1 is one per core. Little work starts none.
     random_state

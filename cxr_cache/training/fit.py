@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxr_cache.common.devices import resolve_device, resolve_training_dtype
+from cxr_cache.common.devices import resolve_device
 from cxr_cache.common.wording import count
 from cxr_cache.config import TrainConfig
 from cxr_cache.errors import ConfigError, TrainingError
@@ -146,9 +146,8 @@ class HeadFit:
         self._n_steps = n_steps or count_steps(tasks, config.batch_size)
         self._n_epochs, self._keep, self._learning_rates = n_epochs, keep, learning_rates
         self._patience = [config.early_stopping for config in configs]
-        dtype = resolve_training_dtype(config.precision, device)
-        self._embeddings = torch.from_numpy(data.embeddings).to(device, dtype)  # (V, N, D)
-        self._targets = torch.from_numpy(data.targets).to(device, dtype)  # (N, F)
+        self._embeddings = torch.from_numpy(data.embeddings).to(device)  # (V, N, D)
+        self._targets = torch.from_numpy(data.targets).to(device)  # (N, F)
         self._rows = [torch.from_numpy(task.train_rows).to(device) for task in tasks]
         self._held_out_targets = [data.targets[task.held_out_rows] for task in tasks]
         self._scored_rows = _pad([task.held_out_rows for task in tasks]).to(device)  # (H, n)
@@ -160,7 +159,6 @@ class HeadFit:
             self._targets.shape[-1],
             seeds=[task.seed for task in tasks],
             device=device,
-            dtype=dtype,
         )
         self._backprop = Backprop(self._bank) if config.norm == "batch" else None
         self._statistics = (
@@ -242,11 +240,9 @@ class HeadFit:
             generator.set_state(its_state)
 
     def _snapshot(self, h: int) -> dict[str, Tensor]:
-        """Head `h` in torch's default dtype as a bank of one, which reads plain embeddings."""
+        """Head `h` as a bank of one, which reads embeddings that are not standardised."""
         state = self._bank.snapshot([h])
-        if self._statistics is not None:
-            state = self._statistics.fold_into(state, h)
-        return {name: tensor.to(torch.get_default_dtype()) for name, tensor in state.items()}
+        return state if self._statistics is None else self._statistics.fold_into(state, h)
 
     def _run_epoch(self, epoch: int) -> tuple[list[dict[str, float]], list[NDArray[np.float32]]]:
         """Train and score once; a row of history and held-out probabilities per head."""
@@ -283,7 +279,7 @@ class HeadFit:
         views = torch.stack(
             [torch.randint(len(self._embeddings), (n_rows,), generator=g) for g in self._shuffles]
         ).to(order.device)
-        total = torch.zeros(len(self._rows), dtype=self._targets.dtype, device=order.device)
+        total = torch.zeros(len(self._rows), device=order.device)
         self._bank.train()
         # Gathered and drawn for several steps at once: as many calls fewer, and still in the cache.
         n_at_once = max(1, _TRAINED_AT_ONCE // self._batch_size) * self._batch_size
@@ -343,7 +339,7 @@ class HeadFit:
         ]
         logits = torch.cat(parts, dim=1)  # (H, n, F)
         targets = self._targets[rows].masked_fill(rows[..., None] < 0, torch.nan)
-        probabilities = torch.sigmoid(logits).to(torch.get_default_dtype()).cpu().numpy()
+        probabilities = torch.sigmoid(logits).cpu().numpy()
         return (
             self._loss(logits, targets).cpu(),
             [p[: len(t)] for p, t in zip(probabilities, self._held_out_targets, strict=True)],

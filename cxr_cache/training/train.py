@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxr_cache.common.devices import resolve_device, resolve_training_dtype
+from cxr_cache.common.devices import resolve_device
 from cxr_cache.common.machine import describe_machine
 from cxr_cache.common.wording import count
 from cxr_cache.config import RepeatConfig, TrainConfig
@@ -68,7 +68,6 @@ def fit_run(
     labels = None if labels is None else Path(labels)
     require_free(run_dir, overwrite=overwrite)
     device = resolve_device(config.device)
-    resolve_training_dtype(config.precision, device)  # refuses before anything is read
     with open_stores(store_path) as stores:
         data = load_training_data(
             stores[0], config, further=stores[1:], labels=labels, allow_pending=allow_pending

@@ -124,7 +124,6 @@ def store(tmp_path_factory) -> Path:
         {"schedule": "one-cycle"},
         {"n_folds": 3, "early_stopping": 1, "patience": 0},
         {"input_norm": "standard", "norm": "layer"},
-        {"precision": "fp64"},
         {"loss": "class-balanced", "gamma": 1.0, "weight_decay": 0.1, "max_grad_norm": None},
         {"loss": "focal-balanced", "alpha": 0.4, "dropout": 0.0, "hidden": (), "n_jobs": 1},
     ],

@@ -65,7 +65,6 @@ OF_ANY_RECIPE: dict[str, Any] = {
 }
 OF_A_HEAD = OF_ANY_RECIPE | {
     **{"patience": 5, "early_stopping": 1, "features": "both", "flip": False},
-    "precision": "fp64",
 }
 WHERE_AND_HOW_FAST = {"device": "auto", "n_jobs": 2}
 

@@ -116,31 +116,6 @@ def test_together_and_alone_agree_to_a_millionth_in_float32(rate):
         assert_same(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_in_fp64_another_order_of_sums_gives_the_same_head(monkeypatch):
-    """As on another processor.
-
-    In fp32, sooner or later, a unit that is just above zero there is just below it here, and from
-    then on the two trainings go their own ways.
-    """
-    data, baddbmm = make_data(120), torch.baddbmm
-
-    def backwards(bias, x, weight, **options):
-        return baddbmm(bias, x.flip(-1).contiguous(), weight.flip(-2).contiguous(), **options)
-
-    def spread(precision):
-        config = replace(QUICK, precision=precision, hidden=(256, 128), learning_rate=1e-2)
-        once, again = [], []
-        for found, product in ((once, baddbmm), (again, backwards)):
-            monkeypatch.setattr(torch, "baddbmm", product)
-            found += fit(data, make_tasks(len(data.targets)), config, n_epochs=10, n_steps=20)
-        assert once[0].probabilities[10].dtype == np.float32
-        pairs = zip(once, again, strict=True)
-        return max(np.abs(a.probabilities[10] - b.probabilities[10]).max() for a, b in pairs)
-
-    assert spread("fp64") < 1e-6
-    assert spread("fp32") > 1e-3
-
-
 def test_the_order_of_the_heads_does_not_matter(in_float64):
     data = in_double(make_data())
     tasks = make_tasks(len(data.cohort))
