@@ -351,6 +351,43 @@ def assign_folds(
     return _assign_groups(targets, groups, n_folds, seed)
 
 
+def make_outer_split(
+    targets: NDArray[np.float32],
+    groups: NDArray[Any],
+    tested: int | None,
+    *,
+    n_outer_folds: int,
+    n_folds: int,
+    seed: int,
+) -> Split:
+    """Set one outer fold of a nested cross-validation aside, and divide the others into folds.
+
+    Both are made by :func:`assign_folds`; the outer folds are the same for every `tested`.
+
+    Parameters
+    ----------
+    targets, groups, n_folds, seed
+        As in :func:`make_split`.
+    tested
+        Outer fold whose rows are the test, from 0; None tests nothing and trains on all rows.
+    n_outer_folds
+        Number of outer folds.
+
+    Raises
+    ------
+    ConfigError
+        There are fewer groups than folds.
+    """
+    outer = assign_folds(targets, groups, n_outer_folds, seed)
+    is_test = outer == tested if tested is not None else np.zeros(len(outer), np.bool_)
+    fold = np.full(len(targets), TEST, np.int64)
+    fold[~is_test] = assign_folds(targets[~is_test], groups[~is_test], n_folds, seed)
+    if tested is None:
+        return Split(is_test, fold)
+    whose = f"outer fold {tested + 1} of {n_outer_folds} of a nested cross-validation"
+    return Split(is_test, fold, whose=whose)
+
+
 def split_test(
     targets: NDArray[np.float32], groups: NDArray[Any], test_fraction: float, seed: int
 ) -> NDArray[np.bool_]:

@@ -28,7 +28,7 @@ from cxr_cache.metrics.intervals import (
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.resampled import RankedScores, bootstrap
+from cxr_cache.metrics.resampled import bootstrap, rank_scores
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
 from cxr_cache.models.split_reads import SplitReads, count_reading
@@ -362,7 +362,7 @@ class _Scores:
 
 def _score(images: Sequence[Sequence[ScoredImages]], n_resamples: int, seed: int) -> _Scores:
     ranked = [
-        [RankedScores(each.targets, each.probabilities) for each in of_run] for of_run in images
+        [rank_scores(each.targets, each.probabilities, each.folds) for each in of_run] for of_run in images
     ]
 
     def of_trainings(weights: NDArray[Any]) -> dict[str, list[FloatArray]]:  # each (R, T, F)

@@ -71,10 +71,12 @@ def count_reading(verb: str, *runs: Run) -> SplitReads:
     verb
         The command that computes them.
     runs
-        Finished runs with the same test images. The count is kept beside the store of the first.
+        Finished runs with the same test images, which are all images of nested ones. The count is
+        kept beside the store of the first.
     """
     splits = runs[0].read_table("splits")
-    test = splits.loc[splits["split"] == "test", "image_id"]
+    is_test = (splits["split"] == "test") | runs[0].is_nested
+    test = splits.loc[is_test, "image_id"]
     store = _find_store(runs[0])
     if store is None:
         path = runs[0].config.get("store", {}).get("path")

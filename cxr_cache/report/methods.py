@@ -26,7 +26,7 @@ from cxr_cache.config import (
 from cxr_cache.datasets.cohort import UNITS
 from cxr_cache.datasets.collections.catalogue import FORMS
 from cxr_cache.errors import RunError
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, describe_sample
+from cxr_cache.evaluation.evaluate import FEW_POSITIVES, describe_sample, describe_strength
 from cxr_cache.metrics.operating_point import PRIOR_POSITIVES
 from cxr_cache.models.run import Run
 from cxr_cache.report import facts as known
@@ -455,7 +455,7 @@ def _selection(facts: _Facts) -> Iterator[str]:
     if (logistic := view.metrics.get("logistic")) is not None:
         yield (
             "An L2-regularised logistic regression on the same features and folds served as a "
-            f"baseline (C = {logistic['C']:g}, chosen on the held-out folds)."
+            f"baseline (C = {describe_strength(logistic)}, chosen on the held-out folds)."
         )
 
 
