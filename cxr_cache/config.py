@@ -507,7 +507,10 @@ class TrainConfig(Recipe):
                 yield "n_outer_folds", "goes with the protocol nested; holdout has one test part"
             return
         if self.split_by == "image":
-            yield "split_by", "must be study where the protocol is nested, which keeps patients whole"
+            yield (
+                "split_by",
+                "must be study where the protocol is nested, which keeps patients whole",
+            )
         if self.test_fraction != type(self).test_fraction:
             yield "test_fraction", "goes with the protocol holdout; nested tests each outer fold"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from cxr_cache.errors import ConfigError
 
 TEST = -1
 """Fold of a test row."""
+OUTER_FOLD: Final = "the nested cross-validation, as its outer fold"
+"""Who chose the test rows of an outer fold, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,7 +386,7 @@ def make_outer_split(
     fold[~is_test] = assign_folds(targets[~is_test], groups[~is_test], n_folds, seed)
     if tested is None:
         return Split(is_test, fold)
-    whose = f"outer fold {tested + 1} of {n_outer_folds} of a nested cross-validation"
+    whose = f"{OUTER_FOLD} ({tested + 1} of {n_outer_folds})"
     return Split(is_test, fold, whose=whose)
 
 

@@ -372,9 +372,9 @@ def _describe_fold(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _tabulate_outer(run: Run, images: ScoredImages) -> pd.DataFrame:
     """Calibrated probabilities of every image by its outer fold's model, as a table."""
     assert images.folds is not None
-    table = run.predictions.set_index("image_id").loc[images.image_ids].reset_index()
+    table: pd.DataFrame = run.predictions.set_index("image_id").loc[images.image_ids].reset_index()
     table["split"] = "test"
-    table.insert(table.columns.get_loc("split"), "outer_fold", images.folds + 1)  # type: ignore[arg-type]
+    table.insert(list(table).index("split"), "outer_fold", images.folds + 1)
     table[list(images.findings)] = images.probabilities
     return table
 
@@ -427,10 +427,14 @@ def _compare_logistic(
         for figure, of in figures.items()
     }
     beside = [part.config["logistic"] for part in parts]
-    of_run = beside[0] if len(beside) == 1 else {
-        "C": [each["C"] for each in beside],
-        "mean_auroc": float(np.mean([each["mean_auroc"] for each in beside])),
-    }
+    of_run = (
+        beside[0]
+        if len(beside) == 1
+        else {
+            "C": [each["C"] for each in beside],
+            "mean_auroc": float(np.mean([each["mean_auroc"] for each in beside])),
+        }
+    )
     return {**of_run, **entries}, areas["logistic"].once
 
 
@@ -514,7 +518,7 @@ def _counts(images: ScoredImages, areas: FloatArray, cuts: FloatArray) -> dict[s
     }
 
 
-def _named(findings: Sequence[str], chosen: NDArray[np.bool_] | bool) -> list[str]:
+def _named(findings: Sequence[str], chosen: Any) -> list[str]:
     chosen = np.broadcast_to(chosen, len(findings))
     return [finding for finding, is_chosen in zip(findings, chosen, strict=True) if is_chosen]
 

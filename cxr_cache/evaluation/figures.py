@@ -476,6 +476,18 @@ def pooled_recalibration(images: ScoredImages) -> dict[str, Entry]:
     }
 
 
+def _typical_cuts(images: ScoredImages, cuts: FloatArray) -> FloatArray:
+    """Thresholds, ``(F,)``, NaN where none was chosen; the median over outer folds, if any."""
+    chosen = np.where(cuts < UNDECIDED, cuts, np.nan)
+    if images.folds is None:
+        return chosen
+    _, first = np.unique(images.folds, return_index=True)  # a row of each fold
+    is_chosen = ~np.isnan(chosen[first]).all(axis=0)
+    typical = np.full(chosen.shape[1], np.nan)
+    typical[is_chosen] = np.nanmedian(chosen[first][:, is_chosen], axis=0)
+    return typical
+
+
 def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimates) -> pd.DataFrame:
     """One row per finding, in the order of the findings."""
     targets = images.targets
@@ -489,7 +501,7 @@ def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimat
         "n_positive_studies_test": images.count_studies(targets == 1),
         "n_positive_clusters_test": images.count_clusters(targets == 1),
         "prevalence_test": weighted_mean(targets),
-        "threshold": np.where(is_decided, cuts, np.nan) if cuts.ndim == 1 else np.nan,
+        "threshold": _typical_cuts(images, cuts),
     }
     if images.folds is not None:
         scored = [has_both_classes(part.targets) for part in images.by_fold()]

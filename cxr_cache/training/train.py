@@ -67,8 +67,8 @@ def fit_run(
     config, n_repeats = config or TrainConfig(), RepeatConfig(n_repeats).n_repeats
     if config.protocol == "nested" and n_repeats > 1:
         raise ConfigError(
-            f"--repeats {n_repeats} trains again on one split, and --protocol nested has many. Give "
-            "one of the two; another --seed makes other outer folds."
+            f"--repeats {n_repeats} trains again on one split, and --protocol nested has many. "
+            "Give one of the two; another --seed makes other outer folds."
         )
     run_dir = Path(run_dir)
     labels = None if labels is None else Path(labels)
