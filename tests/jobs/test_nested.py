@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
@@ -129,8 +130,8 @@ def test_outer_folds_are_balanced_and_do_not_depend_on_which_is_tested(seed):
     assert (np.sum([split.is_test for split in splits], axis=0) == 1).all()
     for split in splits:
         assert abs(split.is_test.sum() - len(cohort) / 4) <= 8
-        share = np.nanmean(cohort.targets[split.is_test, 0])
-        assert abs(share - np.nanmean(cohort.targets[:, 0])) < 0.15
+        n_present = (cohort.targets[split.is_test] == 1).sum(axis=0)[:3]  # the frequent ones
+        np.testing.assert_allclose(n_present, (cohort.targets == 1).sum(axis=0)[:3] / 4, atol=4)
     everything = make_outer_split(cohort.targets, cohort.groups, None, **options)
     assert not everything.is_test.any()
 
@@ -307,14 +308,15 @@ def test_chosen_anew_thresholds_are_chosen_in_every_outer_fold(run):
         np.testing.assert_allclose(np.sort(test, axis=0), np.sort(brier, axis=0), rtol=1e-9)
     finally:
         evaluate_run(run, threshold_rule="f1", calibration="platt-shrunk", n_resamples=100)
-    assert [part.thresholds for part in run.outer_runs] == before[0]
+    for part, cuts in zip(run.outer_runs, before[0], strict=True):
+        assert part.thresholds == pytest.approx(cuts, rel=1e-6), "tables keep nine digits"
 
 
 # -- what is said of the model that the run delivers ----------------------------------------
 
 
 def test_nothing_claims_that_the_model_to_use_was_tested(run):
-    page, card = run.report_path.read_text(), run.read_model_card()
+    page, card = html.unescape(run.report_path.read_text()), run.read_model_card()
     checklist, methods = render_checklists(read_view(run)), describe_methods(run)
     for text in (page, card, checklist, methods):
         assert NESTED_MODEL in text
