@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
@@ -59,10 +59,13 @@ FinalModel: TypeAlias = Literal["refit", "ensemble", "best-fold"]
 Norm: TypeAlias = Literal["batch", "layer"]
 InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 Level: TypeAlias = Literal["image", "study"]
+Protocol: TypeAlias = Literal["holdout", "nested"]
 
 
 LOG_TO: Final = ("tensorboard", "wandb", "mlflow")
 """Trackers that a training can tell of its epochs."""
+OUTER_FOLDS: Final = 5
+"""Of a nested cross-validation, where nothing else is asked for."""
 RECIPES: Final = ("tuned", "reference")
 """``tuned`` was chosen on real radiographs, ``reference`` is the published notebook's."""
 MIN_POSITIVES: Final = 5
@@ -480,6 +483,43 @@ class TrainConfig(Recipe):
         "Number of processes that share the folds on the CPU; -1 uses one per core.",
         flag="--jobs",
     )
+    protocol: Protocol = option(
+        "holdout",
+        "How the recipe is tested. holdout sets one part of the data aside for the test; nested "
+        "tests every image once: each of the outer folds in turn, by a model that the whole search "
+        "on the others makes. It is for data sets of which a fifth is too few to test on.",
+    )
+    n_outer_folds: int | None = option(
+        None,
+        "With --protocol nested: number of outer folds, each of whole patients.",
+        flag="--outer-folds",
+        shown=f"{OUTER_FOLDS} with --protocol nested",
+        check=at_least(2),
+    )
+
+    def _find_problems(self) -> Iterator[tuple[str, str]]:
+        yield from super()._find_problems()
+        if self.protocol == "holdout":
+            if self.n_outer_folds is not None:
+                yield "n_outer_folds", "goes with the protocol nested; holdout has one test part"
+            return
+        if self.split_by == "image":
+            yield (
+                "split_by",
+                "must be study where the protocol is nested, which keeps patients whole",
+            )
+        if self.test_fraction != type(self).test_fraction:
+            yield "test_fraction", "goes with the protocol holdout; nested tests each outer fold"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol == "nested" and self.n_outer_folds is None:
+            object.__setattr__(self, "n_outer_folds", OUTER_FOLDS)
+
+    @property
+    def of_outer_fold(self) -> TrainConfig:
+        """The recipe as each outer fold is trained and tested with it: as a holdout."""
+        return replace(self, protocol="holdout", n_outer_folds=None)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,8 @@ class Flow:
             flow = flow._add(
                 "of which", "train images that are val in the given split", count_images(left, val)
             )
-        flow = flow._add("part", "test", test)
+        if test.images:  # a nested cross-validation sets none aside
+            flow = flow._add("part", "test", test)
         shared = Counts(*(a + b - n for a, b, n in zip(train, test, flow.now, strict=True)))
         if any(shared):
             flow = flow._add("shared", "in train and in test", shared)

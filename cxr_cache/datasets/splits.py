@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from cxr_cache.errors import ConfigError
 
 TEST = -1
 """Fold of a test row."""
+OUTER_FOLD: Final = "the nested cross-validation, as its outer fold"
+"""Who chose the test rows of an outer fold, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,6 +351,43 @@ def assign_folds(
     if n_folds < 2:
         raise ConfigError(f"cross-validation needs at least 2 folds, not {n_folds}")
     return _assign_groups(targets, groups, n_folds, seed)
+
+
+def make_outer_split(
+    targets: NDArray[np.float32],
+    groups: NDArray[Any],
+    tested: int | None,
+    *,
+    n_outer_folds: int,
+    n_folds: int,
+    seed: int,
+) -> Split:
+    """Set one outer fold of a nested cross-validation aside, and divide the others into folds.
+
+    Both are made by :func:`assign_folds`; the outer folds are the same for every `tested`.
+
+    Parameters
+    ----------
+    targets, groups, n_folds, seed
+        As in :func:`make_split`.
+    tested
+        Outer fold whose rows are the test, from 0; None tests nothing and trains on all rows.
+    n_outer_folds
+        Number of outer folds.
+
+    Raises
+    ------
+    ConfigError
+        There are fewer groups than folds.
+    """
+    outer = assign_folds(targets, groups, n_outer_folds, seed)
+    is_test = outer == tested if tested is not None else np.zeros(len(outer), np.bool_)
+    fold = np.full(len(targets), TEST, np.int64)
+    fold[~is_test] = assign_folds(targets[~is_test], groups[~is_test], n_folds, seed)
+    if tested is None:
+        return Split(is_test, fold)
+    whose = f"{OUTER_FOLD} ({tested + 1} of {n_outer_folds})"
+    return Split(is_test, fold, whose=whose)
 
 
 def split_test(

@@ -288,6 +288,7 @@ def _join_run(
         return cohort, sides, None
     if not is_own_store(run, store):
         return cohort, sides, find_overlap(run, store, cohort.images)
+    run.require_holdout("an audit looks for copies of these among the train images")
     aligned = align_run(run, cohort, store.path)
     folds = np.char.add("fold ", (aligned.fold + 1).astype(str))
     sides[aligned.places] = np.where(aligned.is_test, "test", folds)

@@ -28,7 +28,7 @@ from cxr_cache.metrics.intervals import (
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.resampled import RankedScores, bootstrap
+from cxr_cache.metrics.resampled import bootstrap, rank_scores
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
 from cxr_cache.models.split_reads import SplitReads, count_reading
@@ -196,7 +196,8 @@ def compare_runs(
     Raises
     ------
     RunError
-        Two runs were tested on other images, findings or targets; or there are not two.
+        Two runs were tested on other images, findings or targets, or in other outer folds; or one
+        is nested and one is not; or there are not two.
 
     Examples
     --------
@@ -205,6 +206,7 @@ def compare_runs(
     """
     if len(runs) < 2:
         raise RunError("There is nothing to compare: give two runs or more.")
+    require_one_protocol(runs)
     names = _name(runs)
     trainings = [read_trainings(run) for run in runs]
     n_trainings = min(map(len, trainings))
@@ -241,6 +243,18 @@ def compare_runs(
     )
 
 
+def require_one_protocol(runs: Sequence[Run]) -> None:
+    """Raise RunError unless all runs are nested, or none is."""
+    for run in runs[1:]:
+        if run.is_nested != runs[0].is_nested:
+            nested, other = (run, runs[0]) if run.is_nested else (runs[0], run)
+            raise RunError(
+                f"{nested.path} tests every image in a nested cross-validation and {other.path} "
+                "one part of them, so there is no difference between the two. Train both with the "
+                "same --protocol."
+            )
+
+
 def _list_notes(
     names: Sequence[str], runs: Sequence[Run], n_trainings: Sequence[int]
 ) -> tuple[str, ...]:
@@ -261,6 +275,12 @@ def _list_notes(
                 "models is better than one of them, so the difference is not of the recipes alone; "
                 "train both with the same --final."
             )
+    if runs[0].is_nested:
+        notes.append(
+            "These are nested cross-validations on the same outer folds. AUROC and AP compare "
+            "images of one outer fold only; intervals hold the test sample, not that the models "
+            "of the folds share training images, and p values are therefore somewhat too small."
+        )
     for name, run in zip(names[1:], runs[1:], strict=True):
         if differences := _differ_by_machine(runs[0], run):
             notes.append(
@@ -308,6 +328,14 @@ def _align(first: Run, ours: ScoredImages, second: Run, theirs: ScoredImages) ->
     """The second run's images in the order of the first's, or RunError."""
     _require_same_test(first, ours, second, theirs)
     theirs = theirs.take(pd.Index(theirs.image_ids).get_indexer(pd.Index(ours.image_ids)))
+    if ours.folds is not None and theirs.folds is not None:
+        pairs = {*zip(ours.folds.tolist(), theirs.folds.tolist(), strict=True)}
+        if len(pairs) > len(set(ours.folds)) or len(pairs) > len(set(theirs.folds)):
+            raise RunError(
+                f"{first.path} and {second.path} have other outer folds, so that their figures "
+                "are of other groups of images. Train both with the same --outer-folds, --seed "
+                "and labels."
+            )
     for what, mine, other in (
         ("targets", ours.targets, theirs.targets),
         ("studies", ours.study_uids[:, None], theirs.study_uids[:, None]),
@@ -358,7 +386,8 @@ class _Scores:
 
 def _score(images: Sequence[Sequence[ScoredImages]], n_resamples: int, seed: int) -> _Scores:
     ranked = [
-        [RankedScores(each.targets, each.probabilities) for each in of_run] for of_run in images
+        [rank_scores(each.targets, each.probabilities, each.folds) for each in of_run]
+        for of_run in images
     ]
 
     def of_trainings(weights: NDArray[Any]) -> dict[str, list[FloatArray]]:  # each (R, T, F)

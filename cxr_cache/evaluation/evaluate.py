@@ -39,9 +39,11 @@ from cxr_cache.evaluation.figures import (
 from cxr_cache.evaluation.group_differences import compare_groups, describe_differences
 from cxr_cache.evaluation.scored import (
     ScoredImages,
+    apply_calibrations,
     find_groups,
     join_groups,
     parse_predictions,
+    read_outer_folds,
 )
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
 from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
@@ -49,6 +51,7 @@ from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.metrics.resampled import METHOD
 from cxr_cache.metrics.scores import (
     NEVER,
+    UNDECIDED,
     FloatArray,
     drop_positives_only,
     find_best_constant,
@@ -95,13 +98,23 @@ class _Reading:
     point: OperatingPoint
     n_resamples: int
     seed: int
+    of_folds: tuple[OperatingPoint, ...] = ()
+    """Of each outer fold's model, where images have folds; chosen by the rules of `point`."""
 
     def calibrate(self, images: ScoredImages) -> ScoredImages:
+        if images.folds is not None:
+            return apply_calibrations(images, self.of_folds)
         return images.with_probabilities(self.point.calibration.apply(images.probabilities))
+
+    def cuts(self, images: ScoredImages) -> FloatArray:
+        """Thresholds, ``(F,)``; of images that have folds, those of every image, ``(N, F)``."""
+        if images.folds is None:
+            return self.point.thresholds
+        return np.array([point.thresholds for point in self.of_folds])[images.folds]
 
     def estimate(self, images: ScoredImages, *, resample: bool = True) -> Estimates:
         n_resamples = self.n_resamples if resample else 0
-        return estimate(images, self.point.thresholds, n_resamples=n_resamples, seed=self.seed)
+        return estimate(images, self.cuts(images), n_resamples=n_resamples, seed=self.seed)
 
 
 def evaluate_predictions(
@@ -216,21 +229,16 @@ def score_run(
     ConfigError
         There is no such rule or calibration.
     """
+    chosen = (threshold_rule, calibration, min_positives)
+    if run.is_nested:
+        return _score_nested(run, chosen, groups, n_resamples=n_resamples, seed=seed, verb=verb)
     findings, predictions = run.config["findings"], run.read_table("predictions")
     targets, point = run.read_table("targets"), run.operating_point
     images = parse_predictions(predictions, targets, findings)
     images = replace(images, groups=find_groups(predictions))
     out_of_fold = parse_predictions(run.read_table("out_of_fold"), targets, findings)
-    is_chosen_anew = (threshold_rule, calibration, min_positives) != (None, None, None)
-    if is_chosen_anew:
-        point = choose_operating_point(
-            out_of_fold.targets,
-            out_of_fold.probabilities,
-            rule=threshold_rule or point.rule,
-            calibration=calibration or point.calibration.method,
-            clusters=out_of_fold.clusters,
-            min_positives=point.min_positives if min_positives is None else min_positives,
-        )
+    if is_chosen_anew := chosen != (None, None, None):
+        point = _choose_anew(out_of_fold, point, *chosen)
     reading = _Reading(point, n_resamples, seed)
     is_test = (predictions["split"] == "test").to_numpy()
     train, held_out = reading.calibrate(images.take(~is_test)), reading.calibrate(out_of_fold)
@@ -265,6 +273,112 @@ def score_run(
     return metrics
 
 
+def _choose_anew(
+    out_of_fold: ScoredImages,
+    before: OperatingPoint,
+    rule: str | None,
+    calibration: str | None,
+    min_positives: int | None,
+) -> OperatingPoint:
+    """Thresholds and calibration by other rules; those that are None stay."""
+    return choose_operating_point(
+        out_of_fold.targets,
+        out_of_fold.probabilities,
+        rule=rule or before.rule,
+        calibration=calibration or before.calibration.method,
+        clusters=out_of_fold.clusters,
+        min_positives=before.min_positives if min_positives is None else min_positives,
+    )
+
+
+def _score_nested(
+    run: Run,
+    chosen: tuple[str | None, str | None, int | None],
+    groups: str | Path | None,
+    *,
+    n_resamples: int,
+    seed: int,
+    verb: str,
+) -> dict[str, Any]:
+    """Evaluate each outer fold's run, and then all of them as one test.
+
+    Thresholds and calibration that are `chosen` anew are so in every outer fold, and for the model
+    that the run delivers, of which no figure is a figure.
+    """
+    groups = run.groups_path if groups is None else groups
+    outer, (rule, calibration, least) = run.outer_runs, chosen
+    of_outer = [
+        score_run(
+            part,
+            threshold_rule=rule,
+            calibration=calibration,
+            min_positives=least,
+            groups=groups,
+            n_resamples=n_resamples,
+            seed=seed,
+            verb=verb,
+        )
+        for part in outer
+    ]
+    findings, targets, point = run.config["findings"], run.targets, run.operating_point
+    if is_chosen_anew := chosen != (None, None, None):
+        point = _choose_anew(parse_predictions(run.out_of_fold, targets, findings), point, *chosen)
+    raw, of_folds = read_outer_folds(run)
+    reading = _Reading(point, n_resamples, seed, of_folds)
+    codes = (run.config.get("label_codes") or {}).get("codes")
+    evaluation = _add_composition(
+        _evaluate(raw, reading, groups),
+        run.predictions.assign(split="test"),
+        targets,
+        findings,
+        codes,
+    )
+    metrics = {
+        **evaluation.metrics,
+        "outer_folds": [_describe_fold(*each) for each in zip(outer, of_outer, strict=True)],
+        "findings_undefined_in_some_folds": _named(
+            findings,
+            evaluation.per_finding["n_outer_folds_scored"].between(1, len(outer) - 1).to_numpy(),
+        ),
+        "n_train_images": raw.count_images(),
+        "n_train_studies": raw.n_studies,
+        "split": run.config["split"],
+    }
+    if all(part.has_table("logistic") for part in outer):
+        metrics["logistic"], column = _compare_logistic(run, raw, reading)
+        evaluation.per_finding["auroc_logistic"] = column
+    present = raw.targets == 1
+    evaluation.per_finding.insert(1, "n_images", raw.count_images(present))
+    evaluation.per_finding.insert(2, "n_studies", raw.count_studies(present))
+    evaluation.tables["outer_folds"] = pd.concat(
+        [part.per_finding.assign(outer_fold=k) for k, part in enumerate(outer, start=1)]
+    )
+    evaluation.tables["outer_predictions"] = _tabulate_outer(run, reading.calibrate(raw))
+    run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
+    run.write_reads(count_reading(verb, run).to_dict())
+    return metrics
+
+
+def _describe_fold(run: Run, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What metrics.json of a nested run says of an outer fold, from the metrics of its own run."""
+    names = ("n_test_images", "n_test_studies", "n_findings_scored", "findings_undefined")
+    return {
+        **{name: metrics[name] for name in names},
+        "chosen_epochs": run.config["chosen_epochs"],
+        "test": metrics["test"],
+    }
+
+
+def _tabulate_outer(run: Run, images: ScoredImages) -> pd.DataFrame:
+    """Calibrated probabilities of every image by its outer fold's model, as a table."""
+    assert images.folds is not None
+    table: pd.DataFrame = run.predictions.set_index("image_id").loc[images.image_ids].reset_index()
+    table["split"] = "test"
+    table.insert(list(table).index("split"), "outer_fold", images.folds + 1)
+    table[list(images.findings)] = images.probabilities
+    return table
+
+
 def _add_composition(
     evaluation: Evaluation,
     predictions: pd.DataFrame,
@@ -290,14 +404,15 @@ def _compare_logistic(
 
     Gives what metrics.json says, and the regression's AUROC of each finding, ``(F,)``.
     """
-    table = run.read_table("logistic").set_index("image_id")
+    parts = run.outer_runs or [run]
+    table = pd.concat([part.read_table("logistic") for part in parts]).set_index("image_id")
     scores = {
         "head": images.probabilities,
         "logistic": table.loc[images.image_ids, list(images.findings)].to_numpy(np.float64),
     }
     targets, rows = drop_positives_only(images.targets), np.arange(len(images))
     areas = score_jointly(
-        {name: ScoredRows(rows, targets, of) for name, of in scores.items()},
+        {name: ScoredRows(rows, targets, of, images.folds) for name, of in scores.items()},
         images.clusters,
         n_resamples=max(2, reading.n_resamples),
         seed=reading.seed,
@@ -311,7 +426,16 @@ def _compare_logistic(
         figure: {name: to_number(getattr(of, name)) for name in names}
         for figure, of in figures.items()
     }
-    return {**run.config["logistic"], **entries}, areas["logistic"].once
+    beside = [part.config["logistic"] for part in parts]
+    of_run = (
+        beside[0]
+        if len(beside) == 1
+        else {
+            "C": [each["C"] for each in beside],
+            "mean_auroc": float(np.mean([each["mean_auroc"] for each in beside])),
+        }
+    )
+    return {**of_run, **entries}, areas["logistic"].once
 
 
 def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -> Evaluation:
@@ -320,9 +444,10 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
     of_table = raw.groups
     if groups is not None:
         raw = join_groups(raw, groups)
-    images, is_calibrated = reading.calibrate(raw), reading.point.calibration.method != "none"
+    point = reading.point
+    images, is_calibrated = reading.calibrate(raw), point.calibration.method != "none"
     differences = compare_groups(
-        images, reading.point.thresholds, n_resamples=reading.n_resamples, seed=reading.seed
+        images, reading.cuts(images), n_resamples=reading.n_resamples, seed=reading.seed
     )
     studies = images.by_study()
     by_image, by_study = reading.estimate(images), reading.estimate(studies)
@@ -340,21 +465,24 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         "test_by_projection": by_group.pop("projection"),
         "test_by_group": by_group,
         "group_differences": describe_differences(differences),
-        **_counts(images, by_image.figures["auroc"], reading.point),
-        "threshold_rule": reading.point.rule,
-        "min_positives": reading.point.min_positives,
-        "calibration": _describe_calibration(raw, images, reading.point.calibration),
+        **_counts(images, by_image.figures["auroc"], reading.cuts(images)),
+        "threshold_rule": point.rule,
+        "min_positives": point.min_positives,
+        "calibration": _describe_calibration(raw, images, reading),
         "bootstrap": _describe_bootstrap(by_image, reading, images.unit),
     }
     of_bands = {"n_resamples": min(reading.n_resamples, BAND_RESAMPLES), "seed": reading.seed}
     tables: dict[TableName, pd.DataFrame] = {
-        "per_finding": tabulate_findings(images, reading.point.thresholds, by_image).assign(
-            **calibration_columns(raw, images, reading.point.calibration)
+        "per_finding": tabulate_findings(images, reading.cuts(images), by_image).assign(
+            **calibration_columns(raw, images, None if raw.folds is not None else point.calibration)
         ),
-        "per_finding_by_study": tabulate_findings(studies, reading.point.thresholds, by_study),
-        "subgroups": tabulate_groups(subsets, reading.point.thresholds),
+        "per_finding_by_study": tabulate_findings(studies, reading.cuts(studies), by_study),
+        "subgroups": tabulate_groups(
+            [(*subset, reading.cuts(subset[2])) for subset in subsets],
+        ),
         "group_differences": differences,
-        "curves": ranking_curves(images, **of_bands),
+        # Scores of several models make no common curve.
+        **({"curves": ranking_curves(images, **of_bands)} if images.folds is None else {}),
         "decision_curves": decision_curves(images, **of_bands)
         if is_calibrated
         else pd.DataFrame(columns=list(DECISION_COLUMNS)),
@@ -366,11 +494,12 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
     return Evaluation(metrics, tables)
 
 
-def _counts(images: ScoredImages, areas: FloatArray, point: OperatingPoint) -> dict[str, Any]:
+def _counts(images: ScoredImages, areas: FloatArray, cuts: FloatArray) -> dict[str, Any]:
     """How much was scored, and which findings were not."""
-    undefined = np.isnan(areas)
+    undefined, is_undecided = np.isnan(areas), np.atleast_2d(cuts >= UNDECIDED)
+    undecided = is_undecided.all(axis=0)
     n_positive = images.count_clusters(images.targets == 1)
-    best_constant = find_best_constant(np.where(point.undecided, np.nan, images.targets))
+    best_constant = find_best_constant(np.where(is_undecided, np.nan, images.targets))
     return {
         "n_findings": len(images.findings),
         "n_findings_scored": int((~undefined).sum()),
@@ -380,16 +509,16 @@ def _counts(images: ScoredImages, areas: FloatArray, point: OperatingPoint) -> d
             images.findings, ~undefined & (n_positive < FEW_POSITIVES)
         ),
         "findings_never_called": _named(
-            images.findings, (point.thresholds >= NEVER) & ~point.undecided
+            images.findings, np.atleast_2d(cuts >= NEVER).all(axis=0) & ~undecided
         ),
-        "findings_undecided": _named(images.findings, point.undecided),
+        "findings_undecided": _named(images.findings, undecided),
         "best_constant": _named(images.findings, best_constant),
         "n_test_images": images.count_images(),
         "n_test_studies": images.n_studies,
     }
 
 
-def _named(findings: Sequence[str], chosen: NDArray[np.bool_] | bool) -> list[str]:
+def _named(findings: Sequence[str], chosen: Any) -> list[str]:
     chosen = np.broadcast_to(chosen, len(findings))
     return [finding for finding, is_chosen in zip(findings, chosen, strict=True) if is_chosen]
 
@@ -407,9 +536,11 @@ def _describe_bootstrap(estimates: Estimates, reading: _Reading, unit: Unit) -> 
 
 
 def _describe_calibration(
-    raw: ScoredImages, images: ScoredImages, calibration: Calibration
+    raw: ScoredImages, images: ScoredImages, reading: _Reading
 ) -> dict[str, Any]:
     """The map, and what it did on these images."""
+    calibration = reading.point.calibration
+    maps = [point.calibration for point in reading.of_folds] or [calibration]
 
     def errors(images: ScoredImages) -> dict[str, Entry]:
         targets = drop_positives_only(images.targets)
@@ -425,12 +556,11 @@ def _describe_calibration(
 
     return {
         "method": calibration.method,
-        "temperature": calibration.temperature,
+        "temperature": calibration.temperature if len(maps) == 1 else None,
         "findings_uncalibrated": _named(
             images.findings,
             calibration.method.startswith("platt")
-            & (calibration.slope == 1)
-            & (calibration.intercept == 0),
+            & np.all([(of.slope == 1) & (of.intercept == 0) for of in maps], axis=0),
         ),
         "test_before": errors(raw),
         "test_after": errors(images),
@@ -462,8 +592,9 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     of_studies = metrics.get("rows") == "studies"
     by_study = f"    by study      {_with_interval(metrics['test_by_study']['macro_auroc'])}"
     lines = [
-        f"test: {describe_sample(metrics, 'test')}, "
+        f"{'nested ' * ('outer_folds' in metrics)}test: {describe_sample(metrics, 'test')}, "
         f"{metrics['n_findings_scored']} of {count(metrics['n_findings'], 'finding')} scored",
+        *_describe_outer_folds(metrics),
         f"  macro AUROC     {_with_interval(test['macro_auroc'])}",
         *([] if of_studies else [by_study]),
         *_describe_logistic(metrics.get("logistic")),
@@ -512,9 +643,50 @@ def _describe_logistic(logistic: Mapping[str, Any] | None) -> list[str]:
         return []
     return [
         f"    regression    {_with_interval(logistic['macro_auroc'])} (logistic, L2, C = "
-        f"{logistic['C']:g}, on the same folds and features); the head minus it "
+        f"{describe_strength(logistic)}, on the same folds and features); the head minus it "
         f"{_with_interval(logistic['difference'], '{:+.3f}')}"
     ]
+
+
+def describe_strength(logistic: Mapping[str, Any]) -> str:
+    """The C of a logistic regression in words; of a nested run, those of its outer folds."""
+    chosen = logistic["C"] if isinstance(logistic["C"], list) else [logistic["C"]]
+    return " or ".join(f"{C:g}" for C in sorted(set(chosen)))
+
+
+NESTED: Final = (
+    "Every image was tested once, by the model of its outer fold, which the whole search on the "
+    "other folds made. AUROC and average precision compare images of one outer fold only, since "
+    "each fold has a model of its own: they are means over the folds, weighted by their pairs of a "
+    "positive and a negative, and by their positives. All else is counted over all images, at each "
+    "fold's own thresholds and calibration."
+)
+NESTED_MODEL: Final = (
+    "The run's model is trained on all images by the same recipe and has no test images of its "
+    "own: the nested figures are what to expect of it."
+)
+NESTED_INTERVALS: Final = (
+    "Intervals hold which patients were tested, by these models; not that the models share "
+    "training images, for which no unbiased variance is known (Bengio and Grandvalet 2004)."
+)
+"""What is said wherever figures of a nested run stand."""
+
+
+def _describe_outer_folds(metrics: Mapping[str, Any]) -> list[str]:
+    """What each outer fold scores by itself, and what their mean is of; empty without any."""
+    folds = metrics.get("outer_folds", [])
+    lines = [
+        f"  outer fold {k:<3}  AUROC {_with_interval(fold['test']['macro_auroc'])}, AP "
+        f"{_with_interval(fold['test']['macro_ap'])}; {fold['n_findings_scored']} of "
+        f"{count(metrics['n_findings'], 'finding')}, {count(fold['n_test_studies'], 'study')}, "
+        f"{count(fold['chosen_epochs'], 'epoch')}"
+        for k, fold in enumerate(folds, start=1)
+    ]
+    if partly := metrics.get("findings_undefined_in_some_folds"):
+        lines.append(
+            f"  not defined in every outer fold, and averaged over the others: {list_names(partly)}"
+        )
+    return [f"  {NESTED}", *lines, f"  {NESTED_MODEL} {NESTED_INTERVALS}"] if folds else []
 
 
 def describe_sample(metrics: Mapping[str, Any], side: str, what: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from cxr_cache.evaluation.evaluate import Evaluation, evaluate_predictions, form
 from cxr_cache.evaluation.figures import Estimates, estimate
 from cxr_cache.evaluation.matching import Matching
 from cxr_cache.evaluation.overlap import Overlap
-from cxr_cache.evaluation.scored import ScoredImages, parse_predictions
+from cxr_cache.evaluation.scored import ScoredImages, parse_predictions, read_scored
 from cxr_cache.metrics.operating_point import Calibration, choose_operating_point
 from cxr_cache.metrics.scores import UNDECIDED, FloatArray, weighted_mean
 from cxr_cache.models.run import Run
@@ -148,8 +148,8 @@ def score_external(
         seed=seed,
     )
     raw = parse_predictions(predictions, relabelled, scored)
-    own = _read_own_test(run, scored, calibration)
-    own_test = estimate(own, cuts, n_resamples=n_resamples, seed=seed)
+    own, own_cuts = _read_own_test(run, places)
+    own_test = estimate(own, own_cuts, n_resamples=n_resamples, seed=seed)
     method = "platt" if calibration.method == "none" else calibration.method
     anew = choose_operating_point(
         raw.targets,
@@ -201,11 +201,22 @@ def _take(calibration: Calibration, places: list[int]) -> Calibration:
     return Calibration(calibration.method, calibration.slope[places], calibration.intercept[places])
 
 
-def _read_own_test(run: Run, findings: list[str], calibration: Calibration) -> ScoredImages:
-    """The run's own test images, with these findings."""
-    table = run.read_table("predictions")
-    images = parse_predictions(table[table["split"] == "test"], run.read_table("targets"), findings)
-    return images.with_probabilities(calibration.apply(images.probabilities))
+def _read_own_test(run: Run, places: list[int]) -> tuple[ScoredImages, FloatArray]:
+    """The run's own test images with some of its findings, and the thresholds they are read at.
+
+    Of a nested run these are all images, each with the thresholds of its outer fold.
+    """
+    images, points = read_scored(run), [part.operating_point for part in run.outer_runs]
+    cuts = run.operating_point.thresholds
+    if images.folds is not None:
+        cuts = np.array([point.thresholds for point in points])[images.folds]
+    own = replace(
+        images,
+        targets=images.targets[:, places],
+        probabilities=images.probabilities[:, places],
+        findings=tuple(images.findings[place] for place in places),
+    )
+    return own, cuts[..., places]
 
 
 def _train_prevalence(run: Run, findings: list[str]) -> FloatArray:

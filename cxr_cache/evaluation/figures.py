@@ -16,6 +16,8 @@ from cxr_cache.metrics.intervals import (
     Interval,
     Scale,
     auroc_interval,
+    count_classes,
+    count_rarer_class,
     interval_of_mean,
     macro_interval,
     standard_errors,
@@ -23,7 +25,7 @@ from cxr_cache.metrics.intervals import (
 )
 from cxr_cache.metrics.operating_point import Calibration
 from cxr_cache.metrics.recalibration import recalibrate
-from cxr_cache.metrics.resampled import RankedScores, bootstrap
+from cxr_cache.metrics.resampled import bootstrap, rank_scores
 from cxr_cache.metrics.scores import (
     CONFUSION_COLUMNS,
     UNDECIDED,
@@ -38,6 +40,7 @@ from cxr_cache.metrics.scores import (
     expected_calibration_error,
     f1_of_calling_all,
     find_best_constant,
+    has_both_classes,
     label_accuracy,
     label_accuracy_all_negative,
     log_losses,
@@ -144,7 +147,8 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
     images
         N rows, F findings.
     thresholds
-        Probability from which on each finding counts as present, shape ``(F,)``.
+        Probability from which on each finding counts as present, shape ``(F,)``; or ``(N, F)``
+        where rows have models, and so thresholds, of their own.
 
     Returns
     -------
@@ -154,8 +158,8 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
     targets, probabilities = drop_positives_only(images.targets), images.probabilities
     is_decided = thresholds < UNDECIDED
     decided, decisions = np.where(is_decided, targets, np.nan), probabilities >= thresholds
-    ranked = RankedScores(targets, probabilities)
-    pooled = RankedScores(targets, probabilities, pooled=True)
+    ranked = rank_scores(targets, probabilities, images.folds)
+    pooled = rank_scores(targets, probabilities, images.folds, pooled=True)
     errors = {
         "brier": np.nan_to_num(squared_errors(targets, probabilities)),
         "log_loss": np.nan_to_num(log_losses(targets, probabilities)),
@@ -174,7 +178,10 @@ def make_statistics(images: ScoredImages, thresholds: FloatArray) -> Callable[[A
     def statistics(weights: Array) -> Figures:
         counts = confusion_counts(targets, decisions, weights)  # (R, F, 4)
         n_labelled, n_positive = counts.sum(axis=-1), counts[..., 0] + counts[..., 2]
-        counts *= is_decided[:, None]
+        if is_decided.ndim == 1:
+            counts *= is_decided[:, None]
+        else:
+            counts = confusion_counts(decided, decisions, weights)
         per_finding, micro = rates(counts)._asdict(), rates(counts.sum(axis=-2))._asdict()
         for name, cells in errors.items():
             of_both = _beside_prevalence(name, weights @ cells, n_positive, n_labelled)
@@ -299,8 +306,10 @@ def estimate(
     if n_resamples:
         clusters = images.clusters
         resampled = bootstrap(statistics, clusters, n_resamples, seed)
-        n_clusters_of = _count_clusters(images, images.probabilities >= thresholds)
-        intervals = _intervals(figures, resampled, n_clusters_of, len(np.unique(clusters)))
+        n_clusters_of = _count_clusters(images, thresholds)
+        of_classes = count_classes(images.targets, clusters)
+        n_clusters = len(np.unique(clusters))
+        intervals = _intervals(figures, resampled, n_clusters_of, of_classes, n_clusters)
         n_undefined = {name: np.isnan(resampled[name]).sum(axis=0) for name in RESAMPLED}
     targets = drop_positives_only(images.targets)
     errors = expected_calibration_error(targets, images.probabilities)
@@ -322,7 +331,7 @@ def _by_chance(images: ScoredImages, figures: Figures) -> Figures:
         (images.targets == 1).sum(axis=0),
         (~np.isnan(images.targets)).sum(axis=0),
     )
-    ap = average_precision_of_chance(n_positive, n_labelled)
+    ap = _guess_ap(images)
     f1 = f1_of_calling_all(n_positive, n_labelled)
     errors = errors_of_prevalence(n_positive, n_labelled)
     return {
@@ -335,6 +344,17 @@ def _by_chance(images: ScoredImages, figures: Figures) -> Figures:
     }
 
 
+def _guess_ap(images: ScoredImages) -> FloatArray:
+    """AP that a random order is expected to have, as the AP is averaged over outer folds."""
+    positive = np.array([(part.targets == 1).sum(axis=0) for part in images.by_fold()])
+    labelled = np.array([(~np.isnan(part.targets)).sum(axis=0) for part in images.by_fold()])
+    of_folds = np.nan_to_num(average_precision_of_chance(positive, labelled))
+    n_counted = np.where(labelled > positive, positive, 0)  # those of a fold with negatives
+    if len(positive) == 1:
+        return average_precision_of_chance(positive[0], labelled[0])
+    return divide((of_folds * n_counted).sum(axis=0), n_counted.sum(axis=0))
+
+
 def _mean_entry(of_findings: FloatArray) -> Entry:
     return {
         "value": to_number(macro_mean(of_findings)),
@@ -343,19 +363,23 @@ def _mean_entry(of_findings: FloatArray) -> Entry:
 
 
 def _count_clusters(
-    images: ScoredImages, decisions: NDArray[np.bool_]
+    images: ScoredImages, thresholds: FloatArray
 ) -> dict[CountedOver, NDArray[np.int64]]:
-    """Clusters with at least one image of each kind, per finding, ``(F,)``."""
-    labelled = ~np.isnan(images.targets)
+    """Clusters with at least one image of each kind, per finding, ``(F,)``.
+
+    Kinds that figures at thresholds rest on are counted where a threshold was chosen.
+    """
+    decided = np.where(thresholds < UNDECIDED, images.targets, np.nan)
+    is_called, labelled = images.probabilities >= thresholds, ~np.isnan(decided)
     kinds: dict[CountedOver, NDArray[np.bool_]] = {
-        "labelled": labelled,
-        "positive": images.targets == 1,
-        "negative": images.targets == 0,
-        "called": labelled & decisions,
-        "not called": labelled & ~decisions,
+        "labelled": ~np.isnan(images.targets),
+        "positive": decided == 1,
+        "negative": decided == 0,
+        "called": labelled & is_called,
+        "not called": labelled & ~is_called,
     }
     counts = {kind: images.count_clusters(cells) for kind, cells in kinds.items()}
-    counts["both"] = np.minimum(counts["positive"], counts["negative"])
+    counts["both"] = count_rarer_class(images.targets, images.clusters).astype(np.int64)
     return counts
 
 
@@ -363,6 +387,7 @@ def _intervals(
     figures: Figures,
     resampled: Figures,
     n_clusters_of: dict[CountedOver, NDArray[np.int64]],
+    of_classes: FloatArray,
     n_clusters: int,
 ) -> dict[str, Interval]:
     intervals = {}
@@ -372,7 +397,6 @@ def _intervals(
         errors = standard_errors(values, n, widen=measure.widen)
         intervals[name] = student_interval(figures[name], errors, n, scale)
         if name == "auroc":
-            of_classes = n_clusters_of["positive"], n_clusters_of["negative"]
             intervals[name] = auroc_interval(figures[name], errors, *of_classes)
         (defined,) = np.nonzero(~np.isnan(figures[name]))
         intervals[f"macro_{name}"] = (
@@ -412,16 +436,19 @@ def to_number(value: float | FloatArray | np.floating[Any]) -> float | None:
 
 
 def calibration_columns(
-    raw: ScoredImages, images: ScoredImages, calibration: Calibration
-) -> dict[str, FloatArray]:
-    """Errors without calibration, the map of each finding, and what it leaves to be corrected."""
+    raw: ScoredImages, images: ScoredImages, calibration: Calibration | None
+) -> dict[str, Any]:
+    """Errors without calibration, the map of each finding, and what it leaves to be corrected.
+
+    None is of several models, whose maps differ.
+    """
     targets = drop_positives_only(raw.targets)
     errors = probability_errors(targets, raw.probabilities)
     left = recalibrate(targets, images.probabilities, images.clusters)
     return {
         **{f"{name}_before": values for name, values in errors.items()},
-        "calibration_slope": calibration.slope,
-        "calibration_intercept": calibration.intercept,
+        "calibration_slope": np.nan if calibration is None else calibration.slope,
+        "calibration_intercept": np.nan if calibration is None else calibration.intercept,
         "test_slope": left.slope,
         "test_slope_low": left.slope_interval.low,
         "test_slope_high": left.slope_interval.high,
@@ -449,10 +476,24 @@ def pooled_recalibration(images: ScoredImages) -> dict[str, Entry]:
     }
 
 
+def _typical_cuts(images: ScoredImages, cuts: FloatArray) -> FloatArray:
+    """Thresholds, ``(F,)``, NaN where none was chosen; the median over outer folds, if any."""
+    chosen = np.where(cuts < UNDECIDED, cuts, np.nan)
+    if images.folds is None:
+        return chosen
+    _, first = np.unique(images.folds, return_index=True)  # a row of each fold
+    is_chosen = ~np.isnan(chosen[first]).all(axis=0)
+    typical = np.full(chosen.shape[1], np.nan)
+    typical[is_chosen] = np.nanmedian(chosen[first][:, is_chosen], axis=0)
+    return typical
+
+
 def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimates) -> pd.DataFrame:
     """One row per finding, in the order of the findings."""
-    targets, is_decided = images.targets, cuts < UNDECIDED
-    counts = confusion_counts(targets, images.probabilities >= cuts).astype(np.int64)
+    targets = images.targets
+    decided = np.where(cuts < UNDECIDED, targets, np.nan)
+    counts = confusion_counts(decided, images.probabilities >= cuts).astype(np.int64)
+    is_decided = np.atleast_2d(cuts < UNDECIDED).any(axis=0)
     columns: dict[str, Any] = {
         "finding": images.findings,
         "n_test": (~np.isnan(targets)).sum(axis=0),
@@ -460,8 +501,11 @@ def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimat
         "n_positive_studies_test": images.count_studies(targets == 1),
         "n_positive_clusters_test": images.count_clusters(targets == 1),
         "prevalence_test": weighted_mean(targets),
-        "threshold": np.where(is_decided, cuts, np.nan),
+        "threshold": _typical_cuts(images, cuts),
     }
+    if images.folds is not None:
+        scored = [has_both_classes(part.targets) for part in images.by_fold()]
+        columns["n_outer_folds_scored"] = np.sum(scored, axis=0)
     for name in RESAMPLED:
         if name != "prevalence":
             interval = estimates.intervals.get(name)
@@ -478,12 +522,12 @@ def tabulate_findings(images: ScoredImages, cuts: FloatArray, estimates: Estimat
 
 
 def tabulate_groups(
-    subsets: Sequence[tuple[str, str, ScoredImages, Estimates]], cuts: FloatArray
+    subsets: Sequence[tuple[str, str, ScoredImages, Estimates, FloatArray]],
 ) -> pd.DataFrame:
-    """The findings of one group after the other."""
+    """The findings of one group after the other, with the thresholds of its images."""
     names = ["group", "value", "n_images_group", "n_studies_group"]
     parts = []
-    for group, value, images, estimates in subsets:
+    for group, value, images, estimates, cuts in subsets:
         part = tabulate_findings(images, cuts, estimates)
         described = pd.DataFrame(
             [(group, value, images.count_images(), images.n_studies)] * len(part), columns=names

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from cxr_cache.evaluation.compare import MACRO, holm, tabulate_differences
 from cxr_cache.evaluation.scored import ScoredImages
 from cxr_cache.metrics.intervals import LEVEL, count_rarer_class
-from cxr_cache.metrics.resampled import RankedScores, bootstrap
-from cxr_cache.metrics.scores import Array, FloatArray, confusion_counts, rates
+from cxr_cache.metrics.resampled import bootstrap, rank_scores
+from cxr_cache.metrics.scores import UNDECIDED, Array, FloatArray, confusion_counts, rates
 
 COMPARED: Final = ("auroc", "sensitivity", "specificity")
 MIN_CLUSTERS: Final = 5
@@ -33,6 +33,8 @@ class _Contrast(NamedTuple):
     is_of_value: NDArray[np.bool_]
     images: ScoredImages
     """Those whose value is known."""
+    cuts: FloatArray
+    """From which on their findings count as present."""
 
 
 def compare_groups(
@@ -53,7 +55,8 @@ def compare_groups(
     images
         N calibrated rows, F findings, with their groups.
     cuts
-        Probability from which on each finding counts as present, ``(F,)``.
+        Probability from which on each finding counts as present, ``(F,)``, or ``(N, F)`` where
+        that differs between rows.
     n_resamples, seed
         As in :func:`cxr_cache.metrics.resampled.bootstrap`; nothing is compared without resamples.
 
@@ -68,8 +71,8 @@ def compare_groups(
         if not n_resamples
         else [
             part
-            for contrast in _list_contrasts(images)
-            for part in _compare(contrast, cuts, n_resamples, seed)
+            for contrast in _list_contrasts(images, cuts)
+            for part in _compare(contrast, n_resamples, seed)
         ]
     )
     if not parts:
@@ -112,33 +115,36 @@ def _to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _list_contrasts(images: ScoredImages) -> Iterator[_Contrast]:
+def _list_contrasts(images: ScoredImages, cuts: FloatArray) -> Iterator[_Contrast]:
+    cuts = np.broadcast_to(cuts, images.targets.shape)
     for name, values in {"projection": images.projections, **images.groups}.items():
-        known = images.take(values != "")
+        known, of_known = images.take(values != ""), cuts[values != ""]
         own = values[values != ""]
         several = sorted(set(own))
         if len(several) == 2:
-            yield _Contrast(name, several[1], several[0], own == several[1], known)
+            yield _Contrast(name, several[1], several[0], own == several[1], known, of_known)
         elif len(several) > 2:
             for value in several:
-                yield _Contrast(name, value, REST, own == value, known)
+                yield _Contrast(name, value, REST, own == value, known, of_known)
 
 
-def _compare(
-    contrast: _Contrast, cuts: FloatArray, n_resamples: int, seed: int
-) -> Iterator[pd.DataFrame]:
+def _compare(contrast: _Contrast, n_resamples: int, seed: int) -> Iterator[pd.DataFrame]:
     """Each measure's differences, F + 1 rows."""
     images = contrast.images
     sides = [np.flatnonzero(~contrast.is_of_value), np.flatnonzero(contrast.is_of_value)]
     parts = [images.take(rows) for rows in sides]
-    ranked = [RankedScores(part.targets, part.probabilities) for part in parts]
+    ranked = [rank_scores(part.targets, part.probabilities, part.folds) for part in parts]
+    of_sides = [contrast.cuts[rows] for rows in sides]
+    decided = [
+        np.where(own < UNDECIDED, part.targets, np.nan)
+        for own, part in zip(of_sides, parts, strict=True)
+    ]
 
     def statistics(weights: Array) -> dict[str, FloatArray]:
         figures: dict[str, list[FloatArray]] = {name: [] for name in COMPARED}
-        for rows, part, ranking in zip(sides, parts, ranked, strict=True):
+        for k, (rows, part, ranking) in enumerate(zip(sides, parts, ranked, strict=True)):
             own = weights[:, rows]
-            counts = confusion_counts(part.targets, part.probabilities >= cuts, own)
-            of_side = rates(counts)
+            of_side = rates(confusion_counts(decided[k], part.probabilities >= of_sides[k], own))
             figures["auroc"].append(ranking.auroc_and_ap(own)[0])
             figures["sensitivity"].append(of_side.sensitivity)
             figures["specificity"].append(of_side.specificity)

@@ -165,12 +165,13 @@ def note_overlap(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
     found: dict[tuple[str, int], str] = {}  # runs of one store and split are looked at once
     concerned: dict[str, list[str]] = {}
     for name, run in zip(names, runs, strict=True):
-        splits = run.read_table("splits")
-        key = (run.store_path, hash(tuple(splits["image_id"] + splits["split"])))
-        if key not in found:
-            found[key] = _note_tested_and_trained_on(run, splits)
-        if found[key]:
-            concerned.setdefault(found[key], []).append(name)
+        for part in run.outer_runs or [run]:
+            splits = part.read_table("splits")
+            key = (part.store_path, hash(tuple(splits["image_id"] + splits["split"])))
+            if key not in found:
+                found[key] = _note_tested_and_trained_on(part, splits)
+            if found[key]:
+                concerned.setdefault(found[key], []).append(name)
     notes = [f"{' and '.join(of)}: {note}" for note, of in concerned.items()]
     others = zip(names[1:], runs[1:], strict=True)
     return notes + [
@@ -208,7 +209,7 @@ def _note_tested_and_trained_on(run: Run, splits: pd.DataFrame) -> str:
 def _note_other_files(first: Run, second: Run) -> str:
     """A sentence if two runs of several stores were tested on other files of the same names."""
     splits = first.read_table("splits")
-    tested = splits.loc[splits["split"] == "test", "image_id"]
+    tested = splits.loc[(splits["split"] == "test") | first.is_nested, "image_id"]
     if first.store_path == second.store_path:
         return ""
     try:

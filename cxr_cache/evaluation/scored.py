@@ -22,7 +22,8 @@ from cxr_cache.datasets.cohort import (
     require_one_patient_per_study,
 )
 from cxr_cache.datasets.studies import N_IMAGES
-from cxr_cache.errors import TableError
+from cxr_cache.errors import RunError, TableError
+from cxr_cache.metrics.operating_point import OperatingPoint
 from cxr_cache.metrics.scores import Array, FloatArray, count_clusters
 from cxr_cache.models.run import Run
 
@@ -62,6 +63,9 @@ class ScoredImages:
         unknown.
     n_images
         How many images each row stands for, ``(N,)``; None where the rows are images.
+    folds
+        Outer fold of each row, from 0, whose model scored it, ``(N,)``; None where one model scored
+        all. Whole patients are in one fold.
     """
 
     image_ids: NDArray[np.object_]
@@ -73,6 +77,7 @@ class ScoredImages:
     findings: tuple[str, ...]
     groups: dict[str, NDArray[np.object_]] = field(default_factory=dict)
     n_images: NDArray[np.int64] | None = None
+    folds: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -122,11 +127,18 @@ class ScoredImages:
             self.findings,
             {name: values[rows] for name, values in self.groups.items()},
             None if self.n_images is None else self.n_images[rows],
+            None if self.folds is None else self.folds[rows],
         )
 
     def with_probabilities(self, probabilities: FloatArray) -> ScoredImages:
         """The same rows with other probabilities, ``(N, F)``."""
         return replace(self, probabilities=probabilities)
+
+    def by_fold(self) -> list[ScoredImages]:
+        """The rows of each outer fold; all of them where there is one model."""
+        if self.folds is None:
+            return [self]
+        return [self.take(self.folds == fold) for fold in np.unique(self.folds)]
 
     def by_group(self) -> Iterator[tuple[str, str, ScoredImages]]:
         """Name, value and images of every group whose value is known; projections come first."""
@@ -153,6 +165,7 @@ class ScoredImages:
             n_images=n_rows
             if self.n_images is None
             else np.add.reduceat(self.n_images[order], starts),
+            folds=None if self.folds is None else self.folds[order][starts],
         )
 
 
@@ -431,7 +444,8 @@ def read_scored(
         A finished run.
     rows
         ``"test"`` and ``"train"`` are by the final model, ``"out_of_fold"`` by the fold model that
-        has not seen the row.
+        has not seen the row. Of a nested run, ``"test"`` are all rows, each by the final model of
+        its outer fold.
     calibrated
         Apply the run's calibration; the tables hold what the model itself says.
 
@@ -442,6 +456,9 @@ def read_scored(
     RunError
         One of them is missing.
     """
+    if rows == "test" and run.is_nested:
+        images, points = read_outer_folds(run)
+        return apply_calibrations(images, points) if calibrated else images
     table = run.read_table("out_of_fold" if rows == "out_of_fold" else "predictions")
     if rows != "out_of_fold":
         table = table[table["split"] == rows]
@@ -449,3 +466,40 @@ def read_scored(
     if not calibrated:
         return images
     return images.with_probabilities(run.calibration.apply(images.probabilities))
+
+
+def read_outer_folds(run: Run) -> tuple[ScoredImages, tuple[OperatingPoint, ...]]:
+    """Test predictions of a nested run, each by its outer fold's model, and how they are read.
+
+    They are not calibrated, come in the order of the run's targets, and have groups such as sex.
+
+    Raises
+    ------
+    RunError
+        A fold's run is missing, or was trained on other rows than the whole.
+    """
+    outer = run.outer_runs
+    tables = [part.predictions[lambda table: table["split"] == "test"] for part in outer]
+    table = pd.concat([of.assign(_fold=k) for k, of in enumerate(tables)], ignore_index=True)
+    targets = run.read_table("targets")
+    order = pd.Index(table["image_id"]).get_indexer(pd.Index(targets["image_id"]))
+    if len(table) != len(targets) or (order < 0).any():
+        raise RunError(
+            f"The outer folds of {run.path} test {len(table):,} {run.level} rows and the run has "
+            f"{len(targets):,}, each of which belongs to one fold. Train it again with --overwrite."
+        )
+    table = table.iloc[order].reset_index(drop=True)
+    folds = table.pop("_fold").to_numpy(np.int64)
+    images = parse_predictions(table, targets, run.config["findings"])
+    images = replace(images, groups=find_groups(table), folds=folds)
+    return images, tuple(part.operating_point for part in outer)
+
+
+def apply_calibrations(images: ScoredImages, points: Sequence[OperatingPoint]) -> ScoredImages:
+    """Calibrate the rows of each outer fold as its model does."""
+    assert images.folds is not None
+    probabilities = np.empty_like(images.probabilities)
+    for fold, point in enumerate(points):
+        rows = images.folds == fold
+        probabilities[rows] = point.calibration.apply(images.probabilities[rows])
+    return images.with_probabilities(probabilities)

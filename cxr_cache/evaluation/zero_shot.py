@@ -223,6 +223,7 @@ def _all_images(store: FeatureStore) -> _Images:
 
 def _test_images(store: FeatureStore, run: Run) -> _Images:
     run.require_images("prompts are scored on single images")
+    run.require_holdout("prompts are scored on these")
     scored = read_scored(run)
     done = find_done_rows(store, allow_pending=True)
     aligned = align_run(run, store.cohort.take(done), store.path, only_test=True)

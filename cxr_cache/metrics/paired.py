@@ -18,7 +18,7 @@ from cxr_cache.metrics.intervals import (
     standard_errors,
     student_interval,
 )
-from cxr_cache.metrics.resampled import RankedScores, bootstrap
+from cxr_cache.metrics.resampled import bootstrap, rank_scores
 from cxr_cache.metrics.scores import Array, FloatArray, macro_mean
 
 
@@ -32,6 +32,8 @@ class ScoredRows:
     """1 present, 0 absent, NaN unlabelled, ``(n, F)``."""
     scores: Array
     """Logits or probabilities, finite, ``(n, F)``."""
+    folds: Array | None = None
+    """Outer fold of each, ``(n,)``, where each has a model of its own; None for one model."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def score_jointly(
     same weight for both: `clusters` are the patients (or studies) of the N rows. `n_resamples` and
     `seed` are those of :func:`cxr_cache.metrics.resampled.bootstrap`.
     """
-    ranked = {name: RankedScores(m.targets, m.scores) for name, m in models.items()}
+    ranked = {name: rank_scores(m.targets, m.scores, m.folds) for name, m in models.items()}
 
     def areas(weights: NDArray[np.float32]) -> dict[str, FloatArray]:
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,6 +193,52 @@ class RankedScores:
             None if at is None else _sensitivity_and_ppv(ranking, by_row, *at)
             for ranking, at in zip(self._rankings, places, strict=True)
         ]
+
+
+class RankedWithin:
+    """Scores of rows in several folds, of which only those of one fold can be compared.
+
+    The models of two folds differ, so a score of one says nothing beside a score of the other. The
+    AUROC is the share of pairs, a positive and a negative of one fold, that are in the right order:
+    the mean of the folds' AUROCs, weighted by their numbers of pairs. The AP is the mean, over the
+    positives, of the precision among the rows of the own fold that score at least as high: the mean
+    of the folds' APs, weighted by their positives. A fold without a positive, or without a
+    negative, counts in neither. Parameters are those of :class:`RankedScores`, and the fold of
+    every row, ``(N,)``.
+    """
+
+    def __init__(
+        self, targets: Array, scores: Array, folds: Array, *, pooled: bool = False
+    ) -> None:
+        self._pooled = pooled
+        self._parts = []
+        for fold in np.unique(folds):
+            rows = np.flatnonzero(folds == fold)
+            ranked = RankedScores(targets[rows], scores[rows], pooled=pooled)
+            self._parts.append((rows, ranked, targets[rows] == 1, targets[rows] == 0))
+
+    def auroc_and_ap(self, weights: Array) -> tuple[FloatArray, FloatArray]:
+        """Compute AUROC and AP, ``(R, F)`` each, for weights ``(R, N)``; NaN where undefined."""
+        sums: Any = 0  # pairs in order, pairs, precisions and positives, (4, R, F)
+        for rows, ranked, present, absent in self._parts:
+            own = np.asarray(weights[:, rows], np.float64)
+            n_present, n_absent = own @ present, own @ absent
+            if self._pooled:
+                n_present, n_absent = (n.sum(axis=1, keepdims=True) for n in (n_present, n_absent))
+            n_present = np.where(n_absent > 0, n_present, 0)
+            n_pairs = n_present * n_absent
+            areas, precisions = (np.nan_to_num(of) for of in ranked.auroc_and_ap(own))
+            sums = sums + np.stack([areas * n_pairs, n_pairs, precisions * n_present, n_present])
+        return divide(sums[0], sums[1]), divide(sums[2], sums[3])
+
+
+def rank_scores(
+    targets: Array, scores: Array, folds: Array | None, *, pooled: bool = False
+) -> RankedScores | RankedWithin:
+    """Sort the scores of one model; or of a model for each fold, where rows have `folds`."""
+    if folds is None:
+        return RankedScores(targets, scores, pooled=pooled)
+    return RankedWithin(targets, scores, folds, pooled=pooled)
 
 
 @dataclass(frozen=True, eq=False)

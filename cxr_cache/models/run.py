@@ -63,6 +63,8 @@ TableName = Literal[
     "zero_shot",
     "matching",
     "overlap",
+    "outer_folds",
+    "outer_predictions",
 ]
 
 FINAL_FOLD: Final = "final"
@@ -81,6 +83,7 @@ _REPORT: Final = "report.html"
 _CARD: Final = "model_card.md"
 _PLOTS: Final = "plots"
 _LOGS: Final = "logs"
+_OUTER: Final = "outer_fold_{}"
 _MODEL_ENTRY: Final = "cxr_cache"
 _MODEL_FIELDS: Final = (
     *("findings", "thresholds", "encoder", "head"),
@@ -256,7 +259,8 @@ class Run:
             (path / name).unlink(missing_ok=True)
         for old in path.glob(_REPEAT_HEADS.format("*")):
             old.unlink()
-        for folder in (_PLOTS, _STATES, _LOGS):
+        outer = (folder.name for folder in path.glob(_OUTER.format("*")))
+        for folder in (_PLOTS, _STATES, _LOGS, *outer):
             shutil.rmtree(path / folder, ignore_errors=True)
         mark_written(path)
         return run
@@ -414,6 +418,30 @@ class Run:
             raise RunError(
                 f"{self.path} predicts whole studies (--level study), and {why}. Give a run of "
                 "--level image."
+            )
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether every image was tested in an outer fold, and the run's own model on none."""
+        return bool(self.config.get("train", {}).get("protocol") == "nested")
+
+    def outer_path(self, k: int) -> Path:
+        """Folder of the run that tests outer fold `k`, counted from 1."""
+        return self.path / _OUTER.format(k)
+
+    @property
+    def outer_runs(self) -> list[Run]:
+        """The runs that test the outer folds, in order; none unless the run is nested."""
+        n_outer = self.config["train"]["n_outer_folds"] if self.is_nested else 0
+        return [Run.open(self.outer_path(k)) for k in range(1, n_outer + 1)]
+
+    def require_holdout(self, why: str) -> None:
+        """Raise RunError if the run is nested; `why` says what needs test images of its model."""
+        if self.is_nested:
+            raise RunError(
+                f"{self.path} is a nested cross-validation (--protocol nested), whose model has no "
+                f"test images of its own, and {why}. Give a run of --protocol holdout, or one of "
+                f"its outer folds, such as {self.outer_path(1)}."
             )
 
     # -- tables -------------------------------------------------------------------------

@@ -12,7 +12,13 @@ from cxr_cache.common.wording import count, list_names, plural
 from cxr_cache.datasets.cohort import UNITS
 from cxr_cache.datasets.collections.labelling import say_whose_labels
 from cxr_cache.datasets.labels import FINDINGS
-from cxr_cache.evaluation.evaluate import LEVEL, describe_sample
+from cxr_cache.evaluation.evaluate import (
+    LEVEL,
+    NESTED,
+    NESTED_INTERVALS,
+    NESTED_MODEL,
+    describe_sample,
+)
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.report.composition import count_line, tabulate_people
 from cxr_cache.report.views import RunView
@@ -205,6 +211,12 @@ def partition(view: RunView) -> str | None:
     if whose := split.get("whose"):
         return f"The test images are those given by {whose}. {folds}"
     share, seed = _option(view, "test_fraction"), _option(view, "seed")
+    if view.outer_folds:
+        return (
+            f"Nested cross-validation: {len(view.outer_folds)} outer folds, dealt with seed {seed} "
+            "so that every finding keeps its prevalence; each was tested once, and the others were "
+            f"in {count(view.n_folds, 'fold')} for every choice. {_sides(view)}"
+        )
     if share is None:
         return None
     return (
@@ -219,6 +231,8 @@ def disjoint(view: RunView) -> str | None:
     if split is None:
         return None
     units = UNITS[split["unit"]]
+    if view.outer_folds:
+        return f"No {split['unit']} has images on both sides of an outer fold; {units} stay whole."
     if split["n_shared"]:
         return f"{split['n_shared']:,} {units} are on both sides, so the figures are too good."
     return f"No {split['unit']} has images on both sides; whole {units} were assigned."
@@ -365,6 +379,8 @@ def operating_point(view: RunView) -> str | None:
 
 def predictions(view: RunView) -> str | None:
     """Say what computed the predictions."""
+    if view.outer_folds:
+        return "By the model of each image's outer fold (outer_predictions.csv)."
     return "By the saved model (model.safetensors), as cxr-cache predict does for other images."
 
 
@@ -390,7 +406,7 @@ def bad_input(view: RunView) -> str | None:
 def measures(view: RunView) -> str | None:
     """List the measures and curves that were computed."""
     names = [known.label for name, known in MEASURES.items() if name != "prevalence"]
-    curves = ["ROC", "precision-recall", "calibration"]
+    curves = ["calibration"] if view.outer_folds else ["ROC", "precision-recall", "calibration"]
     if "decision_curves" in view.tables and not view.tables["decision_curves"].empty:
         curves.append("decision (net benefit)")
     return f"{list_names(names)}; curves: {list_names(curves)}."
@@ -405,7 +421,8 @@ def uncertainty(view: RunView) -> str | None:
     text += f"{UNITS[boot['unit']]}: {boot.get('interval', '')}"
     differences = view.metrics.get("group_differences", {})
     tests = "; differences between groups by the same t statistic, p values after Holm's correction"
-    return text + (tests if differences.get("macro") else "") + "."
+    nested = f" {NESTED_INTERVALS}" if view.outer_folds else ""
+    return text + (tests if differences.get("macro") else "") + "." + nested
 
 
 def robustness(view: RunView) -> str | None:
@@ -427,6 +444,9 @@ def robustness(view: RunView) -> str | None:
 
 def internal_test(view: RunView) -> str | None:
     """Say what the model scores on its own test."""
+    if view.outer_folds:
+        area = _interval(view.metrics["test"]["macro_auroc"])
+        return f"Nested cross-validation, macro AUROC {area}. {NESTED} {NESTED_MODEL}"
     return (
         f"Held-out test of the same data set, {describe_sample(view.metrics, 'test')}: macro AUROC "
         f"{_interval(view.metrics['test']['macro_auroc'])}."

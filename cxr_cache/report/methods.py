@@ -26,8 +26,16 @@ from cxr_cache.config import (
 )
 from cxr_cache.datasets.cohort import UNITS
 from cxr_cache.datasets.collections.catalogue import FORMS
+from cxr_cache.datasets.splits import OUTER_FOLD
 from cxr_cache.errors import RunError
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, describe_sample
+from cxr_cache.evaluation.evaluate import (
+    FEW_POSITIVES,
+    NESTED,
+    NESTED_INTERVALS,
+    NESTED_MODEL,
+    describe_sample,
+    describe_strength,
+)
 from cxr_cache.metrics.operating_point import PRIOR_POSITIVES
 from cxr_cache.models.run import Run
 from cxr_cache.report import facts as known
@@ -52,7 +60,16 @@ _DESCRIBED: Final = (
     *("batch_size", "learning_rate", "weight_decay", "max_grad_norm", "schedule", "patience"),
     *("early_stopping", "loss", "alpha", "gamma", "hidden", "dropout", "norm", "input_norm"),
     *("threshold_rule", "min_positives", "calibration", "select_by", "within_one_se"),
-    *("features", "flip", "baseline", "unfreeze_layers", "head_learning_rate", "warmup_steps"),
+    *(
+        "features",
+        "flip",
+        "baseline",
+        "protocol",
+        "n_outer_folds",
+        "unfreeze_layers",
+        "head_learning_rate",
+        "warmup_steps",
+    ),
     *("layer_decay", "ema_decay", "mixup", "patch_dropout", "accumulate", "augmentation"),
 )
 """Options of which a sentence speaks; any other that was set is listed by its name."""
@@ -92,7 +109,8 @@ def describe_methods(run: Run, *, external: str | Path | None = None) -> str:
         _software,
     ]
     paragraphs = [" ".join(filter(None, write(facts))) for write in methods]
-    results = [" ".join(_results(facts.view.metrics, facts.view.row, "test set"))]
+    where = "images of all outer folds" if run.is_nested else "test set"
+    results = [" ".join(_results(facts.view.metrics, facts.view.row, where))]
     if external is not None:
         test = _open_external(external, run)
         paragraphs.insert(-1, " ".join(_external_test(test)))
@@ -246,7 +264,11 @@ def _name_or_count(findings: list[str]) -> str:
 def _split(facts: _Facts) -> Iterator[str]:
     recipe, split, splits = facts.recipe, facts.config.get("split", {}), facts.splits
     whose = split.get("whose", "")
-    if whose and "given_split" in splits and splits["given_split"].isin(("val", "test")).any():
+    if facts.run.is_nested:
+        yield from _outer_folds(facts)
+        return
+    is_given = "given_split" in splits and splits["given_split"].isin(("val", "test")).any()
+    if whose and (is_given or OUTER_FOLD in whose):
         yield f"The test set was the one given by {whose}: {facts.sample('test')}."
     else:
         how = f"in whole {facts.units}, balanced so that every finding keeps its prevalence"
@@ -273,6 +295,22 @@ def _split(facts: _Facts) -> Iterator[str]:
     else:
         kept = "images" if recipe.split_by == "image" else f"whole {facts.units}"
         yield f"The training set was divided into {n_folds} folds of {kept}."
+
+
+def _outer_folds(facts: _Facts) -> Iterator[str]:
+    """How a nested cross-validation divides the data."""
+    recipe, unit = facts.recipe, facts.config["split"]["unit"]
+    yield (
+        f"The recipe was tested by a nested cross-validation [Varma 2006]: {facts.sample('train')} "
+        f"were dealt into {len(facts.view.outer_folds)} outer folds of whole {facts.units}, "
+        f"balanced so that every finding keeps its prevalence (seed {recipe.seed}). No {unit} had "
+        "images in two of them."
+    )
+    yield (
+        f"For each outer fold, the others were divided into {recipe.n_folds} folds, in which all "
+        "choices below were made; the final model that followed was tested once, on the outer fold."
+    )
+    yield f"{NESTED} {NESTED_MODEL}"
 
 
 def _encoders(facts: _Facts) -> Iterator[str]:
@@ -430,6 +468,9 @@ def _selection(facts: _Facts) -> Iterator[str]:
     candidates = ", ".join(map(str, recipe.epochs))
     measure = facts.config.get("search_measure", "macro AUROC")
     chosen = view.final_epochs
+    if view.outer_folds:
+        of_folds = ", ".join(str(fold["chosen_epochs"]) for fold in view.outer_folds)
+        chosen = f"{of_folds} in the outer folds and {chosen} for the model trained on all data"
     if view.n_folds > 1 and len(recipe.epochs) > 1:
         rule = "the best mean over the held-out folds"
         if recipe.within_one_se:
@@ -453,7 +494,7 @@ def _selection(facts: _Facts) -> Iterator[str]:
     if (logistic := view.metrics.get("logistic")) is not None:
         yield (
             "An L2-regularised logistic regression on the same features and folds served as a "
-            f"baseline (C = {logistic['C']:g}, chosen on the held-out folds)."
+            f"baseline (C = {describe_strength(logistic)}, chosen on the held-out folds)."
         )
 
 
@@ -500,6 +541,8 @@ def _statistics(facts: _Facts) -> Iterator[str]:
         )
     else:
         yield "No intervals were computed."
+    if facts.run.is_nested:
+        yield NESTED_INTERVALS.replace("(Bengio and Grandvalet 2004)", "[Bengio 2004]")
     if facts.view.reads is not None:
         yield facts.view.reads.to_text()
 
@@ -588,6 +631,8 @@ def _unscored(metrics: Record) -> Iterator[str]:
     """Findings of which figures say little or nothing."""
     lists = {
         "findings_undefined": "Not scored, without a positive or a negative in the test: {names}.",
+        "findings_undefined_in_some_folds": "Averaged over fewer outer folds, since the others had "
+        "no positive or no negative, were {names}.",
         "findings_with_few_positives": "Fewer than {few} positive test {units} had {names}.",
         "findings_undecided": "Ranked only, without a threshold, were {names}.",
     }

@@ -7,7 +7,14 @@ from typing import Any, Final
 
 from cxr_cache.config import CardConfig
 from cxr_cache.datasets.labels import FINDINGS
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
+from cxr_cache.evaluation.evaluate import (
+    FEW_POSITIVES,
+    LEVEL,
+    NESTED,
+    NESTED_INTERVALS,
+    NESTED_MODEL,
+    describe_sample,
+)
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.models.run import Run
 from cxr_cache.report.page import make_environment
@@ -64,6 +71,9 @@ def render_card(view: RunView, *, license_id: str = UNKNOWN, dataset_id: str = U
         is_indiana=tuple(view.config["findings"]) == FINDINGS,
         few_positives=FEW_POSITIVES,
         level=LEVEL,
+        nested=NESTED,
+        nested_model=NESTED_MODEL,
+        nested_intervals=NESTED_INTERVALS,
     )
     return f"---\n{_header(view, license_id, dataset_id)}\n---\n\n{body.strip()}\n"
 
@@ -85,13 +95,14 @@ def _header(view: RunView, license_id: str, dataset_id: str) -> str:
         for name in encoders
         if name.startswith(_HUB_PREFIX)
     ]
+    kind_of_test = "nested test " if view.outer_folds else "test "
     results = [
         EvalResult(
             task_type="image-classification",
             task_name="multi-label findings on chest X-rays",
             dataset_type=dataset_id,
-            dataset_name=f"{dataset_id} ({describe_sample(metrics, 'test', 'test ')})",
-            dataset_split="test",
+            dataset_name=f"{dataset_id} ({describe_sample(metrics, 'test', kind_of_test)})",
+            dataset_split="nested cross-validation" if view.outer_folds else "test",
             metric_type=kind,
             metric_name=name,
             metric_value=round(metrics["test"][key]["value"], _DIGITS),

@@ -18,7 +18,15 @@ from cxr_cache.datasets.cohort import UNITS, Unit
 from cxr_cache.datasets.labels import FINDINGS
 from cxr_cache.evaluation.compare import COMPARED
 from cxr_cache.evaluation.curves import MAX_POINTS
-from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
+from cxr_cache.evaluation.evaluate import (
+    FEW_POSITIVES,
+    LEVEL,
+    NESTED,
+    NESTED_INTERVALS,
+    NESTED_MODEL,
+    describe_sample,
+    describe_strength,
+)
 from cxr_cache.evaluation.figures import MEASURES
 from cxr_cache.metrics.scores import NEVER
 from cxr_cache.report.composition import count_line, tabulate_people
@@ -87,6 +95,9 @@ def render_page(
         optimism=OPTIMISM_OF_PLATEAU,
         level=LEVEL,
         max_points=MAX_POINTS,
+        nested=NESTED,
+        nested_model=NESTED_MODEL,
+        nested_intervals=NESTED_INTERVALS,
     )
 
 
@@ -111,6 +122,7 @@ def make_environment() -> jinja2.Environment:
         "plural": UNITS.get,
         "several": wording.plural,
         "sample": describe_sample,
+        "strength": describe_strength,
         "folder_name": _folder_name,
         "ap_of_chance": _ap_of_chance,
         "f1_of_calling_all": _f1_of_calling_all,

@@ -72,6 +72,10 @@ REFERENCES: Final = {
     "Youden 1950": "W. J. Youden, Index for rating diagnostic tests, Cancer 3, 1950.",
     "Rubin 1981": "D. B. Rubin, The Bayesian bootstrap, The Annals of Statistics 9, 1981.",
     "Zhang 2018": "H. Zhang et al., mixup: Beyond empirical risk minimization, ICLR 2018.",
+    "Varma 2006": "S. Varma and R. Simon, Bias in error estimation when using cross-validation for "
+    "model selection, BMC Bioinformatics 7, 2006.",
+    "Bengio 2004": "Y. Bengio and Y. Grandvalet, No unbiased estimator of the variance of K-fold "
+    "cross-validation, Journal of Machine Learning Research 5, 2004.",
     "Liu 2023": "Y. Liu et al., PatchDropout: Economizing vision transformers using patch "
     "dropout, WACV 2023.",
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cxr_cache.common.files import write_whole
 from cxr_cache.config import CardConfig, CompareConfig
 from cxr_cache.errors import ConfigError, RunError
-from cxr_cache.evaluation.compare import compare_runs
+from cxr_cache.evaluation.compare import compare_runs, require_one_protocol
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models.run import Run
 from cxr_cache.report.cases import PER_KIND, find_cases
@@ -134,6 +134,7 @@ def write_joint_report(
         raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or give another.")
     for run in runs:
         run.read_metrics()  # what can fail at once fails before the long part
+    require_one_protocol(runs)
     for run in runs:
         if run.level != runs[0].level:
             raise RunError(
@@ -159,6 +160,7 @@ def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:
     cases = []
     for run in runs:
         run.require_images("the pictures on a page are of single images")
+        run.require_holdout("the pictures on a page are of these")
         images = read_scored(run)
         cuts = run.operating_point.thresholds
         cases.append(find_cases(images, cuts, max(1, PER_KIND // len(runs))))

@@ -119,6 +119,12 @@ class RunView:
     """How often its test split has been read; None where that was never counted."""
 
     @property
+    def outer_folds(self) -> list[Record]:
+        """What metrics.json says of each outer fold; empty unless the run is nested."""
+        folds: list[Record] = self.metrics.get("outer_folds", [])
+        return folds
+
+    @property
     def flow(self) -> list[FlowStep]:
         """What was left of the images, and what was lost next; empty for runs of before."""
         steps: list[FlowStep] = []

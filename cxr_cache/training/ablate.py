@@ -608,7 +608,7 @@ def _describe_horizons(settings: Sequence[Setting]) -> tuple[str, ...]:
 _SHARED: Final = (
     *("n_folds", "test_fraction", "split", "split_by", "level", "seed", "device", "n_jobs"),
     *("final", "threshold_rule", "min_positives", "calibration", "baseline"),
-    *("select_by", "within_one_se"),
+    *("select_by", "within_one_se", "protocol", "n_outer_folds"),
 )
 """What all settings have in common: the folds, and what comes after the comparison."""
 _OF_ABLATE: Final = {name: f"--{name.replace('_', '-')}" for name in _SHARED[:7]} | {

@@ -32,7 +32,10 @@ from cxr_cache.training.search import final_members, refit, search_epochs, train
 _SCORED_AT_ONCE: Final = 8192
 _CHECKS_OF_X: Final = {"dtype": np.float32, "order": "C"}
 _OF_THE_STORE: Final = ("test_fraction", "split", "split_by", "level", "features", "flip")
-_OTHERWISE_SAID: Final = (*("seed", "threshold_rule", "min_positives", "calibration", "baseline"),)
+_OTHERWISE_SAID: Final = (
+    *("seed", "threshold_rule", "min_positives", "calibration", "baseline"),
+    *("protocol", "n_outer_folds"),
+)
 """Options of a recipe that are no parameters: `random_state` is the seed, and predictions are
 neither calibrated nor cut."""
 _DEFAULTS: Final = {

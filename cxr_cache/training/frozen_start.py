@@ -70,6 +70,7 @@ def _require_frozen(run: Run) -> None:
             f"{run.path} is a run of `cxr-cache {run.config['kind']}`; --from-run starts from one "
             "of `cxr-cache train`."
         )
+    run.require_holdout("a fine-tuning is tested on those of the run that it starts from")
     if len(run.stores) > 1:
         raise RunError(
             f"{run.path} reads {len(run.stores)} stores side by side, and fine-tuning trains the "

@@ -65,11 +65,17 @@ class TrainResult:
     def to_text(self) -> str:
         """The search table, the choice and what to know about the rows, for a terminal."""
         n_folds = len(self.epoch_search.trajectories[self.chosen_epochs])
-        measure = self.epoch_search.weighing.measure
+        measure, lines = self.epoch_search.weighing.measure, []
+        if self.run.is_nested:
+            n_outer = self.run.config["train"]["n_outer_folds"]
+            lines.append(
+                f"Nested cross-validation: {n_outer} outer folds, each with a search of its own "
+                "(below). The search on all images, for the model to use:"
+            )
         if n_folds == 1:
-            lines = [f"No search: {measure} on one held-out fold, which the thresholds come from"]
+            lines += [f"No search: {measure} on one held-out fold, which the thresholds come from"]
         else:
-            lines = [f"Epoch search: {measure}, mean and spread over {n_folds} held-out folds"]
+            lines += [f"Epoch search: {measure}, mean and spread over {n_folds} held-out folds"]
         for row in self.search.to_dict("records"):
             mark = "   <- chosen" if row["epochs"] == self.chosen_epochs and n_folds > 1 else ""
             spread = f" ± {row['std_auroc']:.4f}" if n_folds > 1 else ""

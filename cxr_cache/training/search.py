@@ -17,9 +17,15 @@ from torch import Tensor
 from cxr_cache.common.wording import count
 from cxr_cache.config import Recipe, TrainConfig
 from cxr_cache.datasets.cohort import Cohort
-from cxr_cache.datasets.splits import Split, has_given_split, make_split, take_given_split
+from cxr_cache.datasets.splits import (
+    Split,
+    has_given_split,
+    make_outer_split,
+    make_split,
+    take_given_split,
+)
 from cxr_cache.datasets.studies import Studies
-from cxr_cache.errors import TrainingError
+from cxr_cache.errors import ConfigError, TrainingError
 from cxr_cache.metrics.operating_point import find_rule
 from cxr_cache.metrics.scores import (
     Array,
@@ -229,26 +235,54 @@ def require_trainable_folds(targets: NDArray[np.float32], split: Split, config: 
             )
 
 
-def split_cohort(cohort: Cohort, config: Recipe) -> Split:
-    """Choose test rows and folds as a recipe asks: those that were given, or new ones."""
+def split_cohort(cohort: Cohort, config: Recipe, tested: int | None = None) -> Split:
+    """Choose test rows and folds as a recipe asks: those that were given, or new ones.
+
+    Of a nested cross-validation it is the split that tests the outer fold `tested`; see
+    :func:`cxr_cache.datasets.splits.make_outer_split`.
+
+    Raises
+    ------
+    ConfigError
+        A split was given, and a nested cross-validation is asked for; or as the splits raise.
+    """
+    is_given = config.split == "given" and has_given_split(cohort)
+    if isinstance(config, TrainConfig) and config.n_outer_folds is not None:
+        if is_given:
+            raise ConfigError(
+                "The data set comes with a split, and --protocol nested makes outer folds of all "
+                "its images. Add --split new to leave the given split aside, or test on it with "
+                "--protocol holdout."
+            )
+        return make_outer_split(
+            cohort.targets,
+            cohort.groups,
+            tested,
+            n_outer_folds=config.n_outer_folds,
+            n_folds=config.n_folds,
+            seed=config.seed,
+        )
     options: dict[str, Any] = {
         "by": config.split_by,
         **{name: getattr(config, name) for name in ("n_folds", "test_fraction", "seed")},
     }
-    if config.split == "given" and has_given_split(cohort):
+    if is_given:
         return take_given_split(cohort, **options)
     return make_split(cohort.targets, cohort.groups, cohort.findings, **options)
 
 
-def split_rows(cohort: Cohort, studies: Studies | None, config: Recipe) -> Split:
+def split_rows(
+    cohort: Cohort, studies: Studies | None, config: Recipe, tested: int | None = None
+) -> Split:
     """Split the rows that are trained on: the images of a cohort, or the studies that they make.
 
     The labelled images are split in either case, so that both have the same test studies and folds.
     """
     if studies is None:
-        return split_cohort(cohort, config)
+        return split_cohort(cohort, config, tested)
     rows = np.flatnonzero(studies.images.is_labelled)
-    return studies.take_split(split_cohort(studies.images.take(rows), config), rows)
+    split = split_cohort(studies.images.take(rows), config, tested)
+    return studies.take_split(split, rows)
 
 
 def fold_tasks(split: Split, seed: int) -> list[HeadTask]:

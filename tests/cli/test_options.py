@@ -252,7 +252,9 @@ def test_the_config_of_an_old_run_trains_the_same(folder, command, made):
     # What came later has its default, or does nothing, as before: old stores give no split.
     expected: dict[str, Any] = {"split": "given", "level": "image"}
     expected |= {"min_positives": 0, "select_by": "macro", "within_one_se": False}
-    expected |= {"baseline": True} if command == "train" else {}
+    if command == "train":
+        expected |= {"baseline": True}
+        expected |= {"protocol": "holdout", "n_outer_folds": None}
     if command == "finetune":  # or does nothing, as before
         expected |= {"layer_decay": 1.0, "mixup": 0.0, "ema_decay": 0.0, "patch_dropout": 0.0}
     assert added == expected

@@ -93,7 +93,7 @@ def test_defaults_are_those_of_train():
 
     of_rows_that_fit_does_not_see = {
         *("test_fraction", "threshold_rule", "min_positives", "calibration", "baseline"),
-        "level",
+        *("level", "protocol", "n_outer_folds"),
     }
     of_a_store = {"split", "split_by", "features", "flip"}
     left_out = {name: recipe.pop(name) for name in of_rows_that_fit_does_not_see | of_a_store}
