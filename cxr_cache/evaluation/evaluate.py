@@ -218,7 +218,8 @@ def score_run(
     -------
     dict[str, Any]
         What ``metrics.json`` holds: that of :func:`evaluate_predictions`, and ``train`` and
-        ``out_of_fold``, ``{"value"}`` by name.
+        ``out_of_fold``, ``{"value"}`` by name. Out of fold, AUROC and AP are those of the folds,
+        averaged, since scores of different folds come from different models.
 
     Raises
     ------
@@ -256,7 +257,9 @@ def score_run(
     metrics = {
         **evaluation.metrics,
         "train": reading.estimate(train, resample=False).overall(),
-        "out_of_fold": reading.estimate(held_out, resample=False).overall(),
+        "out_of_fold": estimate(
+            _in_folds(held_out, run), point.thresholds, n_resamples=0, seed=seed
+        ).overall(),
         **({"recipe": recipe} if recipe else {}),
         "n_train_images": train.count_images(),
         "n_train_studies": train.n_studies,
@@ -271,6 +274,17 @@ def score_run(
     run.write_evaluation(metrics, evaluation.tables, point if is_chosen_anew else None)
     run.write_reads(count_reading(verb, run).to_dict())
     return metrics
+
+
+def _in_folds(out_of_fold: ScoredImages, run: Run) -> ScoredImages:
+    """The same rows with their folds, so that only scores of one fold's model are ranked."""
+    key, rows = (
+        ("study_uid", out_of_fold.study_uids)
+        if run.level == "study"
+        else ("image_id", out_of_fold.image_ids)
+    )
+    fold_of = run.read_table("splits").drop_duplicates(key).set_index(key)["fold"]
+    return replace(out_of_fold, folds=fold_of.loc[rows].to_numpy(np.int64))
 
 
 def _choose_anew(

@@ -116,6 +116,36 @@ def run(tmp_path) -> Run:
     return make_run(tmp_path / "run")
 
 
+def test_out_of_fold_only_scores_of_one_model_are_ranked(run):
+    """A fold whose model gives lower scores to all of its images changes no AUROC and no AP."""
+    score_run(run, n_resamples=20)
+    table = run.out_of_fold
+    fold = run.splits.set_index("image_id")["fold"].loc[table["image_id"]].to_numpy()
+    findings = list(FINDINGS)
+    targets = run.targets.set_index("image_id").loc[table["image_id"], findings].to_numpy()
+    aurocs = []
+    for f, finding in enumerate(findings):
+        areas, pairs = [], []
+        for k in np.unique(fold):
+            rows = (fold == k) & ~np.isnan(targets[:, f])
+            n_present = int(targets[rows, f].sum())
+            if 0 < n_present < rows.sum():
+                areas.append(
+                    reference.roc_auc_score(targets[rows, f], table[finding].to_numpy()[rows])
+                )
+                pairs.append(n_present * (rows.sum() - n_present))
+        if areas:
+            aurocs.append(np.average(areas, weights=pairs))
+    before = run.read_metrics()["out_of_fold"]
+    assert before["macro_auroc"]["value"] == pytest.approx(np.mean(aurocs), abs=1e-9)
+    table.loc[fold == 1, findings] /= 10
+    run.write_table("out_of_fold", table)
+    score_run(run, n_resamples=20)
+    after = run.read_metrics()["out_of_fold"]
+    for name in ("macro_auroc", "macro_ap"):
+        assert after[name]["value"] == pytest.approx(before[name]["value"], abs=1e-9)
+
+
 def test_an_undecided_finding_is_ranked_and_counts_in_no_figure_at_thresholds(run, tmp_path):
     """All that thresholds decide is what it would be without the finding; ranking stays."""
     score_run(run, n_resamples=20)

@@ -415,13 +415,18 @@ def test_a_given_split_is_refused_and_may_be_left_aside(tmp_path):
 
 
 def test_what_needs_a_test_of_the_model_is_refused(run, store, tmp_path):
-    why = r"nested cross-validation \(--protocol nested\), whose model has no test images of its own"
+    why = (
+        r"nested cross-validation \(--protocol nested\), whose model has no test images of its own"
+    )
     with pytest.raises(RunError, match=f"{why}, and a fine-tuning is tested on those"):
         config_from_run(run)
     assert "protocol" not in vars(FinetuneConfig())
     with pytest.raises(RunError, match=f"{why}, and the pictures on a page"):
         write_report(run, image_dir=tmp_path)
-    with FeatureStore.open(store) as features, pytest.raises(RunError, match=f"{why}, and an audit"):
+    with (
+        FeatureStore.open(store) as features,
+        pytest.raises(RunError, match=f"{why}, and an audit"),
+    ):
         audit_store(features, run=run)
     first = run.outer_path(1)
     with pytest.raises(RunError, match=re.escape(f"or one of its outer folds, such as {first}.")):
