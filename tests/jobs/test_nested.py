@@ -32,6 +32,7 @@ from cxr_cache.errors import ConfigError, RunError
 from cxr_cache.evaluation.audit import audit_store
 from cxr_cache.evaluation.compare import compare_runs
 from cxr_cache.evaluation.evaluate import NESTED_INTERVALS, NESTED_MODEL, score_run
+from cxr_cache.evaluation.zero_shot import score_zero_shot
 from cxr_cache.jobs.external import evaluate_on_store
 from cxr_cache.models.run import Run
 from cxr_cache.report.checklist import render_checklists
@@ -231,6 +232,23 @@ def test_every_figure_is_that_of_a_plain_loop(run):
     pairs = [y.sum() * (1 - y).sum() for y, _ in cells]
     micro = np.average([roc_auc_score(y, p) for y, p in cells], weights=pairs)
     assert test["micro_auroc"]["value"] == pytest.approx(micro, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_labels_without_signal_are_ranked_by_chance(tmp_path):
+    """Neither a leak nor the pooling of several models moves the estimate from 0.5."""
+    config, areas = replace(CONFIG, baseline=False, epochs=(1, 4)), []
+    for seed in range(12):
+        cohort = synthetic.make_cohort(60, seed=seed)
+        noise = np.random.default_rng([seed, 2]).normal(size=(len(cohort), 1, synthetic.WIDTH))
+        path = synthetic.make_store(
+            tmp_path / f"{seed}.h5", cohort, embeddings=noise.astype(np.float32)
+        )
+        run = fit_run(path, tmp_path / f"run {seed}", config).run
+        areas.append(score_run(run, n_resamples=0)["test"]["macro_auroc"]["value"])
+    error = np.std(areas, ddof=1) / np.sqrt(len(areas))
+    assert abs(np.mean(areas) - 0.5) < 3 * error
+    assert error < 0.015
 
 
 def test_groups_and_studies_are_compared_within_outer_folds_too(run):
@@ -439,6 +457,9 @@ def test_what_needs_a_test_of_the_model_is_refused(run, store, tmp_path):
         pytest.raises(RunError, match=f"{why}, and an audit"),
     ):
         audit_store(features, run=run)
+    prompts = pytest.raises(RunError, match=f"{why}, and prompts are scored on these")
+    with FeatureStore.open(store) as features, prompts:
+        score_zero_shot(features, None, {}, run=run)
     first = run.outer_path(1)
     with pytest.raises(RunError, match=re.escape(f"or one of its outer folds, such as {first}.")):
         run.require_holdout("that is needed")

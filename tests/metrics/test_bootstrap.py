@@ -180,3 +180,18 @@ def test_scores_of_several_models_are_compared_within_folds(seed):
     np.testing.assert_allclose(shifted.auroc_and_ap(weights), [areas, precisions], rtol=1e-12)
     one = RankedWithin(targets, scores, np.zeros(N, int)).auroc_and_ap(weights)
     np.testing.assert_allclose(one, RankedScores(targets, scores).auroc_and_ap(weights), rtol=1e-12)
+
+
+def test_knowing_the_prevalence_alone_ranks_nothing_within_folds():
+    """A fold with more positives left fewer to its model, so pooled scores rank backwards."""
+    rng = np.random.default_rng(0)
+    targets, folds = (rng.random((200, 1)) < 0.1).astype(np.float32), np.arange(200) % 5
+    learnt = np.array([targets[folds != fold].mean() for fold in range(5)])
+    scores, weights = learnt[folds][:, None], np.ones((1, 200))
+
+    within, precision = RankedWithin(targets, scores, folds).auroc_and_ap(weights)
+
+    np.testing.assert_allclose(within, 0.5)
+    n_positive = np.array([targets[folds == fold].sum() for fold in range(5)])
+    np.testing.assert_allclose(precision, np.average(n_positive / 40, weights=n_positive))
+    assert RankedScores(targets, scores).auroc_and_ap(weights)[0] < 0.45
