@@ -43,10 +43,16 @@ from cxr_cache.evaluation.scored import (
     find_groups,
     join_groups,
     parse_predictions,
+    read_groups,
     read_outer_folds,
 )
 from cxr_cache.metrics.intervals import LEVEL as LEVEL  # the page takes it from here
-from cxr_cache.metrics.operating_point import Calibration, OperatingPoint, choose_operating_point
+from cxr_cache.metrics.operating_point import (
+    Calibration,
+    OperatingPoint,
+    choose_operating_point,
+    find_rule,
+)
 from cxr_cache.metrics.paired import ScoredRows, score_jointly
 from cxr_cache.metrics.resampled import METHOD
 from cxr_cache.metrics.scores import (
@@ -317,10 +323,14 @@ def _score_nested(
     """Evaluate each outer fold's run, and then all of them as one test.
 
     Thresholds and calibration that are `chosen` anew are so in every outer fold, and for the model
-    that the run delivers, of which no figure is a figure.
+    that the run delivers, which no figure is of.
     """
     groups = run.groups_path if groups is None else groups
     outer, (rule, calibration, least) = run.outer_runs, chosen
+    find_rule(rule or run.threshold_rule)
+    if groups is not None:
+        read_groups(Path(groups))
+    run.drop_metrics()  # which would belong to other thresholds than those of the folds from now on
     of_outer = [
         score_run(
             part,

@@ -228,7 +228,8 @@ class Run:
             lines.append(f"  trained for {count(self.config['chosen_epochs'], 'epoch')}")
         with suppress(RunError, KeyError, TypeError):  # not evaluated, or by an earlier version
             area = self.read_metrics()["test"]["macro_auroc"]["value"]
-            lines.append(f"  macro AUROC of the test images: {area:.3f}")
+            of = "the nested cross-validation" if self.is_nested else "the test images"
+            lines.append(f"  macro AUROC of {of}: {area:.3f}")
         return "\n".join(lines)
 
     @classmethod
@@ -526,13 +527,17 @@ class Run:
         """
         _dump_metrics(metrics)  # what cannot be written fails before anything is removed
         model = None if point is None else self.load_model().read_at(point)
-        mark_written(self.path)
-        (self.path / _METRICS).unlink(missing_ok=True)
+        self.drop_metrics()
         if model is not None:
             self.save_model(model)
         for name, table in tables.items():
             self.write_table(name, table)
         self.write_metrics(metrics)
+
+    def drop_metrics(self) -> None:
+        """Remove ``metrics.json``, before something changes that its figures rest on."""
+        mark_written(self.path)
+        (self.path / _METRICS).unlink(missing_ok=True)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json``; what is undefined must be None, not NaN."""

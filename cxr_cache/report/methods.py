@@ -511,10 +511,16 @@ def _decisions(facts: _Facts) -> Iterator[str]:
             f"expect as if that were {PRIOR_POSITIVES:g} positive {facts.units} more."
         )
     both = "Thresholds" if method == "none" else "Calibration and thresholds"
-    yield (
-        f"{both} were chosen on out-of-fold predictions of the training set; the test set took no "
-        "part in any choice."
-    )
+    if facts.run.is_nested:
+        yield (
+            f"{both} were chosen, for each outer fold, on out-of-fold predictions of the others; "
+            "the outer fold took no part in any choice."
+        )
+    else:
+        yield (
+            f"{both} were chosen on out-of-fold predictions of the training set; the test set took "
+            "no part in any choice."
+        )
     if least := metrics.get("min_positives"):
         yield (
             f"Findings with fewer than {least} positive training {facts.units} got no threshold: "

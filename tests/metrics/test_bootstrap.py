@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as reference
 
 from cxr_cache.metrics import resampled as bootstrap_module
-from cxr_cache.metrics.resampled import RankedScores, bootstrap
+from cxr_cache.metrics.resampled import RankedScores, RankedWithin, bootstrap
 from cxr_cache.metrics.scores import auroc, confusion_counts
 from tests.oracles import average_precision, bootstrap_weights
 from tests.predictions import SEEDS, F, N, make_predictions, per_finding
@@ -148,3 +148,50 @@ def test_a_finding_of_one_study_is_defined_in_every_resample():
 
     assert not np.isnan(areas).any()
     assert not np.isnan(precisions).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_scores_of_several_models_are_compared_within_folds(seed):
+    """The mean of each fold's own figures under the weights, whatever else a fold's model adds."""
+    targets, scores = make_predictions(seed, decimals=2)
+    folds, weights = np.arange(N) // 2 % 4, bootstrap_weights(STUDIES, 3, seed)
+    ranked = RankedWithin(targets, scores, folds)
+    areas, precisions = ranked.auroc_and_ap(weights)
+
+    for f, r in np.ndindex(F, len(weights)):
+        of_folds = []
+        for fold in range(4):
+            rows = (folds == fold) & ~np.isnan(targets[:, f])
+            y, p, w = targets[rows, f], scores[rows, f], weights[r, rows]
+            if len(set(y)) == 2:
+                area = reference.roc_auc_score(y, p, sample_weight=w)
+                precision = reference.average_precision_score(y, p, sample_weight=w)
+                of_folds.append((area, precision, w[y == 1].sum(), w[y == 0].sum()))
+        if not of_folds:
+            assert np.isnan([areas[r, f], precisions[r, f]]).all()
+            continue
+        area, precision, present, absent = np.array(of_folds).T
+        expected = np.average(area, weights=present * absent)
+        np.testing.assert_allclose(areas[r, f], expected, rtol=1e-6)
+        expected = np.average(precision, weights=present)
+        np.testing.assert_allclose(precisions[r, f], expected, rtol=1e-6)
+
+    shifted = RankedWithin(targets, scores + 10.0 * folds[:, None], folds)
+    np.testing.assert_allclose(shifted.auroc_and_ap(weights), [areas, precisions], rtol=1e-12)
+    one = RankedWithin(targets, scores, np.zeros(N, int)).auroc_and_ap(weights)
+    np.testing.assert_allclose(one, RankedScores(targets, scores).auroc_and_ap(weights), rtol=1e-12)
+
+
+def test_knowing_the_prevalence_alone_ranks_nothing_within_folds():
+    """A fold with more positives left fewer to its model, so pooled scores rank backwards."""
+    rng = np.random.default_rng(0)
+    targets, folds = (rng.random((200, 1)) < 0.1).astype(np.float32), np.arange(200) % 5
+    learnt = np.array([targets[folds != fold].mean() for fold in range(5)])
+    scores, weights = learnt[folds][:, None], np.ones((1, 200))
+
+    within, precision = RankedWithin(targets, scores, folds).auroc_and_ap(weights)
+
+    np.testing.assert_allclose(within, 0.5)
+    n_positive = np.array([targets[folds == fold].sum() for fold in range(5)])
+    np.testing.assert_allclose(precision, np.average(n_positive / 40, weights=n_positive))
+    assert RankedScores(targets, scores).auroc_and_ap(weights)[0] < 0.45
