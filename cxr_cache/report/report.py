@@ -146,6 +146,7 @@ def write_joint_report(
     page = render_page(
         views,
         differences=collect_differences(comparison),
+        by_study=collect_differences(comparison, "studies") if len(comparison.rows) > 1 else None,
         unit=comparison.unit,
         notes=comparison.notes,
         **shown,
