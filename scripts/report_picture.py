@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
 
 WIDTH_PX: Final = 1280
 MARGIN_PX: Final = 12
+OPENED: Final = 5
+"""The finding of the table whose curves are shown, counted from 1."""
 
 
 def main() -> None:
-    """Save the top of the page of the demo's fine-tuned run, and under it a finding's curves."""
+    """Save the first screen of the demo's fine-tuned run, and its first findings, one opened."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path, help="folder that `cxr-cache demo` wrote")
     parser.add_argument("picture", type=Path, help="PNG file to write")
@@ -34,27 +36,14 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH_PX, "height": 1000})
         tab.goto(page.as_uri())
-        tab.locator("th[data-key=auroc] button").click()
-        tab.locator("button.open").first.click()
+        findings = tab.locator("button.open")
+        findings.nth(min(OPENED, findings.count()) - 1).click()
         shot = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
-        top_of_table = edge(tab, "#finding-table", "top") - MARGIN_PX
-        parts = [
-            shot.crop((0, 0, WIDTH_PX, edge(tab, "#trust", "bottom") + MARGIN_PX)),
-            shot.crop((0, top_of_table, WIDTH_PX, edge(tab, "tr.detail .charts", "bottom"))),
-        ]
+        charts = tab.locator("tr.detail .charts")
+        end: float = charts.evaluate("box => box.getBoundingClientRect().bottom + scrollY")
         browser.close()
-    picture = Image.new("RGB", (WIDTH_PX, sum(part.height for part in parts)))
-    picture.paste(parts[0])
-    picture.paste(parts[1], (0, parts[0].height))
+    picture = shot.crop((0, 0, WIDTH_PX, round(end) + MARGIN_PX))
     picture.quantize(256, dither=Image.Dither.NONE).save(arguments.picture, optimize=True)
-
-
-def edge(tab: Page, selector: str, side: str) -> int:
-    """Where the first such element begins or ends, from the top of the whole page."""
-    place: float = tab.locator(selector).first.evaluate(
-        "(element, side) => element.getBoundingClientRect()[side] + window.scrollY", side
-    )
-    return round(place)
 
 
 if __name__ == "__main__":

@@ -158,19 +158,25 @@ def _number(n: int) -> str:
     return "none is" if n == 0 else "1 is" if n == 1 else f"{n} are"
 
 
-def judge_differences(
-    views: Sequence[RunView], differences: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Sum up each run beside the first, as :func:`judge` does."""
-    first = views[0]
-    verdicts = []
-    for view in views[1:]:
-        rows = differences[view.name]["auroc"]
-        row = rows[""]
+def judge_differences(views: Sequence[RunView], differences: Mapping[str, Any]) -> dict[str, Any]:
+    """Sum up a comparison with the first run, as :func:`judge` does one run."""
+    first, *others = views
+    found: dict[str, list[str]] = {}
+    for view in others:
+        row = differences[view.name]["auroc"][""]
         side = "unknown" if row is None else _side(row["low"], row["high"], 0)
-        sentence = _say_difference(first.name, view.name, row, side)
-        verdicts.append({"side": side, "sentence": sentence, "more": _count_differing(view, rows)})
-    return verdicts
+        found.setdefault(side, []).append(view.name)
+    if len(others) == 1:
+        sentence = _say_difference(first.name, others[0].name, row, side)
+        more = _count_differing(others[0], differences[others[0].name]["auroc"])
+        return {"side": side, "sentence": sentence, "more": more}
+    said = [
+        f"{list_names(names)} {'is' if len(names) == 1 else 'are'} {_SIDES[side]}"
+        for side, names in sorted(found.items())
+    ]
+    sentence = f"Beside {first.name}, by their mean AUROC: {'; '.join(said)}."
+    more = "Differences, their intervals and p values stand below, for every finding."
+    return {"side": min(found), "sentence": sentence, "more": more}
 
 
 def _say_difference(first: str, name: str, row: Record | None, side: str) -> str:
@@ -192,6 +198,12 @@ def _say_difference(first: str, name: str, row: Record | None, side: str) -> str
 
 
 _ENDS: Final = ("low", "high")
+_SIDES: Final = {
+    "better": "better",
+    "worse": "worse",
+    "unclear": "not to be told from it",
+    "unknown": "without a verdict, as there is no interval",
+}
 
 
 def _count_differing(view: RunView, rows: Mapping[str, Record]) -> str:
@@ -207,6 +219,35 @@ def _count_differing(view: RunView, rows: Mapping[str, Record]) -> str:
         f"Of the {count(len(tested), 'finding')} compared, {_number(n_better)} better with "
         f"{view.name} and {_number(len(found) - n_better)} worse, beyond luck."
     )
+
+
+def judge_curve(rows: Sequence[Record], unit: str) -> dict[str, Any]:
+    """Sum up the learning curve of one setting, the fewest first, as :func:`judge` does a run.
+
+    The smallest number counts from which on no number can be told from the largest.
+    """
+    *fewer, most = rows
+    if not fewer:
+        return {"side": "unknown", "sentence": f"One number of {unit} is no curve.", "more": ""}
+    whole = f"all {most[unit]:,.0f} {unit}" if most["n_train"] == "all" else f"{most[unit]:,.0f}"
+    enough = most
+    for row in reversed(fewer):
+        if row["low"] is None or row["high"] < 0:
+            break
+        enough = row
+    more = f"This is of the setting that scores best on the most {unit}: {most['setting']}."
+    if all(row["low"] is None for row in fewer):
+        return {"side": "unknown", "sentence": "No verdict without intervals.", "more": more}
+    if enough is most:
+        last = fewer[-1]
+        sentence = (
+            f"More labels still help: on {last[unit]:,.0f} {unit} the mean AUROC is "
+            f"{-last['difference']:.3f} lower than on {whole} "
+            f"({-last['high']:.3f} to {-last['low']:.3f})."
+        )
+        return {"side": "better", "sentence": sentence, "more": more}
+    sentence = f"The score on {enough[unit]:,.0f} {unit} cannot be told from that on {whole}."
+    return {"side": "unclear", "sentence": sentence, "more": more}
 
 
 def _side(low: float | None, high: float | None, baseline: float) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
 
@@ -21,6 +21,7 @@ from cxr_cache.evaluation.compare import COMPARED
 from cxr_cache.evaluation.curves import MAX_POINTS
 from cxr_cache.evaluation.evaluate import FEW_POSITIVES, LEVEL, describe_sample
 from cxr_cache.evaluation.figures import MEASURES
+from cxr_cache.evaluation.matching import name_data_set
 from cxr_cache.metrics.scores import NEVER
 from cxr_cache.report.composition import count_line, tabulate_people
 from cxr_cache.report.headline import (
@@ -28,11 +29,18 @@ from cxr_cache.report.headline import (
     describe_split,
     find_leak,
     judge,
+    judge_curve,
     judge_differences,
     list_facts,
+    title_data_set,
+    title_encoder,
     title_page,
 )
-from cxr_cache.report.views import RunView, collect_charts
+from cxr_cache.report.views import RunView, collect_charts, to_records
+
+if TYPE_CHECKING:
+    from cxr_cache.store.layout import Header
+    from cxr_cache.training.ablate import Ablation
 
 MAX_RUNS: Final = 6
 """Runs on one page; more could not be told apart by colour and dash."""
@@ -90,7 +98,7 @@ def render_page(
         dates=describe_dates(views[0]),
         split_words=describe_split(views[0]),
         leaks=list(dict.fromkeys(filter(None, map(find_leak, views)))),
-        verdicts=judge_differences(views, differences) if differences else [judge(views[0])],
+        verdict_of_all=judge_differences(views, differences) if differences else judge(views[0]),
         places={finding: place for place, finding in enumerate(views[0].per_finding)},
         scale_ends=_choose_scale(views[0]),
         difference_ends=_choose_difference_scale(views[0], differences or {}),
@@ -110,6 +118,57 @@ def render_page(
         optimism=OPTIMISM_OF_PLATEAU,
         level=LEVEL,
         max_points=MAX_POINTS,
+    )
+
+
+def render_curve_page(ablation: Ablation, header: Header, store: str) -> str:
+    """The page of a learning curve, on features that the header of a store describes.
+
+    Parameters
+    ----------
+    ablation
+        One whose settings say how many images to train on, so that it has a curve.
+    header
+        Of the store, or of the first of several.
+    store
+        Path of that store.
+    """
+    assert ablation.curve is not None
+    unit = "images" if "images" in ablation.curve else "studies"
+    rows = to_records(ablation.curve)
+    settings = list(ablation.table["setting"])  # the best first
+    for row in rows:
+        row["place"] = settings.index(row["setting"])
+    best = [row for row in rows if row["setting"] == ablation.best.label]
+    names = title_data_set(name_data_set(header.findings, header.reading), store)
+    scores = [row["mean_auroc"] - (row["std_repeats"] or 0) for row in rows]
+    return (
+        make_environment()
+        .get_template("curve.html.j2")
+        .render(
+            title=(
+                names,
+                f"how many labelled {unit}, with {title_encoder(header.encoder['name'])}",
+            ),
+            facts=[
+                ("Numbers tried", ", ".join(row["n_train"] for row in best)),
+                (
+                    "Settings",
+                    str(len(settings))
+                    + ", baselines among them" * ("baseline" in set(ablation.table["kind"])),
+                ),
+                ("Findings", f"{len(header.findings)}, scored by {ablation.measure}"),
+            ],
+            verdict=judge_curve(best, unit),
+            rows=rows,
+            unit=unit,
+            ends=_choose_ends(scores),
+            has_repeats=any(row["std_repeats"] is not None for row in rows),
+            notes=ablation.notes,
+            is_random=ablation.is_random,
+            never=NEVER,
+            level=LEVEL,
+        )
     )
 
 
@@ -169,7 +228,10 @@ class _Ends:
 
 def _choose_scale(view: RunView) -> _Ends:
     """From 0.4, or lower where an interval of a finding that can be judged reaches lower, to 1."""
-    bounds = [row["auroc_low"] or row["auroc"] for row in view.judged]
+    return _choose_ends([row["auroc_low"] or row["auroc"] for row in view.judged])
+
+
+def _choose_ends(bounds: Sequence[float]) -> _Ends:
     low = max(0, math.floor(10 * min([0.4, *bounds])) / 10)
     step = 0.1 if low > 0.3 else 0.25
     ticks = [k * step for k in range(11) if low <= k * step <= 1]
