@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _TITLES: Final = {
     "indiana": "Indiana University chest X-rays",
     "openi": "Indiana University chest X-rays (Open-i)",
+    "phantoms": "Synthetic chest X-rays",
     **{form.format: form.title for form in reversed(FORMS)},
 }
 """Published data sets by the names of their readers."""
@@ -104,10 +105,12 @@ def describe_dates(view: RunView) -> str:
 
 def find_leak(view: RunView) -> str:
     """Say that the split lets a model see what it is tested on; empty where it does not."""
+    if view.external is not None:
+        return ""
     split = view.config.get("split", {})
     if split.get("n_shared"):
         return f"{count(split['n_shared'], split['unit'])} on both sides of the split"
-    if view.external is None and view.options.get("split_by") == "image":
+    if view.options.get("split_by") == "image":
         return "Split by single image: images of one study may be on both sides"
     return ""
 
@@ -151,7 +154,9 @@ def _count_judged(view: RunView) -> str:
         said.append(f"{_number(n_worse)} worse")
     if unclear := n - n_better - n_worse:
         said.append(f"{unclear} cannot be told from it")
-    return f"Of the {count(n, 'finding')} that can be judged, {list_names(said)}."
+    if n == 1:
+        return f"Of the findings, a single one can be judged: {list_names(said)}."
+    return f"Of the {n} findings that can be judged, {list_names(said)}."
 
 
 def _number(n: int) -> str:
@@ -235,7 +240,7 @@ def judge_curve(rows: Sequence[Record], unit: str) -> dict[str, Any]:
         if row["low"] is None or row["high"] < 0:
             break
         enough = row
-    more = f"This is of the setting that scores best on the most {unit}: {most['setting']}."
+    more = f"This is of the head that scores best on the most {unit}: {most['setting']}."
     if all(row["low"] is None for row in fewer):
         return {"side": "unknown", "sentence": "No verdict without intervals.", "more": more}
     if enough is most:
@@ -246,7 +251,11 @@ def judge_curve(rows: Sequence[Record], unit: str) -> dict[str, Any]:
             f"({-last['high']:.3f} to {-last['low']:.3f})."
         )
         return {"side": "better", "sentence": sentence, "more": more}
-    sentence = f"The score on {enough[unit]:,.0f} {unit} cannot be told from that on {whole}."
+    bounds = f"({enough['low']:+.3f} to {enough['high']:+.3f})"
+    sentence = (
+        f"The mean AUROC on {enough[unit]:,.0f} {unit} cannot be told from that on {whole}: the "
+        f"difference is {enough['difference']:+.3f} {bounds}."
+    )
     return {"side": "unclear", "sentence": sentence, "more": more}
 
 

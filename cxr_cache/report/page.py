@@ -228,10 +228,12 @@ class _Ends:
 
 def _choose_scale(view: RunView) -> _Ends:
     """From 0.4, or lower where an interval of a finding that can be judged reaches lower, to 1."""
-    return _choose_ends([row["auroc_low"] or row["auroc"] for row in view.judged])
+    bounds = (row["auroc_low"] for row in view.judged)
+    return _choose_ends([low for low in bounds if low is not None])
 
 
 def _choose_ends(bounds: Sequence[float]) -> _Ends:
+    """A scale of AUROCs from 0.4, or the tenth below the smallest of the bounds, to 1."""
     low = max(0, math.floor(10 * min([0.4, *bounds])) / 10)
     step = 0.1 if low > 0.3 else 0.25
     ticks = [k * step for k in range(11) if low <= k * step <= 1]

@@ -184,7 +184,8 @@ def test_dates_are_those_of_the_manifest(tmp_path):
         (
             [(-0.2, -0.3, -0.1), (-0.01, -0.05, 0.03)],
             "unclear",
-            "The score on 100 images cannot be told from that on all 1,000 images.",
+            "The mean AUROC on 100 images cannot be told from that on all 1,000 images: the "
+            "difference is -0.010 (-0.050 to +0.030).",
         ),
         (
             [(0.0, -0.1, 0.1), (-0.1, -0.2, -0.05)],  # luck at the smallest number is not enough

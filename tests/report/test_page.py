@@ -140,6 +140,16 @@ def joint(run, rival, folder) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def decided(run, rival, folder) -> Path:
+    """The page of two runs, had every finding differed, the rare ones too."""
+    comparison = compare_runs(run, rival, n_resamples=20)
+    differences = collect_differences(replace(comparison, table=comparison.table.assign(p_holm=0)))
+    file = folder / "decided.html"
+    file.write_text(render_page([read_view(run), read_view(rival)], differences=differences))
+    return file
+
+
 def test_it_opens_with_its_figures_drawn(see, page, run):
     seen = see(page)
     seen.unfold()
@@ -417,7 +427,8 @@ def test_the_page_of_an_external_test_stands_beside_the_runs_own(see, external):
 
 
 @pytest.mark.parametrize(
-    ("kind", "width"), [("page", 320), ("page", 390), ("joint", 390), ("external", 390)]
+    ("kind", "width"),
+    [("page", 320), ("page", 390), ("joint", 390), ("decided", 390), ("external", 390)],
 )
 def test_nothing_sticks_out_of_a_small_screen(see, request, kind, width):
     seen = see(request.getfixturevalue(kind), viewport={"width": width, "height": 800})
@@ -564,17 +575,21 @@ def test_maps_are_laid_over_the_pictures_by_one_switch(see, run, folder):
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_readme_is_made_from_a_page(browser, page, folder):
-    demo = folder / "demo" / "finetuned"
-    demo.mkdir(parents=True)
-    shutil.copy(page, demo / "report.html")
+def test_the_picture_of_the_readme_is_made_from_a_page_without_radiographs(page, folder):
     script, picture = REPOSITORY / "scripts" / "report_picture.py", folder / "picture.png"
 
-    subprocess.run([sys.executable, script, demo.parent, picture], check=True)
+    subprocess.run([sys.executable, script, page, picture], check=True)
 
     assert picture.stat().st_size < 300_000
     with Image.open(picture) as image, Image.open(REPOSITORY / "docs" / "report.png") as shown:
         assert image.width == shown.width == 1280
+    file = folder / "radiographs.html"
+    cases = '<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">'
+    file.write_text(page.read_text().replace("</main>", f"{cases}</main>"))
+    refused = subprocess.run(
+        [sys.executable, script, file, picture], capture_output=True, text=True
+    )
+    assert "holds pictures; write it without --image-dir" in refused.stderr
 
 
 def test_a_page_without_pictures_says_how_to_get_them(see, page):
