@@ -1,6 +1,8 @@
-"""The picture of a page in the README, from the phantoms of a demo: no real radiograph.
+"""The picture of a page in the README: figures and curves, and no radiograph.
 
-    cxr-cache demo DIR && python scripts/report_picture.py DIR docs/report.png
+    python scripts/report_picture.py runs/first/report.html docs/report.png
+
+A page that holds pictures of radiographs is refused.
 
 Needs the extra ``dev`` (Playwright) and a Chromium on the path.
 """
@@ -14,47 +16,37 @@ from pathlib import Path
 from typing import Final
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
 
 WIDTH_PX: Final = 1280
-MARGIN_PX: Final = 12
+MARGIN_PX: Final = 4
+OPENED: Final = 5
+"""The finding of the table whose curves are shown, counted from 1."""
 
 
 def main() -> None:
-    """Save the top of the page of the demo's fine-tuned run, and under it a finding's curves."""
+    """Save the first screen of a run's page, and its first findings, one of them opened."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("demo", type=Path, help="folder that `cxr-cache demo` wrote")
+    parser.add_argument("page", type=Path, help="report.html of a run")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     arguments = parser.parse_args()
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
         parser.error("there is no chromium on the path")
-    page = arguments.demo.resolve() / "finetuned" / "report.html"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": WIDTH_PX, "height": 1000})
-        tab.goto(page.as_uri())
-        tab.locator("th[data-key=auroc] button").click()
-        tab.locator("button.open").first.click()
+        tab.goto(arguments.page.resolve().as_uri())
+        if tab.locator("img").count():
+            parser.error(f"{arguments.page} holds pictures; write it without --image-dir")
+        findings = tab.locator("button.open")
+        findings.nth(min(OPENED, findings.count()) - 1).click()
         shot = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
-        top_of_table = edge(tab, "#finding-table", "top") - MARGIN_PX
-        parts = [
-            shot.crop((0, 0, WIDTH_PX, edge(tab, "#trust", "bottom") + MARGIN_PX)),
-            shot.crop((0, top_of_table, WIDTH_PX, edge(tab, "tr.detail .charts", "bottom"))),
-        ]
+        charts = tab.locator("tr.detail .charts")
+        end: float = charts.evaluate("box => box.getBoundingClientRect().bottom + scrollY")
         browser.close()
-    picture = Image.new("RGB", (WIDTH_PX, sum(part.height for part in parts)))
-    picture.paste(parts[0])
-    picture.paste(parts[1], (0, parts[0].height))
+    picture = shot.crop((0, 0, WIDTH_PX, round(end) + MARGIN_PX))
     picture.quantize(256, dither=Image.Dither.NONE).save(arguments.picture, optimize=True)
-
-
-def edge(tab: Page, selector: str, side: str) -> int:
-    """Where the first such element begins or ends, from the top of the whole page."""
-    place: float = tab.locator(selector).first.evaluate(
-        "(element, side) => element.getBoundingClientRect()[side] + window.scrollY", side
-    )
-    return round(place)
 
 
 if __name__ == "__main__":

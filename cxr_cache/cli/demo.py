@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -71,6 +72,8 @@ def run_demo(
     echo("   RANDOM WEIGHTS: this encoder has never seen an image. It shows how the tool works,")
     echo("   not how well BiomedCLIP does; results say nothing about radiographs.")
     cohort = load_cohort(phantoms.csv_dir)
+    assert cohort.reading is not None
+    cohort = replace(cohort, reading=replace(cohort.reading, format="phantoms"))
     encoder = load_encoder(ENCODER, precision="fp32")
     store_path = folder / "features.h5"
     caching = ExtractConfig(unfreeze_layers=UNFREEZE_LAYERS)

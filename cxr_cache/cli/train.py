@@ -153,6 +153,7 @@ def ablate(
     """
     from cxr_cache.jobs.runs import refit_best
     from cxr_cache.report.plots import draw_ablation, draw_curve
+    from cxr_cache.report.report import write_curve_page
     from cxr_cache.training.ablate import make_settings, run_ablation
     from cxr_cache.training.baselines import BASELINES
 
@@ -179,7 +180,8 @@ def ablate(
     say(f"Table and plot: {out / 'ablation.csv'}, {plot}")
     if ablation.curve is not None:
         plot = draw_curve(ablation.curve, out / "curve.png")
-        say(f"Learning curve: {out / 'curve.csv'}, {plot}")
+        page = write_curve_page(ablation, stores[0], out / "curve.html")
+        say(f"Learning curve: {out / 'curve.csv'}, {plot}, {page}")
     best = None
     if own.refit:
         with counting("epochs") as on_progress:

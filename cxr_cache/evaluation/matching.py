@@ -26,7 +26,7 @@ NOT_LABELLED: Final = "not labelled"
 _REVERSED: Final = {"broader": "narrower", "narrower": "broader"}
 _SCHEMES: Final = {
     **dict.fromkeys(("", "table", "classes", "images"), ""),  # the user's own: nothing is known
-    "openi": "indiana",
+    **dict.fromkeys(("openi", "phantoms"), "indiana"),
     **dict.fromkeys(("chexpert-plus", "mimic-cxr-jpg", "brax"), "chexpert"),
     "vinbigdata": "vindr",
 }

@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
 
@@ -28,9 +29,26 @@ from cxr_cache.evaluation.evaluate import (
     describe_strength,
 )
 from cxr_cache.evaluation.figures import MEASURES
+from cxr_cache.evaluation.matching import name_data_set
 from cxr_cache.metrics.scores import NEVER
 from cxr_cache.report.composition import count_line, tabulate_people
-from cxr_cache.report.views import RunView, collect_charts
+from cxr_cache.report.headline import (
+    describe_dates,
+    describe_split,
+    find_leak,
+    judge,
+    judge_curve,
+    judge_differences,
+    list_facts,
+    title_data_set,
+    title_encoder,
+    title_page,
+)
+from cxr_cache.report.views import RunView, collect_charts, to_records
+
+if TYPE_CHECKING:
+    from cxr_cache.store.layout import Header
+    from cxr_cache.training.ablate import Ablation
 
 MAX_RUNS: Final = 6
 """Runs on one page; more could not be told apart by colour and dash."""
@@ -42,6 +60,7 @@ def render_page(
     views: list[RunView],
     *,
     differences: Mapping[str, Any] | None = None,
+    by_study: Mapping[str, Any] | None = None,
     unit: Unit = "study",
     notes: Sequence[str] = (),
     cases: Sequence[Mapping[str, Any]] | None = None,
@@ -57,6 +76,8 @@ def render_page(
         The runs; the first is what the others are compared with.
     differences
         What :func:`cxr_cache.report.views.collect_differences` returns, for several runs.
+    by_study
+        The same by study, where `differences` are by image.
     unit
         What was resampled for their intervals.
     notes
@@ -80,7 +101,17 @@ def render_page(
         views=views,
         first=views[0],
         several=len(views) > 1,
+        title=title_page(views),
+        facts=list_facts(views[0]),
+        dates=describe_dates(views[0]),
+        split_words=describe_split(views[0]),
+        leaks=list(dict.fromkeys(filter(None, map(find_leak, views)))),
+        verdict_of_all=judge_differences(views, differences) if differences else judge(views[0]),
+        places={finding: place for place, finding in enumerate(views[0].per_finding)},
+        scale_ends=_choose_scale(views[0]),
+        difference_ends=_choose_difference_scale(views[0], differences or {}),
         differences=differences,
+        by_study=by_study,
         units=UNITS[unit],
         notes=notes,
         has_pictures=pictures is not None,
@@ -98,6 +129,57 @@ def render_page(
         nested=NESTED,
         nested_model=NESTED_MODEL,
         nested_intervals=NESTED_INTERVALS,
+    )
+
+
+def render_curve_page(ablation: Ablation, header: Header, store: str) -> str:
+    """The page of a learning curve, on features that the header of a store describes.
+
+    Parameters
+    ----------
+    ablation
+        One whose settings say how many images to train on, so that it has a curve.
+    header
+        Of the store, or of the first of several.
+    store
+        Path of that store.
+    """
+    assert ablation.curve is not None
+    unit = "images" if "images" in ablation.curve else "studies"
+    rows = to_records(ablation.curve)
+    settings = list(ablation.table["setting"])  # the best first
+    for row in rows:
+        row["place"] = settings.index(row["setting"])
+    best = [row for row in rows if row["setting"] == ablation.best.label]
+    names = title_data_set(name_data_set(header.findings, header.reading), store)
+    scores = [row["mean_auroc"] - (row["std_repeats"] or 0) for row in rows]
+    return (
+        make_environment()
+        .get_template("curve.html.j2")
+        .render(
+            title=(
+                names,
+                f"how many labelled {unit}, with {title_encoder(header.encoder['name'])}",
+            ),
+            facts=[
+                ("Numbers tried", ", ".join(row["n_train"] for row in best)),
+                (
+                    "Settings",
+                    str(len(settings))
+                    + ", baselines among them" * ("baseline" in set(ablation.table["kind"])),
+                ),
+                ("Findings", f"{len(header.findings)}, scored by {ablation.measure}"),
+            ],
+            verdict=judge_curve(best, unit),
+            rows=rows,
+            unit=unit,
+            ends=_choose_ends(scores),
+            has_repeats=any(row["std_repeats"] is not None for row in rows),
+            notes=ablation.notes,
+            is_random=ablation.is_random,
+            never=NEVER,
+            level=LEVEL,
+        )
     )
 
 
@@ -130,6 +212,8 @@ def make_environment() -> jinja2.Environment:
         "capitalize_first": _capitalize_first,
         "counts": count_line,
         "people": tabulate_people,
+        "place": _place,
+        "by_difference": _sort_by_difference,
     }
     environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment
@@ -142,6 +226,65 @@ def _collect_warnings(views: list[RunView]) -> dict[str, list[str]]:
         for warning in view.config["warnings"]:
             warnings.setdefault(warning, []).append(view.name)
     return warnings
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The scale that the bars of a column share."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    form: str
+
+
+def _choose_scale(view: RunView) -> _Ends:
+    """From 0.4, or lower where an interval of a finding that can be judged reaches lower, to 1."""
+    bounds = (row["auroc_low"] for row in view.judged)
+    return _choose_ends([low for low in bounds if low is not None])
+
+
+def _choose_ends(bounds: Sequence[float]) -> _Ends:
+    """A scale of AUROCs from 0.4, or the tenth below the smallest of the bounds, to 1."""
+    low = max(0, math.floor(10 * min([0.4, *bounds])) / 10)
+    step = 0.1 if low > 0.3 else 0.25
+    ticks = [k * step for k in range(11) if low <= k * step <= 1]
+    return _Ends(low, 1, tuple(ticks), "%.1f" if step == 0.1 else "%.2g")
+
+
+def _choose_difference_scale(view: RunView, differences: Mapping[str, Any]) -> _Ends:
+    """As far on either side of 0 as the widest interval of a finding that can be judged."""
+    rows = [of["auroc"].get(row["finding"]) for of in differences.values() for row in view.judged]
+    bounds = [
+        abs(row[end])
+        for row in rows
+        for end in ("difference", "low", "high")
+        if row and row.get(end) is not None
+    ]
+    reach = next(
+        end
+        for end in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 1)
+        if end >= min(max(bounds, default=0), 1)
+    )
+    return _Ends(-reach, reach, (-reach / 2, 0, reach / 2), "%+.3g")
+
+
+def _place(value: float, ends: _Ends) -> float:
+    """Where a value lies on a scale, in percent of it; at its end where it lies outside."""
+    share = (value - ends.low) / (ends.high - ends.low)
+    return round(100 * min(max(share, 0), 1), 1)
+
+
+def _sort_by_difference(
+    rows: Sequence[Mapping[str, Any]], differences: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """Rows of findings, those that gain most first, and those not compared last."""
+
+    def gain(row: Mapping[str, Any]) -> float:
+        difference: float | None = differences[row["finding"]]["difference"]
+        return -math.inf if difference is None else difference
+
+    return sorted(rows, key=gain, reverse=True)
 
 
 def _source(environment: jinja2.Environment, name: str) -> str:

@@ -14,13 +14,15 @@ from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.models.run import Run
 from cxr_cache.report.cases import PER_KIND, find_cases
 from cxr_cache.report.model_card import render_card
-from cxr_cache.report.page import MAX_RUNS, render_page
+from cxr_cache.report.page import MAX_RUNS, render_curve_page, render_page
 from cxr_cache.report.pictures import draw_maps, draw_thumbnails
 from cxr_cache.report.plots import draw_plots, draw_test_plots
 from cxr_cache.report.views import collect_differences, read_external_view, read_view
+from cxr_cache.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
     from cxr_cache.encoders.encoder import Encoder
+    from cxr_cache.training.ablate import Ablation
 
 _MARK: Final = b'<meta name="generator" content="cxr-cache">'
 
@@ -147,12 +149,31 @@ def write_joint_report(
     page = render_page(
         views,
         differences=collect_differences(comparison),
+        by_study=collect_differences(comparison, "studies") if len(comparison.rows) > 1 else None,
         unit=comparison.unit,
         notes=comparison.notes,
         **shown,
     )
     write_whole(path, page.encode())
     return path
+
+
+def write_curve_page(ablation: Ablation, store: str | Path, path: str | Path) -> Path:
+    """Write the page of a learning curve.
+
+    Parameters
+    ----------
+    ablation
+        One that has a curve.
+    store
+        The feature store that it trained on, or the first of several.
+    path
+        HTML file to write.
+    """
+    with FeatureStore.open(store) as features:
+        page = render_curve_page(ablation, features.header, str(store))
+    write_whole(Path(path), page.encode())
+    return Path(path)
 
 
 def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:

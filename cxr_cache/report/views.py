@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from cxr_cache.common.manifest import read_manifest
 from cxr_cache.datasets.collections.labelling import say_whose_labels
 from cxr_cache.datasets.flow import parse_flow
-from cxr_cache.evaluation.compare import MACRO, Comparison
+from cxr_cache.evaluation.compare import MACRO, Comparison, Rows
 from cxr_cache.evaluation.composition import WRITTEN
 from cxr_cache.evaluation.curves import MAX_POINTS, POOLED
 from cxr_cache.evaluation.evaluate import find_few
@@ -60,6 +62,8 @@ _FEATURES: Final = {
     "both": "embeddings and pooled outputs",
 }
 _SAME_AUROC: Final = 1e-6
+_VERBS: Final = {"train": "trained", "finetune": "trained", "evaluate": "evaluated"}
+"""What commands do to a run, by their names in a manifest."""
 
 Record = dict[str, Any]
 
@@ -117,6 +121,20 @@ class RunView:
     """Of a test on another data set, what ``metrics.json`` says of it."""
     reads: SplitReads | None = None
     """How often its test split has been read; None where that was never counted."""
+    dates: dict[str, str] = field(default_factory=dict)
+    """The days on which it was ``trained`` and last ``evaluated``, as its manifest knows them."""
+
+    @property
+    def judged(self) -> list[Record]:
+        """Findings that the test has enough positives of to judge them, the best first."""
+        rows = [row for row in self.per_finding.values() if _is_judged(row)]
+        return sorted(rows, key=lambda row: -row["auroc"])
+
+    @property
+    def unjudged(self) -> list[Record]:
+        """The other findings, those with the most positives first."""
+        rows = [row for row in self.per_finding.values() if not _is_judged(row)]
+        return sorted(rows, key=lambda row: -row["n_positive_test"])
 
     @property
     def outer_folds(self) -> list[Record]:
@@ -248,6 +266,7 @@ def read_view(run: Run, name: str | None = None) -> RunView:
         zero_shot=zero_shot,
         zero_shot_is_stale=has_zero_shot and zero_shot is None,
         reads=SplitReads.of_run(run),
+        dates=_read_dates(run),
     )
 
 
@@ -267,7 +286,22 @@ def read_external_view(test: Run) -> RunView:
         zero_shot_is_stale=False,
         external=external,
         reads=SplitReads.of_run(test),
+        dates=_read_dates(test),
     )
+
+
+def _read_dates(run: Run) -> dict[str, str]:
+    """Days of the first training and the last evaluation; a call from Python leaves none."""
+    started = [
+        (_VERBS[entry["command"]], datetime.fromisoformat(entry["started"]))
+        for entry in read_manifest(run.path)
+        if entry.get("command") in _VERBS
+    ]
+    return {verb: f"{day.day} {day:%B %Y}" for verb, day in started}
+
+
+def _is_judged(row: Record) -> bool:
+    return row["auroc"] is not None and not row["is_few"]
 
 
 def _read_metrics(run: Run) -> Record:
@@ -323,9 +357,11 @@ def to_records(table: pd.DataFrame) -> list[Record]:
     ]
 
 
-def collect_differences(comparison: Comparison) -> dict[str, dict[str, dict[str, Record]]]:
-    """Rows of a comparison, over images if it has them, by run, measure and finding or blank."""
-    of_images = comparison.table[comparison.table["rows"] == comparison.rows[0]]
+def collect_differences(
+    comparison: Comparison, rows: Rows | None = None
+) -> dict[str, dict[str, dict[str, Record]]]:
+    """Rows of a comparison by run, measure and finding or blank; over images if it has them."""
+    of_images = comparison.table[comparison.table["rows"] == (rows or comparison.rows[0])]
     nested: dict[str, dict[str, dict[str, Record]]] = {}
     for row in to_records(of_images):
         by_measure = nested.setdefault(row["run"], {}).setdefault(row["measure"], {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,10 @@ class Watched:
             "cells => cells.map(cell => cell.dataset.name)",
         )
 
+    def unfold(self) -> None:
+        """Open every section that is folded away."""
+        self.tab.get_by_role("button", name="Open all").click()
+
     def width(self) -> int:
         return self.tab.evaluate("document.documentElement.scrollWidth")
 
@@ -135,10 +140,22 @@ def joint(run, rival, folder) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def decided(run, rival, folder) -> Path:
+    """The page of two runs, had every finding differed, the rare ones too."""
+    comparison = compare_runs(run, rival, n_resamples=20)
+    differences = collect_differences(replace(comparison, table=comparison.table.assign(p_holm=0)))
+    file = folder / "decided.html"
+    file.write_text(render_page([read_view(run), read_view(rival)], differences=differences))
+    return file
+
+
 def test_it_opens_with_its_figures_drawn(see, page, run):
     seen = see(page)
+    seen.unfold()
 
-    assert seen.texts("h1") == ["run"]
+    assert seen.texts("h1") == ["Own data (features) with tiny"]
+    assert seen.tab.title() == "Own data (features), with tiny · cxr-cache"
     assert seen.tab.locator("#pooled svg path.line").count() == 3
     assert seen.tab.locator("[data-search] svg").count() == 3  # search, loss, AUROC
     assert seen.tab.locator("#search svg .dot").count() == len(run.read_table("epoch_search"))
@@ -152,22 +169,27 @@ def test_it_opens_with_its_figures_drawn(see, page, run):
 
 def test_headings_sort_the_findings_and_blanks_stay_last(see, page, run):
     seen = see(page)
-    table = run.read_table("per_finding").dropna(subset=["auroc"])
-    best_first = table.sort_values("auroc", ascending=False)["finding"].tolist()
-    unscored = ["Bronchiolitis"]
-    assert seen.shown_findings() == list(FINDINGS)
+    view = read_view(run)
+    judged, others = ([row["finding"] for row in rows] for rows in (view.judged, view.unjudged))
+    assert judged
+    assert others[-1] == "Bronchiolitis"  # not scored
+    assert seen.shown_findings() == judged + others
     heading = seen.tab.locator("th[data-key=auroc]")
 
+    def by_auroc(names: list[str], sign: int) -> list[str]:
+        auroc = {name: view.per_finding[name]["auroc"] for name in names}
+        return sorted(names, key=lambda name: (auroc[name] is None, sign * (auroc[name] or 0)))
+
     heading.locator("button").click()
-    assert seen.shown_findings() == best_first + unscored
+    assert seen.shown_findings() == by_auroc(judged, -1) + by_auroc(others, -1)
     assert heading.get_attribute("aria-sort") == "descending"
 
     heading.locator("button").press("Enter")
-    assert seen.shown_findings() == best_first[::-1] + unscored
+    assert seen.shown_findings() == by_auroc(judged, 1) + by_auroc(others, 1)
     assert heading.get_attribute("aria-sort") == "ascending"
 
     seen.tab.locator("th[data-key=name] button").press("Space")
-    assert seen.shown_findings() == sorted(FINDINGS)
+    assert seen.shown_findings() == sorted(judged) + sorted(others)
     assert heading.get_attribute("aria-sort") is None
 
 
@@ -183,12 +205,18 @@ def test_zero_shot_is_a_column_that_sorts(see, page, run, folder):
         "#finding-table tbody td[data-zero-shot]",
         "cells => cells.map(c => [c.closest('tr').cells[0].dataset.name, c.innerText.trim()])",
     )
-    assert cells == [[finding, f"{value:.3f}"] for finding, value in table["zero_shot"].items()]
+    assert dict(cells) == {name: f"{value:.3f}" for name, value in table["zero_shot"].items()}
     heading = seen.tab.locator("th[data-key=zero-shot]")
     heading.locator("button").click()
     best_first = table.sort_values("zero_shot", ascending=False).index.tolist()
-    assert seen.shown_findings() == [*best_first, "Hernia", "Bronchiolitis"]
-    assert heading.evaluate("cell => cell.cellIndex") == 3
+    judged = {row["finding"] for row in read_view(copy).judged}
+    few = [name for name in best_first if name not in judged]
+    assert seen.shown_findings() == [
+        *(name for name in best_first if name in judged),
+        *few,
+        *("Hernia", "Bronchiolitis"),
+    ]
+    assert heading.evaluate("cell => cell.cellIndex") == 5
     seen.tab.get_by_role("button", name="Nodule").click()
     words = seen.tab.locator("tr.detail p.zero-shot").inner_text()
     row = table.loc["Nodule"]
@@ -196,9 +224,7 @@ def test_zero_shot_is_a_column_that_sorts(see, page, run, folder):
     assert f"the run minus zero-shot is {row['difference']:+.3f} (" in words
     assert "They were “nodule is seen” against “no finding | normal”." in words
     assert "over the 4 of 5 scored findings" in seen.tab.locator("#zero-shot").inner_text()
-    assert seen.tab.evaluate(
-        "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('#findings .scroll'))"
-    )
+    assert seen.width() == 1280
 
     without = see(page)
     assert without.tab.locator("th[data-key=zero-shot], [data-zero-shot], #zero-shot").count() == 0
@@ -218,7 +244,8 @@ def test_the_filter_finds_names_and_hides_rare_findings(see, page, run):
     seen.tab.get_by_label("only with 10 positive studies or more").check()
     table = run.read_table("per_finding")
     has_enough = table["n_positive_studies_test"] >= 10
-    assert seen.shown_findings() == table[has_enough]["finding"].tolist()
+    assert set(seen.shown_findings()) == set(table[has_enough]["finding"])
+    assert not seen.tab.locator("tr.group").is_visible()
     assert 0 < len(seen.shown_findings()) < len(FINDINGS)
 
 
@@ -320,12 +347,13 @@ def test_text_stands_out_in_both_colour_schemes(see, page, scheme):
     seen.tab.get_by_role("button", name="Nodule").click()
 
     for selector, prop, least in [
-        *((s, "color", 4.5) for s in ("h1", ".note", ".interval", "td", ".notice li", "nav a")),
+        *((s, "color", 4.5) for s in ("h1", ".note", ".interval", "td", "#trust li", "#trust a")),
         *((s, "color", 4.5) for s in ("thead th", "tr.few td", "figcaption span", ".matrix td")),
         ("svg text", "fill", 4.5),
         ("svg path.line", "stroke", 3),
         ("svg path.base", "stroke", 3),
         (".scale b", "backgroundColor", 3),
+        ("td.track b", "backgroundColor", 3),
     ]:
         ratio = seen.tab.locator(selector).first.evaluate(CONTRAST, prop)
         assert ratio >= least, (selector, ratio)
@@ -378,15 +406,20 @@ def external(folder) -> Path:
 def test_the_page_of_an_external_test_stands_beside_the_runs_own(see, external):
     seen = see(external)
 
-    assert seen.tab.locator("h1").inner_text() == "own on other"
+    assert " ".join(seen.tab.locator("h1").inner_text().split()) == (
+        "NIH ChestX-ray14 tested with imported features (tiny.npz), trained on Own data (own)"
+    )
     assert "5 of its 6 findings" in seen.tab.locator(".lead").inner_text()
-    assert {"#external", "#matching"} <= {
-        link.get_attribute("href") for link in seen.tab.locator("nav a").all()
-    }
-    for anchor in seen.tab.locator("nav a").all():
-        assert seen.tab.locator(anchor.get_attribute("href")).count() == 1
+    for link in seen.tab.locator("a[href^='#']").all():
+        assert seen.tab.locator(link.get_attribute("href")).count() == 1
+    trusted = seen.tab.locator("#trust")
+    assert "1 finding unlabelled here" in trusted.inner_text()
+    trusted.get_by_text("1 finding unlabelled here").click()
     assert "1 of the run’s findings are unlabelled here" in seen.tab.locator("#trust").inner_text()
+    assert not seen.tab.locator("#matching table").is_visible()
+    trusted.get_by_role("link", name="which findings were compared").click()
     assert "Not labelled there: Cardiomegaly." in seen.tab.locator("#matching").inner_text()
+    seen.unfold()
     assert "Here, chosen anew (optimistic)" in seen.texts("#external thead th")
     assert not seen.tab.locator("#split, #search, #cases").count()
     seen.tab.get_by_role("button", name="Nodule").click()
@@ -394,7 +427,8 @@ def test_the_page_of_an_external_test_stands_beside_the_runs_own(see, external):
 
 
 @pytest.mark.parametrize(
-    ("kind", "width"), [("page", 320), ("page", 390), ("joint", 390), ("external", 390)]
+    ("kind", "width"),
+    [("page", 320), ("page", 390), ("joint", 390), ("decided", 390), ("external", 390)],
 )
 def test_nothing_sticks_out_of_a_small_screen(see, request, kind, width):
     seen = see(request.getfixturevalue(kind), viewport={"width": width, "height": 800})
@@ -414,6 +448,9 @@ def test_paper_gets_all_but_the_controls(see, page):
 
     assert seen.width() == 695
     assert not seen.tab.locator(".tools").first.is_visible()
+    assert seen.tab.locator("#finding-table .track").first.is_visible()
+    assert not seen.tab.locator("#pooled").is_visible()
+    seen.tab.evaluate("document.querySelector('#all > details').open = true")
     assert seen.tab.locator("#pooled svg").first.is_visible()
     background = "getComputedStyle(document.body).backgroundColor"
     assert seen.tab.evaluate(background) == "rgb(255, 255, 255)"
@@ -432,7 +469,7 @@ def test_markup_in_a_name_does_nothing(see, run, folder):
 
     seen.tab.get_by_role("button", name=ODD).click()
 
-    assert seen.shown_findings()[-1] == ODD
+    assert ODD in seen.shown_findings()
     assert seen.texts("tr.detail h3") == [ODD]
     assert seen.tab.locator("tr.detail figure span[title]").inner_text() == ODD
     assert seen.tab.evaluate("window.hacked") is None
@@ -467,8 +504,8 @@ def test_several_runs_are_drawn_beside_each_other(see, joint, run, rival):
     differences = rival.read_table("per_finding")["auroc"] - run.read_table("per_finding")["auroc"]
     seen.tab.locator("th[data-key=d1] button").click()
     best = FINDINGS[int(differences.argmax())]
-    assert seen.shown_findings()[0] == best
-    assert "This compares trained models, not recipes" in seen.tab.inner_text("#headline")
+    assert best in (seen.shown_findings()[0], read_view(run).unjudged[0]["finding"])
+    assert "This compares trained models, not recipes" in seen.tab.text_content("#trust")
 
 
 def test_pictures_are_shown_with_their_warning(see, run, rival, folder):
@@ -482,6 +519,7 @@ def test_pictures_are_shown_with_their_warning(see, run, rival, folder):
         [run, rival], folder / "pictures.html", image_dir=image_dir, n_resamples=50
     )
     seen = see(file)
+    seen.unfold()
 
     assert "do not share it" in seen.tab.locator("header").inner_text()
     seen.tab.locator("#case-finding").select_option("Mass")
@@ -510,6 +548,7 @@ def test_maps_are_laid_over_the_pictures_by_one_switch(see, run, folder):
     pictures = dict.fromkeys(("a.png", "b.png"), picture)
     file.write_text(render_page([read_view(run)], cases=[cases], pictures=pictures, maps=maps))
     seen = see(file, viewport={"width": 390, "height": 800})
+    seen.unfold()
     canvas, switch = seen.tab.locator("#case-rows canvas"), seen.tab.locator("#cases input")
 
     assert canvas.count() == 1
@@ -536,21 +575,202 @@ def test_maps_are_laid_over_the_pictures_by_one_switch(see, run, folder):
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_readme_is_made_from_a_page(browser, page, folder):
-    demo = folder / "demo" / "finetuned"
-    demo.mkdir(parents=True)
-    shutil.copy(page, demo / "report.html")
+def test_the_picture_of_the_readme_is_made_from_a_page_without_radiographs(page, folder):
     script, picture = REPOSITORY / "scripts" / "report_picture.py", folder / "picture.png"
 
-    subprocess.run([sys.executable, script, demo.parent, picture], check=True)
+    subprocess.run([sys.executable, script, page, picture], check=True)
 
     assert picture.stat().st_size < 300_000
     with Image.open(picture) as image, Image.open(REPOSITORY / "docs" / "report.png") as shown:
         assert image.width == shown.width == 1280
+    file = folder / "radiographs.html"
+    cases = '<img alt="" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">'
+    file.write_text(page.read_text().replace("</main>", f"{cases}</main>"))
+    refused = subprocess.run(
+        [sys.executable, script, file, picture], capture_output=True, text=True
+    )
+    assert "holds pictures; write it without --image-dir" in refused.stderr
 
 
 def test_a_page_without_pictures_says_how_to_get_them(see, page):
     seen = see(page)
+    seen.unfold()
 
     assert "--image-dir DIR adds small pictures" in seen.tab.locator("#cases").inner_text()
     assert seen.tab.locator("img, canvas, #cases input").count() == 0
+
+
+# --- the first screen, other widths, links and machines that read aloud --------------------------
+
+HEIGHTS = {390: 844, 820: 1180, 1280: 800, 1920: 1080}
+KINDS = ("page", "joint", "external")
+
+
+@pytest.fixture(scope="module")
+def full(run, rival, folder) -> Path:
+    """The page of a run with 35 findings, of which the test has enough positives for most."""
+    view = read_view(run)
+    rows = (view.judged * 35)[: 35 - len(view.unjudged)] + view.unjudged
+    per_finding = {
+        f"{row['finding']} {k}": {**row, "finding": f"{row['finding']} {k}"}
+        for k, row in enumerate(rows)
+    }
+    file = folder / "full.html"
+    file.write_text(render_page([replace(view, per_finding=per_finding)]))
+    return file
+
+
+@pytest.mark.parametrize("width", HEIGHTS)
+@pytest.mark.parametrize("kind", [*KINDS, "full"])
+def test_the_first_screens_say_on_what_and_how_good(see, request, kind, width):
+    """Data set, verdict and five findings within one and a half screens; nothing beside them."""
+    height = HEIGHTS[width]
+    seen = see(request.getfixturevalue(kind), viewport={"width": width, "height": height})
+
+    first = [seen.tab.locator(s).first for s in ("h1", ".facts", ".judged", ".tiles", "#trust")]
+    findings = seen.tab.locator("#finding-table tr[data-finding]").all()[:5]
+    for element in [*first, *findings]:
+        box = element.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        assert 0 <= box["y"] <= box["y"] + box["height"] <= 1.5 * height
+    assert seen.width() == width
+    seen.unfold()
+    assert seen.tab.locator("#figures table").first.is_visible()
+    findings[0].locator("button.open").click()
+    assert seen.tab.locator("tr.detail").is_visible()
+    assert seen.width() == width
+
+
+def test_a_phone_shows_a_third_of_what_it_did(see, full):
+    """17,300 pixels were the page of 35 findings, of which nobody saw the end."""
+    seen = see(full, viewport={"width": 390, "height": 844})
+
+    assert seen.tab.locator("tr[data-finding]").count() == 35
+    assert seen.tab.evaluate("document.documentElement.scrollHeight") < 17_300 / 3
+    seen.unfold()
+    cell = seen.tab.locator("#figures tbody td").first
+    label = cell.evaluate("cell => getComputedStyle(cell, '::before').content")
+    assert label == '"Macro: mean over findings"'
+
+
+def test_bars_lie_on_one_scale_and_the_head_stays_in_sight(see, page, run):
+    seen = see(page)
+    low, high = 0.4, 1.0
+
+    bars = seen.tab.eval_on_selector_all(
+        "#finding-table tbody tr:not(.few) .bar",
+        """bars => bars.map(bar => {
+          const own = bar.getBoundingClientRect();
+          const mark = bar.querySelector("b").getBoundingClientRect();
+          return [own.left, own.width, (mark.left + mark.width / 2 - own.left) / own.width];
+        })""",
+    )
+    judged = read_view(run).judged
+    assert len(bars) == len(judged)
+    assert len({(left, width) for left, width, _ in bars}) == 1
+    lows = [row["auroc_low"] for row in judged]
+    low = min(low, np.floor(10 * min(lows)) / 10)
+    for (_, _, share), row in zip(bars, judged, strict=True):
+        assert share == pytest.approx((row["auroc"] - low) / (high - low), abs=2e-3)
+    seen.tab.set_viewport_size({"width": 1280, "height": 300})
+    seen.tab.evaluate("document.querySelector('tr.few').scrollIntoView()")
+    head = seen.tab.locator("#finding-table thead th").first.bounding_box()
+    assert 0 <= head["y"] < 2
+
+
+def test_an_address_leads_to_a_finding(see, page, folder):
+    file = folder / "addressed.html"
+    shutil.copy(page, file)
+    seen = see(file, viewport={"width": 1280, "height": 500})
+    seen.tab.evaluate("location.hash = '#finding=Pleural%20Effusion'")
+    row = seen.tab.locator("tr[data-finding].lit")
+
+    assert row.locator("th").get_attribute("data-name") == "Pleural Effusion"
+    assert seen.tab.locator("tr.detail h3").inner_text() == "Pleural Effusion"
+    head = seen.tab.locator("#finding-table > thead").bounding_box()
+    box = row.bounding_box()
+    assert head["y"] + head["height"] <= box["y"] + 2
+    assert box["y"] + box["height"] <= 500
+    assert seen.tab.evaluate("document.activeElement.innerText") == "Pleural Effusion"
+
+    seen.tab.get_by_role("button", name="Nodule").click()
+    assert seen.tab.evaluate("location.hash") == "#finding=Nodule"
+    seen.tab.get_by_label("Filter").fill("mass")
+    seen.tab.evaluate("location.hash = '#finding=hernia'")  # hidden by the filter, in small letters
+    assert row.locator("th").get_attribute("data-name") == "Hernia"
+    assert row.is_visible()
+    seen.tab.evaluate("location.hash = '#finding=%E0'")  # not even text
+    assert row.count() == 0
+    seen.tab.evaluate("location.hash = '#limits'")
+    assert "Not for clinical use" in seen.tab.locator("#limits").inner_text()
+
+
+def test_what_not_to_trust_opens_to_names(see, page):
+    seen = see(page)
+    trusted = seen.tab.locator("#trust")
+
+    assert "1 finding not scored" in trusted.inner_text()
+    assert "Bronchiolitis" not in trusted.inner_text()
+    trusted.get_by_text("1 finding not scored").click()
+    assert "no positive or no negative: Bronchiolitis." in trusted.inner_text()
+
+
+def test_a_comparison_says_which_side_is_better(see, run, rival, folder):
+    file = write_joint_report([run, rival], folder / "by_study.html", n_resamples=50)
+    table = compare_runs(run, rival, n_resamples=50).table.set_index(["rows", "measure", "finding"])
+    seen = see(file)
+
+    row = table.loc[("images", "auroc", "")]
+    points = f"{100 * abs(row['difference']):.1f}"
+    sentence = seen.tab.locator(".judged").inner_text()
+    assert sentence.startswith("rival is worse than run: of 100 pairs of an image with a finding")
+    assert f"it ranks {points} fewer the right way" in sentence
+    tile = seen.tab.locator(".duel .tile").nth(2).inner_text()
+    assert f"{table.loc[('studies', 'auroc', ''), 'difference']:+.3f}" in tile
+    better = seen.tab.locator("tr[data-finding='2'] .who").inner_text()
+    p = table.loc[("images", "auroc", "Nodule"), "p_holm"]
+    assert better == ("run" if p < 0.05 else "cannot be told")
+    seen.unfold()
+    by_study = seen.tab.locator("#by-study tbody tr", has_text="Nodule").inner_text()
+    nodule = table.loc[("studies", "auroc", "Nodule")]
+    assert f"{nodule['difference']:+.3f} {nodule['low']:+.3f} to {nodule['high']:+.3f}" in by_study
+
+
+def test_paper_gets_two_pages(see, full):
+    seen = see(full)
+
+    paper = seen.tab.pdf(format="A4")
+
+    assert len(re.findall(rb"/Type\s*/Page\b", paper)) == 2
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The program of axe-core, from npm."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("no npm, which has axe-core")
+    shared = subprocess.run([npm, "root", "-g"], capture_output=True, text=True).stdout.strip()
+    for modules in (REPOSITORY / "node_modules", Path(shared)):
+        if (modules / "axe-core" / "axe.min.js").exists():
+            return (modules / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+    pytest.skip("no axe-core; `npm install --no-save axe-core` puts it into node_modules")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_axe_finds_nothing_serious(see, axe, request, kind, scheme):
+    """Contrast, names, roles and keys, on a phone and on a desk, with everything opened."""
+    for width in (390, 1280):
+        options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+        seen = see(request.getfixturevalue(kind), **options)
+        seen.unfold()
+        seen.tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+        seen.tab.get_by_role("button", name="Nodule").click()
+        seen.tab.evaluate(axe)
+
+        found = seen.tab.evaluate("axe.run().then(result => result.violations)")
+
+        grave = [one for one in found if one["impact"] in ("serious", "critical")]
+        assert [(one["id"], one["nodes"][0]["html"][:200]) for one in grave] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +27,7 @@ from cxr_cache.errors import (
 from cxr_cache.metrics.scores import auroc, macro_mean
 from cxr_cache.models.run import Run
 from cxr_cache.report.plots import draw_ablation, draw_curve
+from cxr_cache.report.report import write_curve_page
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.rows import load_training_data
 from cxr_cache.training import ablation_folds as ablation_fit
@@ -364,6 +366,20 @@ def test_text_and_plot_of_a_curve(curve, tmp_path):
     assert heading.endswith("difference to all")
     assert "n_train counts images, of whole patients (or studies)" in said
     assert draw_curve(curve.curve, tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_the_page_of_a_curve_has_its_rows_and_a_verdict(curve, store, tmp_path):
+    page = write_curve_page(curve, store, tmp_path / "curve.html").read_text()
+
+    text = " ".join(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.S).split())
+    assert "how many labelled images, with imported features" in text
+    assert "cannot be told from that on all" in text or "More labels still help" in text
+    for row in curve.curve.to_dict("records"):
+        shown = f"{row['setting']} {row['n_train']} {row['images']:,.0f}"
+        assert shown in text
+        assert f"{row['mean_auroc']:.3f}" in text
+    assert "script" not in page.split("</style>")[1]
+    assert f"{len(curve.notes)} note" in text
 
 
 def test_a_point_that_is_best_at_the_fewest_epochs_asks_for_fewer(store, tmp_path):

@@ -13,6 +13,7 @@ _BY_EYE: Final = "are those of radiologists who looked at the images"
 _LABELS: Final = {
     "indiana": _BY_INDEXERS,
     "openi": _BY_INDEXERS,
+    "phantoms": "are what the synthetic images were drawn with",
     "nih": _BY_PROGRAM,
     "chexpert": f"{_BY_PROGRAM}; those for validation and test are radiologists'",
     "chexpert-plus": _BY_PROGRAM,

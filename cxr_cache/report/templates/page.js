@@ -209,8 +209,9 @@
   }
 
   const AT_THRESHOLD = [
-    ["tp", "hits", count], ["fn", "misses", count], ["fp", "false alarms", count], ["tn", "rightly not called", count],
+    ["tp", "hits", count], ["fn", "misses", count], ["fp", "false alarms", count], ["tn", "rightly not called", count], ["prevalence_test", "prevalence", fixed],
     ["threshold", "threshold", (v) => (v > 1 ? "never" : fixed(v))],
+    ...["sensitivity", "specificity", "ppv", "npv"].map((key) => [key, key.endsWith("v") ? key.toUpperCase() : key, fixed]),
     ...data.measures.map(([key, label]) => [key, label, fixed]),
   ];
 
@@ -245,8 +246,39 @@
 
   function table(head, rows, label) {
     return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
-      make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+      asCards(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
   }
+
+  /* On a narrow screen every row becomes a card, whose cells are named as their columns are. Roles
+     keep it a table for screen readers, whatever is displayed. */
+  function asCards(made) {
+    const heads = [...made.tHead.rows], names = [];
+    let group = [];
+    heads.forEach((row, level) => {
+      let place = 0;
+      const above = group;
+      group = [];
+      for (const cell of row.cells) {
+        while (names[place] !== undefined && level && !above[place]) place++;
+        for (let k = 0; k < cell.colSpan; k++, place++) {
+          names[place] = `${above[place] || ""} ${cell.textContent}`.trim();
+          if (cell.colSpan > 1) group[place] = cell.textContent;
+        }
+      }
+    });
+    for (const row of [...made.tBodies].flatMap((body) => [...body.rows])) {
+      row.setAttribute("role", "row");
+      [...row.cells].forEach((cell, k) => {
+        cell.setAttribute("role", cell.tagName === "TH" ? "rowheader" : "cell");
+        cell.dataset.label = names[k] || "";
+        cell.normalize();
+      });
+    }
+    made.setAttribute("role", "table");
+    made.classList.add("cards");
+    return made;
+  }
+  document.querySelectorAll(".scroll > table").forEach(asCards);
 
   // -- cases ---------------------------------------------------------------------------------
 
@@ -330,15 +362,15 @@
   // -- the table of findings -----------------------------------------------------------------
 
   function setUpTable() {
-    const findings = document.getElementById("finding-table"), body = findings.tBodies[0];
-    const rows = [...body.rows];
+    const findings = document.getElementById("finding-table");
+    const bodies = [...findings.tBodies], rows = [...findings.querySelectorAll("tr[data-finding]")];
     const details = new Map();
+    const nameOf = (row) => row.querySelector("[data-name]").dataset.name;
 
     function toggle(button) {
       const row = button.closest("tr"), f = Number(row.dataset.finding);
       if (!details.has(f)) {
-        const cell = make("td", { colspan: row.cells.length }, panel(f));
-        if (row.querySelector("td[colspan]")) cell.colSpan = findings.tHead.rows[findings.tHead.rows.length - 1].cells.length;
+        const cell = make("td", { role: "cell", colspan: findings.tHead.rows[0].cells.length }, panel(f));
         details.set(f, make("tr", { class: "detail", id: `detail-${f}` }, cell));
         button.setAttribute("aria-controls", `detail-${f}`);
       }
@@ -346,29 +378,54 @@
       button.setAttribute("aria-expanded", String(!isOpen));
       if (isOpen) details.get(f).remove();
       else row.after(details.get(f));
+      return !isOpen;
     }
-    findings.querySelectorAll("button.open").forEach((button) => button.addEventListener("click", () => toggle(button)));
+    const addressOf = (row) => `#finding=${encodeURIComponent(nameOf(row))}`;
+    findings.querySelectorAll("button.open").forEach((button) => button.addEventListener("click", () => {
+      const isOpen = toggle(button), row = button.closest("tr");
+      if (isOpen || location.hash === addressOf(row)) history.replaceState(null, "", isOpen ? addressOf(row) : "#findings");
+    }));
+
+    /* An address that names a finding opens it: `#finding=Edema`. */
+    function follow() {
+      const named = location.hash.match(/^#finding=(.*)$/);
+      if (!named) return;
+      let name = named[1];
+      try { name = decodeURIComponent(name); } catch { /* as it stands */ }
+      const row = rows.find((one) => nameOf(one) === name) || rows.find((one) => nameOf(one).toLowerCase() === name.toLowerCase());
+      rows.forEach((one) => one.classList.toggle("lit", one === row));
+      if (!row) return;
+      if (row.hidden) {
+        words.value = "";
+        enough.checked = false;
+        filter();
+      }
+      const button = row.querySelector("button.open");
+      if (button.getAttribute("aria-expanded") !== "true") toggle(button);
+      row.scrollIntoView();
+      button.focus({ preventScroll: true });
+    }
 
     /* A cell's value for sorting; blanks go last, whichever way. */
     const valueOf = (row, key) => row.querySelector(`[data-${key}]`)?.getAttribute(`data-${key}`) ?? "";
-    function place(ordered) {
-      for (const row of ordered) {
-        body.append(row);
-        const detail = details.get(Number(row.dataset.finding));
-        if (detail && detail.isConnected) row.after(detail);
-      }
-    }
     function sort(header) {
       const key = header.dataset.key, isText = key === "name";
       const down = header.getAttribute("aria-sort") ? header.getAttribute("aria-sort") === "ascending" : !isText;
       findings.querySelectorAll("th[aria-sort]").forEach((other) => other.removeAttribute("aria-sort"));
       header.setAttribute("aria-sort", down ? "descending" : "ascending");
       const sign = down ? -1 : 1;
-      place([...rows].sort((a, b) => {
+      const compare = (a, b) => {
         const [left, right] = [valueOf(a, key), valueOf(b, key)];
         if (left === "" || right === "") return (left === "") - (right === "");
         return sign * (isText ? left.localeCompare(right, "en", { numeric: true }) : left - right);
-      }));
+      };
+      for (const body of bodies) {  // what cannot be judged stays below
+        for (const row of rows.filter((one) => one.parentNode === body).sort(compare)) {
+          body.append(row);
+          const detail = details.get(Number(row.dataset.finding));
+          if (detail && detail.isConnected) row.after(detail);
+        }
+      }
     }
     findings.querySelectorAll("th[data-key] button").forEach((button) =>
       button.addEventListener("click", () => sort(button.closest("th"))));
@@ -378,17 +435,49 @@
       const wanted = words.value.trim().toLowerCase();
       let n = 0;
       for (const row of rows) {
-        const isShown = valueOf(row, "name").toLowerCase().includes(wanted) && !(enough.checked && row.classList.contains("few"));
+        const isShown = nameOf(row).toLowerCase().includes(wanted) && !(enough.checked && row.classList.contains("few"));
         row.hidden = !isShown;
         const detail = details.get(Number(row.dataset.finding));
         if (detail) detail.hidden = !isShown;
         n += isShown;
       }
-      said.textContent = `${n} of ${rows.length} ${rows.length === 1 ? "finding" : "findings"}`;
+      for (const heading of findings.querySelectorAll("tr.group")) {
+        heading.hidden = [...heading.parentNode.querySelectorAll("[data-finding]")].every((row) => row.hidden);
+      }
+      said.textContent = n === rows.length ? "" : `${n} of ${rows.length} ${rows.length === 1 ? "finding" : "findings"}`;
     }
     words.addEventListener("input", filter);
     enough.addEventListener("change", filter);
     filter();
+    addEventListener("hashchange", follow);
+    follow();
+  }
+
+  // -- what is folded away -------------------------------------------------------------------
+
+  /* A link opens what it leads to; paper gets what not to trust, and the limits, opened. */
+  function setUpFolds() {
+    const folds = [...document.querySelectorAll("details.fold")], all = document.getElementById("open-all");
+    all.addEventListener("click", () => {
+      const open = folds.some((one) => !one.open);
+      for (const one of folds) one.open = open;
+    });
+    const say = () => { all.textContent = folds.every((one) => one.open) ? "Close all" : "Open all"; };
+    for (const one of folds) one.addEventListener("toggle", say);
+    function follow() {
+      const wanted = /^#[\w-]+$/.test(location.hash) ? document.querySelector(`${location.hash} > details.fold`) : null;
+      if (!wanted) return;
+      wanted.open = true;
+      wanted.scrollIntoView();
+    }
+    addEventListener("hashchange", follow);
+    follow();
+    let opened = [];
+    addEventListener("beforeprint", () => {
+      opened = [...document.querySelectorAll("#trust details, #limits > details")].filter((one) => !one.open);
+      for (const one of opened) one.open = true;
+    });
+    addEventListener("afterprint", () => { for (const one of opened) one.open = false; });
   }
 
   // -- search and training -------------------------------------------------------------------
@@ -442,6 +531,7 @@
   document.querySelectorAll("[data-legend]").forEach((place) => place.append(legend()));
   const pooled = document.getElementById("pooled");
   if (pooled) pooled.append(panel(data.findings.length - 1));
+  setUpFolds();
   setUpTable();
   setUpCases();
 })();
