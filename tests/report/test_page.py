@@ -144,7 +144,8 @@ def joint(run, rival, folder) -> Path:
 def decided(run, rival, folder) -> Path:
     """The page of two runs, had every finding differed, the rare ones too."""
     comparison = compare_runs(run, rival, n_resamples=20)
-    differences = collect_differences(replace(comparison, table=comparison.table.assign(p_holm=0)))
+    table = comparison.table.assign(p_holm=comparison.table["p_holm"] * 0)  # undefined stays so
+    differences = collect_differences(replace(comparison, table=table))
     file = folder / "decided.html"
     file.write_text(render_page([read_view(run), read_view(rival)], differences=differences))
     return file
