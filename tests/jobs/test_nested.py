@@ -389,7 +389,7 @@ def test_nested_runs_are_compared_within_their_outer_folds(run, second, tmp_path
     assert "nested cross-validations on the same outer folds" in comparison.to_text()
     assert "120 test images" in comparison.to_text()
     page = write_joint_report([run, second], tmp_path / "both.html", n_resamples=2).read_text()
-    assert "these recipes find" in page
+    assert "outer folds, in each of which a model is tested once" in page
 
 
 def test_a_nested_run_is_not_compared_with_a_holdout(run, holdout):

@@ -54,7 +54,7 @@ OTHERS: dict[str, Any] = {
 ELSEWHERE = {
     **dict.fromkeys(("threshold_rule", "calibration", "min_positives"), "metrics.json"),
     **{"select_by": "search_measure", "baseline": "logistic", "flip": "n_views"},
-    "split": "splits.csv",
+    **{"split": "splits.csv", "protocol": "outer_folds", "n_outer_folds": "outer_folds"},
 }
 """Options of which the run records elsewhere what came of them."""
 OF_THE_MACHINE = (
