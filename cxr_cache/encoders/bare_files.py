@@ -8,7 +8,6 @@ one it is the family's own way, and a note says so.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.encoders import hugging_face, open_clip
 from cxr_cache.encoders.catalogue.known import Known
 from cxr_cache.encoders.sources import (
+    CONFIG_FILE,
     CONFIG_FILES,
     HUGGING_FACE_CONFIG,
     IMAGENET,
@@ -31,6 +31,7 @@ from cxr_cache.encoders.sources import (
     Place,
     Source,
     first_file,
+    keep_links,
     require_whole_patches,
 )
 from cxr_cache.encoders.tensor_names import EVA_X, EVA_X_GATED, spell
@@ -101,8 +102,9 @@ def find_in_place(place: Place, file: str | None) -> BareFile | None:
         raise EncoderError(
             f"{place.repo} on the Hugging Face hub has no {file}.{_suggest_files(place)}"
         )
-    with suppress(EncoderError):  # there is none, or it cannot be asked for
-        place.find(hugging_face.PREPROCESSING_FILES)
+    for beside in ((CONFIG_FILE,), (HUGGING_FACE_CONFIG,), hugging_face.PREPROCESSING_FILES):
+        with suppress(EncoderError):  # there is none, or it cannot be asked for
+            place.find(beside)
     commit = found.parents[len(PurePosixPath(file).parts) - 1].name
     return BareFile(found, f"{place.name}?file={file}", commit)
 
@@ -144,8 +146,7 @@ def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
     EncoderError
         There is no file, it cannot be read, or it holds an adapter.
     """
-    # Links are kept: in a cache of the hub they lead to files without endings or neighbours
-    path = Path(os.path.abspath(Path(identifier).expanduser()))  # noqa: PTH100
+    path = keep_links(identifier)
     if not path.is_file():
         raise EncoderError(
             f"{path} is not a file. local-file: takes one with an encoder's weights."
@@ -483,11 +484,8 @@ def _of_files(family: Family, find: Callable[[Path, Shapes], Source | None]) -> 
 def describe_unknown(identifier: str) -> EncoderError:
     """Give the error of a file whose tensors do not tell which image tower it is for."""
     path, shapes = _read_shapes(identifier)
-    if (path.parent / HUGGING_FACE_CONFIG).is_file():
-        return EncoderError(
-            f"{path} does not tell by itself which image tower it is for, but "
-            f"{HUGGING_FACE_CONFIG} lies beside it: name the folder, local-dir:{path.parent}."
-        )
+    if (config := path.parent / HUGGING_FACE_CONFIG).is_file():
+        hugging_face.require_known(hugging_face.read_json(config), config)
     if not shapes:
         return EncoderError(
             f"{path} holds no tensors by their names, so there is no model in it. Save its "

@@ -57,20 +57,27 @@ PREPROCESSING_FILES: Final = ("preprocessor_config.json", "processor_config.json
 
 
 def _find(place: Place) -> Source | None:
-    """Read what a place in the layout of transformers holds; None if it is timm's."""
-    config_path = place.fetch(CONFIG_FILES, f"has no {HUGGING_FACE_CONFIG}.")
+    """Read what a place in the layout of transformers holds; None if it is timm's.
+
+    A file that was named may be told by its own tensors, so None where its neighbour is unknown.
+    """
+    is_named = place.weights is not None
+    config_path = place.find((HUGGING_FACE_CONFIG,) if is_named else CONFIG_FILES)
+    if config_path is None:
+        return None
     if ADAPTER_CONFIG in (config_path.name, *(path.name for path in config_path.parent.iterdir())):
         raise EncoderError(
             f"{place.folder or place.repo} holds an adapter (LoRA), which is a change to another "
             "model and no model by itself. Merge the two and save the result: peft's "
             "merge_and_unload(), then save_pretrained()."
         )
-    config = _read_json(config_path)
-    if "model_type" not in config and "architecture" in config:
+    config = read_json(config_path)
+    is_timms = "model_type" not in config and "architecture" in config
+    if is_timms or (is_named and config.get("model_type") not in LAYOUTS):
         return None
-    _require_known(config, config_path)
+    require_known(config, config_path)
     place = place.pin(config_path)
-    weights = place.fetch(
+    weights = place.fetch_weights(
         WEIGHTS_FILES,
         "has a configuration, but no weights. Put one of these beside "
         f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}.",
@@ -112,11 +119,18 @@ def read_processor(path: Path) -> dict[str, Any]:
     EncoderError
         The file is no JSON.
     """
-    content = _read_json(path)
+    content = read_json(path)
     return {**content.get("image_processor", content), "origin": str(path)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration.
+
+    Raises
+    ------
+    EncoderError
+        It is no JSON, or no dictionary.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -128,8 +142,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_known(config: Mapping[str, Any], path: Path) -> None:
-    """Raise unless this is the configuration of a tower that can be loaded."""
+def require_known(config: Mapping[str, Any], path: Path) -> None:
+    """Raise EncoderError unless this is the configuration of a tower that can be loaded."""
     model_type = config.get("model_type")
     if model_type not in LAYOUTS:
         custom = " It has code of its own (auto_map), which is not run." * ("auto_map" in config)

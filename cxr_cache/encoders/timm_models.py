@@ -63,18 +63,23 @@ def find_by_name(name: str) -> Source:
     return Source(name, name, model_cfg, asdict(cfg), weights, weights.parent.name)
 
 
-def _find(place: Place) -> Source:
-    """Read timm's config.json, which :mod:`cxr_cache.encoders.hugging_face` has seen before."""
+def _find(place: Place) -> Source | None:
+    """Read timm's config.json, which :mod:`cxr_cache.encoders.hugging_face` has seen before.
+
+    None where a file was named that has another library's beside it.
+    """
     import timm
 
-    config_path = place.fetch((HUGGING_FACE_CONFIG,), f"has no {HUGGING_FACE_CONFIG}.")
+    config_path = place.find((HUGGING_FACE_CONFIG,))
+    config = {} if config_path is None else json.loads(config_path.read_text(encoding="utf-8"))
+    if config_path is None or "architecture" not in config or "model_type" in config:
+        return None
     place = place.pin(config_path)
-    weights = place.fetch(
+    weights = place.fetch_weights(
         WEIGHTS_FILES,
         "has a configuration, but no weights. Put one of these beside "
         f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}.",
     )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
     architecture = str(config["architecture"])
     if not timm.is_model(architecture):
         raise EncoderError(

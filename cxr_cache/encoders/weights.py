@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.errors import EncoderError
 
-_VISION_PREFIX = "visual."
+VISION_PREFIX = "visual."
 _WRAPPERS = re.compile(r"^(?:module\.|model\.|_orig_mod\.|backbone\.|teacher\.)+")
 """What training programs put before the names of tensors."""
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "module")
@@ -39,19 +39,17 @@ def load_weights(
 
     `fit` may change the tensors before.
     """
-    named = read_tensors(path, _VISION_PREFIX)
+    named = read_tensors(path, VISION_PREFIX)
     require_usable(named, path)
-    tensors = {name.removeprefix(_VISION_PREFIX): tensor for name, tensor in named.items()}
+    tensors = {name.removeprefix(VISION_PREFIX): tensor for name, tensor in named.items()}
     if not tensors:
         raise EncoderError(
-            f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
+            f"{path} holds no tensor named {VISION_PREFIX}*, so it is not a checkpoint of "
             "open_clip. Take the file from the repository that the configuration is from."
         )
     if fit is not None:
         fit(visual, tensors)
-    fill_tower(
-        visual, tensors, path, "image", lambda name: [_VISION_PREFIX + name], is_bare=is_bare
-    )
+    fill_tower(visual, tensors, path, "image", lambda name: [VISION_PREFIX + name], is_bare=is_bare)
 
 
 def fill_tower(
