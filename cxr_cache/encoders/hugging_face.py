@@ -38,6 +38,7 @@ from cxr_cache.encoders.sources import (
 from cxr_cache.encoders.tensor_names import make_speller, rename_tensors
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
 from cxr_cache.encoders.weights import (
+    explain_prefixes,
     fill_tower,
     list_parts,
     read_names,
@@ -72,8 +73,7 @@ def _find(place: Place) -> Source | None:
             "merge_and_unload(), then save_pretrained()."
         )
     config = read_json(config_path)
-    is_timms = "model_type" not in config and "architecture" in config
-    if is_timms or (is_named and config.get("model_type") not in LAYOUTS):
+    if is_timms(config) or (is_named and not _is_known(config)):
         return None
     require_known(config, config_path)
     place = place.pin(config_path)
@@ -98,6 +98,11 @@ def _find(place: Place) -> Source | None:
     return Source(
         place.name, str(config_path), config, preprocessing, weights, place.revision, notes=notes
     )
+
+
+def is_timms(config: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration is timm's, which transformers writes for its models, too."""
+    return "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
 
 
 def _note_unknown_kind(cfg: Mapping[str, Any], path: Path) -> Iterator[str]:
@@ -145,8 +150,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def require_known(config: Mapping[str, Any], path: Path) -> None:
     """Raise EncoderError unless this is the configuration of a tower that can be loaded."""
     model_type = config.get("model_type")
-    if model_type not in LAYOUTS:
-        custom = " It has code of its own (auto_map), which is not run." * ("auto_map" in config)
+    if not _is_known(config):
+        custom = _explain_part(config)
+        custom += " It has code of its own (auto_map), which is not run." * ("auto_map" in config)
         says = f"has the model_type {model_type!r}, which is no image tower that is known here"
         if model_type is None:
             says = "does not name its model_type, so it is unknown how the tower is built"
@@ -159,6 +165,21 @@ def require_known(config: Mapping[str, Any], path: Path) -> None:
             f"{path} describes quantised weights (quantization_config), from which the original "
             "weights cannot be recovered. Take the model before it was quantised."
         )
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in tuple(LAYOUTS)  # what is in a file may be a list
+
+
+def _explain_part(config: Mapping[str, Any]) -> str:
+    """Say how to take the image tower out of a model for more; empty if none is known."""
+    part = config.get("vision_config") or config.get("encoder")
+    if not isinstance(part, Mapping) or not _is_known(part):
+        return ""
+    return (
+        f" Its image tower is a {part['model_type']}: load the model by transformers, and save "
+        "that part alone by its save_pretrained()."
+    )
 
 
 def build_tower(source: Source) -> nn.Module:
@@ -226,9 +247,10 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
     settings = read_settings(source.model_cfg, source.origin)
     named = rename_tensors(tensors, source.weights)
     if not any(name.startswith("trunk.") for name in named):
+        remedy = explain_prefixes(source.weights) or "Take both from the same repository."
         raise EncoderError(
-            f"{source.weights} holds no image tower, but {list_names(list(tensors), 3)}. "
-            f"{source.origin} asks for a {model_type}; take both from the same repository."
+            f"{source.weights} holds no image tower, but {list_names(list(tensors), 3)}, and "
+            f"{source.origin} asks for a {model_type}. {remedy}"
         )
     fitted = fit_tensors(named, visual, model_type, settings)
     spell = make_speller(tensors, model_type, settings)
@@ -299,6 +321,11 @@ def _read_sides(size: Any, origin: str) -> int | None:
     height, width = size.get("height"), size.get("width")
     if height != width:
         raise EncoderError(f"{origin} asks for {height} x {width} pixels, not a square.")
+    if not isinstance(height, int | None):
+        raise EncoderError(
+            f"{origin} asks for {height!r} x {width!r} pixels, where whole numbers belong. Copy "
+            "the file from the model's repository."
+        )
     return height
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any, Final
 
 from torch import nn
@@ -63,16 +64,18 @@ def find_encoder(name: str) -> tuple[Family, Source]:
             "hf-hub: names."
         )
     bare = None if place is None else bare_files.find_in_place(place, query.get("file"))
+    lookups = [(scheme, identifier)]
     if bare is not None:
-        scheme, identifier = "local-file", str(bare.path)
+        by_file = ("local-file", str(bare.path))
+        lookups = [by_file] if "file" in query else [by_file, *lookups]
     known = find_known(name)
     # An encoder that no repository holds is told by its name, whatever lies beside the file
     families = bare_files.FAMILIES if known is not None and not known.model else FAMILIES
-    for family in families.values():
+    for (scheme, identifier), family in product(lookups, families.values()):
         source = family.find[scheme](identifier) if scheme in family.find else None
         if source is None:
             continue
-        if bare is not None:  # a repository or folder has a name of its own
+        if bare is not None and scheme == "local-file":  # its place has a name of its own
             source = replace(source, name=bare.name, revision=bare.revision)
         if known is not None and source.is_bare:
             source = bare_files.take_known(source, known)

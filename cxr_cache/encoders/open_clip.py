@@ -76,12 +76,13 @@ def _describe(place: Place, config_path: Path, weights: Path) -> Source:
         raise EncoderError(
             f"{config_path} cannot be read as JSON ({error}). Copy or download it again."
         ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+    preprocess_cfg = config.get("preprocess_cfg") or {} if isinstance(config, dict) else None
+    if not isinstance(preprocess_cfg, dict) or not isinstance(config.get("model_cfg"), dict):
         raise EncoderError(
-            f"{config_path} has no model_cfg, so it is not a configuration of open_clip. "
+            f"{config_path} has no model_cfg, or none that is a table, or such a preprocess_cfg, "
+            "so it is not a configuration of open_clip. "
             "Take the file from the repository that the weights are from."
         )
-    preprocess_cfg = config.get("preprocess_cfg") or {}
     return Source(
         place.name, str(config_path), config["model_cfg"], preprocess_cfg, weights, place.revision
     )

@@ -167,8 +167,8 @@ def find_in_places(find: Callable[[Place], Source | None]) -> dict[str, Callable
         if source is None or place is None or place.weights is None:
             return source
         note = (
-            f"{place.weights.name} was named by its path; {Path(source.origin).name} beside it says "
-            "what encoder it is."
+            f"{place.weights.name} was named by its path; {Path(source.origin).name} beside it "
+            "says what encoder it is."
         )
         return replace(source, notes=(*source.notes, note))
 

@@ -716,7 +716,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "a width that is none": (
         lambda folder: edit_config(folder, hidden_size="48"),
-        "hidden_size '48', where a whole number belongs",
+        "hidden_size '48', where a whole number of at least 1 belongs",
     ),
     "heads that do not divide": (
         lambda folder: edit_config(folder, num_attention_heads=5),
