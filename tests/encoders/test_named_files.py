@@ -115,6 +115,13 @@ def test_its_own_tensors_are_asked_where_the_configuration_names_no_known_tower(
         assert load_encoder(f"local-file:{path}").identity == alone
 
 
+def test_a_name_that_says_what_the_file_is_is_not_overruled_by_a_configuration(tmp_path):
+    path = write_open_clips(tmp_path / "m")
+    message = "holds a tower 128 wide, and chexzero is 768 wide"
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(f"chexzero?file={path}")
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "a tower that is unknown": (
         {"model_type": "bert"},
