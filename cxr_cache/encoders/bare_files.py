@@ -8,7 +8,6 @@ one it is the family's own way, and a note says so.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.encoders import hugging_face, open_clip
 from cxr_cache.encoders.catalogue.known import Known
 from cxr_cache.encoders.sources import (
+    CONFIG_FILE,
     CONFIG_FILES,
     HUGGING_FACE_CONFIG,
     IMAGENET,
@@ -31,15 +31,18 @@ from cxr_cache.encoders.sources import (
     Place,
     Source,
     first_file,
+    keep_links,
     require_whole_patches,
 )
 from cxr_cache.encoders.tensor_names import EVA_X, EVA_X_GATED, spell
 from cxr_cache.encoders.timm_vit import PooledTower
 from cxr_cache.encoders.weights import (
+    explain_prefixes,
     fill_tower,
     read_names,
     read_tensors,
     require_no_adapter,
+    require_not_quantised,
     require_usable,
 )
 from cxr_cache.errors import EncoderError
@@ -101,8 +104,9 @@ def find_in_place(place: Place, file: str | None) -> BareFile | None:
         raise EncoderError(
             f"{place.repo} on the Hugging Face hub has no {file}.{_suggest_files(place)}"
         )
-    with suppress(EncoderError):  # there is none, or it cannot be asked for
-        place.find(hugging_face.PREPROCESSING_FILES)
+    for beside in ((CONFIG_FILE,), (HUGGING_FACE_CONFIG,), hugging_face.PREPROCESSING_FILES):
+        with suppress(EncoderError):  # there is none, or it cannot be asked for
+            place.find(beside)
     commit = found.parents[len(PurePosixPath(file).parts) - 1].name
     return BareFile(found, f"{place.name}?file={file}", commit)
 
@@ -144,8 +148,7 @@ def _read_shapes(identifier: str) -> tuple[Path, Shapes]:
     EncoderError
         There is no file, it cannot be read, or it holds an adapter.
     """
-    # Links are kept: in a cache of the hub they lead to files without endings or neighbours
-    path = Path(os.path.abspath(Path(identifier).expanduser()))  # noqa: PTH100
+    path = keep_links(identifier)
     if not path.is_file():
         raise EncoderError(
             f"{path} is not a file. local-file: takes one with an encoder's weights."
@@ -289,7 +292,10 @@ def _find_clip(path: Path, shapes: Shapes) -> Source | None:
     embed_dim = _need(path, shapes, "visual.proj", 2)[1]
     cfg = {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": True}
     source = _make_source(path, cfg, "OpenAI's CLIP (with QuickGELU)", px, _CLIP)
-    hint = f" CheXzero's images are prepared otherwise: name it chexzero?file={path}."
+    hint = (
+        " If it has no QuickGELU, as most that open_clip trained, put its open_clip_config.json "
+        f"beside it. CheXzero's images are prepared otherwise: name it chexzero?file={path}."
+    )
     return replace(source, notes=tuple(note + hint for note in source.notes))
 
 
@@ -304,6 +310,11 @@ def _find_vit(path: Path, named: Shapes) -> Source | None:
         return None
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= shapes.keys():
         return None
+    if more := [name for name in ("reg_token", "dist_token", "norm_pre.weight") if name in shapes]:
+        raise EncoderError(
+            f"{path} holds a ViT of timm's with more than its tensors explain "
+            f"({list_names(more, 3)}). Put timm's config.json beside it."
+        )
     width, _, patch, _ = _need(path, shapes, "patch_embed.proj.weight", 4)
     px = patch * _read_grid(path, shapes, "pos_embed")
     is_gated = "blocks.0.mlp.w12.weight" in shapes
@@ -483,22 +494,24 @@ def _of_files(family: Family, find: Callable[[Path, Shapes], Source | None]) -> 
 def describe_unknown(identifier: str) -> EncoderError:
     """Give the error of a file whose tensors do not tell which image tower it is for."""
     path, shapes = _read_shapes(identifier)
-    if (path.parent / HUGGING_FACE_CONFIG).is_file():
-        return EncoderError(
-            f"{path} does not tell by itself which image tower it is for, but "
-            f"{HUGGING_FACE_CONFIG} lies beside it: name the folder, local-dir:{path.parent}."
-        )
+    if (config := path.parent / HUGGING_FACE_CONFIG).is_file():
+        hugging_face.require_known(hugging_face.read_json(config), config)
+    require_not_quantised(read_tensors(path), path)
     if not shapes:
         return EncoderError(
             f"{path} holds no tensors by their names, so there is no model in it. Save its "
             "weights: torch.save(model.state_dict(), 'weights.pt')."
         )
+    if explained := explain_prefixes(path):
+        return EncoderError(f"{path} names no tensors as an encoder does. {explained}")
     return EncoderError(
         f"{path} holds no image tower that its tensors tell: {list_names(list(shapes), 3)}. "
         "Known without a configuration are OpenAI's CLIP (visual.class_embedding), files of the "
         "repositories of DINOv2 (blocks.0.attn.qkv.weight) and DINOv3 (rope_embed.periods) and "
-        "EVA-X (blocks.0.attn.q_proj.weight). Put config.json and preprocessor_config.json beside "
-        "any other, and name the folder as local-dir:."
+        "EVA-X (blocks.0.attn.q_proj.weight). Put the configuration of any other beside it: "
+        "open_clip_config.json, or config.json of timm, or of transformers with "
+        "preprocessor_config.json. Embeddings that were computed elsewhere come in by cxr-cache "
+        "import."
     )
 
 

@@ -38,6 +38,7 @@ from cxr_cache.encoders.sources import (
 from cxr_cache.encoders.tensor_names import make_speller, rename_tensors
 from cxr_cache.encoders.timm_vit import PooledTower, split_pooled
 from cxr_cache.encoders.weights import (
+    explain_prefixes,
     fill_tower,
     list_parts,
     read_names,
@@ -57,20 +58,26 @@ PREPROCESSING_FILES: Final = ("preprocessor_config.json", "processor_config.json
 
 
 def _find(place: Place) -> Source | None:
-    """Read what a place in the layout of transformers holds; None if it is timm's."""
-    config_path = place.fetch(CONFIG_FILES, f"has no {HUGGING_FACE_CONFIG}.")
+    """Read what a place in the layout of transformers holds; None if it is timm's.
+
+    A file that was named may be told by its own tensors, so None where its neighbour is unknown.
+    """
+    is_named = place.weights is not None
+    config_path = place.find((HUGGING_FACE_CONFIG,) if is_named else CONFIG_FILES)
+    if config_path is None:
+        return None
     if ADAPTER_CONFIG in (config_path.name, *(path.name for path in config_path.parent.iterdir())):
         raise EncoderError(
             f"{place.folder or place.repo} holds an adapter (LoRA), which is a change to another "
             "model and no model by itself. Merge the two and save the result: peft's "
             "merge_and_unload(), then save_pretrained()."
         )
-    config = _read_json(config_path)
-    if "model_type" not in config and "architecture" in config:
+    config = read_json(config_path)
+    if is_timms(config) or (is_named and not _is_known(config)):
         return None
-    _require_known(config, config_path)
+    require_known(config, config_path)
     place = place.pin(config_path)
-    weights = place.fetch(
+    weights = place.fetch_weights(
         WEIGHTS_FILES,
         "has a configuration, but no weights. Put one of these beside "
         f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}.",
@@ -93,6 +100,11 @@ def _find(place: Place) -> Source | None:
     )
 
 
+def is_timms(config: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration is timm's, which transformers writes for its models, too."""
+    return "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
+
+
 def _note_unknown_kind(cfg: Mapping[str, Any], path: Path) -> Iterator[str]:
     """Say that a processor may do more than its file states."""
     if _find_kind(cfg) not in _KINDS:
@@ -112,11 +124,18 @@ def read_processor(path: Path) -> dict[str, Any]:
     EncoderError
         The file is no JSON.
     """
-    content = _read_json(path)
+    content = read_json(path)
     return {**content.get("image_processor", content), "origin": str(path)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration.
+
+    Raises
+    ------
+    EncoderError
+        It is no JSON, or no dictionary.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -128,11 +147,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_known(config: Mapping[str, Any], path: Path) -> None:
-    """Raise unless this is the configuration of a tower that can be loaded."""
+def require_known(config: Mapping[str, Any], path: Path) -> None:
+    """Raise EncoderError unless this is the configuration of a tower that can be loaded."""
     model_type = config.get("model_type")
-    if model_type not in LAYOUTS:
-        custom = " It has code of its own (auto_map), which is not run." * ("auto_map" in config)
+    if not _is_known(config):
+        custom = _explain_part(config)
+        custom += " It has code of its own (auto_map), which is not run." * ("auto_map" in config)
         says = f"has the model_type {model_type!r}, which is no image tower that is known here"
         if model_type is None:
             says = "does not name its model_type, so it is unknown how the tower is built"
@@ -145,6 +165,21 @@ def _require_known(config: Mapping[str, Any], path: Path) -> None:
             f"{path} describes quantised weights (quantization_config), from which the original "
             "weights cannot be recovered. Take the model before it was quantised."
         )
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in tuple(LAYOUTS)  # what is in a file may be a list
+
+
+def _explain_part(config: Mapping[str, Any]) -> str:
+    """Say how to take the image tower out of a model for more; empty if none is known."""
+    part = config.get("vision_config") or config.get("encoder")
+    if not isinstance(part, Mapping) or not _is_known(part):
+        return ""
+    return (
+        f" Its image tower is a {part['model_type']}: load the model by transformers, and save "
+        "that part alone by its save_pretrained()."
+    )
 
 
 def build_tower(source: Source) -> nn.Module:
@@ -212,9 +247,10 @@ def fill_with_weights(visual: nn.Module, source: Source) -> None:
     settings = read_settings(source.model_cfg, source.origin)
     named = rename_tensors(tensors, source.weights)
     if not any(name.startswith("trunk.") for name in named):
+        remedy = explain_prefixes(source.weights) or "Take both from the same repository."
         raise EncoderError(
-            f"{source.weights} holds no image tower, but {list_names(list(tensors), 3)}. "
-            f"{source.origin} asks for a {model_type}; take both from the same repository."
+            f"{source.weights} holds no image tower, but {list_names(list(tensors), 3)}, and "
+            f"{source.origin} asks for a {model_type}. {remedy}"
         )
     fitted = fit_tensors(named, visual, model_type, settings)
     spell = make_speller(tensors, model_type, settings)
@@ -285,6 +321,11 @@ def _read_sides(size: Any, origin: str) -> int | None:
     height, width = size.get("height"), size.get("width")
     if height != width:
         raise EncoderError(f"{origin} asks for {height} x {width} pixels, not a square.")
+    if not isinstance(height, int | None):
+        raise EncoderError(
+            f"{origin} asks for {height!r} x {width!r} pixels, where whole numbers belong. Copy "
+            "the file from the model's repository."
+        )
     return height
 
 

@@ -135,7 +135,12 @@ def read_settings(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         The tower has parts that none of its family has, or settings that are none.
     """
     layout = LAYOUTS[config["model_type"]]
-    given = config.get("vision_config", config)
+    given = config.get("vision_config") or config
+    if not isinstance(given, Mapping):
+        raise EncoderError(
+            f"{origin} has the vision_config {given!r}, where the settings of the image tower "
+            "belong. Copy the file from the model's repository."
+        )
     settings = dict(layout.defaults)
     settings |= {k: v for k, v in given.items() if k in settings and v is not None}
     if settings["image_size"] is None:  # of a tower for images of any shape; its grid is a square
@@ -149,9 +154,13 @@ def read_settings(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             )
         settings[name] = sides[0]
     for name, default in settings.items():
-        is_count = isinstance(layout.defaults[name], int) and name not in ("mlp_ratio", "qkv_bias")
-        if is_count and (not isinstance(default, int) or default < 0):
-            raise EncoderError(f"{origin} has {name} {default!r}, where a whole number belongs.")
+        is_count = type(layout.defaults[name]) is int and name != "mlp_ratio"
+        least = 0 if name == "num_register_tokens" else 1
+        if is_count and (not isinstance(default, int) or default < least):
+            raise EncoderError(
+                f"{origin} has {name} {default!r}, where a whole number of at least {least} "
+                "belongs. Copy the file from the model's repository."
+            )
     if settings["hidden_act"] not in ACTIVATIONS:
         raise EncoderError(
             f"{origin} has the activation function '{settings['hidden_act']}', which is not one of "

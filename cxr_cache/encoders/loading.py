@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any, Final
 
 from torch import nn
@@ -19,6 +20,7 @@ from cxr_cache.encoders.sources import (
     Family,
     Source,
     join_query,
+    keep_links,
     open_place,
     split_query,
 )
@@ -26,14 +28,15 @@ from cxr_cache.encoders.timm_vit import find_random, pool_otherwise, split_poole
 from cxr_cache.errors import EncoderError
 
 FAMILIES: Final[dict[str, Family]] = {
-    **bare_files.FAMILIES,
     "open_clip": open_clip.FAMILY,
     "hugging_face": hugging_face.FAMILY,
     "timm": timm_models.FAMILY,
+    **bare_files.FAMILIES,
     "random": replace(open_clip.FAMILY, find={"random": find_random}),
 }
 """Where names are looked up, in this order: the last family that knows a name's scheme says what
-the encoder lacks."""
+the encoder lacks. A file of weights is read as a configuration beside it says, before its own
+tensors are asked."""
 
 
 def find_encoder(name: str) -> tuple[Family, Source]:
@@ -52,34 +55,32 @@ def find_encoder(name: str) -> tuple[Family, Source]:
         scheme, identifier = "", plain
     if not identifier:
         raise _no_encoder(name)
-    place = open_place(scheme, identifier)
+    if scheme == "local-dir" and keep_links(identifier).is_file():
+        scheme = "local-file"
+    place = None if scheme == "local-file" else open_place(scheme, identifier)
     if place is None and "file" in query:
         raise EncoderError(
             f"?file= in {name} names a file of a folder or repository: it goes with local-dir: and "
             "hf-hub: names."
         )
     bare = None if place is None else bare_files.find_in_place(place, query.get("file"))
-    if bare is not None and "file" in query:
-        scheme, identifier = "local-file", str(bare.path)
-    for family in FAMILIES.values():
-        if source := _ask(family, scheme, identifier, bare):
-            if "local-file" in family.find and (known := find_known(name)):
-                source = bare_files.take_known(source, known)
-            return family, _resize(source, query.get("img_size"))
+    lookups = [(scheme, identifier)]
+    if bare is not None:
+        by_file = ("local-file", str(bare.path))
+        lookups = [by_file] if "file" in query else [by_file, *lookups]
+    known = find_known(name)
+    # An encoder that no repository holds is told by its name, whatever lies beside the file
+    families = bare_files.FAMILIES if known is not None and not known.model else FAMILIES
+    for (scheme, identifier), family in product(lookups, families.values()):
+        source = family.find[scheme](identifier) if scheme in family.find else None
+        if source is None:
+            continue
+        if bare is not None and scheme == "local-file":  # its place has a name of its own
+            source = replace(source, name=bare.name, revision=bare.revision)
+        if known is not None and source.is_bare:
+            source = bare_files.take_known(source, known)
+        return family, _resize(source, query.get("img_size"))
     raise bare_files.describe_unknown(identifier) if scheme == "local-file" else _no_encoder(name)
-
-
-def _ask(
-    family: Family, scheme: str, identifier: str, bare: bare_files.BareFile | None
-) -> Source | None:
-    """Ask a family for the encoder that a name leads to, and for weights without a configuration.
-
-    The latter are asked for under the file's own name, which a folder or repository has not.
-    """
-    if bare is not None and "local-file" in family.find:
-        source = family.find["local-file"](str(bare.path))
-        return source and replace(source, name=bare.name, revision=bare.revision)
-    return family.find[scheme](identifier) if scheme in family.find else None
 
 
 def _no_encoder(name: str) -> EncoderError:
@@ -123,7 +124,8 @@ def load_encoder(
         from the hub. ``local-dir:PATH``: a folder with ``open_clip_config.json`` and weights, or
         with ``config.json``, weights and ``preprocessor_config.json`` as transformers writes them
         for DINOv2, DINOv3, ViT, CLIP and SigLIP.
-        ``local-file:PATH``: weights without a configuration, of OpenAI's CLIP (CheXzero), of the
+        ``local-file:PATH``: a file of weights, read as the configuration beside it says, which the
+        identity then notes. Without one it may be of OpenAI's CLIP (CheXzero), of the
         repositories of DINOv2 (RAD-DINO, CheXFound) and DINOv3, or of EVA-X, with a
         ``preprocessor_config.json`` beside them or a note on what was assumed. A folder or
         repository may hold such weights, too: ``?file=NAME`` behind its name says which.

@@ -30,7 +30,7 @@ from cxr_cache.encoders.sources import (
 )
 from cxr_cache.encoders.timm_vit import TimmTower
 from cxr_cache.encoders.towers import SplitTower, join_heads, softmax_products, split_heads
-from cxr_cache.encoders.weights import fill_with_noise, load_weights
+from cxr_cache.encoders.weights import VISION_PREFIX, fill_with_noise, load_weights, read_names
 from cxr_cache.errors import ConfigError, EncoderError
 
 WEIGHTS_FILES = (  # in open_clip's own order of preference
@@ -53,14 +53,19 @@ def _find(place: Place) -> Source | None:
         "Copy it from the model's repository, beside the weights. Weights that never had one are "
         "named local-file:PATH.",
     )
-    if config.name != CONFIG_FILE:
+    if config.name != CONFIG_FILE or not _may_hold_tower(place.weights):
         return None
     place = place.pin(config)
-    weights = place.fetch(
+    weights = place.fetch_weights(
         WEIGHTS_FILES,
         f"has no weights. Put one of these beside {CONFIG_FILE}: {', '.join(WEIGHTS_FILES)}.",
     )
     return _describe(place, config, weights)
+
+
+def _may_hold_tower(weights: Path | None) -> bool:
+    """Tell whether a file that was named is open_clip's; others may lie in its repositories."""
+    return weights is None or any(n.startswith(VISION_PREFIX) for n, _ in read_names(weights))
 
 
 def _describe(place: Place, config_path: Path, weights: Path) -> Source:
@@ -71,12 +76,13 @@ def _describe(place: Place, config_path: Path, weights: Path) -> Source:
         raise EncoderError(
             f"{config_path} cannot be read as JSON ({error}). Copy or download it again."
         ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+    preprocess_cfg = config.get("preprocess_cfg") or {} if isinstance(config, dict) else None
+    if not isinstance(preprocess_cfg, dict) or not isinstance(config.get("model_cfg"), dict):
         raise EncoderError(
-            f"{config_path} has no model_cfg, so it is not a configuration of open_clip. "
+            f"{config_path} has no model_cfg, or none that is a table, or such a preprocess_cfg, "
+            "so it is not a configuration of open_clip. "
             "Take the file from the repository that the weights are from."
         )
-    preprocess_cfg = config.get("preprocess_cfg") or {}
     return Source(
         place.name, str(config_path), config["model_cfg"], preprocess_cfg, weights, place.revision
     )

@@ -6,6 +6,7 @@ seconds, and a command that only reads features should not wait for them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,8 @@ class Place:
     folder: Path | None = None
     repo: str = ""
     revision: str | None = None
+    weights: Path | None = None
+    """The file of weights in the folder that a name asks for; None takes the one of usual name."""
 
     def find(self, files: Sequence[str]) -> Path | None:
         """Give the first of `files` that is here; None where there is none.
@@ -96,6 +99,10 @@ class Place:
             raise EncoderError(f"{self.folder} {lack}")
         return found
 
+    def fetch_weights(self, files: Sequence[str], lack: str) -> Path:
+        """Give the file of weights that was asked for, or else what :meth:`fetch` gives."""
+        return self.weights or self.fetch(files, lack)
+
     def list_files(self, *, is_cached: bool = False) -> list[str]:
         """List the names of the files here; of a repository, those in the cache if `is_cached`."""
         if self.folder is not None:
@@ -113,11 +120,18 @@ class Place:
 def open_place(scheme: str, identifier: str) -> Place | None:
     """Give the folder or repository that a name leads to; None where it leads to none.
 
+    A file of weights leads to its folder if a configuration lies beside it.
+
     Raises
     ------
     EncoderError
         There is no such folder.
     """
+    if scheme == "local-file":
+        file = keep_links(identifier)
+        if not file.is_file() or first_file(file.parent, CONFIG_FILES) is None:
+            return None
+        return Place(f"local-file:{file}", file.parent, weights=file)
     if scheme == "hf-hub":
         repo, _, revision = identifier.partition("@")
         return Place(f"hf-hub:{identifier}", None, repo, revision or None)
@@ -133,14 +147,32 @@ def open_place(scheme: str, identifier: str) -> Place | None:
     return Place(f"local-dir:{folder}", folder)
 
 
+def keep_links(identifier: str) -> Path:
+    """Give the absolute path of a file, of which links are kept.
+
+    In a cache of the hub they lead to files without endings or neighbours.
+    """
+    return Path(os.path.abspath(Path(identifier).expanduser()))  # noqa: PTH100
+
+
 def find_in_places(find: Callable[[Place], Source | None]) -> dict[str, Callable[[str], Any]]:
-    """Give :attr:`Family.find` of a family whose folders and repositories hold the same files."""
+    """Give :attr:`Family.find` of a family whose folders and repositories hold the same files.
+
+    A file of weights is found by the configuration beside it, which a note then says.
+    """
 
     def find_by(scheme: str, identifier: str) -> Source | None:
         place = open_place(scheme, identifier)
-        return None if place is None else find(place)
+        source = None if place is None else find(place)
+        if source is None or place is None or place.weights is None:
+            return source
+        note = (
+            f"{place.weights.name} was named by its path; {Path(source.origin).name} beside it "
+            "says what encoder it is."
+        )
+        return replace(source, notes=(*source.notes, note))
 
-    return {scheme: partial(find_by, scheme) for scheme in ("hf-hub", "local-dir")}
+    return {scheme: partial(find_by, scheme) for scheme in ("hf-hub", "local-dir", "local-file")}
 
 
 @dataclass(frozen=True)
@@ -203,7 +235,7 @@ def require_whole_patches(source: Source, patch: Sequence[int], own_px: int) -> 
     nearest = [size for size in (px // side * side, (px // side + 1) * side) if size]
     raise EncoderError(
         f"{source.name} asks for images of {px} x {px} pixels, which the encoder's patches of "
-        f"{patch[0]} x {patch[-1]} pixels do not fill. Ask for the nearest size that they do: "
+        f"{patch[0]} x {patch[-1]} pixels do not fill: ask for the nearest size that they do, "
         f"{' or '.join(f'?img_size={size}' for size in nearest)}."
     )
 

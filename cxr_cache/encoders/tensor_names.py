@@ -21,6 +21,8 @@ _PREFIXES: Final = re.compile(r"^(?:vision_model|dinov2|dinov2_with_registers|vi
 _IGNORED: Final = re.compile(
     r"text_model\..*|text_projection\..*|logit_scale|logit_bias|classifier\..*|head\.(weight|bias)"
     r"|(?:dino_head|ibot_head|student|local_cls_norm)\..*|decoder\.\d+\.(weight|bias)"
+    r"|decoder_(?:embed|blocks|norm|pred)\..*|decoder_pos_embed"
+    r"|head\.(?:(?:mlp\.)?\d+|last_layer)\.\w+"
     r"|(?:embeddings\.)?mask_token|.*\.position_ids|rope_embeddings\.inv_freq|rope_embed\.periods"
 )
 """Tensors that no embedding of an image needs: the other tower, what was trained on top or beside,

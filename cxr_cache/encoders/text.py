@@ -173,7 +173,7 @@ def _load_tokenizer(source: Source) -> Any:
     if not cfg.get("hf_tokenizer_name"):
         return SimpleTokenizer(context_length=length, **options)
     _require_transformers(source)
-    is_local = source.name.startswith("local-dir:") and source.weights is not None
+    is_local = source.name.startswith("local-") and source.weights is not None
     place = str(source.weights.parent) if is_local and source.weights else cfg["hf_tokenizer_name"]
     tokenize = HFTokenizer(
         place, context_length=length, tokenizer_mode=cfg.get("tokenizer_mode"), **options

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cxr_cache.common.wording import first_line, suggest
 from cxr_cache.datasets.preprocessing import Preprocessing
+from cxr_cache.encoders.hugging_face import is_timms
 from cxr_cache.encoders.layouts import split_biases
 from cxr_cache.encoders.sources import (
     HUGGING_FACE_CONFIG,
@@ -63,18 +64,23 @@ def find_by_name(name: str) -> Source:
     return Source(name, name, model_cfg, asdict(cfg), weights, weights.parent.name)
 
 
-def _find(place: Place) -> Source:
-    """Read timm's config.json, which :mod:`cxr_cache.encoders.hugging_face` has seen before."""
+def _find(place: Place) -> Source | None:
+    """Read timm's config.json, which :mod:`cxr_cache.encoders.hugging_face` has seen before.
+
+    None where a file was named that has another library's beside it.
+    """
     import timm
 
-    config_path = place.fetch((HUGGING_FACE_CONFIG,), f"has no {HUGGING_FACE_CONFIG}.")
+    config_path = place.find((HUGGING_FACE_CONFIG,))
+    config = {} if config_path is None else json.loads(config_path.read_text(encoding="utf-8"))
+    if config_path is None or not is_timms(config):
+        return None
     place = place.pin(config_path)
-    weights = place.fetch(
+    weights = place.fetch_weights(
         WEIGHTS_FILES,
         "has a configuration, but no weights. Put one of these beside "
         f"{HUGGING_FACE_CONFIG}: {', '.join(WEIGHTS_FILES)}.",
     )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
     architecture = str(config["architecture"])
     if not timm.is_model(architecture):
         raise EncoderError(
@@ -82,9 +88,21 @@ def _find(place: Place) -> Source:
             f"{timm.__version__} does not have.{suggest(architecture, timm.list_models())}"
         )
     known = {field.name for field in fields(timm.models.PretrainedCfg)}
-    cfg = config.get("pretrained_cfg", config)
+    cfg, model_args = config.get("pretrained_cfg") or config, config.get("model_args") or {}
+    if not isinstance(cfg, dict) or not isinstance(model_args, dict):
+        raise EncoderError(
+            f"{config_path} has a pretrained_cfg or model_args that is no table of settings. Copy "
+            "the file from the model's repository."
+        )
     cfg = {key: value for key, value in cfg.items() if key in known}
-    model_args = config.get("model_args") or {}
+    notes: tuple[str, ...] = ()
+    if not {"mean", "std"} & cfg.keys():
+        own = timm.models.get_pretrained_cfg(architecture, allow_unregistered=False)
+        cfg = (asdict(own) if own else {}) | cfg
+        notes = (
+            f"{config_path.name} does not say how images are prepared (pretrained_cfg). What timm "
+            f"has for {architecture} was assumed.",
+        )
     n_channels = model_args.get("in_chans", 3)
     if model_args.get("img_size") and cfg.get("fixed_input_size", False):
         cfg["input_size"] = (3, *_pair(model_args["img_size"]))  # as timm has it
@@ -92,7 +110,9 @@ def _find(place: Place) -> Source:
     model_cfg = {"architecture": architecture, "model_args": model_args}
     if "global_pool" in config:
         model_cfg["global_pool"] = config["global_pool"]
-    return Source(place.name, str(config_path), model_cfg, cfg, weights, place.revision)
+    return Source(
+        place.name, str(config_path), model_cfg, cfg, weights, place.revision, notes=notes
+    )
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from cxr_cache.common.wording import first_line, list_names
 from cxr_cache.errors import EncoderError
 
-_VISION_PREFIX = "visual."
-_WRAPPERS = re.compile(r"^(?:module\.|model\.|_orig_mod\.|backbone\.|teacher\.)+")
+VISION_PREFIX = "visual."
+_WRAPPERS = re.compile(r"^(?:module\.|model\.|_orig_mod\.|backbone\.|teacher\.|timm_model\.)+")
 """What training programs put before the names of tensors."""
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "module")
 """Where training programs keep a model's tensors among other things."""
@@ -39,19 +39,17 @@ def load_weights(
 
     `fit` may change the tensors before.
     """
-    named = read_tensors(path, _VISION_PREFIX)
+    named = read_tensors(path, VISION_PREFIX)
     require_usable(named, path)
-    tensors = {name.removeprefix(_VISION_PREFIX): tensor for name, tensor in named.items()}
+    tensors = {name.removeprefix(VISION_PREFIX): tensor for name, tensor in named.items()}
     if not tensors:
         raise EncoderError(
-            f"{path} holds no tensor named {_VISION_PREFIX}*, so it is not a checkpoint of "
+            f"{path} holds no tensor named {VISION_PREFIX}*, so it is not a checkpoint of "
             "open_clip. Take the file from the repository that the configuration is from."
         )
     if fit is not None:
         fit(visual, tensors)
-    fill_tower(
-        visual, tensors, path, "image", lambda name: [_VISION_PREFIX + name], is_bare=is_bare
-    )
+    fill_tower(visual, tensors, path, "image", lambda name: [VISION_PREFIX + name], is_bare=is_bare)
 
 
 def fill_tower(
@@ -84,7 +82,7 @@ def fill_tower(
         if is_bare:
             remedy = (
                 "It is half a checkpoint, or of another model than its names tell. Download it "
-                "again, or put its config.json beside it and name the folder, local-dir:."
+                "again, or put its config.json beside it."
             )
         raise EncoderError(
             "\n".join([f"{path} does not fit the {kind} tower that {described}:", *lines, remedy])
@@ -161,6 +159,29 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
                 raise held_twice(path, origins[bare], name)
             tensors[bare], origins[bare] = tensor, name
     return tensors
+
+
+_FIRST_PARTS = (
+    r"patch_embed\.proj\.weight",
+    r"embeddings\.(?:cls_token|class_embedding|patch_embedding\.weight)",
+    r"visual\.conv1\.weight",
+)
+"""Names of tensors with which image towers begin, whatever is put before them."""
+
+
+def explain_prefixes(path: Path) -> str:
+    """Say how to take out a tower whose names have something before them; empty if none has."""
+    pattern = re.compile(rf"(.*\.)(?:{'|'.join(_FIRST_PARTS)})")
+    found = [match[1] for name, _ in _read_raw_shapes(path) if (match := pattern.fullmatch(name))]
+    prefixes = list(dict.fromkeys(prefix for prefix in found if _unwrap(prefix)))
+    if not prefixes:
+        return ""
+    return (
+        f"An image tower lies under {list_names([f'{each}*' for each in prefixes], 3)}: save the "
+        "one that is meant alone, "
+        f"torch.save({{k.removeprefix({prefixes[0]!r}): v for k, v in state_dict.items() if "
+        f"k.startswith({prefixes[0]!r})}}, 'weights.pt')."
+    )
 
 
 def held_twice(path: Path, first: str, second: str) -> EncoderError:
@@ -288,13 +309,32 @@ def _read_pickle(path: Path, prefix: str) -> dict[str, Tensor]:
             "download it again."
         ) from error
     state = checkpoint if isinstance(checkpoint, dict) else {}
+    keys: list[str] = []
     while inner := [key for key in _CONTAINERS if isinstance(state.get(key), Mapping)]:
         state = state[inner[0]]
+        keys.append(inner[0])
+    _require_no_other_container(state, keys, path)
     return {
         str(name): value
         for name, value in state.items()
         if _unwrap(str(name)).startswith(prefix) and isinstance(value, Tensor)
     }
+
+
+def _require_no_other_container(state: Mapping[Any, Any], keys: list[str], path: Path) -> None:
+    """Raise EncoderError where tensors lie deeper, and it is unknown which of them are meant."""
+    others = [key for key, value in state.items() if _holds_tensors(value)]
+    if others and not _holds_tensors(state):
+        where = "".join(f"[{key!r}]" for key in (*keys, others[0]))
+        raise EncoderError(
+            f"{path} holds tensors under {list_names(list(map(str, others)), 5)}, and under none "
+            f"of {', '.join(_CONTAINERS)}, where an encoder is looked for. Save those that are "
+            f"meant alone: torch.save(torch.load({path.name!r}, 'cpu'){where}, 'weights.pt')."
+        )
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
 def _read_start(path: Path, n_bytes: int) -> bytes:
@@ -334,6 +374,17 @@ def require_no_adapter(names: Iterable[str], path: Path) -> None:
 def require_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise EncoderError where weights are quantised, NaN or infinite, or an adapter's."""
     require_no_adapter(tensors, path)
+    require_not_quantised(tensors, path)
+    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise EncoderError(
+            f"{path} holds NaN or infinity in {list_names(damaged, 3)}. The file is damaged, or "
+            "its training diverged; take another one."
+        )
+
+
+def require_not_quantised(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise EncoderError where weights are kept as whole numbers, or as numbers of eight bits."""
     packed = [
         name
         for name, tensor in tensors.items()
@@ -345,12 +396,6 @@ def require_usable(tensors: Mapping[str, Tensor], path: Path) -> None:
             f"{path} holds quantised weights ({list_names(packed, 3)}: "
             f"{tensors[packed[0]].dtype}), from which the original weights cannot be recovered. "
             "Take the model before it was quantised."
-        )
-    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if damaged:
-        raise EncoderError(
-            f"{path} holds NaN or infinity in {list_names(damaged, 3)}. The file is damaged, or "
-            "its training diverged; take another one."
         )
 
 
