@@ -200,11 +200,25 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
 @click.command()
 @click.argument("folder", type=FOLDER)
 @options_of(DemoConfig)
-def demo(folder: Path, **options: Any) -> None:
-    """Show the whole job on synthetic chest X-rays, without data or a network."""
-    from cxr_cache.cli.demo import run_demo
+@option(
+    "--open",
+    "opens",
+    is_flag=True,
+    help="Open the page that it ends with in the browser; where there is none, its path is "
+    "printed.",
+)
+def demo(folder: Path, opens: bool, **options: Any) -> None:
+    """Show the whole job on synthetic chest X-rays, without data or a network.
+
+    It prints each command that it runs: extraction, a frozen head, fine-tuned blocks, a test on
+    another hospital's images, and the page that compares. Given again after an interruption, it
+    goes on where it stopped.
+    """
+    from cxr_cache.cli.demo import open_page, run_demo
 
     page = run_demo(folder, **vars(DemoConfig(**options)), echo=say)
+    if opens:
+        open_page(page, echo=say)
     give({"written": [page]})
 
 
