@@ -124,7 +124,7 @@ class _Steps:
         for run in (frozen, tuned):
             place = external / run.name
             self._run(["evaluate", run, "--store", other], ["--out", place], place)
-            self.echo(f"   {_tested(place)}")
+            self.echo(f"   {_tested(place)} on the other hospital's images")
         self.done.append("test on the other hospital")
         return self._compare(frozen, tuned, external)
 
@@ -166,7 +166,7 @@ class _Steps:
         self, words: Sequence[object], run_dir: Path, options: Sequence[object], what: str
     ) -> None:
         self._run(words, ["--run-dir", run_dir, *options], run_dir)
-        self.echo(f"   {_tested(run_dir)}")
+        self.echo(f"   {_tested(run_dir)} on test images, which it has not seen")
         self.done.append(what)
 
     def _run(
@@ -181,9 +181,10 @@ class _Steps:
             self.echo(f"   $ {line}\n   finished before, and kept")
             return
         if place is not None:
+            continues = self._keeps and is_same and _is_unfinished(place)
             self._keeps = False
-            if given[0] in ("train", "finetune") and not (is_same and _is_unfinished(place)):
-                given += ["--overwrite"] if place.exists() else []
+            if given[0] in ("train", "finetune") and place.exists() and not continues:
+                given += ["--overwrite"]
         line = shlex.join(["cxr-cache", *given])
         self.echo(f"   $ {line}")
         with self._log.open("a", encoding="utf-8") as log, redirect_stdout(log):
@@ -224,7 +225,7 @@ def _tested(folder: Path) -> str:
     test = Run(folder, {}).read_metrics()["test"]
     figure = test["macro_auroc"]
     interval = "" if figure.get("low") is None else f" [{figure['low']:.3f}, {figure['high']:.3f}]"
-    return f"macro AUROC {figure['value']:.3f}{interval} on its test images"
+    return f"macro AUROC {figure['value']:.3f}{interval}"
 
 
 def _read_macro(folder: Path) -> dict[str, float]:
@@ -275,4 +276,6 @@ def _judge(of: dict[str, float]) -> str:
         return "fine-tuning is better: the interval lies above 0"
     if of["high"] < 0:
         return "fine-tuning is worse: the interval lies below 0"
-    return "no difference is shown: the interval holds 0, or there are too few images for one"
+    if of["low"] <= 0 <= of["high"]:
+        return "no difference is shown: the interval holds 0"
+    return "no difference is shown: so few images give no interval"
