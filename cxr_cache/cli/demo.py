@@ -9,11 +9,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 
-import click
 import pandas as pd
 
-from cxr_cache.cli.main import cli
-from cxr_cache.common.manifest import read_manifest, recording
+from cxr_cache.common.manifest import read_manifest
 from cxr_cache.config import DemoConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.phantoms.styles import STANDARD
@@ -36,6 +34,7 @@ TUNED: Final = (
 
 def run_demo(
     folder: str | Path,
+    run: Callable[[list[str]], object],
     *,
     n_studies: int = DemoConfig.n_studies,
     seed: int = DemoConfig.seed,
@@ -52,6 +51,8 @@ def run_demo(
         Gets ``phantoms/``, ``other_phantoms/``, a store of each, the runs ``frozen/`` and
         ``finetuned/``, their tests on the others in ``external/``, the page ``comparison.html`` and
         ``log.txt``, which holds all that the commands printed.
+    run
+        Runs a command, given its words behind ``cxr-cache``.
     n_studies
         Phantom studies of the first hospital, of about 1.9 images each; the other has half as many.
     seed
@@ -69,7 +70,7 @@ def run_demo(
     JobStopped
         It was interrupted; the message says what is done, and how to go on.
     """
-    steps = _Steps(Path(folder), n_studies, seed, echo)
+    steps = _Steps(Path(folder), n_studies, seed, run, echo)
     try:
         return steps.take()
     except KeyboardInterrupt as stop:
@@ -95,9 +96,15 @@ class _Steps:
     """The steps of a demo in a folder, and which of them are done."""
 
     def __init__(
-        self, folder: Path, n_studies: int, seed: int, echo: Callable[[str], object]
+        self,
+        folder: Path,
+        n_studies: int,
+        seed: int,
+        run: Callable[[list[str]], object],
+        echo: Callable[[str], object],
     ) -> None:
-        self.folder, self.n_studies, self.seed, self.echo = folder, n_studies, seed, echo
+        self.folder, self.n_studies, self.seed = folder, n_studies, seed
+        self.run, self.echo = run, echo
         self.done: list[str] = []
         self._keeps = True  # until something is made anew, on which later steps rest
 
@@ -189,21 +196,7 @@ class _Steps:
         self.echo(f"   $ {line}")
         with self._log.open("a", encoding="utf-8") as log, redirect_stdout(log):
             print(f"$ {line}", flush=True)
-            _invoke(given)
-
-
-def _invoke(words: list[str]) -> None:
-    """Run a command as the shell would, below the group that runs now."""
-    group = click.get_current_context().find_root()
-    command, kept = cli.commands[words[0]], dict(group.meta)
-    try:
-        with (
-            recording(words),
-            command.make_context(words[0], words[1:], parent=group) as context,
-        ):
-            command.invoke(context)
-    finally:
-        group.meta.update(kept)  # the command has options of its own, such as --json
+            self.run(given)
 
 
 def _find_last(place: Path, verb: str) -> dict[str, Any]:
@@ -249,16 +242,14 @@ def describe(own: dict[str, float], other: dict[str, float]) -> list[str]:
         f"On the test images:      {_figures(own)}",
         f"On the other hospital's: {_figures(other)}",
     ]
-    here, there = _judge(own), _judge(other)
-    lines.append(f"On the test images {here}.")
-    if own["low"] > 0 and other["low"] > 0:
+    lines.append(f"On the test images {_judge(own)}.")
+    lines.append(f"On the other hospital's {_judge(other)}.")
+    if own["low"] > 0:
         share = other["difference"] / own["difference"]
         lines.append(
-            f"On the other hospital's {there}: {other['difference']:+.3f} of "
-            f"{own['difference']:+.3f} is left ({share:.0%}), of other patients."
+            f"Of the {own['difference']:+.3f}, {other['difference']:+.3f} ({share:.0%}) is left "
+            "there, as measured on other patients."
         )
-    else:
-        lines.append(f"On the other hospital's {there}.")
     lines.append("One training of each was compared: another seed gives other figures.")
     return lines
 

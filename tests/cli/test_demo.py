@@ -57,7 +57,7 @@ class Fake:
 def fake(monkeypatch) -> Fake:
     commands = Fake()
     figures = {"first": 0.5, "second": 0.6, "difference": 0.1, "low": 0.05, "high": 0.15}
-    monkeypatch.setattr(demo, "_invoke", commands)
+    monkeypatch.setattr("cxr_cache.cli.use._run_command", commands)
     monkeypatch.setattr(demo, "_tested", lambda folder: f"{folder.name} tested")
     monkeypatch.setattr(demo, "_read_macro", lambda folder: figures)
     return commands
@@ -117,8 +117,12 @@ def test_another_number_of_studies_does_not_mix_with_the_first(fake, tmp_path):
 @pytest.mark.parametrize(
     ("own", "other", "says"),
     [
-        ((0.6, 0.5, 0.7), (0.3, 0.2, 0.4), ["better", r"\+0.300 of \+0.600 is left \(50%\)"]),
-        ((0.6, 0.5, 0.7), (0.1, -0.1, 0.3), ["better", "hospital's no difference is shown"]),
+        ((0.6, 0.5, 0.7), (0.3, 0.2, 0.4), ["better", r"\+0.600, \+0.300 \(50%\) is left"]),
+        (
+            (0.6, 0.5, 0.7),
+            (0.1, -0.1, 0.3),
+            ["better", "hospital's no difference is shown", r"\(17%\) is left"],
+        ),
         ((0.1, -0.1, 0.3), (0.3, 0.2, 0.4), ["images no difference is shown", "hospital's .*bett"]),
         ((-0.3, -0.4, -0.2), (0.0, float("nan"), float("nan")), ["worse", "no interval"]),
     ],
