@@ -88,7 +88,7 @@ def use(programs: Path, folder: Path, *, demo: bool) -> str:
     run("doctor")
     if demo:
         run("demo", "demo", "--studies", "60")
-        if not (folder / "demo" / "finetuned" / "report.html").is_file():
+        if not (folder / "demo" / "comparison.html").is_file():
             raise SystemExit("the demo left no page")
     return version
 

@@ -121,14 +121,17 @@ def evaluate(run: Path, stores: tuple[Path, ...], groups: Path | None, **options
 @option("--out", type=FOLDER, help="Folder that comparison.csv and comparison.png are written to.")
 @options_of(CompareConfig)
 def compare(runs: tuple[Path, ...], out: Path | None, **options: Any) -> None:
-    """Tell how much better runs are than the first, on the same test studies."""
-    from cxr_cache.evaluation.compare import compare_runs
-    from cxr_cache.models.run import Run
+    """Tell how much better runs are than the first, on the same test studies.
+
+    RUNS may also be folders that `evaluate --store OTHER --out` wrote for several runs on the same
+    store: then they are compared on that data set.
+    """
+    from cxr_cache.evaluation.compare import compare_runs, open_tested
 
     config = CompareConfig(**options)
     if len(runs) < 2:
         raise click.UsageError("Give two runs or more; the others are compared with the first.")
-    comparison = compare_runs(*map(Run.open, runs), **vars(config))
+    comparison = compare_runs(*map(open_tested, runs), **vars(config))
     say(comparison.to_text())
     written: tuple[Path, ...] = ()
     if out is not None:

@@ -25,6 +25,7 @@ from cxr_cache.cli.options import (
 )
 from cxr_cache.cli.output import give, say, show
 from cxr_cache.cli.progress import counting
+from cxr_cache.common.manifest import recording
 from cxr_cache.config import DemoConfig, ExplainConfig
 
 _FEW_IMAGES: Final = 100  # which take seconds, so that nobody waits for a line of progress
@@ -200,12 +201,41 @@ def export(run: Path, file_format: str, out: Path, model: str | None, overwrite:
 @click.command()
 @click.argument("folder", type=FOLDER)
 @options_of(DemoConfig)
-def demo(folder: Path, **options: Any) -> None:
-    """Show the whole job on synthetic chest X-rays, without data or a network."""
-    from cxr_cache.cli.demo import run_demo
+@option(
+    "--open",
+    "opens",
+    is_flag=True,
+    help="Open the page that it ends with in the browser; where there is none, its path is "
+    "printed.",
+)
+def demo(folder: Path, opens: bool, **options: Any) -> None:
+    """Show the whole job on synthetic chest X-rays, without data or a network.
 
-    page = run_demo(folder, **vars(DemoConfig(**options)), echo=say)
+    It prints each command that it runs: extraction, a frozen head, fine-tuned blocks, a test on
+    another hospital's images, and the page that compares. Given again after an interruption, it
+    goes on where it stopped.
+    """
+    from cxr_cache.cli.demo import open_page, run_demo
+
+    page = run_demo(folder, _run_command, **vars(DemoConfig(**options)), echo=say)
+    if opens:
+        open_page(page, echo=say)
     give({"written": [page]})
+
+
+def _run_command(words: list[str]) -> None:
+    """Run a command as the shell would, below the group that runs now."""
+    group = click.get_current_context().find_root()
+    assert isinstance(group.command, click.Group)
+    command, kept = group.command.commands[words[0]], dict(group.meta)
+    try:
+        with (
+            recording(words),
+            command.make_context(words[0], words[1:], parent=group) as context,
+        ):
+            command.invoke(context)
+    finally:
+        group.meta.update(kept)  # the command has options of its own, such as --json
 
 
 @click.command()

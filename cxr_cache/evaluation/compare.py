@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -28,10 +29,11 @@ from cxr_cache.metrics.intervals import (
     standard_errors,
     student_interval,
 )
+from cxr_cache.metrics.operating_point import OperatingPoint
 from cxr_cache.metrics.resampled import bootstrap, rank_scores
 from cxr_cache.metrics.scores import FloatArray, macro_mean
 from cxr_cache.models.run import Run
-from cxr_cache.models.split_reads import SplitReads, count_reading
+from cxr_cache.models.split_reads import SplitReads, count_reading, count_reading_beside
 
 COMPARED: Final = ("auroc", "ap")
 MACRO: Final = ""
@@ -157,6 +159,39 @@ class Comparison:
         ]
 
 
+class ExternalTest(Run):
+    """A run as it was tested on another data set: tables of the test, the model of the run."""
+
+    def __init__(self, path: Path, external: dict[str, Any]) -> None:
+        self.run = Run.open(external["run"])
+        self.external = external
+        super().__init__(path, self.run.config)
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """That of the run, with which it was tested."""
+        return self.run.operating_point
+
+    @property
+    def is_nested(self) -> bool:
+        """No: the one model that a run delivers is tested, however its recipe was."""
+        return False
+
+
+def open_tested(path: str | Path) -> Run:
+    """Open a run, or the folder of its test on another data set, for :func:`compare_runs`.
+
+    Raises
+    ------
+    RunError
+        `path` is neither, or is the test of a run that is not where it was.
+    """
+    test = Run(Path(path), {})
+    if not (test.path / "matching.csv").is_file():
+        return Run.open(path)
+    return ExternalTest(test.path, test.read_metrics()["external"])
+
+
 def _describe(row: Any) -> str:
     bounds = (
         " [no interval]" if np.isnan(row["low"]) else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
@@ -186,7 +221,8 @@ def compare_runs(
     Parameters
     ----------
     runs
-        Two or more finished runs with the same test images, findings and targets. Where one of
+        Two or more finished runs with the same test images, findings and targets; or their tests on
+        one other data set, which :func:`open_tested` opens. Where one of
         them predicts whole studies, the others' probabilities are averaged by study, and studies
         alone are compared.
         What is resampled are the patients of the first of them that names any, else studies.
@@ -231,7 +267,16 @@ def compare_runs(
     ]
     table = pd.concat(tables, ignore_index=True)
     notes = _list_notes(names, runs, [len(of_run) for of_run in trainings])
-    notes += tuple(note_overlap(names, runs))
+    external = [run for run in runs if isinstance(run, ExternalTest)]
+    if external:
+        texts = dict.fromkeys(text for run in external for text in run.external["warnings"])
+        notes += tuple(texts)
+        store, image_ids = Path(external[0].external["store"]), first.image_ids
+        own = [run.run if isinstance(run, ExternalTest) else run for run in runs]
+        reads = count_reading_beside(store, image_ids, "compare", own)
+    else:
+        notes += tuple(note_overlap(names, runs))
+        reads = count_reading("compare", *runs)
     return Comparison(
         names,
         first.count_images(),
@@ -239,7 +284,7 @@ def compare_runs(
         images[0][0].unit,
         table,
         notes,
-        count_reading("compare", *runs),
+        reads,
     )
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from cxr_cache.cli import demo
 from cxr_cache.cli.main import cli
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.phantoms.dataset import write_phantoms
@@ -413,21 +411,6 @@ def test_imported_features_train_and_cannot_predict(data, tmp_path, undrawn):
     succeed("train", store, "--run-dir", run, *QUICK)
     image = next((data / "images").iterdir())
     assert "cxr-cache evaluate" in refuse("predict", run, image)
-
-
-@pytest.mark.slow
-def test_the_demo_runs_twice(tmp_path, monkeypatch):
-    """All its steps, with fewer of the epochs that make its figures worth looking at."""
-    monkeypatch.setattr(demo, "FROZEN", replace(demo.FROZEN, epochs=(1, 2)))
-    monkeypatch.setitem(demo.TUNED, "epochs", (1,))
-    command = ["demo", tmp_path / "demo", "--studies", 40]
-    output = succeed(*command)
-    assert "RANDOM WEIGHTS" in output
-    assert re.search(r"frozen +finetuned +difference\n  macro AUROC ", output)
-    assert (tmp_path / "demo" / "frozen" / "report.html").is_file()
-    assert (tmp_path / "demo" / "finetuned" / "report.html").is_file()
-    monkeypatch.setattr(demo, "write_report", lambda run, **_: run.report_path)  # drawn once
-    assert "nothing was left to compute" in succeed(*command)
 
 
 # ----------------------------------------------------------------------- fine-tuning

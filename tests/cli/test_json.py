@@ -80,7 +80,9 @@ def places(tmp_path_factory) -> dict[str, Path]:
 def test_stdout_is_json_of_the_schema(command, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if command == "demo":  # its parts are tested in test_cli.py
-        monkeypatch.setattr("cxr_cache.cli.demo.run_demo", lambda folder, **_: folder / "page.html")
+        monkeypatch.setattr(
+            "cxr_cache.cli.demo.run_demo", lambda folder, *_, **__: folder / "page.html"
+        )
     for module in ("jobs.runs", "report.report"):  # pages take long, and are tested elsewhere
         monkeypatch.setattr(f"cxr_cache.{module}.write_report", lambda run, **_: run.report_path)
     if command == "export":

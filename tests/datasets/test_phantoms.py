@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -67,6 +68,38 @@ def test_a_study_does_not_depend_on_how_many_are_written(phantoms, tmp_path):
         assert few_hashes[name] == many_hashes[name], f"{name} differs"
     for name in ("indiana_reports.csv", "indiana_projections.csv", "phantoms.csv"):
         assert (phantoms.csv_dir / name).read_bytes().startswith((few.csv_dir / name).read_bytes())
+
+
+def test_another_style_shows_the_same_patients_darker_grainier_and_framed(phantoms, tmp_path):
+    named = write_phantoms(tmp_path / "named", n_studies=7, image_size_px=96, style="standard")
+    other = write_phantoms(tmp_path / "other", n_studies=7, image_size_px=96, style="digitised")
+
+    recipe = json.loads((named.csv_dir / "phantoms.json").read_text())
+    assert recipe == {"n_studies": 7, "image_size_px": 96, "seed": 0}  # as before styles
+    for name in ("indiana_reports.csv", "indiana_projections.csv"):
+        assert (other.csv_dir / name).read_bytes() == (named.csv_dir / name).read_bytes()
+    for path in named.image_dir.iterdir():
+        assert path.read_bytes() == (phantoms.image_dir / path.name).read_bytes()
+        plain, shown = (np.asarray(Image.open(p)) for p in (path, other.image_dir / path.name))
+        assert shown[4:-4, 4:-4].mean() < plain[4:-4, 4:-4].mean()
+        assert shown[:4].max() == shown[:, -4:].max() == 0
+    boxes = read_csv(other.csv_dir / "phantoms.csv")
+    assert all(int(box["x0"]) >= 4 and int(box["y1"]) <= 92 for box in boxes)
+
+
+def test_the_marker_stands_at_the_patients_left_of_frontal_views_alone():
+    for projection, expected in (("Frontal", True), ("Lateral", False)):
+        pixels, _ = draw_phantom((), projection, np.random.default_rng(0), style="digitised")
+        corner = pixels[10:40, 210:246]
+        assert (np.count_nonzero(corner == 255) > 20) == expected
+
+
+def test_styles_do_not_mix_in_a_folder_and_unknown_ones_are_refused(tmp_path):
+    write_phantoms(tmp_path, n_studies=1, image_size_px=64)
+    with pytest.raises(ConfigError, match=r"phantoms of .*digitised.* would mix with them"):
+        write_phantoms(tmp_path, n_studies=1, image_size_px=64, style="digitised")
+    with pytest.raises(ConfigError, match="style is 'sepia'; it must be one of: standard, digit"):
+        write_phantoms(tmp_path / "new", n_studies=1, style="sepia")
 
 
 def test_the_tables_have_the_indiana_form(phantoms):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from sklearn.metrics import roc_auc_score
 
 from cxr_cache.cli.main import cli
 from cxr_cache.config import ExtractConfig
@@ -18,6 +20,7 @@ from cxr_cache.datasets.cohort import Cohort, Reading
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, RunError, TableError
+from cxr_cache.evaluation.compare import compare_runs, open_tested
 from cxr_cache.evaluation.evaluate import evaluate_predictions, score_run
 from cxr_cache.evaluation.scored import read_scored
 from cxr_cache.jobs.external import evaluate_on_store
@@ -99,6 +102,44 @@ def refuse(*arguments: object) -> str:
     assert result.exit_code == 1, result.output
     assert "Traceback" not in result.output
     return result.output
+
+
+def test_two_runs_are_compared_on_the_other_data_set(tested, tmp_path):
+    second = Path(shutil.copytree(tested, tmp_path / "worse"))
+    table = pd.read_csv(second / "predictions.csv")
+    noise = np.random.default_rng(0).normal(0, 0.4, (len(table), 4))
+    table[list(FINDINGS[:4])] = (table[list(FINDINGS[:4])] + noise).clip(0, 1)
+    table.to_csv(second / "predictions.csv", index=False)
+
+    comparison = compare_runs(open_tested(tested), open_tested(second), n_resamples=200)
+
+    targets = pd.read_csv(second / "targets.csv").set_index("image_id").loc[table["image_id"]]
+    labelled = {name: targets[name].notna().to_numpy() for name in FINDINGS[:4]}
+    worse = [
+        roc_auc_score(targets[name][rows], table[name][rows]) for name, rows in labelled.items()
+    ]
+    row = comparison.macro("worse")
+    own = json.loads((tested / "metrics.json").read_text())
+    assert row["first"] == pytest.approx(own["test"]["macro_auroc"]["value"])
+    assert row["second"] == pytest.approx(np.mean(worse))
+    assert row["low"] < row["difference"] < row["high"] < 0
+    assert (comparison.n_images, comparison.unit) == (80, "patient")
+    assert comparison.reads.n_runs == 1  # it is one run that both folders are tests of
+    assert set(own["external"]["warnings"]) < set(comparison.notes)
+
+
+def test_a_test_elsewhere_is_not_compared_with_a_run_nor_without_its_own(run, tested, tmp_path):
+    def compare(*paths: object) -> str:
+        result = CliRunner().invoke(cli, ["compare", *map(str, paths)])
+        assert result.exit_code == 1, result.output
+        return result.output
+
+    assert "of which 0 are the same" in compare(run.path, tested)
+    moved = Path(shutil.copytree(tested, tmp_path / "moved"))
+    metrics = json.loads((moved / "metrics.json").read_text())
+    metrics["external"]["run"] = str(tmp_path / "gone")
+    (moved / "metrics.json").write_text(json.dumps(metrics))
+    assert f"{tmp_path / 'gone'} is not a run folder" in compare(tested, moved)
 
 
 def test_it_leaves_what_a_runs_own_test_leaves(tested):

@@ -28,6 +28,7 @@ from cxr_cache.datasets.labels import (
     parse_labels,
     take_or_nan,
 )
+from cxr_cache.datasets.phantoms import RECIPE_FILE
 from cxr_cache.datasets.table import ROLE_WORDS, read_facts
 from cxr_cache.errors import TableError
 
@@ -131,7 +132,7 @@ def read_indiana(
             path.name: hash_file(path) for path in (reports_path, images_path, headers_path) if path
         },
         reading=Reading(
-            "indiana",
+            "phantoms" if (csv_dir / RECIPE_FILE).is_file() else "indiana",
             columns=uses,
             policy=policy.to_text() if config.blank or config.uncertain else "",
             split=f"columns of {images_path.name} and {reports_path.name}" if given else "",

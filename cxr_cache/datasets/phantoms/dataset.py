@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxr_cache.datasets.phantoms import RECIPE_FILE
 from cxr_cache.datasets.phantoms.anatomy import Anatomy, Sign, frontal_scene, lateral_scene
 from cxr_cache.datasets.phantoms.film import Array, Box, Film
 from cxr_cache.datasets.phantoms.findings import PHANTOM_FINDINGS
+from cxr_cache.datasets.phantoms.styles import STANDARD, Style, find_style
 from cxr_cache.errors import ConfigError
 
 MIN_IMAGE_SIZE_PX = 64
 NORMAL_SHARE = 0.4
-RECIPE_FILE = "phantoms.json"
 REPORT_COLUMNS = "uid,MeSH,Problems,image,indication,comparison,findings,impression"
 PROJECTION_COLUMNS = "uid,filename,projection"
 BOX_COLUMNS = "filename,finding,x0,y0,x1,y1"
@@ -52,9 +53,10 @@ def soften(picture: Array) -> Array:
     return np.asarray(both)
 
 
-def expose(film: Film, density: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
+def expose(film: Film, density: Array, rng: np.random.Generator, style: Style) -> NDArray[np.uint8]:
     """Turn density into grey levels, with an exposure that falls off across the film, and grain."""
     gain, contrast, grain = rng.uniform((1.0, 0.95, 0.03), (1.7, 1.3, 0.1)).tolist()
+    gain, contrast, grain = gain * style.exposure, contrast * style.contrast, grain * style.grain
     slope_x, slope_y = rng.uniform(-0.15, 0.15, 2).tolist()
     n_steps, darkest = 2048, 6.0
     steps = np.linspace(0, darkest, n_steps)
@@ -72,6 +74,7 @@ def draw_phantom(
     image_size_px: int = 256,
     *,
     view: int = 0,
+    style: str = STANDARD,
 ) -> tuple[NDArray[np.uint8], list[tuple[str, Box]]]:
     """Draw one chest X-ray with the findings asked for.
 
@@ -91,6 +94,9 @@ def draw_phantom(
         Side S of the square picture.
     view
         Number of the exposure. Exposures differ in positioning, brightness and grain.
+    style
+        How the machine shows the patient: a name from
+        :data:`cxr_cache.datasets.phantoms.styles.STYLES`.
 
     Returns
     -------
@@ -104,8 +110,9 @@ def draw_phantom(
     Raises
     ------
     ConfigError
-        A finding or the projection cannot be drawn.
+        A finding or the projection cannot be drawn, or there is no such style.
     """
+    machine = find_style(style)
     if projection not in ("Frontal", "Lateral"):
         raise ConfigError(f"projection is {projection!r}; it must be 'Frontal' or 'Lateral'.")
     patient, signs = place_findings(findings, rng)
@@ -122,9 +129,10 @@ def draw_phantom(
         (sign.finding, box)
         for sign in signs
         for region in PHANTOM_FINDINGS[sign.finding].paint(scene, sign)
-        if (box := film.box(region)) is not None
+        if (whole := film.box(region)) and (box := machine.clip(whole, image_size_px))
     ]
-    return expose(film, scene.density, take), boxes
+    pixels = expose(film, scene.density, take, machine)
+    return machine.finish(pixels, is_frontal=is_frontal), boxes
 
 
 # --- a data set ----------------------------------------------------------------------------------
@@ -219,6 +227,7 @@ def write_phantoms(
     n_studies: int = 200,
     image_size_px: int = 256,
     seed: int = 0,
+    style: str = STANDARD,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> PhantomSet:
     """Write a data set of phantoms in exactly the format of the Indiana data set.
@@ -241,6 +250,10 @@ def write_phantoms(
         Side of the square pictures, at least 64.
     seed
         At least 0.
+    style
+        How the hospital's machine shows patients: ``"standard"``, or ``"digitised"`` for scanned
+        film, which is darker and grainier and has a frame and a side marker. Equal seeds give the
+        same patients in every style.
     progress
         Function that wraps the iterable of study numbers, as ``tqdm`` does.
 
@@ -249,11 +262,13 @@ def write_phantoms(
     ConfigError
         An argument is out of range, or the folder has other content.
     """
-    recipe = {"n_studies": n_studies, "image_size_px": image_size_px, "seed": seed}
+    find_style(style)
+    recipe: dict[str, int] = {"n_studies": n_studies, "image_size_px": image_size_px, "seed": seed}
     for name, lowest in {"n_studies": 1, "image_size_px": MIN_IMAGE_SIZE_PX, "seed": 0}.items():
         if recipe[name] < lowest:
             raise ConfigError(f"{name} is {recipe[name]}; it must be at least {lowest}.")
-    claim_folder(out_dir, json.dumps(recipe))
+    named = {} if style == STANDARD else {"style": style}  # folders of before name none
+    claim_folder(out_dir, json.dumps(recipe | named))
     image_dir = out_dir / "images"
     image_dir.mkdir(exist_ok=True)
 
@@ -263,7 +278,9 @@ def write_phantoms(
         reports.append(study.report())
         for k, (filename, projection) in enumerate(study.views()):
             rng = np.random.default_rng(study.seed)
-            pixels, regions = draw_phantom(study.findings, projection, rng, image_size_px, view=k)
+            pixels, regions = draw_phantom(
+                study.findings, projection, rng, image_size_px, view=k, style=style
+            )
             # For grainy pictures, run-length coding (type 3) packs as well as zlib's default and is
             # four times as fast.
             Image.fromarray(pixels).save(image_dir / filename, compress_level=1, compress_type=3)
