@@ -28,7 +28,6 @@ from cxr_cache.datasets.labels import (
     parse_labels,
     take_or_nan,
 )
-from cxr_cache.datasets.phantoms import RECIPE_FILE
 from cxr_cache.datasets.table import ROLE_WORDS, read_facts
 from cxr_cache.errors import TableError
 
@@ -36,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 PROJECTIONS = {"frontal": "Frontal", "lateral": "Lateral", "": ""}
 """How a projection may be written (in any case), and how the cohort writes it."""
+RECIPE_FILE = "phantoms.json"
+"""Beside the two tables where the images are drawn ones, see :mod:`cxr_cache.datasets.phantoms`."""
 
 
 def read_indiana(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxr_cache.datasets.phantoms import RECIPE_FILE
+from cxr_cache.datasets.collections.indiana import RECIPE_FILE
 from cxr_cache.datasets.phantoms.anatomy import Anatomy, Sign, frontal_scene, lateral_scene
 from cxr_cache.datasets.phantoms.film import Array, Box, Film
 from cxr_cache.datasets.phantoms.findings import PHANTOM_FINDINGS
