@@ -64,7 +64,9 @@ class Similar:
         about = [known.get("projection") or "projection unknown", f"study {known.get('study_uid')}"]
         about += [f"patient {known['patient_id']}"] if known.get("patient_id") else []
         about.append(", ".join(known.get("findings", ())) or "no finding labelled present")
-        of = "a file, of which study and patient are not known" if self.is_file else "; ".join(about)
+        of = (
+            "a file, of which study and patient are not known" if self.is_file else "; ".join(about)
+        )
         lines = [
             f"{self.image} ({of})",
             f"compared with {count(self.n_compared, 'image')} of {self.store}",

@@ -166,7 +166,7 @@
     const present = data.findings.filter((_, f) => labelsOf(f)[i] === 1).map(({ name }) => name);
     const isLabelled = data.findings.some((_, f) => labelsOf(f)[i] !== 2);
     rows.push(["findings", present.join(", ") || (isLabelled ? "none labelled present" : "unlabelled")]);
-    if (shares) rows.push(["distance", `as far or further than ${(100 * shares[i]).toFixed(1)} %`]);
+    if (shares) rows.push(["distance", `${(100 * shares[i]).toFixed(1)} % quantile`]);
     panel.append(make("h2", {}, data.ids[i]));
     const picture = data.pictures[i];
     if (picture) panel.append(make("img", { src: picture, alt: `Radiograph ${data.ids[i]}`, width: 144, height: 144 }));
@@ -314,30 +314,27 @@
 
   function search(forward) {
     const wanted = find("search").value.trim().toLowerCase(), said = find("found");
-    const key = `${wanted}`;
-    if (!wanted) { matches = []; said.textContent = ""; return; }
-    if (search.key !== key) {
-      search.key = key;
+    if (!wanted) { said.textContent = ""; return; }
+    if (!forward) {
       match = -1;
       const has = (text) => text.toLowerCase().includes(wanted);
       matches = data.ids.flatMap((id, i) => (has(id) || data.studies[i].toLowerCase() === wanted
         || (data.patients && data.patients[i].toLowerCase() === wanted) ? [i] : []));
     }
     if (!matches.length) { said.textContent = "no image on the map"; return; }
-    if (forward || match < 0) match = (match + 1) % matches.length;
+    match = (match + 1) % matches.length;
     said.textContent = `${count(match + 1)} of ${count(matches.length)}${matches.length > 1 ? "; Enter: the next" : ""}`;
     keep(matches[match]);
   }
   find("search").addEventListener("keydown", (event) => { if (event.key === "Enter") search(true); });
-  find("search").addEventListener("input", () => { search.key = null; search(false); });
+  find("search").addEventListener("input", () => search(false));
 
   for (const [value, label] of modes) find("mode").append(make("option", { value }, label));
-  data.findings.forEach(({ name }, f) => {
-    const n = labelsOf(f).reduce((sum, code) => sum + (code === 1), 0);
-    find("finding").append(make("option", { value: f, "data-n": n }, `${name} (${count(n)})`));
-  });
-  const most = [...find("finding").options].sort((a, b) => b.dataset.n - a.dataset.n)[0];
-  if (most) most.selected = true;
+  const present = data.findings.map((_, f) => labelsOf(f).reduce((sum, code) => sum + (code === 1), 0));
+  data.findings.forEach(({ name }, f) => find("finding").append(make("option", { value: f }, `${name} (${count(present[f])})`)));
+  // First the most frequent one that does not cover the map.
+  const often = present.map((n) => (n > data.n / 4 ? -1 : n));
+  if (often.length) find("finding").selectedIndex = often.indexOf(Math.max(...often));
   find("mode").addEventListener("change", regroup);
   find("finding").addEventListener("change", regroup);
   for (const button of document.querySelectorAll("button[data-image]")) {
