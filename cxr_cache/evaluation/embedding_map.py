@@ -137,5 +137,6 @@ def measure_unlikeness(
     if len(cohort) - np.bincount(folds).max() < 2:
         return None
     distances = measure_apart(embeddings, folds)
-    ranks: NDArray[np.float64] = np.searchsorted(np.sort(distances), distances, "right")
-    return ranks / len(distances)
+    n_no_further = np.searchsorted(np.sort(distances), distances, "right")
+    shares: NDArray[np.float64] = n_no_further / len(distances)
+    return shares

@@ -33,6 +33,7 @@ from cxr_cache.models.unlikeness import UNUSUAL
 from cxr_cache.report.page import render_map
 from cxr_cache.report.pictures import draw_thumbnails
 from cxr_cache.report.report import require_page_path
+from cxr_cache.report.views import to_records
 from cxr_cache.store.feature_store import FAILED, FeatureStore
 
 MAX_POINTS: Final = 20_000
@@ -153,8 +154,11 @@ def write_map(
     cohort, split = _read_split(store, rows, run)
     embeddings = read_unit_embeddings(store, rows)
     unlikeness = measure_unlikeness(embeddings, cohort)
-    furthest = np.argsort(-unlikeness, kind="stable")[:N_FURTHEST] if unlikeness is not None else ()
-    furthest = np.asarray(furthest, np.intp)
+    furthest = (
+        np.empty(0, np.intp)
+        if unlikeness is None
+        else np.argsort(-unlikeness, kind="stable")[:N_FURTHEST]
+    )
     shown = _draw(len(rows), MAX_POINTS, furthest)
     places = place(embeddings, shown, method)
     pictures, problems = _draw_pictures(store, cohort, shown, furthest, image_dir)
@@ -183,7 +187,7 @@ def write_map(
         axes=_AXES[method],
         split=split[0],
         unusual=UNUSUAL,
-        furthest=_describe(cohort.take(furthest), unlikeness, furthest),
+        furthest=_describe(cohort.take(furthest)),
         failed=list(zip(store.image_ids[failed[:MAX_FAILURES]].tolist(), reasons, strict=False)),
         has_image_dir=image_dir is not None,
         data=_pack(cohort.take(shown), places, split, unlikeness, shown) | {"pictures": pictures},
@@ -249,17 +253,11 @@ def _draw_pictures(
     return {str(number_of[image_id]): address for image_id, address in pictures.items()}, problems
 
 
-def _describe(
-    images: Cohort, unlikeness: NDArray[np.float64] | None, rows: NDArray[np.intp]
-) -> list[dict[str, Any]]:
+def _describe(images: Cohort) -> list[dict[str, Any]]:
     """Rows of the table of images furthest from the others."""
-    if unlikeness is None:
-        return []
     return [
-        {**known, "share": share, "findings": name_findings(images, i)}
-        for i, (known, share) in enumerate(
-            zip(images.images.to_dict("records"), unlikeness[rows].tolist(), strict=True)
-        )
+        {**known, "findings": name_findings(images, row)}
+        for row, known in enumerate(to_records(images.images))
     ]
 
 

@@ -231,7 +231,7 @@ def _keep_projection(
         raise ConfigError(
             "--same-projection needs the projection of the image, which is not known. Leave it out."
         )
-    kept = rows[cohort.projections[rows] == projection]
+    kept: NDArray[np.intp] = rows[cohort.projections[rows] == projection]
     if not len(kept):
         raise StoreIncompleteError(
             f"{store.path} has no other image of the projection {projection} with an embedding. "
@@ -282,7 +282,7 @@ def _describe(cohort: Cohort, row: int) -> dict[str, Any]:
 
 def _align(table: pd.DataFrame) -> str:
     """Columns side by side, all text, the last one as long as it is."""
-    rows = [[name.replace("_uid", "").replace("_id", "") for name in table], *table.to_numpy()]
+    rows = [[str(name).replace("_uid", "").replace("_id", "") for name in table], *table.to_numpy()]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
