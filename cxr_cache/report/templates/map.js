@@ -36,7 +36,8 @@
 
   // -- groups of points: colour and shape -----------------------------------------------------
 
-  const SHAPES = ["circle", "square", "triangle", "diamond", "cross"];
+  // The first two, blue and orange, differ for every kind of colour vision.
+  const STYLES = [["--c0", "circle"], ["--base", "square"], ["--c2", "triangle"], ["--c1", "diamond"], ["--c3", "cross"]];
 
   function groupByFinding(finding) {
     return {
@@ -54,8 +55,8 @@
     const other = names.length - 2;
     const groups = names.map((label, k) => ({
       label,
-      color: k < other ? `--c${k}` : "--muted",
-      shape: k < other ? SHAPES[k] : k === other ? "square" : "ring",
+      color: k < other ? STYLES[k][0] : "--muted",
+      shape: k < other ? STYLES[k][1] : k === other ? "square" : "ring",
       size: k < other ? 2.8 : 2.4,
       faint: true,
     }));
