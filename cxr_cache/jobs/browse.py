@@ -207,7 +207,7 @@ def _read_split(
     cohort = store.cohort.take(rows)
     if run is None:
         given = cohort.images.get("given_split")
-        if given is None or not given.any():
+        if given is None or not (given != "").any():
             return cohort, ("", np.full(len(cohort), ""))
         return cohort, ("that the data set comes with", given.to_numpy(np.str_))
     if not is_own_store(run, store):
@@ -284,7 +284,7 @@ def _pack(
         "places": _encode((scaled * 65535).round().astype("<u2")),
         "ids": images.image_ids.tolist(),
         "studies": images.study_uids.tolist(),
-        "patients": images.patient_ids.tolist() if images.patient_ids.any() else None,
+        "patients": images.patient_ids.tolist() if (images.patient_ids != "").any() else None,
         "groupings": {
             name: _group(values) for name, values in groupings.items() if (values != "").any()
         },
