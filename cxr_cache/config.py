@@ -60,6 +60,7 @@ Norm: TypeAlias = Literal["batch", "layer"]
 InputNorm: TypeAlias = Literal["l2", "standard", "none"]
 Level: TypeAlias = Literal["image", "study"]
 Protocol: TypeAlias = Literal["holdout", "nested"]
+MapMethod: TypeAlias = Literal["pca", "umap"]
 
 
 LOG_TO: Final = ("tensorboard", "wandb", "mlflow")
@@ -1115,6 +1116,27 @@ class AuditConfig(Config):
         "With --leakage: number of trainings whose results are averaged.",
         flag="--repeats",
         check=at_least(1),
+    )
+
+
+@dataclass(frozen=True)
+class BrowseConfig(Config):
+    """How embeddings become a map."""
+
+    method: MapMethod = option(
+        "pca",
+        "How embeddings are placed on the map: by their first two principal components, or by UMAP "
+        "(which needs the extra umap).",
+    )
+
+
+@dataclass(frozen=True)
+class SimilarConfig(Config):
+    """How many neighbours of an image are looked for, and among which images."""
+
+    count: int = option(10, "Number of neighbours.", check=at_least(1))
+    same_projection: bool = option(
+        False, "Look only among images of the projection that IMAGE has in the store."
     )
 
 

@@ -29,12 +29,14 @@ from cxr_cache.cli.progress import Progress, counting, progress
 from cxr_cache.config import (
     FEATURES,
     AuditConfig,
+    BrowseConfig,
     EncoderOptions,
     ExtractConfig,
     Features,
     FinetuneConfig,
     PlanConfig,
     ReadConfig,
+    SimilarConfig,
     TrainConfig,
     VerifyConfig,
     WorkersConfig,
@@ -233,6 +235,76 @@ def audit(
         found.write(out)
         note(f"Tables written to {out}")
     give(found.to_dict())
+
+
+@click.command()
+@STORE
+@option(
+    "--out",
+    type=FILE,
+    help="HTML file that is written.  [default: the store's name with .html, beside it]",
+)
+@option("--run-dir", type=FOLDER, help="Run on this store whose split and labels are shown.")
+@option(
+    "--image-dir",
+    type=FOLDER,
+    help="Folder with the images: small pictures of up to 1,000 of them go into the page, which "
+    "may then not be shared if the images may not.",
+)
+@options_of(BrowseConfig)
+def browse(
+    store: Path, out: Path | None, run_dir: Path | None, image_dir: Path | None, **options: Any
+) -> None:
+    """Write a page with a map of a store's embeddings: one point for each image.
+
+    It is coloured by finding, projection, split, and distance from the other images, and lists what
+    failed. Of more than 20,000 images it shows a random sample.
+    """
+    from cxr_cache.jobs.browse import write_map
+    from cxr_cache.models.run import Run
+    from cxr_cache.store.feature_store import FeatureStore
+
+    if image_dir is not None:
+        require_folder(image_dir)
+    run = None if run_dir is None else Run.open(run_dir)
+    with FeatureStore.open(store) as features:
+        page = write_map(
+            features,
+            out or store.with_suffix(".html"),
+            run=run,
+            image_dir=image_dir,
+            config=BrowseConfig(**options),
+        )
+    show(page.to_text, page.to_dict())
+
+
+@click.command()
+@STORE
+@click.argument("image")
+@options_of(SimilarConfig)
+@MODEL_OF_STORE
+@DEVICE
+def similar(store: Path, image: str, model: str | None, device: str, **options: Any) -> None:
+    """List the images of a store that are most like IMAGE, by the cosine of their embeddings.
+
+    IMAGE is the id of an image in the store, or else an image file, which the store's own encoder
+    encodes.
+    """
+    from cxr_cache.jobs.similar import encode_file, find_similar, is_file_of
+    from cxr_cache.store.feature_store import FeatureStore
+
+    config = SimilarConfig(**options)
+    with FeatureStore.open(store) as features:
+        query: Any = image
+        if is_file_of(features, image, config):
+            encoder = load_encoder_of_store(
+                store, model, device, "Give the id of an image in the store."
+            )
+            query = encode_file(features, image, encoder)
+        elif given := options_given({"model": model, "device": device}):
+            raise click.UsageError(f"--{min(given)} goes with an image file; {image} is an id.")
+        found = find_similar(features, query, config)
+    show(found.to_text, found.to_dict())
 
 
 @click.command()

@@ -29,6 +29,7 @@ EXTRAS: Final = {
     "ray": Extra(("ray",), "--backend ray, on one or several machines"),
     "tensorboard": Extra(("tensorboard",), "--log-to tensorboard"),
     "text": Extra(("transformers",), "zero-shot with BiomedCLIP"),
+    "umap": Extra(("umap-learn",), "browse --method umap"),
     "wandb": Extra(("wandb",), "--log-to wandb"),
 }
 """By name, as in pyproject.toml, which a test compares. Other packages do for some: the whole

@@ -75,13 +75,35 @@ def fit_distribution(
     names, counts = np.unique(folds, return_counts=True)
     if features.shape[1] > MAX_WIDTH or len(names) < 2 or counts.min() < 2:
         return None
-    apart = np.empty(len(features))
-    for name in names:
-        held_out = folds == name
-        apart[held_out] = _fit(features[~held_out]).distances(features[held_out])
+    apart = measure_apart(features, folds, seed=seed)
     whole = _fit(features)
     quantiles = np.quantile(apart, np.linspace(0, 1, _N_QUANTILES)).astype(np.float32)
     return TrainingDistribution(whole.mean, whole.whitening, quantiles)
+
+
+def measure_apart(
+    features: NDArray[np.float32], folds: NDArray[np.int64], *, seed: int = 0
+) -> NDArray[np.float64]:
+    """Distance of each image to the images of the other folds, ``(n,)``.
+
+    Parameters
+    ----------
+    features
+        Finite, ``(n, D)``.
+    folds
+        Fold of each, ``(n,)``; in every fold the others have two images or more.
+    seed
+        Chooses 20,000 images of the other folds where there are more.
+    """
+    rng = np.random.default_rng(seed)
+    apart = np.empty(len(features))
+    for name in np.unique(folds):
+        held_out = folds == name
+        others = np.flatnonzero(~held_out)
+        if len(others) > _MAX_ROWS:
+            others = np.sort(rng.choice(others, _MAX_ROWS, replace=False))
+        apart[held_out] = _fit(features[others]).distances(features[held_out])
+    return apart
 
 
 def _fit(features: NDArray[np.float32]) -> TrainingDistribution:

@@ -93,7 +93,6 @@ def render_page(
         What was wrong with images that have no picture.
     """
     environment = make_environment()
-    program = _source(environment, "page.js")
     charts = collect_charts(views)
     if pictures is not None:
         charts |= {"cases": cases, "pictures": dict(pictures), "maps": maps}
@@ -118,8 +117,7 @@ def render_page(
         problems=problems or [],
         charts=charts | {"rows": wording.plural(views[0].row)},
         warnings=_collect_warnings(views),
-        program=program,
-        program_hash=base64.b64encode(hashlib.sha256(program.encode()).digest()).decode(),
+        **_program(environment, "page.js"),
         is_indiana=tuple(views[0].config["findings"]) == FINDINGS,
         never=NEVER,
         few_positives=FEW_POSITIVES,
@@ -181,6 +179,13 @@ def render_curve_page(ablation: Ablation, header: Header, store: str) -> str:
             level=LEVEL,
         )
     )
+
+
+def render_map(**shown: Any) -> str:
+    """The page with the map of a store; :mod:`cxr_cache.jobs.browse` says what it shows."""
+    environment = make_environment()
+    template = environment.get_template("map.html.j2")
+    return template.render(**shown, **_program(environment, "map.js"))
 
 
 def make_environment() -> jinja2.Environment:
@@ -285,6 +290,13 @@ def _sort_by_difference(
         return -math.inf if difference is None else difference
 
     return sorted(rows, key=gain, reverse=True)
+
+
+def _program(environment: jinja2.Environment, name: str) -> dict[str, str]:
+    """A page's own program, and the hash by which the page allows it and no other."""
+    program = _source(environment, name)
+    digest = hashlib.sha256(program.encode()).digest()
+    return {"program": program, "program_hash": base64.b64encode(digest).decode()}
 
 
 def _source(environment: jinja2.Environment, name: str) -> str:

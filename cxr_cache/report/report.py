@@ -130,10 +130,7 @@ def write_joint_report(
     path = Path(path)
     if len(runs) > MAX_RUNS:
         raise RunError(f"{len(runs)} runs do not fit on one page; give at most {MAX_RUNS}.")
-    if path.exists() and _MARK not in path.read_bytes()[:4000]:
-        raise ConfigError(f"{path} is not a page of cxr-cache; choose another name with --out.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or give another.")
+    require_page_path(path)
     for run in runs:
         run.read_metrics()  # what can fail at once fails before the long part
     require_one_protocol(runs)
@@ -174,6 +171,14 @@ def write_curve_page(ablation: Ablation, store: str | Path, path: str | Path) ->
         page = render_curve_page(ablation, features.header, str(store))
     write_whole(Path(path), page.encode())
     return Path(path)
+
+
+def require_page_path(path: Path) -> None:
+    """Raise ConfigError unless a page can be written there without replacing anything else."""
+    if path.exists() and _MARK not in path.read_bytes()[:4000]:
+        raise ConfigError(f"{path} is not a page of cxr-cache; choose another name with --out.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it, or give another.")
 
 
 def _show_cases(runs: Sequence[Run], image_dir: str | Path) -> dict[str, Any]:

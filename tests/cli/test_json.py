@@ -26,6 +26,8 @@ COMMANDS = {
     "inspect": "inspect {store}",
     "verify": "verify {store}",
     "audit": "audit {store} --run-dir {run}",
+    "browse": "browse {store} --run-dir {run} --out map.html",
+    "similar": "similar {store} {image}",
     "train": "train {store} --run-dir run {small}",
     "finetune": "finetune {store} --run-dir tuned --from-run {run} --epochs 1 --batch-size 16 "
     "--unfreeze-layers 1",

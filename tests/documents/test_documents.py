@@ -45,6 +45,7 @@ NOT_RUN = {
 """Page (or every page) and beginning of the lines that are not run here, and why."""
 NEEDS = {
     "docs/audit.md": ["runs/indiana"],
+    "docs/browse.md": ["runs/indiana"],
     "docs/checklists.md": ["runs/first"],
     "docs/explain.md": ["runs/tuned"],
     "docs/external_validation.md": ["runs/first"],
