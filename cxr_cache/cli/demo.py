@@ -50,7 +50,7 @@ def run_demo(
     folder
         Gets ``phantoms/``, ``other_phantoms/``, a store of each, the runs ``frozen/`` and
         ``finetuned/``, their tests on the others in ``external/``, the page ``comparison.html`` and
-        ``log.txt``, which holds all that the commands printed.
+        ``log.txt``, which holds the results that the commands printed.
     run
         Runs a command, given its words behind ``cxr-cache``.
     n_studies
@@ -147,10 +147,12 @@ class _Steps:
         self._tell("What the figures say (macro AUROC: 0.5 is guessing, 1 is perfect)")
         for line in describe(_read_macro(compared), _read_macro(external / "compared")):
             self.echo(f"   {line}")
-        self._tell(f"The page of both: {page}   (all that the commands printed: {self._log})")
+        self._tell(f"The page of both: {page}   (results of all commands: {self._log})")
+        self.echo(f"On the other hospital's images: {external / tuned.name / 'report.html'}")
         self.echo("Next: your own data. A table labels.csv with a row for each image in xrays:")
         self.echo("   $ cxr-cache describe --data labels.csv --image-dir xrays")
         self.echo("   $ cxr-cache extract --data labels.csv --image-dir xrays --store mine.h5")
+        self.echo("   $ cxr-cache train mine.h5 --run-dir runs/mine")
         return page
 
     @property
@@ -244,7 +246,7 @@ def describe(own: dict[str, float], other: dict[str, float]) -> list[str]:
     ]
     lines.append(f"On the test images {_judge(own)}.")
     lines.append(f"On the other hospital's {_judge(other)}.")
-    if own["low"] > 0:
+    if own["low"] > 0 and other["low"] > 0:
         share = other["difference"] / own["difference"]
         lines.append(
             f"Of the {own['difference']:+.3f}, {other['difference']:+.3f} ({share:.0%}) is left "

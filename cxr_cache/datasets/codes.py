@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cxr_cache.common.wording import nearest_names, normalise_name, suggest
+from cxr_cache.common.wording import list_names, nearest_names, normalise_name, suggest
 from cxr_cache.config import BLANK_CHOICES, UNCERTAIN_CHOICES, ReadConfig, parse_policy
 from cxr_cache.errors import ConfigError, TableError
 
@@ -308,8 +308,8 @@ def pick_findings(
     for name in wanted:
         if normalise_name(name) not in place_of:
             near = nearest_names(name, [*findings, *columns])
-            hint = f" Did you mean {near[0]}?" if near else ""
-            problem = f"names {name!r}, which the data set does not have.{hint}"
+            hint = f". Did you mean {near[0]}?" if near else f". It has: {list_names(findings, 10)}"
+            problem = f"names {name!r}, which the data set does not have{hint}"
             raise ConfigError(problems=[("findings", problem)])
     return list(dict.fromkeys(place_of[normalise_name(name)] for name in wanted))
 

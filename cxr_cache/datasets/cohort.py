@@ -220,6 +220,12 @@ class Cohort:
         return _to_array(self.images["projection"])
 
     @property
+    def names_nobody(self) -> bool:
+        """Whether each image stands for itself, since no patient is named and no study has two."""
+        n_studies = len(np.unique(self.study_uids))
+        return n_studies == len(self) > 1 and not (self.patient_ids != "").any()
+
+    @property
     def groups(self) -> NDArray[np.str_]:
         """What a split keeps together: the patient where known, else the study; shape ``(N,)``."""
         return assign_clusters(self.patient_ids, self.study_uids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.wording import count
+from cxr_cache.common.wording import count, list_names
 from cxr_cache.config import PlanConfig
 from cxr_cache.datasets.codes import CODE_NAMES
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, Reading, Unit, name_unit
@@ -125,6 +126,8 @@ class CohortDescription:
     def _summary_lines(self) -> list[str]:
         unnamed = f" ({self.n_without_patient:,} images name none)"
         patients = "; patients are not named"
+        if self.n_images == self.n_studies > 1:
+            patients += ", nor studies of several images, so a split keeps no images together"
         if self.n_patients is not None:
             patients = f" of {count(self.n_patients, 'patient')}" + unnamed * bool(
                 self.n_without_patient
@@ -140,6 +143,13 @@ class CohortDescription:
         for name, parts in self.given.items():
             shown = (f"{part or 'none'} {n:,}" for part, n in parts.items())
             lines.append(f"{name.replace('_', ' ') + ':':<18} {', '.join(shown)}")
+        one_sided = [
+            f"{of.finding} (no image {'with' if of.images == 0 else 'without'} it)"
+            for of in self.findings
+            if of.prevalence in (0, 1)
+        ]
+        if one_sided:
+            lines.append(f"cannot be scored:  {list_names(one_sided, 5)}")
         if self.missing is not None:
             all_missing = len(self.missing) == self.n_images
             hint = "; none is there, so this may be the wrong folder" if all_missing else ""
@@ -249,6 +259,9 @@ class Plan:
     macro: FindingPlan
     n_in_macro: int
     """Findings with at least one positive and one negative expected."""
+    nested: float | None = None
+    """Half width of the mean where all are tested, as by ``train --protocol nested``; None where
+    the split is given, or there is no interval."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as JSON-able values."""
@@ -271,14 +284,18 @@ class Plan:
             f"{'no number' if row.n_needed is None else f'{row.n_needed:,}':>14}"
             for row in (*self.findings, self.macro)
         ]
-        return "\n".join(
-            [
-                *lines,
-                f"  The mean is over the {count(self.n_in_macro, 'finding')} with at least one "
-                "positive expected, as if their errors had nothing in common; errors that findings "
-                "share make its interval wider.",
-            ]
+        lines.append(
+            f"  The mean is over the {count(self.n_in_macro, 'finding')} with at least one "
+            "positive and one negative expected, as if their errors had nothing in common; errors that "
+            "findings share make its interval wider."
         )
+        if not self.whose:
+            width_of_all = "no interval" if self.nested is None else f"±{self.nested:.3f}"
+            lines.append(
+                f"  `train --protocol nested` tests all {units}, each once, which takes several "
+                f"times as long: the mean has {width_of_all} then."
+            )
+        return "\n".join(lines)
 
 
 def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
@@ -326,6 +343,7 @@ def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
 
     needed = studies_for(config.plan_width, width_at, len(cohort.findings))
     of_macro, n_in_macro = expected_macro_half_width(config.plan_auroc, *expected)
+    of_nested = math.nan if whose else expected_macro_half_width(config.plan_auroc, *counts)[0]
     rows = [
         FindingPlan(finding, float(n), float(n_not), _known(half_widths[f]), _whole(needed[f]))
         for f, (finding, n, n_not) in enumerate(zip(cohort.findings, *expected, strict=True))
@@ -339,6 +357,7 @@ def plan_test(cohort: Cohort, config: PlanConfig | None = None) -> Plan:
         tuple(rows),
         FindingPlan("mean over findings", None, None, _known(of_macro), _whole(macro_needed)),
         n_in_macro,
+        _known(of_nested),
     )
 
 

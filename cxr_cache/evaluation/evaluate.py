@@ -130,6 +130,7 @@ def evaluate_predictions(
     *,
     calibration: Calibration | None = None,
     rule: str = "f1",
+    min_positives: int = 0,
     groups: str | Path | None = None,
     n_resamples: int = EvaluateConfig.n_resamples,
     seed: int = EvaluateConfig.seed,
@@ -154,6 +155,8 @@ def evaluate_predictions(
         Applied to the probabilities; None leaves them.
     rule
         How the thresholds were chosen, to be recorded.
+    min_positives
+        Below how many positives a finding was given none, to be recorded.
     groups
         CSV of groups to be evaluated one by one; see
         :func:`cxr_cache.evaluation.scored.join_groups`.
@@ -183,7 +186,7 @@ def evaluate_predictions(
     raw = parse_predictions(predictions, targets, tuple(thresholds))
     raw = replace(raw, groups=find_groups(predictions))
     cuts = np.array(list(thresholds.values()))
-    point = OperatingPoint(calibration or Calibration.none(len(cuts)), cuts, rule)
+    point = OperatingPoint(calibration or Calibration.none(len(cuts)), cuts, rule, min_positives)
     evaluation = _evaluate(raw, _Reading(point, n_resamples, seed), groups)
     return _add_composition(evaluation, predictions.assign(split="test"), targets, thresholds)
 

@@ -143,6 +143,7 @@ def score_external(
         dict(zip(scored, cuts.tolist(), strict=True)),
         calibration=calibration,
         rule=point.rule,
+        min_positives=point.min_positives,
         groups=groups,
         n_resamples=n_resamples,
         seed=seed,

@@ -222,7 +222,7 @@ def _read_split(
     targets = np.full((len(cohort), len(findings)), np.nan, np.float32)
     targets[aligned.places] = aligned.cohort.targets
     labelled = replace(cohort, findings=findings, targets=targets)
-    return labelled, (f"of {run.path.resolve().name}", sides)
+    return labelled, (f"of the run {run.path.resolve().name}", sides)
 
 
 def _draw(n: int, n_most: int, first: NDArray[np.intp]) -> NDArray[np.intp]:

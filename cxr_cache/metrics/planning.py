@@ -46,7 +46,7 @@ def expected_macro_half_width(
     less than one positive or negative are left out, since a test split may well lack them.
 
     Takes numbers of positives and negatives, ``(F,)``; gives NaN where no finding has two of both,
-    and the number of findings that count.
+    or their errors rest on less than one degree of freedom, and the number of findings that count.
     """
     counted = np.minimum(n_positive, n_negative) >= 1
     n_positive, n_negative = n_positive[counted], n_negative[counted]
@@ -59,6 +59,8 @@ def expected_macro_half_width(
     variances = np.square(normal_scores_error(np.full(len(rarer), auroc), n_positive, n_negative))
     total = float(variances.sum())
     worth = pool_clusters(variances[measured], rarer[measured], total=total)
+    if worth < 2:  # clusters, of which one is spent on the mean
+        return math.nan, len(rarer)
     interval = student_interval(np.array(auroc), math.sqrt(total) / len(rarer), worth, "logit")
     return float(interval.high - interval.low) / 2, len(rarer)
 

@@ -137,6 +137,14 @@ class RunView:
         return sorted(rows, key=lambda row: -row["n_positive_test"])
 
     @property
+    def names_nobody(self) -> bool:
+        """Whether each image was split by itself: patients are unknown, and studies have one."""
+        sides = [side for side in ("test", "train") if f"n_{side}_images" in self.metrics]
+        return self.metrics["bootstrap"]["unit"] == "study" and all(
+            self.metrics[f"n_{side}_images"] == self.metrics[f"n_{side}_studies"] for side in sides
+        )
+
+    @property
     def outer_folds(self) -> list[Record]:
         """What metrics.json says of each outer fold; empty unless the run is nested."""
         folds: list[Record] = self.metrics.get("outer_folds", [])

@@ -113,6 +113,12 @@ def note_split(split: Split, cohort: Cohort, level: str = "image") -> tuple[str,
             f"{'names' if n_unnamed == 1 else 'name'} no patient. Their studies were kept whole; "
             "whether their patients have images on both sides is not known."
         )
+    if cohort.names_nobody and level == "image" and split.by == "study" and not split.whose:
+        notes.append(
+            "No patient is named, and no study has two images, so nothing keeps images of one "
+            "patient on one side of the split: if there are such, the figures are too good. A "
+            "column that tells patients is given to `extract` with --patient-column."
+        )
     unit = name_unit(cohort.patient_ids)
     train = ~split.is_test
     n_positive = count_clusters(cohort.targets[train] == 1, cohort.groups[train])
