@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_cache.common.wording import count, list_names
+from cxr_cache.common.wording import count
 from cxr_cache.config import PlanConfig
 from cxr_cache.datasets.codes import CODE_NAMES
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, Reading, Unit, name_unit
@@ -143,13 +143,9 @@ class CohortDescription:
         for name, parts in self.given.items():
             shown = (f"{part or 'none'} {n:,}" for part, n in parts.items())
             lines.append(f"{name.replace('_', ' ') + ':':<18} {', '.join(shown)}")
-        one_sided = [
-            f"{of.finding} (no image {'with' if of.images == 0 else 'without'} it)"
-            for of in self.findings
-            if of.prevalence in (0, 1)
-        ]
-        if one_sided:
-            lines.append(f"cannot be scored:  {list_names(one_sided, 5)}")
+        for share, what in ((0, "positives"), (1, "negatives")):
+            if lacking := [of.finding for of in self.findings if of.prevalence == share]:
+                lines.append(f"without {what}: {_list_first(lacking, 2)}, cannot be scored")
         if self.missing is not None:
             all_missing = len(self.missing) == self.n_images
             hint = "; none is there, so this may be the wrong folder" if all_missing else ""
@@ -286,8 +282,8 @@ class Plan:
         ]
         lines.append(
             f"  The mean is over the {count(self.n_in_macro, 'finding')} with at least one "
-            "positive and one negative expected, as if their errors had nothing in common; errors that "
-            "findings share make its interval wider."
+            "positive and one negative expected, as if their errors had nothing in common; errors "
+            "that findings share make its interval wider."
         )
         if not self.whose:
             width_of_all = "no interval" if self.nested is None else f"±{self.nested:.3f}"

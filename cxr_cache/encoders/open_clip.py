@@ -117,6 +117,8 @@ def _parse_open_clip_name(name: str) -> tuple[str, str]:
         head, _, tag = name.rpartition("/")
         architecture = head.replace("/", "-")
     if architecture not in list_models():
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
+            raise EncoderError(f"There is no file or folder {name}.")
         kind = "dir" if Path(name).is_dir() else "file"
         here = f" What lies here is named local-{kind}:{name}." if Path(name).exists() else ""
         raise EncoderError(

@@ -172,13 +172,16 @@ def judge_differences(views: Sequence[RunView], differences: Mapping[str, Any]) 
     for view in others:
         row = differences[view.name]["auroc"][""]
         side = "unknown" if row is None else _side(row["low"], row["high"], 0)
+        if len(others) > 1 and side in ("better", "worse") and row["p_holm"] >= 1 - LEVEL:
+            side = "unclear"  # an interval is of one difference, and here are several
         found.setdefault(side, []).append(view.name)
     if len(others) == 1:
         sentence = _say_difference(first.name, others[0].name, row, side)
         more = _count_differing(others[0], differences[others[0].name]["auroc"])
         return {"side": side, "sentence": sentence, "more": more}
+    sides = {**_SIDES, "unclear": f"not to be told from {first.name}"}
     said = [
-        f"{list_names(names)} {'is' if len(names) == 1 else 'are'} {_SIDES[side]}"
+        f"{list_names(names)} {'is' if len(names) == 1 else 'are'} {sides[side]}"
         for side, names in sorted(found.items())
     ]
     sentence = f"Beside {first.name}, by their mean AUROC: {'; '.join(said)}."
@@ -208,7 +211,6 @@ _ENDS: Final = ("low", "high")
 _SIDES: Final = {
     "better": "better",
     "worse": "worse",
-    "unclear": "not to be told from it",
     "unknown": "without a verdict, as there is no interval",
 }
 

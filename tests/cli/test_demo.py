@@ -67,7 +67,7 @@ def test_it_runs_what_it_shows_and_keeps_what_is_finished(fake, tmp_path):
     command = ["demo", tmp_path / "demo", "--studies", 4]
 
     first = invoke(*command).output
-    assert shown(first)[:-2] == fake.taken  # the last two are for the user's own data
+    assert shown(first)[:-3] == fake.taken  # the last three are for the user's own data
     assert fake.verbs == STEPS
     again = invoke(*command).output
 
@@ -104,7 +104,7 @@ def test_runs_of_other_options_are_made_anew_and_all_that_rests_on_them(
 
     assert fake.verbs == STEPS[1:]
     assert all(words[-1] == "--overwrite" for words in fake.taken[:2])
-    assert shown(output)[1:-2] == fake.taken
+    assert shown(output)[1:-3] == fake.taken
 
 
 def test_another_number_of_studies_does_not_mix_with_the_first(fake, tmp_path):
@@ -162,8 +162,8 @@ def test_all_of_it(tmp_path, monkeypatch):
 
     assert result.exit_code == 0, result.output
     assert "RANDOM WEIGHTS" in result.output
-    assert [words[0] for words in shown(result.output)[:-2]] == STEPS
-    assert shown((folder / "log.txt").read_text()) == shown(result.output)[:-2]
+    assert [words[0] for words in shown(result.output)[:-3]] == STEPS
+    assert shown((folder / "log.txt").read_text()) == shown(result.output)[:-3]
     table = pd.read_csv(folder / "external" / "compared" / "comparison.csv")
     macro = table[table["finding"].isna() & (table["measure"] == "auroc")].iloc[0]
     assert f"other hospital's: frozen {macro['first']:.3f}, fine-tuned {macro['second']:.3f}" in (

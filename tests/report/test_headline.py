@@ -133,14 +133,18 @@ def test_a_comparison_says_which_is_better_and_by_how_much(view, row, side, word
 def test_of_several_runs_each_is_named_on_its_side(view):
     views = [replace(view, name=name) for name in "abcd"]
     rows = {
-        "b": {"auroc": {"": difference(0.1, 0.05, 0.2)}},
-        "c": {"auroc": {"": difference(-0.1, -0.2, -0.05)}},
-        "d": {"auroc": {"": difference(0.1, 0.02, 0.2)}},
+        "b": {"auroc": {"": difference(0.1, 0.05, 0.2, 0.01)}},
+        "c": {"auroc": {"": difference(-0.1, -0.2, -0.05, 0.01)}},
+        "d": {"auroc": {"": difference(0.1, 0.02, 0.2, 0.01)}},
     }
 
-    said = judge_differences(views, rows)["sentence"]
-
-    assert said == "Beside a, by their mean AUROC: b, d are better; c is worse."
+    assert judge_differences(views, rows)["sentence"] == (
+        "Beside a, by their mean AUROC: b, d are better; c is worse."
+    )
+    rows["d"] = {"auroc": {"": difference(0.1, 0.005, 0.2, 0.06)}}  # corrected for three
+    assert judge_differences(views, rows)["sentence"] == (
+        "Beside a, by their mean AUROC: b is better; d is not to be told from a; c is worse."
+    )
 
 
 def test_whose_split_it_is_and_whether_it_leaks(view):

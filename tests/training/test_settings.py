@@ -148,7 +148,7 @@ def test_notes_count_findings_in_singular_and_plural(n_rare, text):
     targets = np.zeros((8, 3), np.float32)
     targets[:, 2] = 1
     targets[0, :n_rare] = 1
-    images = pd.DataFrame({"image_id": list("abcdefgh"), "study_uid": list("abcdefgh")})
+    images = pd.DataFrame({"image_id": list("abcdefgh"), "study_uid": list("aacdefgh")})
     split = Split(np.zeros(8, bool), np.arange(8) % 4)
     (note,) = note_split(split, Cohort(images, targets, ("A", "B", "C")))
     assert re.search(text, note)

@@ -346,6 +346,7 @@ def test_metrics_equal_scikit_learn_on_the_tables(run):
     predictions = read(run, "predictions").set_index("image_id")
     targets = read(run, "targets").set_index("image_id")
 
+    fold_of = read(run, "splits").set_index("image_id")["fold"]
     for split in ("test", "train", "out_of_fold"):
         p = read(run, split).set_index("image_id") if split == "out_of_fold" else predictions
         p = p[p["split"] == ("test" if split == "test" else "train")]
@@ -355,8 +356,15 @@ def test_metrics_equal_scikit_learn_on_the_tables(run):
             labelled = t.notna()
             t, q = t[labelled], p[finding][labelled]
             called = q >= run.thresholds[finding]
-            aurocs.append(reference.roc_auc_score(t, q))
-            precisions.append(reference.average_precision_score(t, q))
+            folds = fold_of.loc[t.index] if split == "out_of_fold" else t * 0  # one model, one rank
+            parts = [(t[folds == k], q[folds == k]) for k in np.unique(folds)]
+            parts = [(of, scores) for of, scores in parts if 0 < of.sum() < len(of)]
+            n_present = np.array([of.sum() for of, _ in parts])
+            n_pairs = n_present * [(of == 0).sum() for of, _ in parts]
+            areas = [reference.roc_auc_score(*part) for part in parts]
+            aurocs.append(np.average(areas, weights=n_pairs))
+            of_parts = [reference.average_precision_score(*part) for part in parts]
+            precisions.append(np.average(of_parts, weights=n_present))
             f1s.append(reference.f1_score(t, called))
             n_right += (called == t).sum()
             n_absent += (t == 0).sum()
