@@ -343,7 +343,10 @@ def _encoder(encoder: Mapping[str, Any]) -> Iterator[str]:
         if encoder.get(key)
     ]
     of_shape = f", {' and '.join(shape)}" if shape else ""
-    yield f"The encoder was {encoder['name']}{made} ({revision}vision weights {digest}{of_shape})."
+    name = str(encoder["name"])
+    if name.startswith(("local-dir:", "local-file:")):  # a path says nothing to a reader
+        name = f"[name and reference of the encoder in {Path(name.split('?')[0]).name}]"
+    yield f"The encoder was {name}{made} ({revision}vision weights {digest}{of_shape})."
     if rule := encoder.get("preprocessing"):
         size, larger = rule["image_size_px"], rule.get("resize_px")
         resized = phrases.RESIZED[rule["resize"]].format(larger or size, size)
@@ -507,8 +510,8 @@ def _decisions(facts: _Facts) -> Iterator[str]:
     yield f"The threshold of each finding {phrases.RULES[name].format(target=target)}."
     if method == "platt-shrunk":
         yield (
-            "What it is chosen by are the labels, mixed with what the calibrated probabilities "
-            f"expect as if that were {PRIOR_POSITIVES:g} positive {facts.units} more."
+            "Thresholds of rare findings were drawn towards what the calibrated probabilities lead "
+            f"one to expect, which counted as much as {PRIOR_POSITIVES:g} positive {facts.units}."
         )
     both = "Thresholds" if method == "none" else "Calibration and thresholds"
     if facts.run.is_nested:
@@ -639,7 +642,7 @@ def _unscored(metrics: Record) -> Iterator[str]:
         "findings_undefined": "Not scored, without a positive or a negative in the test: {names}.",
         "findings_undefined_in_some_folds": "Averaged over fewer outer folds, since the others had "
         "no positive or no negative, were {names}.",
-        "findings_with_few_positives": "Fewer than {few} positive test {units} had {names}.",
+        "findings_with_few_positives": "In fewer than {few} positive test {units}: {names}.",
         "findings_undecided": "Ranked only, without a threshold, were {names}.",
     }
     for name, sentence in lists.items():
