@@ -285,10 +285,10 @@ def browse(
 @MODEL_OF_STORE
 @DEVICE
 def similar(store: Path, image: str, model: str | None, device: str, **options: Any) -> None:
-    """List the images of a store that are most like IMAGE, by the cosine of their embeddings.
+    """List the images of a store whose embeddings are most like that of IMAGE.
 
-    IMAGE is the id of an image in the store, or else an image file, which the store's own encoder
-    encodes.
+    They are compared by their cosine. IMAGE is the id of an image in the store, or else an image
+    file, which the store's own encoder encodes.
     """
     from cxr_cache.jobs.similar import encode_file, find_similar, is_file_of
     from cxr_cache.store.feature_store import FeatureStore
