@@ -193,7 +193,7 @@ def test_the_split_and_the_labels_of_a_run_are_shown(run, folder, tmp_path):
     expected = run.splits.set_index("image_id")["split"].loc[data["ids"]]
     assert names.tolist() == expected.tolist()
     assert set(names) == {"train", "test"}
-    assert "The split is the one of run." in page.path.read_text()
+    assert "The split is the one of the run run." in page.path.read_text()
 
 
 def test_a_run_of_other_images_is_refused(run, store, tmp_path):
