@@ -96,4 +96,5 @@ def _regress(
     variances = np.diag(inverse @ (scores.T @ scores) @ inverse) * (
         n / (n - 1) if n > 1 else np.nan
     )
-    return coefficients, np.sqrt(variances)
+    with np.errstate(invalid="ignore"):  # NaN where rounding leaves a variance below 0
+        return coefficients, np.sqrt(variances)
