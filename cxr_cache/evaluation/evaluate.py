@@ -293,7 +293,14 @@ def _in_folds(out_of_fold: ScoredImages, run: Run) -> ScoredImages:
         else ("image_id", out_of_fold.image_ids)
     )
     fold_of = run.read_table("splits").drop_duplicates(key).set_index(key)["fold"]
-    return replace(out_of_fold, folds=fold_of.loc[rows].to_numpy(np.int64))
+    folds = fold_of.reindex(rows)
+    if folds.isna().any():
+        raise TableError(
+            f"{run.path}: {count(int(folds.isna().sum()), 'row')} of out_of_fold.csv, such as "
+            f"{folds.index[folds.isna()][0]!r}, without a fold in splits.csv. Train the run again "
+            "with --overwrite."
+        )
+    return replace(out_of_fold, folds=folds.to_numpy(np.int64))
 
 
 def _choose_anew(

@@ -144,6 +144,10 @@ def test_out_of_fold_only_scores_of_one_model_are_ranked(run):
     after = run.read_metrics()["out_of_fold"]
     for name in ("macro_auroc", "macro_ap"):
         assert after[name]["value"] == pytest.approx(before[name]["value"], abs=1e-9)
+    lost = table["image_id"][0]
+    run.write_table("splits", run.splits.query("image_id != @lost"))
+    with pytest.raises(TableError, match=rf"1 row of out_of_fold\.csv, such as '{lost}', without"):
+        score_run(run, n_resamples=0)
 
 
 def test_an_undecided_finding_is_ranked_and_counts_in_no_figure_at_thresholds(run, tmp_path):

@@ -593,6 +593,7 @@ def test_the_page_of_400_000_rows_is_small_and_soon_made(tmp_path):
     run = make_run(tmp_path / "run", findings=list(FINDINGS))
     run.write_table("predictions", scored)
     run.write_table("out_of_fold", scored[scored["split"] == "train"][:1000])
+    run.write_table("splits", images.drop(columns="projection").assign(fold=1 + rows // 2 % 5))
     targets = pd.DataFrame(present.astype(np.float32), columns=FINDINGS)
     run.write_table("targets", images[["image_id"]].join(targets))
     model = run.load_model()
