@@ -208,8 +208,7 @@ def _note_tested_and_trained_on(run: Run, splits: pd.DataFrame) -> str:
 
 def _note_other_files(first: Run, second: Run) -> str:
     """A sentence if two runs of several stores were tested on other files of the same names."""
-    splits = first.read_table("splits")
-    tested = splits.loc[(splits["split"] == "test") | first.is_nested, "image_id"]
+    tested = first.tested_ids
     if first.store_path == second.store_path:
         return ""
     try:

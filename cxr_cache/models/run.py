@@ -426,6 +426,15 @@ class Run:
         """Whether every image was tested in an outer fold, and the run's own model on none."""
         return bool(self.config.get("train", {}).get("protocol") == "nested")
 
+    @property
+    def tested_ids(self) -> pd.Series[str]:
+        """Ids of the images that are tested: of a nested run all, each in its outer fold."""
+        splits = self.read_table("splits")
+        tested: pd.Series[str] = splits.loc[
+            (splits["split"] == "test") | self.is_nested, "image_id"
+        ]
+        return tested
+
     def outer_path(self, k: int) -> Path:
         """Folder of the run that tests outer fold `k`, counted from 1."""
         return self.path / _OUTER.format(k)

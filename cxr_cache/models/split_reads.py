@@ -80,9 +80,7 @@ def count_reading(verb: str, *runs: Run) -> SplitReads:
         Finished runs with the same test images, which are all images of nested ones. The count is
         kept beside the store of the first.
     """
-    splits = runs[0].read_table("splits")
-    is_test = (splits["split"] == "test") | runs[0].is_nested
-    test = splits.loc[is_test, "image_id"]
+    test = runs[0].tested_ids
     store = runs[0].find_store()
     if store is None:
         problem = f"it is counted beside the store, and {runs[0].store_path} is not there."
