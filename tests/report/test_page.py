@@ -85,6 +85,16 @@ class Watched:
         """Open every section that is folded away."""
         self.tab.get_by_role("button", name="Open all").click()
 
+    def follow(self, fragment: str) -> None:
+        """Change the address, and wait until the page has followed it."""
+        self.tab.evaluate(
+            """fragment => new Promise((done) => {
+              addEventListener("hashchange", done, { once: true });
+              location.hash = fragment;
+            }).then(() => null)""",
+            fragment,
+        )
+
     def width(self) -> int:
         return self.tab.evaluate("document.documentElement.scrollWidth")
 
@@ -420,6 +430,10 @@ def test_the_page_of_an_external_test_stands_beside_the_runs_own(see, external):
     assert not seen.tab.locator("#matching table").is_visible()
     trusted.get_by_role("link", name="which findings were compared").click()
     assert "Not labelled there: Cardiomegaly." in seen.tab.locator("#matching").inner_text()
+    seen.tab.locator("#matching summary").first.click()
+    assert not seen.tab.locator("#matching table").first.is_visible()
+    trusted.get_by_role("link", name="which findings were compared").click()
+    assert seen.tab.locator("#matching table").first.is_visible()
     seen.unfold()
     assert "Here, chosen anew (optimistic)" in seen.texts("#external thead th")
     assert not seen.tab.locator("#split, #search, #cases").count()
@@ -684,7 +698,7 @@ def test_an_address_leads_to_a_finding(see, page, folder):
     file = folder / "addressed.html"
     shutil.copy(page, file)
     seen = see(file, viewport={"width": 1280, "height": 500})
-    seen.tab.evaluate("location.hash = '#finding=Pleural%20Effusion'")
+    seen.follow("#finding=Pleural%20Effusion")
     row = seen.tab.locator("tr[data-finding].lit")
 
     assert row.locator("th").get_attribute("data-name") == "Pleural Effusion"
@@ -698,12 +712,12 @@ def test_an_address_leads_to_a_finding(see, page, folder):
     seen.tab.get_by_role("button", name="Nodule").click()
     assert seen.tab.evaluate("location.hash") == "#finding=Nodule"
     seen.tab.get_by_label("Filter").fill("mass")
-    seen.tab.evaluate("location.hash = '#finding=hernia'")  # hidden by the filter, in small letters
+    seen.follow("#finding=hernia")  # hidden by the filter, in small letters
     assert row.locator("th").get_attribute("data-name") == "Hernia"
     assert row.is_visible()
-    seen.tab.evaluate("location.hash = '#finding=%E0'")  # not even text
+    seen.follow("#finding=%E0")  # not even text
     assert row.count() == 0
-    seen.tab.evaluate("location.hash = '#limits'")
+    seen.follow("#limits")
     assert "Not for clinical use" in seen.tab.locator("#limits").inner_text()
 
 

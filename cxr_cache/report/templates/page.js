@@ -464,14 +464,16 @@
     });
     const say = () => { all.textContent = folds.every((one) => one.open) ? "Close all" : "Open all"; };
     for (const one of folds) one.addEventListener("toggle", say);
-    function follow() {
-      const wanted = /^#[\w-]+$/.test(location.hash) ? document.querySelector(`${location.hash} > details.fold`) : null;
+    function follow(hash) {
+      const wanted = /^#[\w-]+$/.test(hash) ? document.querySelector(`${hash} > details.fold`) : null;
       if (!wanted) return;
       wanted.open = true;
       wanted.scrollIntoView();
     }
-    addEventListener("hashchange", follow);
-    follow();
+    // A second click on a link whose section was closed since does not change the address.
+    addEventListener("click", (event) => follow(event.target.closest("a")?.hash));
+    addEventListener("hashchange", () => follow(location.hash));
+    follow(location.hash);
     let opened = [];
     addEventListener("beforeprint", () => {
       opened = [...document.querySelectorAll("#trust details, #limits > details")].filter((one) => !one.open);
