@@ -42,15 +42,15 @@ from cxr_cache.training.losses import WeightedFocal
 
 focal_loss = WeightedFocal(2.0, 0.25, 0.25)  # the reference's
 N, D, F, K = 6000, 512, 35, 5
+WIDE = 1024  # MobileNet's features
 CANDIDATES = (30, 50, 75, 90, 100)
-N_PARAMETERS = 404_515
 OUT = Path(__file__).parent.parent / "benchmarks" / "search.json"
 
 
-def make_rows(n: int, seed: int = 0) -> PlainRows:
+def make_rows(n: int, width: int = D, seed: int = 0) -> PlainRows:
     """Embeddings of length 1 and targets about as rare as those of the Indiana findings."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((1, n, D)).astype(np.float32)
+    x = rng.standard_normal((1, n, width)).astype(np.float32)
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
     prevalence = np.geomspace(0.4, 0.002, F)
     return PlainRows(x, (rng.random((n, F)) < prevalence).astype(np.float32))
@@ -73,7 +73,7 @@ def train_plainly(
     x, y = torch.from_numpy(rows.embeddings[0]), torch.from_numpy(rows.targets)
     train, held_out = (torch.from_numpy(r) for r in (task.train_rows, task.held_out_rows))
     batches = DataLoader(TensorDataset(x[train], y[train]), batch_size, shuffle=True)
-    model = HeadBank(1, D, F).as_sequential(0).train()
+    model = HeadBank(1, x.shape[1], F).as_sequential(0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=1e-4)
     done, started = 0, time.perf_counter()
     while done < n_steps:
@@ -109,16 +109,17 @@ def score_plainly(targets: NDArray[np.float32], probabilities: NDArray[np.float3
 # -- the floor --------------------------------------------------------------------------
 
 
-def step_at_the_floor(batch_size: int, n_steps: int) -> float:
+def step_at_the_floor(batch_size: int, n_steps: int, width: int = D) -> float:
     """Seconds for so many steps of products, AdamW and norm, and nothing else."""
     torch.set_num_threads(1)
-    widths = (D, 512, 256, F)
+    widths = (width, 512, 256, F)
+    n_parameters = HeadBank(1, width, F).n_parameters
     weights = [torch.randn(a, b) / 30 for a, b in pairwise(widths)]
     inputs = [torch.randn(batch_size, width) for width in widths]
     gradients = [torch.randn(batch_size, width) / 30 for width in widths]
     of_weights = [torch.empty_like(weight) for weight in weights]
-    flat = nn.Parameter(torch.randn(N_PARAMETERS))
-    flat.grad = torch.randn(N_PARAMETERS) / 1000
+    flat = nn.Parameter(torch.randn(n_parameters))
+    flat.grad = torch.randn(n_parameters) / 1000
     adamw = torch.optim.AdamW([flat], lr=2e-5, weight_decay=1e-4, fused=True)
     started = time.perf_counter()
     with torch.no_grad():
@@ -137,9 +138,11 @@ def step_at_the_floor(batch_size: int, n_steps: int) -> float:
     return time.perf_counter() - started
 
 
-def measure_floor(pool: Parallel, batch_size: int, n_steps: int) -> float:
+def measure_floor(pool: Parallel, batch_size: int, n_steps: int, width: int = D) -> float:
     """Seconds per step of one head, with a head on every core."""
-    seconds = pool(delayed(step_at_the_floor)(batch_size, n_steps) for _ in range(cpu_count()))
+    seconds = pool(
+        delayed(step_at_the_floor)(batch_size, n_steps, width) for _ in range(cpu_count())
+    )
     per_step: float = statistics.median(seconds) / n_steps / cpu_count()
     return per_step
 
@@ -199,12 +202,12 @@ def measure_search(
 ) -> dict[str, float]:
     """Ours; floor and plain way are measured between its turns, and extrapolated."""
     n_steps = (len(rows.targets) - len(rows.targets) // K) // batch_size
-    task = make_tasks(len(rows.targets))[0]
+    task, width = make_tasks(len(rows.targets))[0], rows.embeddings.shape[2]
     floors: list[float] = []
     plains: dict[int, list[float]] = {threads: [] for threads in {1, cpu_count()}}
 
     def sample() -> None:
-        floors.append(measure_floor(pool, batch_size, max(3, n_timed // 4)))
+        floors.append(measure_floor(pool, batch_size, max(3, n_timed // 4), width))
         for threads, seconds in plains.items():
             step, score = train_plainly(rows, task, batch_size, max(3, n_timed // 4), threads)
             seconds.append(K * sum(epochs) * (n_steps * step + score))
@@ -250,6 +253,9 @@ def main() -> None:
         results = {
             "search, batch 16": measure_search(pool, rows, 16, epochs, n_timed),
             "search, batch 256": measure_search(pool, rows, 256, epochs, max(5, n_timed // 8)),
+            "search, batch 16, 1,024 wide": measure_search(
+                pool, make_rows(len(rows.targets), WIDE), 16, epochs, n_timed
+            ),
         }
         n_steps = (len(rows.targets) - len(rows.targets) // K) // 256
         before = measure_floor(pool, 256, max(5, n_timed // 8))

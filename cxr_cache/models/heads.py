@@ -209,19 +209,27 @@ class HeadBank(nn.Module):
     def draw_dropout(self, n_steps: int, sizes: Sequence[int]) -> list[Tensor]:
         """Factors of hidden units, 0 for the dropped: per layer of `sizes`, ``(H, n_steps, size)``.
 
-        Each head has a generator of its own, so that heads do not share their luck. Four units
-        share a draw of 64 bits: that takes a quarter of the time of ``bernoulli_``.
+        Each head has a generator of its own, so that heads do not share their luck.
         """
-        n_draws = [-(-size // 4) for size in sizes]
-        shape = (self.n_heads, n_steps, sum(n_draws))
-        bits = torch.empty(shape, dtype=torch.int64, device=self.flat.device)
-        for head, generator in zip(bits, self.generators, strict=True):
-            head.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-        dropped_below = round(self.dropout * 2**16) - 2**15
-        factors = bits.view(torch.int16).to(self.flat.dtype)  # (H, n_steps, units)
-        factors.ge_(dropped_below).mul_(1 / (1 - self.dropout))
-        layers = torch.split(factors, [4 * n for n in n_draws], dim=2)
+        bits, lowest = self.draw_bits(n_steps, sizes)
+        factors = bits.to(self.flat.dtype)  # (H, n_steps, units)
+        factors.ge_(lowest).mul_(1 / (1 - self.dropout))
+        layers = torch.split(factors, [4 * -(-size // 4) for size in sizes], dim=2)
         return [layer[..., :size] for layer, size in zip(layers, sizes, strict=True)]
+
+    def draw_bits(self, n_steps: int, sizes: Sequence[int]) -> tuple[Tensor, int]:
+        """Draw what decides dropout: 16 bits per hidden unit, and the lowest that keep it.
+
+        The bits are int16, ``(H, n_steps, units)``, each layer rounded up to a multiple of four:
+        four units share a draw of 64 bits, which takes a quarter of the time of ``bernoulli_``.
+        Without dropout nothing is drawn, and all bits are 0.
+        """
+        shape = (self.n_heads, n_steps, sum(-(-size // 4) for size in sizes))
+        bits = torch.zeros(shape, dtype=torch.int64, device=self.flat.device)
+        if self.dropout > 0:
+            for head, generator in zip(bits, self.generators, strict=True):
+                head.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+        return bits.view(torch.int16), round(self.dropout * 2**16) - 2**15
 
     def as_sequential(self, h: int) -> nn.Sequential:
         """Head `h` as a plain ``nn.Sequential`` with its own copy of the weights."""

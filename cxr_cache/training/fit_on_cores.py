@@ -18,7 +18,9 @@ from cxr_cache.training.fit import (
     PlainRows,
     Rows,
     Trajectory,
+    can_compile,
     count_steps,
+    estimate_step,
     tell_of_epoch,
 )
 
@@ -39,17 +41,20 @@ def fit_on_cores(
 
     A CPU with enough to do trains one head per core at a time. Five folds on two cores would leave
     one core idle for a sixth of the time, so heads take turns: those furthest behind go on for some
-    of their epochs, on whichever core, and come out the same to the bit. One core, and little
-    work, train all heads as one bank, whose products round otherwise: a last digit of float32.
+    of their epochs, on whichever core, and come out the same to the bit. Little work, and one core
+    whose steps are not compiled, train all heads as one bank, whose products round otherwise: a
+    last digit of float32.
     `on_epochs` is called with the epochs done so far, over all heads.
     """
     n_steps, n_told = count_steps(tasks, config.batch_size), [0] * len(tasks)
     options: dict[str, Any] = {"n_epochs": n_epochs, "n_steps": n_steps, "keep": keep}
+    device = resolve_device(config.device)
     n_cores = min(cpu_count() if config.n_jobs < 1 else config.n_jobs, len(tasks))
     # As many turns as let the cores finish together, and twice that, to show progress.
     turn = -(-n_epochs * math.gcd(len(tasks), n_cores) // (2 * n_cores))
-    work = n_epochs * n_steps * len(tasks) * _estimate_step(config.batch_size)
-    if n_cores <= 1 or work < _WORTH_PROCESSES or resolve_device(config.device).type != "cpu":
+    work = n_epochs * n_steps * len(tasks) * estimate_step(config.batch_size)
+    is_short = work < _WORTH_PROCESSES or device.type != "cpu"
+    if is_short or (n_cores <= 1 and not can_compile(config, 1, device)):
         fit = HeadFit(data, tasks, [config] * len(tasks), **options)
         while not fit.has_ended:
             fit.run(fit.epoch + turn)
@@ -92,11 +97,6 @@ def release_cores() -> None:
     """
     if loky.reusable_executor._executor is not None:  # asking for it by the front door starts one
         loky.get_reusable_executor(reuse=True).shutdown(wait=True)
-
-
-def _estimate_step(batch_size: int) -> float:
-    """Seconds of a step of the reference's head: its optimiser, and so much for every row."""
-    return 6e-4 + 3e-5 * batch_size
 
 
 def _take_turn(

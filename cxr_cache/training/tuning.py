@@ -26,7 +26,7 @@ from cxr_cache.store.studies import StudyBatch, StudyTokens, head_width, take_to
 from cxr_cache.store.tokens import TokenSource
 from cxr_cache.training.fit import HeadTask, Trajectory, has_stopped, score_held_out, tell_of_epoch
 from cxr_cache.training.losses import make_loss
-from cxr_cache.training.optim import WeightAverage, advance, make_scheduler
+from cxr_cache.training.steps.optim import WeightAverage, advance, make_scheduler
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.training.backprop import Backprop, draw_dropout
+from cxr_cache.training.steps.backprop import Backprop, draw_dropout
 
 D, N_FINDINGS = 8, 5
 

@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 
 from cxr_cache.config import HORIZON_SCHEDULES, SCHEDULES
 from cxr_cache.models.heads import HeadBank
-from cxr_cache.training.optim import BankOptimizer, clip_per_head
+from cxr_cache.training.steps.optim import BankOptimizer, clip_per_head
 
 D, N_FINDINGS, B = 8, 5, 16
 PEAK = 0.01

@@ -20,7 +20,7 @@ from cxr_cache.models.tuned import TailAndHead, copy_tail, name_blocks
 from cxr_cache.store.tokens import ResidentTokens
 from cxr_cache.training.fit import HeadTask
 from cxr_cache.training.losses import make_loss
-from cxr_cache.training.optim import WeightAverage
+from cxr_cache.training.steps.optim import WeightAverage
 from cxr_cache.training.tuning import Keeper, TuningData, build_model, group_parameters, tune
 from tests.oracles import reference_focal_loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.optim import lr_scheduler
 from torch.optim.adamw import adamw
 
 from cxr_cache.models.heads import HeadBank
+
+BETAS: Final = (0.9, 0.999)
+EPS: Final = 1e-8
 
 
 class BankOptimizer:
@@ -50,12 +53,12 @@ class BankOptimizer:
         n_epochs: int = 1,
     ) -> None:
         self._flat, self._grad = bank.flat, bank.flat_grad
-        self._max_grad_norm = max_grad_norm
+        self.max_grad_norm = max_grad_norm
         n_heads = len(bank.flat)
         each = partial(_one_each, n=n_heads)
-        self._weight_decays = each(weight_decay)
-        self._moments = torch.zeros_like(bank.flat), torch.zeros_like(bank.flat)
-        self._n_steps = [torch.zeros((), device=bank.flat.device) for _ in range(n_heads)]
+        self.weight_decays = each(weight_decay)
+        self.moments = torch.zeros_like(bank.flat), torch.zeros_like(bank.flat)
+        self.n_steps = [torch.zeros((), device=bank.flat.device) for _ in range(n_heads)]
         self._rates = [_Rate(rate) for rate in each(learning_rate)]
         self._schedulers = [
             make_scheduler(name, holder, patience_, n_epochs)
@@ -77,27 +80,27 @@ class BankOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Clip every head's gradient to its own norm, and update its parameters."""
-        if self._max_grad_norm is not None:
-            clip_per_head(self._grad, self._max_grad_norm)
+        if self.max_grad_norm is not None:
+            clip_per_head(self._grad, self.max_grad_norm)
         heads_with: dict[tuple[float, float], list[int]] = {}
-        for h, settings in enumerate(zip(self.rates_by_head, self._weight_decays, strict=True)):
+        for h, settings in enumerate(zip(self.rates_by_head, self.weight_decays, strict=True)):
             heads_with.setdefault(settings, []).append(h)
         for (rate, decay), heads in heads_with.items():
-            mean, square = self._moments
+            mean, square = self.moments
             adamw(
                 [self._flat[h] for h in heads],
                 [self._grad[h] for h in heads],
                 [mean[h] for h in heads],
                 [square[h] for h in heads],
                 [],  # the largest squares, which only AMSGrad has
-                [self._n_steps[h] for h in heads],
+                [self.n_steps[h] for h in heads],
                 fused=True,
                 amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
                 lr=rate,
                 weight_decay=decay,
-                eps=1e-8,
+                eps=EPS,
                 maximize=False,
             )
 
@@ -112,15 +115,15 @@ class BankOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """Return moments and schedules, for :meth:`load_state_dict`."""
         return {
-            "moments": self._moments,
-            "n_steps": self._n_steps,
+            "moments": self.moments,
+            "n_steps": self.n_steps,
             "rates": self.rates_by_head,
             "schedulers": [scheduler and scheduler.state_dict() for scheduler in self._schedulers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the state that :meth:`state_dict` gave."""
-        self._moments, self._n_steps = state["moments"], state["n_steps"]
+        self.moments, self.n_steps = state["moments"], state["n_steps"]
         for holder, rate in zip(self._rates, state["rates"], strict=True):
             holder.param_groups[0]["lr"] = rate
         for scheduler, its_state in zip(self._schedulers, state["schedulers"], strict=True):
