@@ -7,25 +7,102 @@ are imported by the commands that need them, so that ``--help`` is quick.
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import shlex
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, Final
 
 import click
 
 from cxr_cache import __version__
-from cxr_cache.cli import score, store, train, use
-from cxr_cache.cli.options import Terminated, config_option, exit_status, json_option
 from cxr_cache.cli.output import is_quiet, set_quiet
 from cxr_cache.common.manifest import recording
 from cxr_cache.errors import ConfigError, CxrCacheError, JobStopped
 
-_COMMANDS_IN = (store, train, score, use)
+_COMMANDS: Final = {
+    "store": {
+        "describe": "Show what a data set holds, and plan its test.",
+        "encoders": "List encoders and their traps; or check the one that NAME stands for.",
+        "inspect": "Describe a feature store on one screen: its encoder, its rows, what is cached.",
+        "verify": "Check every row of a store.",
+        "audit": "Look for leaks across the split, duplicates, and images that do not belong.",
+        "browse": "Write a page with a map of a store's embeddings: one point for each image.",
+        "similar": "List the images of a store whose embeddings are most like that of IMAGE.",
+        "extract": "Embed every image once; the same command again continues where it stopped.",
+        "import": "Make a store from an .npz file of features: arrays image_id and embeddings.",
+        "merge": "Join the parts that `extract --part` made on several machines.",
+        "features": "Write the features of a store, with ids and labels, for other programs.",
+    },
+    "train": {
+        "train": "Search the number of epochs by cross-validation, train, and test once.",
+        "ablate": "Compare recipes or encoders on the same folds: a ranked table, and a plot.",
+        "finetune": "Train the last blocks of the encoder with the head, from tokens or images.",
+    },
+    "score": {
+        "evaluate": "Score a run's predictions, with intervals; or the run on another store.",
+        "compare": "Tell how much better runs are than the first, on the same test studies.",
+        "zero-shot": "Score what the encoder answers to text prompts alone, without training.",
+        "report": "Write the plots, page and model card of a run, or one page for several RUNS.",
+        "checklist": "Fill the checklists CLAIM 2024 and TRIPOD+AI with what a run knows.",
+        "methods": "Write the methods section of a paper from what a run recorded.",
+    },
+    "use": {
+        "predict": "Give probabilities and decisions for image files, or folders of them.",
+        "explain": "Draw where in image files (a folder means all its files) a finding was seen.",
+        "export": "Write a run's model for use without cxr-cache, or for a repository on the Hub.",
+        "demo": "Show the whole job on synthetic chest X-rays, without data or a network.",
+        "doctor": "Say what works on this machine and in a folder, and what not.",
+    },
+}
+"""Modules beside this one, their commands, and the first line of each command's help, which a test
+compares: `cxr-cache --help` imports none of them."""
 _THAT_CONTINUE: Final = ("extract", "finetune", "ablate")
 """Commands that, given again after an interruption, go on where they stopped."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C: finish what is being written, then leave."""
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """128 and the number of the signal."""
+    return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
+
+
+class Commands(Mapping[str, click.Command]):
+    """All commands by name, each imported with its module when it is first asked for."""
+
+    _modules: Final = {name: module for module, names in _COMMANDS.items() for name in names}
+
+    def __init__(self) -> None:
+        self._imported: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._imported:
+            self._imported[name] = self._import(name)
+        return self._imported[name]
+
+    def _import(self, name: str) -> click.Command:
+        from cxr_cache.cli.options import config_option, json_option
+
+        module = importlib.import_module(f"cxr_cache.cli.{self._modules[name]}")
+        [command] = (
+            found
+            for found in vars(module).values()
+            if isinstance(found, click.Command) and found.name == name
+        )
+        command.params += [json_option(), config_option(command)]
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 class ErrorsAsMessages(click.Group):
@@ -63,6 +140,12 @@ class ErrorsAsMessages(click.Group):
         with recording(sys.argv[1:] if words is None else list(words)):
             return super().main(*given, **options)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of all commands, without importing them."""
+        first_lines = {name: line for lines in _COMMANDS.values() for name, line in lines.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(first_lines.items()))
+
     def _flags(self, ctx: click.Context) -> dict[str, str]:
         """Flags of the command that runs, by the names of their fields."""
         command = self.commands[ctx.invoked_subcommand or ""]
@@ -71,6 +154,7 @@ class ErrorsAsMessages(click.Group):
 
 @click.group(
     cls=ErrorsAsMessages,
+    commands=Commands(),
     context_settings={
         "show_default": True,
         "auto_envvar_prefix": "CXR_CACHE",
@@ -137,10 +221,3 @@ class _Sentences(logging.Formatter):
 
 def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise Terminated
-
-
-for _module in _COMMANDS_IN:
-    for _command in vars(_module).values():
-        if isinstance(_command, click.Command):
-            _command.params += [json_option(), config_option(_command)]
-            cli.add_command(_command)

@@ -314,15 +314,6 @@ ALLOW_PENDING: Final = option(
 )
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated as Ctrl-C: finish what is being written, then leave."""
-
-
-def exit_status(stop: KeyboardInterrupt) -> int:
-    """128 and the number of the signal."""
-    return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
-
-
 def require_folder(path: Path) -> None:
     """Refuse a path that is none, before anything takes long."""
     if not path.is_dir():

@@ -271,7 +271,7 @@ def report(
 @RUN
 @option("--out", type=FILE, help="Markdown file that is written.  [default: the terminal]")
 def checklist(run: Path, out: Path | None) -> None:
-    """Fill the reporting checklists CLAIM 2024 and TRIPOD+AI with what a run knows.
+    """Fill the checklists CLAIM 2024 and TRIPOD+AI with what a run knows.
 
     Each item holds facts of the run, or says that it is to be written by the authors. Nothing is
     guessed.

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -240,7 +239,7 @@ class WriterLock:
         self._fd = fd
         self._pid, self._thread = os.getpid(), threading.get_ident()
         self.holder = {
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "pid": self._pid,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
@@ -364,7 +363,7 @@ _warned: Final[set[Path]] = set()
 def _lives_here(holder: dict[str, object]) -> bool:
     """Whether the process noted in a lock file is another one of this machine."""
     pid = holder.get("pid")
-    if holder.get("host") != socket.gethostname() or pid == os.getpid() or type(pid) is not int:
+    if holder.get("host") != os.uname().nodename or pid == os.getpid() or type(pid) is not int:
         return False
     try:
         os.kill(pid, 0)
