@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any, Final
@@ -25,6 +26,7 @@ from cxr_cache.encoders.sources import (
     split_query,
 )
 from cxr_cache.encoders.timm_vit import find_random, pool_otherwise, split_pooled
+from cxr_cache.encoders.weights import WithoutDrawing
 from cxr_cache.errors import EncoderError
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -183,7 +185,8 @@ def load_encoder(
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
     family, source = find_encoder(name)
-    visual = family.build(source)
+    with nullcontext() if source.weights is None else WithoutDrawing():
+        visual = family.build(source)
     preprocessing = family.read_preprocessing(source, visual, resize, normalize, bits_stored)
     if normalize == "imagenet":
         source = replace(source, notes=(*source.notes, *_note_statistics(family, source, visual)))

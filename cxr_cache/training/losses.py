@@ -104,12 +104,13 @@ class WeightedFocal:
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Losses, shape ``(..., B, F)`` -> ``(...)``; differentiable."""
-        # With s the log-odds of the true label, p_t = sigmoid(s) and 1 - p_t = sigmoid(-s). The
-        # power of 1 - p_t is taken as exp(gamma log(1 - p_t)): as a power of 0 its slope would be
-        # infinite.
+        # With s the log-odds of the true label, p_t = sigmoid(s) and log(1 - p_t) = log p_t - s.
+        # The power of 1 - p_t is taken as exp(gamma log(1 - p_t)): as a power of 0 its slope would
+        # be infinite.
         present = targets == 1
         log_odds = torch.where(present, logits, -logits)  # s, (..., B, F)
-        loss = -torch.exp(self.gamma * F.logsigmoid(-log_odds)) * F.logsigmoid(log_odds)
+        log_p = F.logsigmoid(log_odds)
+        loss = -torch.exp(self.gamma * (log_p - log_odds)) * log_p
         weight = torch.where(present, self.positive_weight, self.negative_weight)
         return _mean_over_labelled(loss * weight, targets)
 

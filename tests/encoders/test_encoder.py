@@ -29,6 +29,7 @@ from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.loading import FAMILIES, load_encoder
 from cxr_cache.encoders.sources import Family, Source
+from cxr_cache.encoders.weights import WithoutDrawing
 from cxr_cache.errors import ConfigError, EncoderError
 from scripts.write_random_biomedclip import CONFIG, write_biomedclip_folder, write_checkpoint
 from tests.encoders.equality import draw_pixels, relative_error
@@ -848,3 +849,20 @@ def test_a_family_more_is_one_entry_and_leaves_the_others_their_names(tmp_path, 
     (tmp_path / "tiny.json").unlink()
     with pytest.raises(EncoderError, match=r"has no open_clip_config\.json"):
         load_encoder(f"local-dir:{tmp_path}")
+
+
+def test_no_weights_are_drawn_for_a_checkpoint_to_replace():
+    """That every tensor is then replaced, the tests of each family see: none of it is luck."""
+
+    def build() -> None:
+        linear, norm, convolution = nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv2d(3, 4, 2)
+        timm.layers.trunc_normal_(linear.weight, std=0.02)
+        nn.init.normal_(convolution.weight)
+        assert norm.weight.tolist() == [1.0] * 4  # what is not drawn is set
+
+    before = torch.get_rng_state()
+    with WithoutDrawing():
+        build()
+    assert torch.equal(torch.get_rng_state(), before)
+    build()
+    assert not torch.equal(torch.get_rng_state(), before)
