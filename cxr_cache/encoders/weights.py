@@ -406,10 +406,17 @@ class WithoutDrawing(TorchFunctionMode):
     For towers that a checkpoint fills whole: drawing 86 million numbers takes half a second.
     """
 
-    _DRAWS: Final = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_)
+    # Of nn.init those that ask whether they are overridden; the others call one of the tensor's.
+    _DRAWS: Final = (
+        *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_),
+        *(nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.trunc_normal_),
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self._DRAWS else func(*args, **(kwargs or {}))
+        options = kwargs or {}
+        if func in self._DRAWS:
+            return args[0] if args else options["tensor"]
+        return func(*args, **options)
 
 
 def fill_with_noise(visual: nn.Module, seed: int) -> None:
