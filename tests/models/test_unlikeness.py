@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import LedoitWolf, ledoit_wolf
 
 from cxr_cache.models import unlikeness
 from cxr_cache.models.run import Run
-from cxr_cache.models.unlikeness import fit_distribution
+from cxr_cache.models.unlikeness import fit_distribution, shrink_covariance
 
 
 def draw(rng, n: int, width: int = 24) -> np.ndarray:
@@ -23,6 +23,15 @@ def test_distances_are_scikit_learns():
     found = fit_distribution(train, rng.integers(0, 5, 300))
     expected = np.sqrt(LedoitWolf().fit(train.astype(np.float64)).mahalanobis(new))
     np.testing.assert_allclose(found.distances(new), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "width"), [(2, 3), (20, 24), (300, 24), (5000, 7)])
+def test_covariances_are_shrunk_as_scikit_learn_shrinks_them(n, width):
+    x = draw(np.random.default_rng(n), n, width).astype(np.float64)
+    x[:, 1] = 4.0
+    mean, covariance = shrink_covariance(x)
+    np.testing.assert_allclose(mean, x.mean(axis=0))
+    np.testing.assert_allclose(covariance, ledoit_wolf(x)[0], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
