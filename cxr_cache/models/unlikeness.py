@@ -119,7 +119,7 @@ def _fit(features: NDArray[np.float32]) -> TrainingDistribution:
 def shrink_covariance(
     x: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean ``(D,)`` and covariance ``(D, D)`` of ``(N, D)``, shrunk by Ledoit & Wolf (2004), eq. 14.
+    """Mean ``(D,)`` and covariance ``(D, D)`` of ``(N, D)``, shrunk (Ledoit & Wolf 2004, eq. 14).
 
     The same as ``sklearn.covariance.ledoit_wolf``, in a sixth of its time: that sums the fourth
     moments of all pairs of dimensions, which together are the squared lengths, squared.
