@@ -6,12 +6,14 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
+from markupsafe import Markup, escape
 
 from cxr_cache.common import wording
 from cxr_cache.config import OPTIMISM_OF_PLATEAU
@@ -219,9 +221,15 @@ def make_environment() -> jinja2.Environment:
         "people": tabulate_people,
         "place": _place,
         "by_difference": _sort_by_difference,
+        "breakable": _allow_breaks,
     }
     environment.globals |= {"measures": MEASURES, "compared": COMPARED}
     return environment
+
+
+def _allow_breaks(name: str) -> Markup:
+    """A long name that may break after its dashes and slashes, and not within a word."""
+    return Markup(re.sub(r"([/_.-])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
 def _collect_warnings(views: list[RunView]) -> dict[str, list[str]]:
