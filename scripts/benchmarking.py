@@ -104,7 +104,7 @@ def name_processor(cpuinfo: str | None = None) -> str:
     also that of a folder. `cpuinfo` is the text of ``/proc/cpuinfo``; None reads this machine's.
     """
     text = read_cpuinfo() if cpuinfo is None else cpuinfo
-    fields = dict(re.findall(r"^([\w ]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+    fields: dict[str, str] = dict(re.findall(r"^([\w ]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
     model = fields.get("model name", platform.machine())
     made = re.search(r"\b(AMD|Intel|Apple)\b.*?\b(EPYC|Ryzen|Xeon|Core|M\d+)\b", model)
     parts = list(made.groups()) if made else [re.sub(r"\(.*?\)|@.*", "", model)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -211,16 +213,50 @@ def check_gpu(out: Path, sections: str, *more: str) -> dict[str, dict]:
     return json.loads((out / "gpu_check.json").read_text())["sections"]
 
 
-@pytest.mark.slow
-def test_the_gpu_check_goes_through_every_section_on_the_cpu(tmp_path):
-    sections = check_gpu(tmp_path, "exactness,extraction,tuning,heads")
+def test_the_gpu_check_goes_through_every_section_on_the_cpu(tmp_path, monkeypatch, capsys):
+    script, out = import_script("gpu_check", monkeypatch), tmp_path / "gpu_check.json"
+    names = [
+        name for name in script.SECTIONS if name != "distributed"
+    ]  # starts processes; see below
+    options = ["--device", "cpu", "--quick", "--sections", ",".join(names), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])
 
-    assert list(sections) == ["exactness", "extraction", "tuning", "heads"]
+    script.main()
+
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == names
+    assert sections.pop("tests")["status"] == "skipped: they need a GPU"
     for section in sections.values():
         assert section["status"] == "done"
-        assert section["rows"]
+        assert all(row["value"] is not None for row in section["rows"])
     exact = [row["value"] for row in sections["exactness"]["rows"] if row["limit"] is not None]
     assert max(exact) <= 1e-2
+    apart = [row for row in sections["encoders"]["rows"] if row["limit"] is not None]
+    assert len(apart) == 2 * 6, "fp32 and bf16 of every kind of encoder"
+    assert max(row["value"] for row in apart) <= 1e-3
+    assert [row["note"] for row in sections["files"]["rows"]][-1].partition("limit was")[1]
+    assert "fine-tuning from tokens" in capsys.readouterr().out
+
+
+def test_the_gpu_check_knows_which_wheels_the_package_needs():
+    """Modules that are imported from elsewhere, those of extras aside."""
+    check = (REPOSITORY / "scripts" / "gpu_check.sh").read_text()
+    listed = set(re.findall(r'"(\w+)": "', check))
+    of_extras = {"mlflow", "onnx", "onnxruntime", "pydicom", "transformers", "umap", "wandb"}
+    imported = {
+        name.split(".")[0]
+        for path in (REPOSITORY / "cxr_cache").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in imported_names(node)
+    }
+    needed = imported - sys.stdlib_module_names - of_extras - {"cxr_cache", "tomli"}
+    assert needed == listed
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
 @pytest.mark.slow
@@ -255,7 +291,8 @@ def test_a_section_that_fails_is_reported_and_the_others_go_on(tmp_path):
 
     assert done.returncode == 1
     sections = json.loads(out.read_text())["sections"]
-    assert sections["heads"]["status"] == "failed: ValueError: broken on purpose"
+    assert sections["heads"]["status"].startswith("failed: 5 folds in one bank, cpu; 5 folds one")
+    assert sections["heads"]["rows"][0]["note"] == "ValueError: broken on purpose"
     assert sections["exactness"]["status"] == "done"
 
 
