@@ -61,18 +61,18 @@ class Section:
 
 SECTIONS: Final = {
     "exactness": Section(check_exactness, 15, 60),
-    "encoders": Section(check_encoders, 20, 110),
+    "encoders": Section(check_encoders, 40, 110),
     "extraction": Section(check_extraction, 15, 40),
     "files": Section(check_files, 10, 40),
     "copies": Section(check_copies, 5, 20),
     "tuning": Section(check_tuning, 20, 60),
     "heads": Section(check_heads, 15, 40),
-    "launching": Section(check_launching, 20, 100),
+    "launching": Section(check_launching, 60, 100),
     "places": Section(check_places, 20, 40),
     "memory": Section(check_memory, 20, 40),
-    "distributed": Section(check_distributed, 30, 60),
+    "distributed": Section(check_distributed, 60, 60),
     "class_token": Section(check_class_token, 15, 30),
-    "tests": Section(check_tests, 60, 150),
+    "tests": Section(check_tests, 60, 120),
 }
 """In this order, so that the last are left out where the time does not suffice for all."""
 

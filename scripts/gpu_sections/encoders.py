@@ -39,8 +39,8 @@ _SMALL_MLP: Final = _SMALL | {"image_size": 64, "patch_size": 16, "intermediate_
 KINDS: Final = {
     "BiomedCLIP, ViT-B/16, 224 px": Kind("random:vit_base_patch16_224", "random:test_vit"),
     "DINOv2 ViT-B/14 with registers, 518 px": Kind(
-        {"model_type": "dinov2_with_registers", "image_size": 518},
-        {"model_type": "dinov2_with_registers", "image_size": 70} | _SMALL,
+        {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14},
+        {"model_type": "dinov2_with_registers", "image_size": 70, "patch_size": 14} | _SMALL,
     ),
     "DINOv3 ViT-B/16, rotary positions, 256 px": Kind(
         {"model_type": "dinov3_vit", "image_size": 256, "num_register_tokens": 4}
@@ -65,16 +65,16 @@ KINDS: Final = {
 """Sizes are those of BiomedCLIP, RAD-DINO, DINOv3-B, CheXzero, MedSigLIP and EVA-X-B."""
 
 
-def load_kind(kind: Kind, *options: tuple[str, str], quick: bool) -> list[Encoder]:
-    """Load an encoder for each pair of a device and a precision."""
+def load_kind(kind: Kind, *devices: str, quick: bool) -> list[Encoder]:
+    """Load an encoder of a kind on each of some devices, in fp32."""
     chosen = kind.small if quick else kind.full
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(chosen, str):
             write_folder(Path(folder), chosen)
         name = chosen if isinstance(chosen, str) else f"local-dir:{folder}"
         return [
-            load_encoder(name, device=device, precision=precision, pool=kind.pool)
-            for device, precision in options
+            load_encoder(name, device=device, precision="fp32", pool=kind.pool)
+            for device in devices
         ]
 
 

@@ -96,7 +96,7 @@ def check_tests(setup: Setup) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     started = time.perf_counter()
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=150, check=False
+        command, capture_output=True, text=True, cwd=ROOT, timeout=110, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-1000:])

@@ -93,12 +93,17 @@ def attempt(setup: Setup, case: str, measure: Callable[[], float], unit: str = "
     except torch.OutOfMemoryError:
         return Row(case, None, unit, note="out of memory")
     except Exception as error:  # whatever it is, the other figures are still wanted
-        traceback.print_exc()
-        return Row(case, None, unit, note=f"{type(error).__name__}: {error}", failed=True)
+        return failure(case, error, unit)
     if not on_gpu:
         return Row(case, value, unit)
     peak = torch.cuda.max_memory_allocated(setup.device) - before
     return Row(case, value, unit, peak_mb=peak / 1e6)
+
+
+def failure(case: str, error: Exception, unit: str = "") -> Row:
+    """What there is instead of a figure; the rest of the error goes to stderr."""
+    traceback.print_exception(error)
+    return Row(case, None, unit, note=f"{type(error).__name__}: {error}", failed=True)
 
 
 def speed_of(setup: Setup, step: Callable[[], object], n_images: int) -> float:

@@ -236,7 +236,7 @@ def check_distributed(setup: Setup) -> Iterator[Row]:
             ),
             *("--worker", "--device", setup.device.type, *(["--quick"] if setup.quick else [])),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         images_per_s = json.loads(done.stdout.splitlines()[-1])
