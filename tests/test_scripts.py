@@ -215,9 +215,7 @@ def check_gpu(out: Path, sections: str, *more: str) -> dict[str, dict]:
 
 def test_the_gpu_check_goes_through_every_section_on_the_cpu(tmp_path, monkeypatch, capsys):
     script, out = import_script("gpu_check", monkeypatch), tmp_path / "gpu_check.json"
-    names = [
-        name for name in script.SECTIONS if name != "distributed"
-    ]  # starts processes; see below
+    names = [name for name in script.SECTIONS if name != "distributed"]  # which has its own test
     options = ["--device", "cpu", "--quick", "--sections", ",".join(names), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])
 
@@ -250,7 +248,7 @@ def test_the_gpu_check_knows_which_wheels_the_package_needs():
         for name in imported_names(node)
     }
     needed = imported - sys.stdlib_module_names - of_extras - {"cxr_cache", "tomli"}
-    assert needed == listed
+    assert listed == needed, "or else an extra brings it, and of_extras lacks it"
 
 
 def imported_names(node: ast.AST) -> list[str]:

@@ -109,7 +109,7 @@ def check_launching(setup: Setup) -> Iterator[Row]:
         (encoder,) = load_kind(KINDS[name], str(setup.device), quick=setup.quick)
         encoder.precision = "bf16"
 
-        @torch.inference_mode()
+        @torch.no_grad()  # inductor cannot compile in inference mode
         def run(inputs: Tensor, encoder: Encoder = encoder) -> Tensor:
             return encoder.tail(encoder.stem(inputs, 1), 1)[1]
 
@@ -150,7 +150,7 @@ def _check_compiled(
 ) -> Iterator[Row]:
     """Compile for one size of batches: seconds, speed, and how far it is from what it was."""
     n, case = len(inputs), f"{name}: batch {len(inputs)}, compiled"
-    backend = setup.pick("inductor", "eager")
+    backend = setup.pick("inductor", "aot_eager")
     if backend == "inductor" and not (shutil.which("cc") or shutil.which("gcc")):
         yield Row(case, None, "images/s", note="there is no C compiler here")
         return
