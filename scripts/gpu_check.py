@@ -67,14 +67,15 @@ SECTIONS: Final = {
     "copies": Section(check_copies, 5, 20),
     "tuning": Section(check_tuning, 20, 60),
     "heads": Section(check_heads, 15, 40),
-    "launching": Section(check_launching, 60, 100),
     "places": Section(check_places, 20, 40),
     "memory": Section(check_memory, 20, 40),
+    "launching": Section(check_launching, 60, 100),
     "distributed": Section(check_distributed, 60, 60),
     "class_token": Section(check_class_token, 15, 30),
     "tests": Section(check_tests, 60, 120),
 }
-"""In this order, so that the last are left out where the time does not suffice for all."""
+"""In this order, so that the last are left out where the time does not suffice for all. A compiler
+that fails can leave the process unusable, so launching comes late."""
 
 
 def run_section(section: Section, setup: Setup, left_s: float) -> dict[str, Any]:
