@@ -46,14 +46,15 @@ wheel-test: setup
 faults: setup
 	$(BIN)/python -m pytest -q -s -m faults tests/faults
 
-# About twenty minutes, on a machine that does nothing else; figures also go to benchmarks/*.json.
+# About twenty minutes, on a machine that does nothing else; figures also go to a folder of
+# benchmarks/ that is named by the processor, and from there into docs/performance.md.
 # scripts/bench_growth.py takes as long again, and is not part of it.
 bench: setup
 	$(BIN)/python scripts/bench_search.py
 	$(BIN)/python scripts/bench_finetune.py
 	$(BIN)/python scripts/bench_tokens.py
 	$(BIN)/python scripts/bench_extract.py
-	$(BIN)/python scripts/bench_statistics.py --out benchmarks/statistics.json
+	$(BIN)/python scripts/bench_statistics.py
 	$(BIN)/python scripts/bench_table.py
 
 # Which cheap figures in README and docs are stale; with the data, for example

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from benchmarking import describe_machine, format_table, make_cohort, write_json
+from benchmarking import describe_machine, format_table, make_cohort, results_path, write_json
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="images per turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--quick", action="store_true", help="a tiny tower: does it run at all?")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/extract.json"))
+    parser.add_argument("--out", type=Path, default=results_path("extract"))
     options = parser.parse_args()
     name = f"random:{'test_vit' if options.quick else 'vit_base_patch16_224'}"
     encoder = load_encoder(name, device=options.device, precision=options.precision)

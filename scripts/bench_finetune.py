@@ -35,7 +35,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarking import commit_tokens, describe_machine, format_table, make_cohort, write_json
+from benchmarking import (
+    commit_tokens,
+    describe_machine,
+    format_table,
+    make_cohort,
+    results_path,
+    write_json,
+)
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -399,7 +406,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--model", help="another encoder than the random ViT-B/16")
     parser.add_argument("--quick", action="store_true", help="a tiny tower: does it run at all?")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/finetune.json"))
+    parser.add_argument("--out", type=Path, default=results_path("finetune"))
     options = parser.parse_args()
     name, size_px = ("test_vit", 256) if options.quick else ("vit_base_patch16_224", 2048)
     started = time.perf_counter()

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from benchmarking import describe_machine, format_table, write_json
+from benchmarking import describe_machine, format_table, results_path, write_json
 
 from cxr_cache.datasets.labels import FINDINGS
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write; the disk that is measured")
     parser.add_argument("--quick", action="store_true", help="toy size, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/growth.json"))
+    parser.add_argument("--out", type=Path, default=results_path("growth"))
     options = parser.parse_args()
     sizes = [int(1000 * float(part)) for part in options.rows.split(",")]
     sizes = [2 * SMALL, 4 * SMALL] if options.quick else sizes

@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from benchmarking import describe_machine, write_json
+from benchmarking import describe_machine, results_path, write_json
 from joblib import Parallel, cpu_count, delayed
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
@@ -44,7 +44,6 @@ focal_loss = WeightedFocal(2.0, 0.25, 0.25)  # the reference's
 N, D, F, K = 6000, 512, 35, 5
 WIDE = 1024  # MobileNet's features
 CANDIDATES = (30, 50, 75, 90, 100)
-OUT = Path(__file__).parent.parent / "benchmarks" / "search.json"
 
 
 def make_rows(n: int, width: int = D, seed: int = 0) -> PlainRows:
@@ -242,7 +241,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="A thirtieth, to see that it runs.")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=results_path("search"))
     options = parser.parse_args()
     rows = make_rows(600 if options.quick else N)
     epochs = (1, 2) if options.quick else CANDIDATES

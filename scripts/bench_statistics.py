@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarking import describe_machine, format_table, write_json
+from benchmarking import describe_machine, format_table, results_path, write_json
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth", default="25000,100000", help="rows, for the second table")
     parser.add_argument("--growth-resamples", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, default=results_path("statistics"))
     options = parser.parse_args()
     images = make_images(options.rows)
     require_equal(images)
@@ -147,9 +147,8 @@ def main() -> None:
         [f"{g['rows']:,} rows", f"{g['cpu_seconds']:.1f}", f"{g['peak_mb']:.0f}"] for g in growth
     ]
     print(format_table([heads, *lines]))
-    if options.out:
-        described = {"machine": describe_machine(), "looped": options.looped}
-        write_json(options.out, {"seconds": times, "growth": growth, **described})
+    described = {"machine": describe_machine(), "looped": options.looped}
+    write_json(options.out, {"seconds": times, "growth": growth, **described})
 
 
 if __name__ == "__main__":

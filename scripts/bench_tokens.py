@@ -35,7 +35,14 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from benchmarking import commit_tokens, describe_machine, format_table, make_cohort, write_json
+from benchmarking import (
+    commit_tokens,
+    describe_machine,
+    format_table,
+    make_cohort,
+    results_path,
+    write_json,
+)
 from numpy.typing import NDArray
 
 from cxr_cache.store.feature_store import FeatureStore
@@ -275,7 +282,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns that count")
     parser.add_argument("--folder", type=Path, help="where to write; the disk that is measured")
     parser.add_argument("--quick", action="store_true", help="64 small rows: does it run at all?")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/tokens.json"))
+    parser.add_argument("--out", type=Path, default=results_path("tokens"))
     options = parser.parse_args()
     row_shape = (1, 5, 64) if options.quick else (1, 197, 768)
     n_images = 64 if options.quick else round(options.gb * 1e9 / np.prod(row_shape) / 2)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -18,7 +21,24 @@ from cxr_cache.store.feature_store import FeatureStore
 
 N_FINDINGS = 35
 PREVALENCE = 0.05
-TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+VECTORS: Final = {
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512bf16",
+    "avx512f": "avx512",
+    "avx2": "avx2",
+    "bf16": "bf16",
+    "asimd": "neon",
+}
+"""What a processor computes with, from the fastest: flags of the kernel, and what they are called
+here. The last two are ARM's."""
+ZEN: Final = (
+    *((0x17, 0x00, "zen"), (0x17, 0x30, "zen2")),
+    *((0x19, 0x00, "zen3"), (0x19, 0x10, "zen4"), (0x19, 0x20, "zen3"), (0x19, 0x60, "zen4")),
+    *((0x1A, 0x00, "zen5"), (0x1A, 0x50, "zen6"), (0x1A, 0x60, "zen5"), (0x1A, 0x80, "zen6")),
+)
+"""AMD's family, first model of it, and generation, as the Linux kernel tells them."""
+CPU: Final = torch.device("cpu")
+RESULTS: Final = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def make_cohort(n_images: int, seed: int = 0) -> Cohort:
@@ -47,9 +67,11 @@ def describe_machine() -> dict[str, Any]:
     """What the figures depend on; nothing that names the machine."""
     n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    flags = set(read_cpuinfo().split())
     return {
+        "processor": name_processor(),
         "cores": os.cpu_count(),
-        "cpu_flags": _cpu_flags(),
+        "cpu_flags": [flag for flag in reversed(VECTORS) if flag in flags],
         "memory_gb": round(n_bytes / 1e9, 1),
         "gpus": gpus,
         "torch": torch.__version__,
@@ -57,10 +79,45 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _cpu_flags() -> list[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    present = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return [flag for flag in TELLING_FLAGS if flag in present]
+def results_path(benchmark: str, device: torch.device = CPU) -> Path:
+    """File for the results of a benchmark on this machine's processor, or on its GPU."""
+    gpu = device.type == "cuda"
+    name = _spell_plainly(torch.cuda.get_device_name(device)) if gpu else name_processor()
+    return RESULTS / name / f"{benchmark}.json"
+
+
+def read_cpuinfo() -> str:
+    """Read what the system says of the processor, as Linux writes it; never the machine's name."""
+    if (path := Path("/proc/cpuinfo")).is_file():
+        return path.read_text()
+    name = platform.processor() or platform.machine()
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return f"model name : {name}"
+
+
+def name_processor(cpuinfo: str | None = None) -> str:
+    """Name a processor by its make and by what it computes with.
+
+    Machines that should measure alike have one name, such as ``amd-epyc-zen4-avx512bf16``, which is
+    also that of a folder. `cpuinfo` is the text of ``/proc/cpuinfo``; None reads this machine's.
+    """
+    text = read_cpuinfo() if cpuinfo is None else cpuinfo
+    fields: dict[str, str] = dict(re.findall(r"^([\w ]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+    model = fields.get("model name", platform.machine())
+    made = re.search(r"\b(AMD|Intel|Apple)\b.*?\b(EPYC|Ryzen|Xeon|Core|M\d+)\b", model)
+    parts = list(made.groups()) if made else [re.sub(r"\(.*?\)|@.*", "", model)]
+    if model.startswith("AMD"):
+        family, number = (int(fields.get(name, 0)) for name in ("cpu family", "model"))
+        parts += [name for of, first, name in ZEN if of == family and first <= number][-1:]
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    parts.append(next((name for flag, name in VECTORS.items() if flag in flags), ""))
+    return "-".join(_spell_plainly(part) for part in parts if part)
+
+
+def _spell_plainly(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import pandas as pd
-from bench_table import read_lines
 from benchmarking import format_table
 
 import cxr_cache
@@ -68,12 +67,6 @@ class Sources:
 def count_head(_: Sources) -> list[float]:
     """Trainable numbers of the reference's head."""
     return [HeadBank(1, 512, 35).n_parameters]
-
-
-def divide_benchmarks(_: Sources) -> list[float]:
-    """Plain way and floor of the search at both batch sizes, from the last `make bench`."""
-    lines = [line for line in read_lines(ROOT / "benchmarks") if "search" in line.what.lower()][:2]
-    return [line.plain / line.ours for line in lines] + [line.ours / line.floor for line in lines]
 
 
 def count_collection(sources: Sources) -> list[float]:
@@ -134,11 +127,6 @@ class Figure(NamedTuple):
 
 FIGURES: Final = (
     Figure("docs/design.md", r"([\d,]+) parameters, Xavier-uniform", count_head),
-    Figure(
-        "docs/performance.md",
-        r"epoch search, batch 16 / 256 \| ([\d.]+) / ([\d.]+) \| ([\d.]+) / ([\d.]+)",
-        divide_benchmarks,
-    ),
     Figure("docs/design.md", r"\(([\d,]+) images of ([\d,]+) studies", count_collection, "tables"),
     Figure("docs/design.md", r"\(([\d.]+) % on the reference's data", score_nothing, "tables"),
     Figure(

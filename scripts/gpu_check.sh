@@ -4,8 +4,8 @@
 #     scripts/gpu_check.sh [--quick] [--device cpu] [--budget SECONDS] [--sections NAME,NAME]
 #
 # For a bare machine that has torch: wheels in .whl/ are installed to /tmp/site, the package is
-# taken from this folder. Writes ${OUT:-benchmarks}/gpu_check.json; the status is 1 if anything
-# failed.
+# taken from this folder. Writes gpu_check.json to $OUT, or else to a folder of benchmarks/ that is
+# named by the GPU; the status is 1 if anything failed.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -22,11 +22,12 @@ fi
 import importlib
 
 distributions = {
-    "open_clip": "open-clip-torch ftfy wcwidth", "timm": "timm", "h5py": "h5py",
-    "xxhash": "xxhash", "safetensors": "safetensors", "pandas": "pandas",
-    "sklearn": "scikit-learn", "scipy": "scipy", "joblib": "joblib", "click": "click",
-    "jinja2": "jinja2", "matplotlib": "matplotlib", "tqdm": "tqdm", "PIL": "Pillow",
-    "torch": "torch", "torchvision": "torchvision",
+    "PIL": "Pillow", "click": "click", "h5py": "h5py", "jinja2": "jinja2", "joblib": "joblib",
+    "huggingface_hub": "huggingface-hub hf-xet", "matplotlib": "matplotlib contourpy cycler",
+    "numpy": "numpy", "open_clip": "open-clip-torch ftfy regex wcwidth", "packaging": "packaging",
+    "pandas": "pandas python-dateutil six", "safetensors": "safetensors", "scipy": "scipy",
+    "sklearn": "scikit-learn", "threadpoolctl": "threadpoolctl", "timm": "timm", "torch": "torch",
+    "torchvision": "torchvision", "tqdm": "tqdm", "xxhash": "xxhash", "yaml": "PyYAML",
 }  # fmt: skip
 missing = {}
 for module in distributions:
