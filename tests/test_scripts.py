@@ -295,6 +295,7 @@ def test_the_search_is_measured_against_the_plain_loop_and_the_floor(tmp_path):
     assert list(results) == [
         "search, batch 16",
         "search, batch 256",
+        "search, batch 16, 1,024 wide",
         "100 settings, batch 256",
         "macro AUROC of 5 folds",
     ]
