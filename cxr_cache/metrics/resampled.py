@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cxr_cache.errors import ConfigError
-from cxr_cache.metrics.scores import Array, FloatArray, divide, require_finite
+from cxr_cache.metrics.scores import Array, FloatArray, divide, number_names, require_finite
 
 # Size of the weights of one chunk of resamples. A chunk fits into the caches, since what is
 # computed from it takes several times as much.
@@ -101,7 +101,7 @@ def _in_chunks(
 ) -> Iterator[dict[str, FloatArray]]:
     if n_resamples < 2:
         raise ConfigError(f"{n_resamples} resamples show no spread; 2 or more do.")
-    names, codes = np.unique(groups, return_inverse=True)
+    names, codes = number_names(groups)
     n_per_chunk = max(_MIN_PER_CHUNK, _CHUNK_BYTES // (4 * max(1, len(codes))))
     for first in range(0, n_resamples, n_per_chunk):
         resamples = range(first, min(first + n_per_chunk, n_resamples))
