@@ -174,9 +174,7 @@ def _columns(images: ScoredImages) -> list[tuple[str, Array, FloatArray]]:
     return [*columns, (POOLED, *pooled)]
 
 
-def _curve(
-    targets: Array, probabilities: FloatArray, clusters: NDArray[np.intp]
-) -> pd.DataFrame:
+def _curve(targets: Array, probabilities: FloatArray, clusters: NDArray[np.intp]) -> pd.DataFrame:
     """Points of both curves, and how many clusters have a row that is called there."""
     labelled = ~np.isnan(targets)
     order = np.argsort(-probabilities[labelled], kind="stable")

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from cxr_cache.metrics.intervals import Interval, count_rarer_class, student_interval
-from cxr_cache.metrics.scores import Array, FloatArray, count_clusters, has_both_classes, number_names
+from cxr_cache.metrics.scores import (
+    Array,
+    FloatArray,
+    count_clusters,
+    has_both_classes,
+    number_names,
+)
 
 _CLOSEST: Final = float(np.finfo(np.float32).eps)
 _N_STEPS: Final = 50
