@@ -24,7 +24,7 @@ from cxr_cache.datasets.cohort import (
 from cxr_cache.datasets.studies import N_IMAGES
 from cxr_cache.errors import RunError, TableError
 from cxr_cache.metrics.operating_point import OperatingPoint
-from cxr_cache.metrics.scores import Array, FloatArray, count_clusters, number_names
+from cxr_cache.metrics.scores import FloatArray, count_clusters, number_names
 from cxr_cache.models.run import Run
 
 logger = logging.getLogger(__name__)

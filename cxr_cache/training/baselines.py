@@ -61,7 +61,7 @@ class _Standardised:
 
     @classmethod
     def of(cls, features: Array, rows: NDArray[np.intp]) -> _Standardised:
-        """Standardise rows by their own mean and spread; what never varies stays as wide as it is."""
+        """Standardise rows by their own mean and spread; what never varies keeps its width."""
         total, squares = np.zeros((2, features.shape[1]))
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = features[rows[start : start + _ROWS_AT_ONCE]].astype(np.float64)
