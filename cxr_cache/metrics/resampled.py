@@ -18,6 +18,8 @@ from cxr_cache.metrics.scores import Array, FloatArray, divide, number_names, re
 _CHUNK_BYTES = 2**22
 _MIN_PER_CHUNK = 16  # with fewer resamples, going through the rows costs more than summing them
 
+_STEPS_AT_ONCE = 2048
+
 METHOD: Final = "Bayesian bootstrap"
 """How :func:`bootstrap` draws weights, as reports name it."""
 
@@ -295,13 +297,26 @@ class _Steps(NamedTuple):
 def _sum_steps(ranking: _Ranking, by_row: FloatArray) -> _Steps:
     """Sum weights, ``(N, R)``, at each step of a finding that has a positive."""
     positives = ranking.positives @ by_row
-    above = np.cumsum(ranking.between @ by_row, axis=0)  # (S + 1, R)
+    above = _accumulate(ranking.between @ by_row)  # (S + 1, R)
     n_absent, above = above[-1], above[:-1]
     if ranking.tied is None:
         return _Steps(positives, above, np.zeros((1, 1)), n_absent)
     tied = ranking.tied @ by_row
-    tied_so_far = np.cumsum(tied, axis=0)
+    tied_so_far = _accumulate(tied.copy())
     return _Steps(positives, above + tied_so_far - tied, tied, n_absent + tied_so_far[-1])
+
+
+def _accumulate(values: FloatArray) -> FloatArray:
+    """Replace each row of ``(S, R)`` by the sum of all rows up to it, as ``np.cumsum`` adds them.
+
+    That goes through all rows once for every column. A part at a time, they stay in the cache.
+    """
+    for start in range(0, len(values), _STEPS_AT_ONCE):
+        part = values[start : start + _STEPS_AT_ONCE]
+        if start:
+            part[0] += values[start - 1]
+        np.cumsum(part, axis=0, out=part)
+    return values
 
 
 def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -310,7 +325,7 @@ def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, Fl
         undefined = np.full(by_row.shape[1], np.nan)
         return undefined, undefined
     step, above, tied, n_absent = _sum_steps(ranking, by_row)
-    tp = np.cumsum(step, axis=0)
+    tp = _accumulate(step.copy())
     n_present = tp[-1]
     # A negative above a step is lost, a tied one half.
     n_won = np.einsum("sr,sr->r", step, n_absent - above - tied / 2)
