@@ -253,7 +253,7 @@ def audit_store(
     facts, unreadable = _look_at(store, cohort, image_dir, config.n_jobs, on_progress)
     pairs = _find_pairs(np.array(store.read_column("image_sha256"))[rows], near, facts, config)
     outliers = pd.concat(
-        [find_embedding_outliers(near.distances), find_pixel_outliers(facts, cohort.projections)],
+        [find_embedding_outliers(near), find_pixel_outliers(facts, cohort.projections)],
         ignore_index=True,
     )
     leakage = None
@@ -386,11 +386,12 @@ def _find_split_groups(cohort: Cohort, sides: NDArray[np.str_]) -> pd.DataFrame:
     for kind, ids in (("study", cohort.study_uids), ("patient", cohort.patient_ids)):
         known = (ids != "") & (sides != "")
         images: pd.DataFrame = pd.DataFrame({"id": ids[known], "side": sides[known]})
+        several = images.drop_duplicates().groupby("id").size()
+        images = images[images["id"].isin(several.index[several > 1])]
         by_id = images.groupby("id")["side"]
         table = pd.DataFrame(
             {"n_images": by_id.size(), "sides": by_id.agg(lambda s: _AND.join(sorted(set(s))))}
-        )
-        table = table[table["sides"].str.contains(_AND)].reset_index()
+        ).reset_index()
         table.insert(0, "kind", kind)
         tables.append(table)
     found: pd.DataFrame = pd.concat(tables, ignore_index=True)
