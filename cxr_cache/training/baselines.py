@@ -20,7 +20,7 @@ STRENGTHS: Final = (1e-4, 1e-3, 1e-2)
 """Candidates of C, the inverse strength of the L2 penalty as scikit-learn counts it."""
 _ROWS_AT_ONCE: Final = 1024
 _N_ITERATIONS: Final = 200
-_TOLERANCE: Final = 1e-9  # relative change of the loss at which an iteration ends
+_TOLERANCE: Final = 1e-8  # relative change of the loss, of which float32 tells no less
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,20 @@ def _sum_loss(
 ) -> tuple[float, NDArray[np.float64]]:
     """Cross-entropy over the labelled cells, and its gradient, ``(D + 1, F)``, intercepts last."""
     value, gradient = 0.0, np.zeros((len(weights) + 1, len(intercepts)))
-    rounded = weights.astype(np.float32)
+    w, b = weights.astype(np.float32), intercepts.astype(np.float32)
     for start in range(0, len(x), _ROWS_AT_ONCE):  # so that nothing leaves the cache
         part, wanted = x[start : start + _ROWS_AT_ONCE], targets[start : start + _ROWS_AT_ONCE]
-        logits = (part @ rounded).astype(np.float64) + intercepts
-        # exp is quick where expit and log_expit, one number at a time, take most of a training.
+        logits = part @ w
+        logits += b
+        # Of float32, as the logits are, exp takes a tenth of the time of expit and log_expit.
         small = np.exp(-np.abs(logits))
-        losses = np.maximum(logits, 0) - logits * wanted + np.log(1 + small)
-        errors = np.where(logits >= 0, 1, small) / (1 + small) - wanted
-        value += np.nansum(losses)
-        errors = np.nan_to_num(errors)
-        gradient[:-1] += part.T @ errors.astype(np.float32)
-        gradient[-1] += errors.sum(axis=0)
+        losses = np.log(1 + small) + np.maximum(logits, 0) - logits * wanted
+        errors = np.where(logits >= 0, np.float32(1), small) / (1 + small) - wanted
+        if (unlabelled := np.isnan(wanted)).any():
+            losses[unlabelled] = errors[unlabelled] = 0
+        value += float(losses.sum(dtype=np.float64))
+        gradient[:-1] += part.T @ errors
+        gradient[-1] += errors.sum(axis=0, dtype=np.float64)
     return value, gradient
 
 
