@@ -31,7 +31,7 @@ TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".zip", ".parquet", ".xl
 _LIBRARIES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}
 """What pandas reads a kind of file with."""
 _BYTES_AT_ONCE = 1 << 20
-_ROWS_AT_ONCE = 1 << 14
+_ROWS_AT_ONCE = 1 << 13
 _LONG_TEXT = 1 << 20  # characters of a CSV file from which on it is read by pandas
 
 
