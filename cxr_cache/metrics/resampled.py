@@ -157,7 +157,8 @@ class RankedScores:
         else:
             rows = np.arange(N, dtype=np.int32)
             columns = [(t, s, rows) for t, s in zip(targets.T, scores.T, strict=True)]
-        self._rankings = [_rank(*column, n_rows=N) for column in columns]
+        ones = np.ones(len(rows))  # in memory, and in the caches, once for all findings
+        self._rankings = [_rank(*column, ones, n_rows=N) for column in columns]
 
     def auroc_and_ap(self, weights: Array) -> tuple[FloatArray, FloatArray]:
         """Compute AUROC and AP, ``(R, F)`` each, as if rows occurred as often as weights say.
@@ -256,7 +257,9 @@ class _Ranking:
     tied: sparse.csr_array | None  # (S, N): negatives with a step's score; None if there are none
 
 
-def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: int) -> _Ranking:
+def _rank(
+    targets: Array, scores: Array, row_of: NDArray[np.int32], ones: FloatArray, *, n_rows: int
+) -> _Ranking:
     """Sort the cells of one finding; `row_of` names the row that each cell belongs to."""
     labelled = np.flatnonzero(~np.isnan(targets))
     order = labelled[np.argsort(-scores[labelled], kind="stable")]
@@ -271,8 +274,9 @@ def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: i
 
     def sums(rows: NDArray[np.int32], places: NDArray[np.intp], n_sums: int) -> sparse.csr_array:
         starts = np.searchsorted(places, np.arange(n_sums + 1))
-        ones = np.ones(len(rows))
-        return sparse.csr_array((ones, rows, starts), shape=(n_sums, n_rows))
+        if len(rows) < 2**31:
+            starts = starts.astype(np.int32)  # or all indices would take eight bytes
+        return sparse.csr_array((ones[: len(rows)], rows, starts), shape=(n_sums, n_rows))
 
     return _Ranking(
         positives=sums(rows[present], step_of, len(steps)),
