@@ -15,6 +15,10 @@ Larger than memory: as root, each process lives in a memory cgroup (v1) that hol
 file, cached pages included. As the two files' readers would find each other's pages, these are
 dropped before each turn (``posix_fadvise``); where no cgroup can be made, that is all that is done.
 The table says how much of what was read came from the disk.
+
+Then a training takes the batches of fine-tuning, from memory and from a file none of which is in
+memory, in turns: two transformer blocks as wide as ViT-B's, forward and backward on the CPU; and
+waiting as long as a GPU would take that computes so many images per second.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from benchmarking import commit_tokens, describe_machine, format_table, make_coh
 from numpy.typing import NDArray
 
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.tokens import StoredTokens
+from cxr_cache.store.tokens import ResidentTokens, StoredTokens
 
 BATCH_SIZE, N_WRITTEN_AT_ONCE = 16, 64
 GOAL = 0.6
@@ -255,6 +259,72 @@ def measure(bench: Bench, limit_bytes: int | None) -> tuple[dict[str, dict[str, 
     return results, how
 
 
+# -- training ---------------------------------------------------------------------------
+
+WORK_GOAL = 0.8
+"""Share of the speed from memory."""
+N_TRAINED = 640
+"""Images of a turn that waits; a tenth of them of one that computes."""
+RATES = (100, 1000, 2000)
+"""Images per second of GPUs."""
+
+
+def compute_blocks(row_shape: tuple[int, ...]) -> Callable[[torch.Tensor], object]:
+    """Forward and backward of two blocks, without a step."""
+    layer = torch.nn.TransformerEncoderLayer(
+        *(row_shape[-1], 12 if row_shape[-1] % 12 == 0 else 4, 4 * row_shape[-1]),
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    blocks = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return lambda batch: blocks(batch.float().nan_to_num(0, 1, -1).clamp(-1, 1)).sum().backward()
+
+
+def wait_at(rate: float) -> Callable[[torch.Tensor], object]:
+    """Take as long as a GPU of so many images per second."""
+    return lambda batch: time.sleep(len(batch) / rate)
+
+
+def measure_training(bench: Bench) -> dict[str, dict[str, float]]:
+    """Images per second from memory and from disk, medians over the rounds."""
+    rng, zeros = np.random.default_rng(2), torch.zeros(bench.n_images, dtype=torch.int64)
+    work = {"two blocks on the CPU": (compute_blocks(bench.row_shape), N_TRAINED // 10)}
+    work |= {f"{rate:,} images/s": (wait_at(rate), N_TRAINED) for rate in RATES}
+    results = {}
+    with FeatureStore.open(bench.paths[1]) as store:
+        n_held = min(N_TRAINED, bench.n_images)
+        sources = {
+            "memory": ResidentTokens.load(store, np.arange(n_held), torch.device("cpu")),
+            "disk": StoredTokens(store, np.arange(bench.n_images)),
+        }
+        for name, (take, n_images) in work.items():
+            speeds: dict[str, list[float]] = {where: [] for where in sources}
+            for number in range(bench.n_rounds + 1):
+                for where in sorted(sources, reverse=bool(number % 2)):
+                    n_known = n_held if where == "memory" else bench.n_images
+                    rows = torch.from_numpy(rng.permutation(n_known)[:n_images])
+                    drop_cached_pages(bench)
+                    started = time.perf_counter()
+                    for batch in sources[where].batches(rows, zeros[: len(rows)], BATCH_SIZE):
+                        take(batch)
+                    speeds[where].append(len(rows) / (time.perf_counter() - started))
+            medians = {where: median(of[1:]) for where, of in speeds.items()}
+            results[name] = medians | {"ratio": medians["disk"] / medians["memory"]}
+    return results
+
+
+def tabulate_training(results: dict[str, dict[str, float]]) -> str:
+    """A row per consumer."""
+    rows = [["training that takes", "from memory", "from disk", "ratio", "goal", "met"]]
+    for name, of in results.items():
+        speeds = [f"{of[where]:,.1f} images/s" for where in ("memory", "disk")]
+        verdict = "yes" if of["ratio"] >= WORK_GOAL else "no"
+        rows.append([name, *speeds, f"{of['ratio']:.2f}", f"{WORK_GOAL:.2f}", verdict])
+    return format_table(rows)
+
+
 # -- together ---------------------------------------------------------------------------
 
 KINDS = {
@@ -286,6 +356,7 @@ def main() -> None:
         written_s = time.perf_counter() - started
         limit_bytes = int(SHARE_IN_MEMORY * bench.n_token_bytes) + PROCESS_BYTES
         measured = [measure(bench, None), measure(bench, limit_bytes)]
+        training = measure_training(bench)
     results = {how: by_reader for by_reader, how in measured}
     ratios = {
         (how, name): result["mb_per_s"] / by_reader["flat"]["mb_per_s"]
@@ -314,6 +385,7 @@ def main() -> None:
                 [f"  {name}", *cells, f"{ratio:.2f}", *(verdict if name in JUDGED else ["", ""])]
             )
     print(format_table(rows))
+    print(tabulate_training(training))
     settings = {
         "images": n_images,
         "row_shape": row_shape,
@@ -324,7 +396,7 @@ def main() -> None:
     write_json(
         options.out,
         {"machine": machine, "settings": settings, "results": results, "goals": goals}
-        | {"elapsed_s": elapsed_s},
+        | {"training": training, "elapsed_s": elapsed_s},
     )
 
 
