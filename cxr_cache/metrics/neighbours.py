@@ -64,8 +64,8 @@ def search_cells(
             _keep_nearest(rows, cosines, part, own, vectors[part] @ of_own)
     cosines[rows == np.arange(n_rows)[:, None]] = -2  # itself
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :n_neighbours]
-    rows, cosines = (np.take_along_axis(of, order, axis=1) for of in (rows, cosines))
-    distances = 1 - cosines.astype(np.float64)
+    rows = np.take_along_axis(rows, order, axis=1)
+    distances = 1 - np.take_along_axis(cosines, order, axis=1).astype(np.float64)
     for part in _split(np.flatnonzero(distances.min(axis=1) < _NEAR), n_neighbours):
         apart = vectors[part][:, None] - vectors[rows[part]]
         exact = np.square(apart, dtype=np.float64).sum(axis=-1) / 2

@@ -112,9 +112,9 @@ def _fit_logistic(
 
     Minimises the summed loss over labelled rows plus ||w||^2 / (2 C), the intercept unpenalised, as
     ``sklearn.linear_model.LogisticRegression(C=C)`` does for one finding. All findings share the
-    matrix products of L-BFGS. Its variables are scaled by a guess of their curvature: along an
-    eigenvector of X'X with eigenvalue e, that of a finding of prevalence p is about
-    p (1 - p) e + 1 / C. So some ten steps suffice.
+    matrix products of L-BFGS. Its variables are scaled by their curvature where a fit begins,
+    along the eigenvectors of X'X. At first, that of a finding of prevalence p is p (1 - p) e + 1 / C
+    with e the eigenvalue. So some ten steps suffice, and for the larger C some fifty.
 
     Parameters
     ----------
@@ -132,21 +132,20 @@ def _fit_logistic(
     """
     from scipy.optimize import minimize  # takes half a second
 
-    n_labelled, n_present = (~np.isnan(targets)).sum(axis=0), (targets == 1).sum(axis=0)
-    share = n_present / n_labelled
-    variance = share * (1 - share)
+    share = (targets == 1).sum(axis=0) / (~np.isnan(targets)).sum(axis=0)
     width = x.features.shape[1]
     products = np.zeros((width, width), np.float32)
     for _, values in x.parts():
         products += values.T @ values
-    eigenvalues, vectors = np.linalg.eigh(products)
+    vectors = np.linalg.eigh(products).eigenvectors
     turned = np.empty((len(x.rows), width), np.float32)
     for part, values in x.parts():
         np.matmul(values, vectors, out=turned[part])
     weights, intercepts = np.zeros((width, targets.shape[1])), np.log(share / (1 - share))
     for C in strengths:
-        curvature = variance * np.maximum(eigenvalues, 0)[:, None] + 1 / C  # (D, F)
-        scale = np.concatenate([curvature, variance[None] * len(turned)]) ** -0.5
+        curvature = _sum_curvature(turned, targets, weights, intercepts)  # (D + 1, F)
+        curvature[:-1] += 1 / C
+        scale = curvature**-0.5
 
         def loss(
             scaled: NDArray[np.float64], scale: NDArray[np.float64] = scale, C: float = C
@@ -162,6 +161,21 @@ def _fit_logistic(
         both = found.x.reshape(scale.shape) * scale
         weights, intercepts = both[:-1], both[-1]
         yield vectors @ weights, intercepts
+
+
+def _sum_curvature(
+    x: Array, targets: Array, weights: NDArray[np.float64], intercepts: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Second derivatives of :func:`_sum_loss` along each variable, ``(D + 1, F)``."""
+    curvature = np.zeros((len(weights) + 1, len(intercepts)))
+    w, b = weights.astype(np.float32), intercepts.astype(np.float32)
+    for start in range(0, len(x), _ROWS_AT_ONCE):
+        part = x[start : start + _ROWS_AT_ONCE]
+        p = expit(part @ w + b)
+        p *= (1 - p) * ~np.isnan(targets[start : start + _ROWS_AT_ONCE])
+        curvature[:-1] += np.square(part).T @ p
+        curvature[-1] += p.sum(axis=0, dtype=np.float64)
+    return curvature
 
 
 def _sum_loss(
