@@ -43,7 +43,7 @@ from benchmarking import commit_tokens, describe_machine, format_table, make_coh
 from numpy.typing import NDArray
 
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.tokens import ResidentTokens, StoredTokens
+from cxr_cache.store.tokens import ResidentTokens, StoredTokens, TokenSource
 
 BATCH_SIZE, N_WRITTEN_AT_ONCE = 16, 64
 GOAL = 0.6
@@ -295,7 +295,7 @@ def measure_training(bench: Bench) -> dict[str, dict[str, float]]:
     results = {}
     with FeatureStore.open(bench.paths[1]) as store:
         n_held = min(N_TRAINED, bench.n_images)
-        sources = {
+        sources: dict[str, TokenSource] = {
             "memory": ResidentTokens.load(store, np.arange(n_held), torch.device("cpu")),
             "disk": StoredTokens(store, np.arange(bench.n_images)),
         }

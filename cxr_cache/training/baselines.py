@@ -96,9 +96,11 @@ def _predict_logistic(
     x: _Standardised, targets: Array, asked: _Standardised, candidates: tuple[Any, ...]
 ) -> list[Array]:
     both = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
+    empty = np.empty((len(asked.rows), 0), np.float32)
+    (prevalence,) = predict_prevalence(empty, targets, empty, (None,))
     predictions = []
     for weights, intercepts in _fit_logistic(x, targets[:, both], candidates):
-        (prediction,) = predict_prevalence(x.rows, targets, asked.rows, (None,))
+        prediction = prevalence.copy()
         for part, values in asked.parts():
             prediction[part][:, both] = expit(values @ weights + intercepts)
         predictions.append(prediction)
@@ -113,8 +115,7 @@ def _fit_logistic(
     Minimises the summed loss over labelled rows plus ||w||^2 / (2 C), the intercept unpenalised, as
     ``sklearn.linear_model.LogisticRegression(C=C)`` does for one finding. All findings share the
     matrix products of L-BFGS. Its variables are scaled by their curvature where a fit begins,
-    along the eigenvectors of X'X. At first, that of a finding of prevalence p is p (1 - p) e + 1 / C
-    with e the eigenvalue. So some ten steps suffice, and for the larger C some fifty.
+    along the eigenvectors of X'X, so that some ten steps suffice, and for a larger C some fifty.
 
     Parameters
     ----------
