@@ -16,9 +16,9 @@ file, cached pages included. As the two files' readers would find each other's p
 dropped before each turn (``posix_fadvise``); where no cgroup can be made, that is all that is done.
 The table says how much of what was read came from the disk.
 
-Then a training takes the batches of fine-tuning, from memory and from a file none of which is in
-memory, in turns: two transformer blocks as wide as ViT-B's, forward and backward on the CPU; and
-waiting as long as a GPU would take that computes so many images per second.
+Then a training takes the batches of fine-tuning from the store, none of which is in memory: two
+transformer blocks as wide as ViT-B's, forward and backward on the CPU, beside the same from memory;
+and waiting as long as a GPU would take that computes so many images per second.
 """
 
 from __future__ import annotations
@@ -269,7 +269,10 @@ RATES = (100, 1000, 2000)
 """Images per second of GPUs."""
 
 
-def compute_blocks(row_shape: tuple[int, ...]) -> Callable[[torch.Tensor], object]:
+Take = Callable[[torch.Tensor], object]
+
+
+def compute_blocks(row_shape: tuple[int, ...]) -> Take:
     """Forward and backward of two blocks, without a step."""
     layer = torch.nn.TransformerEncoderLayer(
         *(row_shape[-1], 12 if row_shape[-1] % 12 == 0 else 4, 4 * row_shape[-1]),
@@ -282,44 +285,50 @@ def compute_blocks(row_shape: tuple[int, ...]) -> Callable[[torch.Tensor], objec
     return lambda batch: blocks(batch.float().nan_to_num(0, 1, -1).clamp(-1, 1)).sum().backward()
 
 
-def wait_at(rate: float) -> Callable[[torch.Tensor], object]:
+def wait_at(rate: float) -> Take:
     """Take as long as a GPU of so many images per second."""
     return lambda batch: time.sleep(len(batch) / rate)
 
 
 def measure_training(bench: Bench) -> dict[str, dict[str, float]]:
-    """Images per second from memory and from disk, medians over the rounds."""
-    rng, zeros = np.random.default_rng(2), torch.zeros(bench.n_images, dtype=torch.int64)
-    work = {"two blocks on the CPU": (compute_blocks(bench.row_shape), N_TRAINED // 10)}
-    work |= {f"{rate:,} images/s": (wait_at(rate), N_TRAINED) for rate in RATES}
-    results = {}
+    """Images per second of a training that never waits for tokens, and of one that reads them.
+
+    Medians over the rounds. Blocks on the CPU do not wait where tokens are in memory; a GPU that
+    does not wait has the speed that it was given.
+    """
+    n_few, n_many = (min(n, bench.n_images) for n in (N_TRAINED // 10, N_TRAINED))
+    blocks, results = compute_blocks(bench.row_shape), {}
     with FeatureStore.open(bench.paths[1]) as store:
-        n_held = min(N_TRAINED, bench.n_images)
-        sources: dict[str, TokenSource] = {
-            "memory": ResidentTokens.load(store, np.arange(n_held), torch.device("cpu")),
-            "disk": StoredTokens(store, np.arange(bench.n_images)),
-        }
-        for name, (take, n_images) in work.items():
-            speeds: dict[str, list[float]] = {where: [] for where in sources}
-            for number in range(bench.n_rounds + 1):
-                for where in sorted(sources, reverse=bool(number % 2)):
-                    n_known = n_held if where == "memory" else bench.n_images
-                    rows = torch.from_numpy(rng.permutation(n_known)[:n_images])
-                    drop_cached_pages(bench)
-                    started = time.perf_counter()
-                    for batch in sources[where].batches(rows, zeros[: len(rows)], BATCH_SIZE):
-                        take(batch)
-                    speeds[where].append(len(rows) / (time.perf_counter() - started))
-            medians = {where: median(of[1:]) for where, of in speeds.items()}
-            results[name] = medians | {"ratio": medians["disk"] / medians["memory"]}
-    return results
+        memory = ResidentTokens.load(store, np.arange(n_few), torch.device("cpu"))
+        disk = StoredTokens(store, np.arange(bench.n_images))
+
+        def train(source: TokenSource, n_known: int, n_rows: int, take: Take) -> float:
+            rows = torch.randperm(n_known)[:n_rows]
+            views = torch.zeros_like(rows)
+            drop_cached_pages(bench)
+            started = time.perf_counter()
+            for batch in source.batches(rows, views, BATCH_SIZE):
+                take(batch)
+            return n_rows / (time.perf_counter() - started)
+
+        turns = [
+            (train(memory, n_few, n_few, blocks), train(disk, bench.n_images, n_few, blocks))
+            for _ in range(bench.n_rounds + 1)
+        ][1:]
+        without, read = (median(speeds) for speeds in zip(*turns, strict=True))
+        results["two blocks on the CPU"] = {"without": without, "disk": read}
+        for rate in RATES:
+            take = wait_at(rate)
+            speeds = [train(disk, bench.n_images, n_many, take) for _ in range(bench.n_rounds)]
+            results[f"a GPU of {rate:,} images/s"] = {"without": rate, "disk": median(speeds)}
+    return {name: of | {"ratio": of["disk"] / of["without"]} for name, of in results.items()}
 
 
 def tabulate_training(results: dict[str, dict[str, float]]) -> str:
     """A row per consumer."""
-    rows = [["training that takes", "from memory", "from disk", "ratio", "goal", "met"]]
+    rows = [["training", "without waiting", "from disk", "ratio", "goal", "met"]]
     for name, of in results.items():
-        speeds = [f"{of[where]:,.1f} images/s" for where in ("memory", "disk")]
+        speeds = [f"{of[where]:,.1f} images/s" for where in ("without", "disk")]
         verdict = "yes" if of["ratio"] >= WORK_GOAL else "no"
         rows.append([name, *speeds, f"{of['ratio']:.2f}", f"{WORK_GOAL:.2f}", verdict])
     return format_table(rows)

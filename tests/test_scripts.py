@@ -96,6 +96,7 @@ def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
     for results in written["results"].values():
         assert set(results) == {"flat", "flat_pread", "read_views", "StoredTokens"}
     assert len(written["goals"]) == 4
+    assert all(of["disk"] > 0 < of["ratio"] for of in written["training"].values())
     assert "÷ flat" in printed
     assert list(tmp_path.iterdir()) == [out]
 
