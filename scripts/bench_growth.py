@@ -1,12 +1,13 @@
-"""Import, train, evaluate and report on more and more rows: is time linear, and memory flat?
+"""Every command that reads all rows, on more and more of them: is time linear, and memory flat?
 
-    python scripts/bench_growth.py [--rows 50,100,200,400] [--epochs 2] [--folder DIR] [--quick]
-                                   [--out FILE]
+    python scripts/bench_growth.py [--rows 100,200,400] [--steps import,train] [--epochs 2]
+                                   [--folder DIR] [--minutes 8] [--quick] [--out FILE]
 
 For each number of thousand rows, a data set is generated (two CSV files, and an ``.npz`` with
-embeddings of 512 numbers that the findings can be learnt from), and the commands a user would give
-run one after the other, each as a process of its own: ``import``, ``train`` (5 folds and a final
-model, batch 1,024), ``evaluate`` and ``report``. ``open`` opens the store and reads no row of it.
+embeddings of 512 numbers that 35 findings can be learnt from), and the commands a user would give
+run one after the other, each as a process of its own: ``describe``, ``import``, ``train`` (5 folds
+and a final model, batch 1,024), ``evaluate``, ``report`` and ``audit``. ``open`` opens the store
+and reads no row of it. ``--rows 1000`` is a million.
 
 Memory is that of the process and of every process that it starts: the largest sum, sampled twice
 a second, of what each holds (pages that several share are divided among them, pages of a
@@ -14,15 +15,21 @@ mapped file count), or the kernel's own maximum for the first of them where that
 same command holds on 2,000 rows, mostly libraries, is taken off. The table gives the rest in
 megabytes and, at the largest size, as a multiple of the bytes of all embeddings. Slopes are of a
 straight line on log scales, through the processor seconds beyond those for 2,000 rows, which a
-busy machine distorts less than the clock: 1 is linear.
+busy machine distorts less than the clock: 1 is linear. Beside them stands the size of the page.
+
+With ``--folder`` and ``--minutes`` the work can be done in portions: what has been measured stays
+in ``figures.json`` of that folder, no step begins after so many minutes, and the same call again
+goes on. The table and the results are written once nothing is left to measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,7 +52,7 @@ GOALS = {"multiple": 3.0, "slope": 1.1}
 SAMPLED_EVERY_S = 0.5
 SMALL = 2_000
 """Rows of which next to nothing is held."""
-STEPS = ("import", "open", "train", "evaluate", "report")
+STEPS = ("describe", "import", "open", "train", "evaluate", "report", "audit")
 Figures = dict[str, float]
 
 
@@ -77,11 +84,13 @@ def commands(folder: Path, n_epochs: int) -> dict[str, list[str]]:
     embeddings, csv_dir = str(folder / "embeddings.npz"), str(folder)
     opening = f"import cxr_cache; cxr_cache.FeatureStore.open({store!r}).close()"
     return {
+        "describe": [*tool, "describe", "--csv-dir", csv_dir],
         "import": [*tool, "import", embeddings, "--csv-dir", csv_dir, "--store", store],
         "open": ["-c", opening],
         "train": [*tool, "train", store, "--run-dir", run, *recipe],
         "evaluate": [*tool, "evaluate", run],
         "report": [*tool, "report", run],
+        "audit": [*tool, "audit", store, "--run-dir", run, "--out", str(folder / "audit")],
     }
 
 
@@ -154,40 +163,78 @@ def summarise(
     return {"small": small[step], "sizes": sizes, "slope": float(slope), "multiple": multiple}
 
 
-def measure_size(n_rows: int, n_epochs: int, parent: Path | None) -> dict[str, Figures]:
-    """Every step on so many rows."""
-    with tempfile.TemporaryDirectory(dir=parent) as name:
-        folder = Path(name)
-        write_data(folder, n_rows)
-        figures = {}
+class Portions:
+    """Figures by number of rows and step, kept in a folder from one call to the next."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.folder, self._path = folder, folder / "figures.json"
+        self._ends = time.monotonic() + 60 * minutes
+        kept = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.figures: dict[int, dict[str, Figures]] = {int(n): of for n, of in kept.items()}
+
+    def measure_size(self, n_rows: int, steps: Sequence[str], n_epochs: int) -> bool:
+        """Measure every step on so many rows that was not; whether all of them are known now."""
+        folder, known = self.folder / str(n_rows), self.figures.setdefault(n_rows, {})
+        if not set(steps) - set(known):
+            return True
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            write_data(folder, n_rows)
         for step, command in commands(folder, n_epochs).items():
-            figures[step] = measure(command)
-            seconds, cpu_s, peak_mb = figures[step].values()
-            told = f"{seconds:.1f} s, {cpu_s:.1f} s of processors, {peak_mb:,.0f} MB"
+            if step not in steps or step in known:
+                continue
+            if time.monotonic() > self._ends:
+                return False
+            known[step] = measure(command)
+            if step == "report":
+                known[step]["page_mb"] = (folder / "run" / "report.html").stat().st_size / 1e6
+            self._path.write_text(json.dumps(self.figures))
+            told = ", ".join(f"{value:,.1f} {name}" for name, value in known[step].items())
             print(f"{n_rows:>9,} rows, {step}: {told}", flush=True)
-        return figures
+        shutil.rmtree(folder)
+        return True
+
+
+def tabulate(results: Mapping[str, Any]) -> str:
+    """A row per step: time and memory at every size, slope, multiple, megabytes of the page."""
+    sizes = [f"{size['rows'] // 1000}k" for size in next(iter(results.values()))["sizes"]]
+    rows = [["", "2k rows", *sizes, "slope", "x embeddings", "page MB"]]
+    for step, result in results.items():
+        small, largest = result["small"], result["sizes"][-1]
+        grown = [f"{r['seconds']:.1f} s +{r['above_mb']:,.0f} MB" for r in result["sizes"]]
+        page = f"{largest['page_mb']:.2f}" if "page_mb" in largest else ""
+        least = f"{small['seconds']:.1f} s {small['peak_mb']:,.0f} MB"
+        judged = [f"{result['slope']:.2f}", f"{result['multiple']:.2f}"]
+        rows.append([step, least, *grown, *judged, page])
+    return format_table(rows)
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rows", default="50,100,200,400", help="thousands, separated by commas")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", default="100,200,400", help="thousands, separated by commas")
+    parser.add_argument("--steps", default=",".join(STEPS), help="those to measure, with commas")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to write; the disk that is measured")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after")
     parser.add_argument("--quick", action="store_true", help="toy size, to see that it runs")
     parser.add_argument("--out", type=Path, default=results_path("growth"))
     options = parser.parse_args()
     sizes = [int(1000 * float(part)) for part in options.rows.split(",")]
     sizes = [2 * SMALL, 4 * SMALL] if options.quick else sizes
-    small = measure_size(SMALL, options.epochs, options.folder)
-    measured = {n: measure_size(n, options.epochs, options.folder) for n in sizes}
-    results = {step: summarise(step, small, measured) for step in STEPS}
-    rows = [["", "2k rows", *(f"{n // 1000}k" for n in sizes), "slope", "x embeddings"]]
-    for step, result in results.items():
-        grown = [f"{r['seconds']:.1f} s +{r['above_mb']:,.0f} MB" for r in result["sizes"]]
-        least = f"{small[step]['seconds']:.1f} s {small[step]['peak_mb']:,.0f} MB"
-        rows.append([step, least, *grown, f"{result['slope']:.2f}", f"{result['multiple']:.2f}"])
-    print(format_table(rows))
+    steps = [step for step in STEPS if step in options.steps.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        portions = Portions(options.folder or Path(temporary), options.minutes)
+        if not all(portions.measure_size(n, steps, options.epochs) for n in (SMALL, *sizes)):
+            print("Not all is measured. The same call again goes on.")
+            return
+    measured = {n: portions.figures[n] for n in sizes}
+    results = {step: summarise(step, portions.figures[SMALL], measured) for step in steps}
+    print(tabulate(results))
     settings = {"width": WIDTH, "batch_size": BATCH_SIZE, "epochs": options.epochs}
     write_json(
         options.out,

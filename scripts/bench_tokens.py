@@ -15,6 +15,10 @@ Larger than memory: as root, each process lives in a memory cgroup (v1) that hol
 file, cached pages included. As the two files' readers would find each other's pages, these are
 dropped before each turn (``posix_fadvise``); where no cgroup can be made, that is all that is done.
 The table says how much of what was read came from the disk.
+
+Then a training takes the batches of fine-tuning from the store, none of which is in memory: two
+transformer blocks as wide as ViT-B's, forward and backward on the CPU, beside the same from memory;
+and waiting as long as a GPU would take that computes so many images per second.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ from benchmarking import (
 from numpy.typing import NDArray
 
 from cxr_cache.store.feature_store import FeatureStore
-from cxr_cache.store.tokens import StoredTokens
+from cxr_cache.store.tokens import ResidentTokens, StoredTokens, TokenSource
 
 BATCH_SIZE, N_WRITTEN_AT_ONCE = 16, 64
 GOAL = 0.6
@@ -262,6 +266,81 @@ def measure(bench: Bench, limit_bytes: int | None) -> tuple[dict[str, dict[str, 
     return results, how
 
 
+# -- training ---------------------------------------------------------------------------
+
+WORK_GOAL = 0.8
+"""Share of the speed from memory."""
+N_TRAINED = 640
+"""Images of a turn that waits; a tenth of them of one that computes."""
+RATES = (100, 1000, 2000)
+"""Images per second of GPUs."""
+
+
+Take = Callable[[torch.Tensor], object]
+
+
+def compute_blocks(row_shape: tuple[int, ...]) -> Take:
+    """Forward and backward of two blocks, without a step."""
+    layer = torch.nn.TransformerEncoderLayer(
+        *(row_shape[-1], 12 if row_shape[-1] % 12 == 0 else 4, 4 * row_shape[-1]),
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    blocks = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return lambda batch: blocks(batch.float().nan_to_num(0, 1, -1).clamp(-1, 1)).sum().backward()
+
+
+def wait_at(rate: float) -> Take:
+    """Take as long as a GPU of so many images per second."""
+    return lambda batch: time.sleep(len(batch) / rate)
+
+
+def measure_training(bench: Bench) -> dict[str, dict[str, float]]:
+    """Images per second of a training that never waits for tokens, and of one that reads them.
+
+    Medians over the rounds. Blocks on the CPU do not wait where tokens are in memory; a GPU that
+    does not wait has the speed that it was given.
+    """
+    n_few, n_many = (min(n, bench.n_images) for n in (N_TRAINED // 10, N_TRAINED))
+    blocks, results = compute_blocks(bench.row_shape), {}
+    with FeatureStore.open(bench.paths[1]) as store:
+        memory = ResidentTokens.load(store, np.arange(n_few), torch.device("cpu"))
+        disk = StoredTokens(store, np.arange(bench.n_images))
+
+        def train(source: TokenSource, n_known: int, n_rows: int, take: Take) -> float:
+            rows = torch.randperm(n_known)[:n_rows]
+            views = torch.zeros_like(rows)
+            drop_cached_pages(bench)
+            started = time.perf_counter()
+            for batch in source.batches(rows, views, BATCH_SIZE):
+                take(batch)
+            return n_rows / (time.perf_counter() - started)
+
+        turns = [
+            (train(memory, n_few, n_few, blocks), train(disk, bench.n_images, n_few, blocks))
+            for _ in range(bench.n_rounds + 1)
+        ][1:]
+        without, read = (median(speeds) for speeds in zip(*turns, strict=True))
+        results["two blocks on the CPU"] = {"without": without, "disk": read}
+        for rate in RATES:
+            take = wait_at(rate)
+            speeds = [train(disk, bench.n_images, n_many, take) for _ in range(bench.n_rounds)]
+            results[f"a GPU of {rate:,} images/s"] = {"without": rate, "disk": median(speeds)}
+    return {name: of | {"ratio": of["disk"] / of["without"]} for name, of in results.items()}
+
+
+def tabulate_training(results: dict[str, dict[str, float]]) -> str:
+    """A row per consumer."""
+    rows = [["training", "without waiting", "from disk", "ratio", "goal", "met"]]
+    for name, of in results.items():
+        speeds = [f"{of[where]:,.1f} images/s" for where in ("without", "disk")]
+        verdict = "yes" if of["ratio"] >= WORK_GOAL else "no"
+        rows.append([name, *speeds, f"{of['ratio']:.2f}", f"{WORK_GOAL:.2f}", verdict])
+    return format_table(rows)
+
+
 # -- together ---------------------------------------------------------------------------
 
 KINDS = {
@@ -293,6 +372,7 @@ def main() -> None:
         written_s = time.perf_counter() - started
         limit_bytes = int(SHARE_IN_MEMORY * bench.n_token_bytes) + PROCESS_BYTES
         measured = [measure(bench, None), measure(bench, limit_bytes)]
+        training = measure_training(bench)
     results = {how: by_reader for by_reader, how in measured}
     ratios = {
         (how, name): result["mb_per_s"] / by_reader["flat"]["mb_per_s"]
@@ -321,6 +401,7 @@ def main() -> None:
                 [f"  {name}", *cells, f"{ratio:.2f}", *(verdict if name in JUDGED else ["", ""])]
             )
     print(format_table(rows))
+    print(tabulate_training(training))
     settings = {
         "images": n_images,
         "row_shape": row_shape,
@@ -331,7 +412,7 @@ def main() -> None:
     write_json(
         options.out,
         {"machine": machine, "settings": settings, "results": results, "goals": goals}
-        | {"elapsed_s": elapsed_s},
+        | {"training": training, "elapsed_s": elapsed_s},
     )
 
 

@@ -105,6 +105,7 @@ def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
     for results in written["results"].values():
         assert set(results) == {"flat", "flat_pread", "read_views", "StoredTokens"}
     assert len(written["goals"]) == 4
+    assert all(of["disk"] > 0 < of["ratio"] for of in written["training"].values())
     assert "÷ flat" in printed
     assert list(tmp_path.iterdir()) == [out]
 
@@ -117,7 +118,9 @@ def test_growth_is_measured_step_by_step(tmp_path):
     printed = run([sys.executable, script, "--quick", "--folder", tmp_path, "--out", out])
 
     written = json.loads(out.read_text())
-    assert list(written["results"]) == ["import", "open", "train", "evaluate", "report"]
+    steps = ["describe", "import", "open", "train", "evaluate", "report", "audit"]
+    assert list(written["results"]) == steps
+    assert 0 < written["results"]["report"]["sizes"][-1]["page_mb"] < 1
     for result in written["results"].values():
         assert [size["rows"] for size in result["sizes"]] == [4000, 8000]
         assert all(size["cpu_seconds"] > 0 and size["peak_mb"] > 50 for size in result["sizes"])

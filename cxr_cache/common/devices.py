@@ -95,6 +95,19 @@ def free_ram_bytes(root: Path = Path("/")) -> int:
     return free
 
 
+def require_memory(n_bytes: int, what: str, advice: str) -> None:
+    """Raise ConfigError where so much memory is not to be had, before it is asked for.
+
+    `what` takes it, in words that begin a sentence; `advice` is a sentence.
+    """
+    free = free_ram_bytes()
+    if n_bytes > free:
+        raise ConfigError(
+            f"{what} take {n_bytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free. "
+            f"{advice}"
+        )
+
+
 _GROUPS: Final = {
     1: (
         ("sys/fs/cgroup/memory",),

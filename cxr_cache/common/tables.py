@@ -31,6 +31,7 @@ TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".zip", ".parquet", ".xl
 _LIBRARIES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}
 """What pandas reads a kind of file with."""
 _BYTES_AT_ONCE = 1 << 20
+_ROWS_AT_ONCE = 1 << 13
 _LONG_TEXT = 1 << 20  # characters of a CSV file from which on it is read by pandas
 
 
@@ -361,17 +362,20 @@ def write_table(path: str | Path, table: pd.DataFrame, *, digits: int = 9) -> No
     many significant digits; nine are all of float32. Errors are those of
     :func:`cxr_cache.common.files.replacing`.
     """
-    cells = {i: _cells(table.iloc[:, i], digits) for i in range(table.shape[1])}
-    text = [cells[i] for i in cells if table.dtypes.iloc[i].kind not in "fiub"]
-    returns = any("\r" in cell for values in text for cell in values if isinstance(cell, str))
+    text = [table.iloc[:, i] for i, kind in enumerate(table.dtypes) if kind.kind not in "fiub"]
+    returns = any("\r" in cell for column in text for cell in column if isinstance(cell, str))
     with replacing(Path(path)) as file:
-        pd.DataFrame(cells).to_csv(
-            file,
-            index=False,
-            header=table.columns.tolist(),
-            lineterminator="\n",
-            quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL,
-        )
+        # A number takes eight times as much memory as text.
+        for start in range(0, max(1, len(table)), _ROWS_AT_ONCE):
+            part = table.iloc[start : start + _ROWS_AT_ONCE]
+            cells = {i: _cells(part.iloc[:, i], digits) for i in range(table.shape[1])}
+            pd.DataFrame(cells).to_csv(
+                file,
+                index=False,
+                header=table.columns.tolist() if start == 0 else False,
+                lineterminator="\n",
+                quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL,
+            )
 
 
 def _cells(column: pd.Series[Any], digits: int) -> NDArray[Any]:

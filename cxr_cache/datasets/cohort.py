@@ -225,7 +225,7 @@ class Cohort:
         n_studies = len(np.unique(self.study_uids))
         return n_studies == len(self) > 1 and not (self.patient_ids != "").any()
 
-    @property
+    @cached_property
     def groups(self) -> NDArray[np.str_]:
         """What a split keeps together: the patient where known, else the study; shape ``(N,)``."""
         return assign_clusters(self.patient_ids, self.study_uids)

@@ -13,6 +13,7 @@ from cxr_cache.common.wording import count, list_names
 from cxr_cache.datasets.balanced_draw import MIN_DEMAND, draw_groups, hash_names
 from cxr_cache.datasets.cohort import GIVEN, UNITS, Cohort, name_unit
 from cxr_cache.errors import ConfigError
+from cxr_cache.metrics.scores import number_names
 
 TEST = -1
 """Fold of a test row."""
@@ -90,7 +91,7 @@ def draw_rows(
     NDArray
         The rows drawn, in ascending order.
     """
-    _, codes = np.unique(groups, return_inverse=True)
+    _, codes = number_names(groups)
     order = np.random.default_rng(seed).permutation(codes.max() + 1)
     place = order[codes[rows]]
     reached = np.cumsum(np.bincount(place))
@@ -414,7 +415,7 @@ def split_test(
         `test_fraction` is not between 0 and 1, or there is a single group.
     """
     _require_fraction(test_fraction)
-    names, group_of_row = np.unique(groups, return_inverse=True)
+    names, group_of_row = number_names(groups)
     _require_groups(len(names), 2, "parts (test and train)")
     counts, n_negative = (
         _count_images(targets == value, group_of_row, len(names)) for value in (1, 0)
@@ -505,7 +506,7 @@ def _assign_groups(
     hold a large part of a rare finding come first, while every part still has room for them. As in
     :mod:`cxr_cache.datasets.balanced_draw`, E is ten groups' images at least.
     """
-    names, group_of_row = np.unique(groups, return_inverse=True)
+    names, group_of_row = number_names(groups)
     _require_groups(len(names), n_parts, "folds")
     counts = _count_images(targets == 1, group_of_row, len(names))  # (G, F + 1)
     totals = counts.sum(axis=0)

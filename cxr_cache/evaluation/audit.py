@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cxr_cache.common.devices import require_memory
 from cxr_cache.common.files import write_whole
 from cxr_cache.common.plain import to_json
 from cxr_cache.common.tables import write_table
@@ -221,7 +222,7 @@ def audit_store(
     StoreIncompleteError
         There are fewer than three finished rows.
     ConfigError
-        `with_leakage` without a `run`.
+        `with_leakage` without a `run`; or the embeddings do not fit into memory.
     RunError
         `with_leakage` with a store that is not the run's; or as
         :func:`cxr_cache.evaluation.leakage.measure_leakage`.
@@ -249,11 +250,16 @@ def audit_store(
             f"--leakage trains on the images of {run and run.path}, and {store.path} holds others. "
             "Give the run's own store."
         )
+    require_memory(
+        2 * len(rows) * store.feature_shapes["embeddings"][1] * 4,
+        f"The embeddings of {count(len(rows), 'image')}, and the same less their mean,",
+        "Audit on a machine with so much, or parts of the data set as stores of their own.",
+    )
     near = find_neighbours(np.array(store.embeddings[rows, 0]))
     facts, unreadable = _look_at(store, cohort, image_dir, config.n_jobs, on_progress)
     pairs = _find_pairs(np.array(store.read_column("image_sha256"))[rows], near, facts, config)
     outliers = pd.concat(
-        [find_embedding_outliers(near.distances), find_pixel_outliers(facts, cohort.projections)],
+        [find_embedding_outliers(near), find_pixel_outliers(facts, cohort.projections)],
         ignore_index=True,
     )
     leakage = None
@@ -386,11 +392,12 @@ def _find_split_groups(cohort: Cohort, sides: NDArray[np.str_]) -> pd.DataFrame:
     for kind, ids in (("study", cohort.study_uids), ("patient", cohort.patient_ids)):
         known = (ids != "") & (sides != "")
         images: pd.DataFrame = pd.DataFrame({"id": ids[known], "side": sides[known]})
+        several = images.drop_duplicates().groupby("id").size()
+        images = images[images["id"].isin(several.index[several > 1])]
         by_id = images.groupby("id")["side"]
         table = pd.DataFrame(
             {"n_images": by_id.size(), "sides": by_id.agg(lambda s: _AND.join(sorted(set(s))))}
-        )
-        table = table[table["sides"].str.contains(_AND)].reset_index()
+        ).reset_index()
         table.insert(0, "kind", kind)
         tables.append(table)
     found: pd.DataFrame = pd.concat(tables, ignore_index=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cxr_cache.datasets.images import MIN_EDGE_PX, read_picture
 from cxr_cache.errors import ImageError
+from cxr_cache.metrics.neighbours import search_cells
 from cxr_cache.store.rows import to_unit_length
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ N_NEIGHBOURS: Final = 10
 """Neighbours that are looked up for every image."""
 MAX_RATIO: Final = 0.25
 """Distance of a copy over that of the last neighbour, at most. docs/audit.md says what it finds."""
+MOST_EXACT: Final = 50_000
+"""Images up to which each is compared with every other."""
+N_EXACT: Final = 2000
+"""Of more images, so many are drawn, and so many of the furthest, to be compared with all."""
+_ROWS_AT_ONCE: Final = 8192
 _EQUAL: Final = 1e-6  # rounding of a distance in float32, should there be as many copies
 
 
@@ -155,11 +161,21 @@ class Neighbourhood:
     """``(Q, P)``."""
     distances: NDArray[np.float64]
     """``(Q, P)``, from 0 to 2."""
+    drawn: NDArray[np.intp] | None = None
+    """Places, of Q, that were drawn at random to tell what is usual; None where all tell it."""
+    exact: NDArray[np.intp] | None = None
+    """Places whose neighbours are the nearest of all; None where that holds for every place."""
+
+    @property
+    def usual(self) -> NDArray[np.float64]:
+        """Distances to the last of the P, of all images or of those drawn."""
+        last = self.distances[:, -1]
+        return last if self.drawn is None else last[self.drawn]
 
     @property
     def usual_distance(self) -> float:
         """Median distance to the last of the P: how close unrelated images come."""
-        return float(np.median(self.distances[:, -1]))
+        return float(np.median(self.usual))
 
     def close_pairs(self, closeness: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Pairs closer than `closeness` times the usual distance, and their distances.
@@ -183,31 +199,50 @@ class Neighbourhood:
         return pairs[order], distances[order]
 
 
-def find_neighbours(
-    embeddings: NDArray[np.float32],
-    own: NDArray[np.intp] | None = None,
-    *,
-    less_mean: bool = True,
-) -> Neighbourhood:
-    """Look up the nearest others of every image, exactly, by embeddings in the encoder's scale.
+def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) -> Neighbourhood:
+    """Look up the nearest others of every image, by embeddings in the encoder's scale.
 
-    They are finite, ``(N, D)``, N at least 3; `own` are the rows whose neighbours are wanted, None
-    all. `less_mean` subtracts their mean first; without it, distances are 1 - cosine of what is
-    given. scikit-learn compares block by block and keeps the nearest only: memory grows with N,
-    time with its square.
+    They are finite, ``(N, D)``, N at least 3. `less_mean` subtracts their mean first; without it,
+    distances are 1 - cosine of what is given. Up to :data:`MOST_EXACT` images the search is exact:
+    scikit-learn compares block by block and keeps the nearest only, so that memory grows with N,
+    time with its square. Of more images, near others are found by
+    :func:`cxr_cache.metrics.neighbours.search_cells`, in time that grows with N; and the nearest
+    of all for some that are drawn, which tell what is usual, and for the :data:`N_EXACT` that are
+    furthest from what was found.
     """
-    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = to_unit_length(embeddings - mean if less_mean else embeddings)
-    n_wanted = min(N_NEIGHBOURS + 1, len(centred))
-    search = _make_search(n_wanted)
-    own = np.arange(len(centred)) if own is None else own
+    centred = _centre(embeddings, less_mean)
+    everything = np.arange(len(centred))
+    n_neighbours = min(N_NEIGHBOURS, len(centred) - 1)
+    if len(centred) <= MOST_EXACT:
+        return Neighbourhood(everything, *_find_nearest(centred, slice(None), n_neighbours))
+    rows, distances = search_cells(centred, n_neighbours)
+    drawn = np.random.default_rng(0).choice(len(centred), N_EXACT, replace=False)
+    exact = np.union1d(drawn, np.argpartition(distances[:, -1], -N_EXACT)[-N_EXACT:])
+    rows[exact], distances[exact] = _find_nearest(centred, exact, n_neighbours)
+    return Neighbourhood(everything, rows, distances, drawn, exact)
+
+
+def _centre(embeddings: NDArray[np.float32], less_mean: bool) -> NDArray[np.float32]:
+    """Vectors of unit length, in memory once."""
+    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32) if less_mean else 0
+    centred = np.empty_like(embeddings, order="C")
+    for start in range(0, len(centred), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        centred[part] = to_unit_length(embeddings[part] - mean)
+    return centred
+
+
+def _find_nearest(
+    centred: NDArray[np.float32], own: NDArray[np.intp] | slice, n_neighbours: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Compare some vectors with all: rows of the nearest others and distances, ``(Q, P)``."""
+    search = _make_search(n_neighbours + 1)
     squares, rows = search.fit(centred).kneighbors(centred[own])
     # An image is among its own neighbours, but behind its copies it need not come first.
-    is_self = rows == own[:, None]
+    is_self = rows == np.arange(len(centred))[own, None]
     is_self[~is_self.any(axis=1), -1] = True
-    others = (len(rows), n_wanted - 1)
-    distances = squares[~is_self].reshape(others) / 2
-    return Neighbourhood(own, rows[~is_self].reshape(others), distances)
+    others = (len(rows), n_neighbours)
+    return rows[~is_self].reshape(others), squares[~is_self].reshape(others) / 2
 
 
 def _make_search(n_neighbours: int) -> NearestNeighbors:
@@ -287,18 +322,20 @@ _CHANGES: Final[Sequence[tuple[str, Callable[[Array], Array]]]] = (
 all eight ways in which a picture can lie."""
 
 
-def find_embedding_outliers(distances: NDArray[np.float64]) -> pd.DataFrame:
-    """Images far from all others, ``(N, P)`` distances to their neighbours.
+def find_embedding_outliers(near: Neighbourhood) -> pd.DataFrame:
+    """Images far from all others, of those whose nearest are known.
 
     The distance to the last neighbour is compared on a log scale with its median over the data set,
     in units of a standard deviation estimated from the quartiles. Gives :data:`COLUMNS`, where
     `value` is the distance over the usual one.
     """
-    last = np.maximum(distances[:, -1], np.finfo(np.float32).eps)
-    logs = np.log(last)
-    low, middle, high = np.percentile(logs, (25, 50, 75))
+    last, usual = (
+        np.maximum(of, np.finfo(np.float32).eps) for of in (near.distances[:, -1], near.usual)
+    )
+    low, middle, high = np.percentile(np.log(usual), (25, 50, 75))
     spread = (high - low) / 1.349  # of a normal distribution
-    rows = np.flatnonzero(logs - middle > MAX_ROBUST_Z * max(spread, 1e-3))
+    is_far = np.log(last) - middle > MAX_ROBUST_Z * max(spread, 1e-3)
+    rows = np.flatnonzero(is_far) if near.exact is None else near.exact[is_far[near.exact]]
     return _table(rows, "far from all others in the embedding", last[rows] / np.exp(middle), 1.0)
 
 

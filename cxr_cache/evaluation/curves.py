@@ -174,13 +174,15 @@ def _columns(images: ScoredImages) -> list[tuple[str, Array, FloatArray]]:
     return [*columns, (POOLED, *pooled)]
 
 
-def _curve(targets: Array, probabilities: FloatArray, clusters: Array) -> pd.DataFrame:
+def _curve(targets: Array, probabilities: FloatArray, clusters: NDArray[np.intp]) -> pd.DataFrame:
     """Points of both curves, and how many clusters have a row that is called there."""
     labelled = ~np.isnan(targets)
     order = np.argsort(-probabilities[labelled], kind="stable")
     descending, present = probabilities[labelled][order], targets[labelled][order] == 1
-    is_new = np.zeros(len(order), bool)
-    is_new[np.unique(clusters[labelled][order], return_index=True)[1]] = True
+    first = np.empty(clusters.max() + 1, np.intp)
+    ordered = clusters[labelled][order]
+    first[ordered[::-1]] = np.arange(len(order))[::-1]  # of several rows, the last that is written
+    is_new = first[ordered] == np.arange(len(order))
     last = np.flatnonzero(np.append(descending[1:] < descending[:-1], True))  # of each tie
     tp = present.cumsum()[last]
     fp = last + 1 - tp

@@ -484,9 +484,15 @@ def _evaluate(raw: ScoredImages, reading: _Reading, groups: str | Path | None) -
         images, reading.cuts(images), n_resamples=reading.n_resamples, seed=reading.seed
     )
     studies = images.by_study()
-    by_image, by_study = reading.estimate(images), reading.estimate(studies)
+    by_image = reading.estimate(images)
+
+    def estimate_part(part: ScoredImages) -> Estimates:
+        """Resampling takes most of the time, and what holds all images was resampled."""
+        return by_image if len(part) == len(images) else reading.estimate(part)
+
+    by_study = estimate_part(studies)  # each of a single image, where there are as many
     subsets = [
-        (group, value, part, reading.estimate(part)) for group, value, part in images.by_group()
+        (group, value, part, estimate_part(part)) for group, value, part in images.by_group()
     ]
     by_group: dict[str, dict[str, Any]] = {"projection": {}}
     for group, value, part, estimates in subsets:

@@ -24,7 +24,7 @@ from cxr_cache.datasets.cohort import (
 from cxr_cache.datasets.studies import N_IMAGES
 from cxr_cache.errors import RunError, TableError
 from cxr_cache.metrics.operating_point import OperatingPoint
-from cxr_cache.metrics.scores import Array, FloatArray, count_clusters
+from cxr_cache.metrics.scores import FloatArray, count_clusters, number_names
 from cxr_cache.models.run import Run
 
 logger = logging.getLogger(__name__)
@@ -85,12 +85,19 @@ class ScoredImages:
     @property
     def n_studies(self) -> int:
         """Number of different studies."""
-        return len(np.unique(self.study_uids))
+        return int(self._studies.max(initial=-1)) + 1
 
     @cached_property
-    def clusters(self) -> Array:
-        """What intervals resample as a whole: the patient where known, else the study, ``(N,)``."""
-        return assign_clusters(self.patient_ids, self.study_uids)
+    def clusters(self) -> NDArray[np.intp]:
+        """What intervals resample as a whole: the patient where known, else the study, ``(N,)``.
+
+        They are numbered in the order of their names.
+        """
+        return number_names(assign_clusters(self.patient_ids, self.study_uids))[1]
+
+    @cached_property
+    def _studies(self) -> NDArray[np.intp]:
+        return number_names(self.study_uids)[1]
 
     @property
     def unit(self) -> Unit:
@@ -109,7 +116,7 @@ class ScoredImages:
 
     def count_studies(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Studies with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
-        return count_clusters(cells, self.study_uids)
+        return count_clusters(cells, self._studies)
 
     def count_clusters(self, cells: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Clusters with at least one such cell, per finding, ``(N, F)`` -> ``(F,)``."""
@@ -150,7 +157,8 @@ class ScoredImages:
         """One row per study: probabilities averaged, a finding present where any image has it."""
         if not len(self):
             return self
-        order, starts = _bring_together(self.study_uids)
+        order = np.argsort(self._studies, kind="stable")  # brings the rows of each together
+        starts = np.flatnonzero(np.diff(self._studies[order], prepend=-1))
         uids = self.study_uids[order][starts]
         n_rows = np.diff(np.append(starts, len(order)))
         return ScoredImages(
@@ -167,13 +175,6 @@ class ScoredImages:
             else np.add.reduceat(self.n_images[order], starts),
             folds=None if self.folds is None else self.folds[order][starts],
         )
-
-
-def _bring_together(names: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """An order that puts the rows of each name together, and where each name starts."""
-    codes = np.unique(names, return_inverse=True)[1]
-    order = np.argsort(codes, kind="stable")
-    return order, np.flatnonzero(np.diff(codes[order], prepend=-1))
 
 
 def parse_predictions(

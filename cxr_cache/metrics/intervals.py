@@ -33,7 +33,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 
-from cxr_cache.metrics.scores import Array, FloatArray, macro_mean, mean_ranks
+from cxr_cache.metrics.scores import (
+    Array,
+    FloatArray,
+    count_clusters,
+    macro_mean,
+    mean_ranks,
+    number_names,
+)
 
 LEVEL: Final = 0.95
 """Share of intervals that are meant to contain the true value."""
@@ -360,10 +367,8 @@ def count_classes(targets: Array, clusters: Array) -> FloatArray:
 
     Takes targets ``(N, F)`` and the cluster of every row, ``(N,)``.
     """
-    counts = [
-        [len(np.unique(clusters[target == value])) for target in targets.T] for value in (1, 0)
-    ]
-    return np.array(counts, np.float64)
+    codes = number_names(clusters)[1]  # once for both
+    return np.array([count_clusters(targets == value, codes) for value in (1, 0)], np.float64)
 
 
 def count_rarer_class(targets: Array, clusters: Array) -> FloatArray:
@@ -406,7 +411,7 @@ def clustered_error(
     of squares is multiplied by n / (n - 1), with n the number of clusters on which it rests,
     ``(F,)``. A figure of fewer than two clusters shows no variance.
     """
-    _, codes = np.unique(groups, return_inverse=True)
+    _, codes = number_names(groups)
     sums = np.zeros((codes.max(initial=-1) + 1, influence.shape[1]))
     np.add.at(sums, codes, influence)
     measured = n_clusters > 1

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from cxr_cache.metrics.intervals import Interval, count_rarer_class, student_interval
-from cxr_cache.metrics.scores import Array, FloatArray, has_both_classes
+from cxr_cache.metrics.scores import (
+    Array,
+    FloatArray,
+    count_clusters,
+    has_both_classes,
+    number_names,
+)
 
 _CLOSEST: Final = float(np.finfo(np.float32).eps)
 _N_STEPS: Final = 50
@@ -46,7 +52,7 @@ def recalibrate(targets: Array, probabilities: Array, clusters: Array) -> Recali
     clusters
         Patient or study of every row, ``(N,)``.
     """
-    codes = np.unique(clusters, return_inverse=True)[1]
+    codes = number_names(clusters)[1]
     z = logit(np.clip(np.asarray(probabilities, np.float64), _CLOSEST, 1 - _CLOSEST))
     fitted = np.full((4, targets.shape[1]), np.nan)
     for f in np.flatnonzero(has_both_classes(targets)):
@@ -57,7 +63,7 @@ def recalibrate(targets: Array, probabilities: Array, clusters: Array) -> Recali
         (intercept,), (error,) = _regress(y, both[:, :1], x, own)
         fitted[:, f] = slope, errors[1], intercept, error
     slope, slope_error, intercept, error = fitted
-    n = count_rarer_class(targets, clusters)
+    n = count_rarer_class(targets, codes)
     return Recalibration(
         slope,
         student_interval(slope, slope_error, n, "identity"),
@@ -89,10 +95,9 @@ def _regress(
             break
     if np.abs(coefficients).max() > _LARGEST:
         return undefined, undefined
-    scores = np.zeros((codes.max() + 1, x.shape[1]))
-    np.add.at(scores, codes, x * (y - p)[:, None])
+    scores = np.stack([np.bincount(codes, column * (y - p)) for column in x.T], axis=1)
     inverse = np.linalg.inv(curvature)
-    n = min(len(np.unique(codes[y == value])) for value in (0, 1))
+    n = count_clusters(np.stack([y == 0, y == 1], axis=1), codes).min()
     variances = np.diag(inverse @ (scores.T @ scores) @ inverse) * (
         n / (n - 1) if n > 1 else np.nan
     )

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cxr_cache.errors import ConfigError
-from cxr_cache.metrics.scores import Array, FloatArray, divide, require_finite
+from cxr_cache.metrics.scores import Array, FloatArray, divide, number_names, require_finite
 
 # Size of the weights of one chunk of resamples. A chunk fits into the caches, since what is
 # computed from it takes several times as much.
 _CHUNK_BYTES = 2**22
 _MIN_PER_CHUNK = 16  # with fewer resamples, going through the rows costs more than summing them
+
+_STEPS_AT_ONCE = 2048
 
 METHOD: Final = "Bayesian bootstrap"
 """How :func:`bootstrap` draws weights, as reports name it."""
@@ -101,7 +103,7 @@ def _in_chunks(
 ) -> Iterator[dict[str, FloatArray]]:
     if n_resamples < 2:
         raise ConfigError(f"{n_resamples} resamples show no spread; 2 or more do.")
-    names, codes = np.unique(groups, return_inverse=True)
+    names, codes = number_names(groups)
     n_per_chunk = max(_MIN_PER_CHUNK, _CHUNK_BYTES // (4 * max(1, len(codes))))
     for first in range(0, n_resamples, n_per_chunk):
         resamples = range(first, min(first + n_per_chunk, n_resamples))
@@ -155,7 +157,8 @@ class RankedScores:
         else:
             rows = np.arange(N, dtype=np.int32)
             columns = [(t, s, rows) for t, s in zip(targets.T, scores.T, strict=True)]
-        self._rankings = [_rank(*column, n_rows=N) for column in columns]
+        ones = np.ones(len(rows))  # in memory, and in the caches, once for all findings
+        self._rankings = [_rank(*column, ones, n_rows=N) for column in columns]
 
     def auroc_and_ap(self, weights: Array) -> tuple[FloatArray, FloatArray]:
         """Compute AUROC and AP, ``(R, F)`` each, as if rows occurred as often as weights say.
@@ -254,7 +257,9 @@ class _Ranking:
     tied: sparse.csr_array | None  # (S, N): negatives with a step's score; None if there are none
 
 
-def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: int) -> _Ranking:
+def _rank(
+    targets: Array, scores: Array, row_of: NDArray[np.int32], ones: FloatArray, *, n_rows: int
+) -> _Ranking:
     """Sort the cells of one finding; `row_of` names the row that each cell belongs to."""
     labelled = np.flatnonzero(~np.isnan(targets))
     order = labelled[np.argsort(-scores[labelled], kind="stable")]
@@ -269,8 +274,9 @@ def _rank(targets: Array, scores: Array, row_of: NDArray[np.int32], *, n_rows: i
 
     def sums(rows: NDArray[np.int32], places: NDArray[np.intp], n_sums: int) -> sparse.csr_array:
         starts = np.searchsorted(places, np.arange(n_sums + 1))
-        ones = np.ones(len(rows))
-        return sparse.csr_array((ones, rows, starts), shape=(n_sums, n_rows))
+        if len(rows) < 2**31:
+            starts = starts.astype(np.int32)  # or all indices would take eight bytes
+        return sparse.csr_array((ones[: len(rows)], rows, starts), shape=(n_sums, n_rows))
 
     return _Ranking(
         positives=sums(rows[present], step_of, len(steps)),
@@ -295,13 +301,26 @@ class _Steps(NamedTuple):
 def _sum_steps(ranking: _Ranking, by_row: FloatArray) -> _Steps:
     """Sum weights, ``(N, R)``, at each step of a finding that has a positive."""
     positives = ranking.positives @ by_row
-    above = np.cumsum(ranking.between @ by_row, axis=0)  # (S + 1, R)
+    above = _accumulate(ranking.between @ by_row)  # (S + 1, R)
     n_absent, above = above[-1], above[:-1]
     if ranking.tied is None:
         return _Steps(positives, above, np.zeros((1, 1)), n_absent)
     tied = ranking.tied @ by_row
-    tied_so_far = np.cumsum(tied, axis=0)
+    tied_so_far = _accumulate(tied.copy())
     return _Steps(positives, above + tied_so_far - tied, tied, n_absent + tied_so_far[-1])
+
+
+def _accumulate(values: FloatArray) -> FloatArray:
+    """Replace each row of ``(S, R)`` by the sum of all rows up to it, as ``np.cumsum`` adds them.
+
+    That goes through all rows once for every column. A part at a time, they stay in the cache.
+    """
+    for start in range(0, len(values), _STEPS_AT_ONCE):
+        part = values[start : start + _STEPS_AT_ONCE]
+        if start:
+            part[0] += values[start - 1]
+        np.cumsum(part, axis=0, out=part)
+    return values
 
 
 def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -310,7 +329,7 @@ def _auroc_and_ap(ranking: _Ranking, by_row: FloatArray) -> tuple[FloatArray, Fl
         undefined = np.full(by_row.shape[1], np.nan)
         return undefined, undefined
     step, above, tied, n_absent = _sum_steps(ranking, by_row)
-    tp = np.cumsum(step, axis=0)
+    tp = _accumulate(step.copy())
     n_present = tp[-1]
     # A negative above a step is lost, a tied one half.
     n_won = np.einsum("sr,sr->r", step, n_absent - above - tied / 2)

@@ -53,6 +53,8 @@ def prepare_features(parts: Sequence[NDArray[np.float32]], input_norm: str) -> N
 
 
 _ROWS_AT_ONCE: Final = 8192
+_MUCH: Final = 2**28
+"""Bytes from which on the free memory is asked for."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def read_features(
 
     Those of further stores follow along D, in the views that all stores hold. With `studies`, the
     images' features become theirs by :func:`cxr_cache.store.studies.average_views`. Errors are
-    those of :func:`require_features`.
+    those of :func:`require_features`, and ConfigError where the features do not fit into memory.
     """
     sources = ((store, rows), *further)
     for one, _ in sources:
@@ -265,6 +267,16 @@ def read_features(
     columns = [(*source, name) for source in sources for name in FEATURES[config.features]]
     n_views = count_views([one for one, _ in sources]) if config.flip else 1
     width = sum(one.feature_shapes[name][1] for one, _, name in columns)
+    n_bytes = n_views * len(rows) * width * 4
+    if n_bytes >= _MUCH:
+        from cxr_cache.common.devices import require_memory  # imports torch
+
+        require_memory(
+            n_bytes,
+            f"The features of {count(len(rows), 'image')} of {store.path}",
+            "Training holds them up to three times: use a machine with so much, or leave images "
+            "out by --labels with a CSV of those to train on.",
+        )
     prepared = np.empty((n_views, len(rows), width), np.float32)
     for start in range(0, len(rows), _ROWS_AT_ONCE):  # so that they are in memory once
         part = slice(start, start + _ROWS_AT_ONCE)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxr_cache.common.devices import free_ram_bytes
+from cxr_cache.common.devices import free_ram_bytes, require_memory
 from cxr_cache.common.distributed import world_size
 from cxr_cache.config import Augmentation
 from cxr_cache.datasets.decoding import Batch, decode_batches, read_ahead
@@ -74,8 +74,20 @@ class ResidentTokens:
         *,
         pins: bool = False,
     ) -> ResidentTokens:
-        """Read the tokens of some rows of a store."""
+        """Read the tokens of some rows of a store.
+
+        Raises
+        ------
+        ConfigError
+            They do not fit into the memory that is free.
+        """
         column = store.columns["tokens"]
+        if device.type == "cpu":
+            require_memory(
+                len(store_rows) * column.row_bytes,
+                f"The tokens of {len(store_rows):,} images of {store.path}",
+                "Read them from the file while training, with --tokens-in disk.",
+            )
         dtype = getattr(torch, store.header.tokens_dtype)
         tokens = torch.empty(len(store_rows), *column.shape, dtype=dtype, device=device)
         for places in store.split_rows(np.arange(len(store_rows)), ("tokens",)):

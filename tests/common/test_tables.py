@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cxr_cache.common import tables
 from cxr_cache.common.tables import read_csv, write_table
 from cxr_cache.errors import DiskFullError, TableError
 
@@ -115,8 +117,10 @@ def test_any_bytes_give_a_table_or_a_message(tmp_path_factory, content):
         assert table.index.is_unique
 
 
-def test_tables_are_written_as_pandas_would(tmp_path):
-    """Byte for byte, with all that cells may hold."""
+@pytest.mark.parametrize("n_at_once", [1 << 13, 3])
+def test_tables_are_written_as_pandas_would(tmp_path, monkeypatch, n_at_once):
+    """Byte for byte, with all that cells may hold, and however many rows are written at once."""
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", n_at_once)
     floats = np.array([0.1, 1e-12, 12345678.9, np.inf, 1, -0.0, 2**-20], np.float32)
     table = pd.DataFrame(
         {
@@ -146,8 +150,19 @@ def test_tables_are_written_as_pandas_would(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "a,a\n1,x\n0.5,y\n"
 
 
-def test_carriage_returns_come_back(tmp_path):
+def test_a_long_table_is_not_in_memory_as_text(tmp_path):
+    table = pd.DataFrame(np.random.default_rng(0).random((60_000, 8), np.float32))
+    tracemalloc.start()
+    write_table(tmp_path / "t.csv", table)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 15e6  # as text it would be 33 MB
+    assert len((tmp_path / "t.csv").read_bytes().splitlines()) == 60_001
+
+
+def test_carriage_returns_come_back(tmp_path, monkeypatch):
     """pandas alone writes them so that it reads two rows."""
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 2)
     table = pd.DataFrame({"a": ["x\ry", "\r\n", None], "b": [0.5, np.nan, 2]})
     write_table(tmp_path / "t.csv", table)
     assert b'"x\ry"' in (tmp_path / "t.csv").read_bytes()

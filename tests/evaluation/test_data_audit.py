@@ -20,6 +20,7 @@ from cxr_cache.datasets.phantoms.dataset import write_phantoms
 from cxr_cache.datasets.readers import load_cohort
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.errors import ConfigError, RunError, StoreIncompleteError
+from cxr_cache.evaluation import audit_images
 from cxr_cache.evaluation.audit import (
     CLOSE,
     NEAR_IDENTICAL,
@@ -31,6 +32,7 @@ from cxr_cache.evaluation.audit import (
 from cxr_cache.evaluation.audit_images import (
     describe_picture,
     describe_usual,
+    find_embedding_outliers,
     find_neighbours,
     find_pixel_outliers,
     find_same_digests,
@@ -175,6 +177,25 @@ def test_many_copies_do_not_hide_an_image_behind_them():
     near = find_neighbours(embeddings)
     assert (near.rows != np.arange(40)[:, None]).all()
     assert near.distances[:25].max() == pytest.approx(0, abs=1e-6)
+
+
+def test_near_others_of_many_images_tell_what_the_nearest_do(monkeypatch):
+    """Copies and images far from all others, beyond the number up to which all are compared."""
+    rng = np.random.default_rng(0)
+    embeddings = (rng.normal(size=(8, 16))[rng.integers(8, size=2000)]).astype(np.float32)
+    embeddings += 0.1 * rng.standard_normal((2000, 16), np.float32)
+    embeddings[:20] = embeddings[1000:1020] + np.float32(1e-4)
+    embeddings[500:503] = 5 * np.eye(16, dtype=np.float32)[:3] * [[1], [-1], [1]]
+    nearest = find_neighbours(embeddings)
+    monkeypatch.setattr(audit_images, "MOST_EXACT", 1000)
+    monkeypatch.setattr(audit_images, "N_EXACT", 200)
+    near = find_neighbours(embeddings)
+    assert 200 <= len(near.exact) <= 400
+    assert near.usual_distance == pytest.approx(nearest.usual_distance, rel=0.1)
+    pairs = [{tuple(pair) for pair in of.close_pairs(0.1)[0].tolist()} for of in (near, nearest)]
+    assert pairs[0] == pairs[1] >= {(k, 1000 + k) for k in range(20)}
+    found = [set(find_embedding_outliers(of)["row"]) for of in (near, nearest)]
+    assert found[0] == found[1] >= {500, 501, 502}
 
 
 def test_equal_digests_are_the_first_with_the_rest_and_zeros_are_none():

@@ -191,3 +191,17 @@ def test_calling_everything_present_has_scikit_learns_f1():
         ours = f1_of_calling_all((known == 1).sum(), len(known))
         expected = reference.f1_score(known, np.ones_like(known), zero_division=np.nan)
         np.testing.assert_allclose(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["text", "objects", "numbers", "nothing"])
+def test_names_are_numbered_as_sorting_would(kind):
+    names = np.random.default_rng(0).integers(0, 50, 400)
+    if kind != "numbers":
+        names = np.array(
+            [f"study {n}" for n in names.tolist()], object if kind == "objects" else str
+        )
+    names = names[:0] if kind == "nothing" else names
+    distinct, codes = metrics.number_names(names)
+    expected, expected_codes = np.unique(names, return_inverse=True)
+    assert (distinct.dtype, distinct.tolist()) == (names.dtype, expected.tolist())
+    assert (codes.dtype, codes.tolist()) == (np.intp, expected_codes.tolist())

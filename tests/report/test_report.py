@@ -574,16 +574,16 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_of_400_000_rows_is_small_and_soon_made(tmp_path):
+def test_the_page_of_a_million_rows_is_small_and_soon_made(tmp_path):
     """The page reads tables whose size depends on findings, never the predictions."""
-    N, F = 400_000, len(FINDINGS)
+    N, F = 1_000_000, len(FINDINGS)
     rng = np.random.default_rng(0)
     present = rng.random((N, F), np.float32) < np.geomspace(0.4, 0.001, F)
     logits = rng.normal(size=(N, F)).astype(np.float32) + present - 2
     rows = np.arange(N)
     images = pd.DataFrame(
         {
-            "image_id": [f"{row:06d}.png" for row in rows],
+            "image_id": [f"{row:07d}.png" for row in rows],
             "study_uid": (rows // 2).astype(str),
             "projection": np.where(rows % 2, "Lateral", "Frontal"),
             "split": np.where(rows // 2 % 5 == 0, "test", "train"),

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from cxr_cache.errors import StoreFormatError
+from cxr_cache.common import devices
+from cxr_cache.config import TrainConfig
+from cxr_cache.errors import ConfigError, StoreFormatError
+from cxr_cache.store import rows as stored_rows
 from cxr_cache.store import tokens as token_sources
 from cxr_cache.store.feature_store import FeatureStore
 from cxr_cache.store.tokens import ResidentTokens, StoredTokens, open_tokens
@@ -77,6 +80,16 @@ def test_tokens_that_do_not_fit_stay_on_the_disk(store, monkeypatch):
     assert isinstance(open_tokens(store, STORE_ROWS, CPU, "auto"), ResidentTokens)
     monkeypatch.setattr(token_sources, "free_ram_bytes", lambda: 2 * n_bytes - 2)
     assert isinstance(open_tokens(store, STORE_ROWS, CPU, "auto"), StoredTokens)
+
+
+def test_what_cannot_be_in_memory_is_refused_with_numbers_and_advice(store, monkeypatch):
+    monkeypatch.setattr(devices, "free_ram_bytes", lambda: 1000)
+    monkeypatch.setattr(stored_rows, "_MUCH", 0)
+    taken = r"GB of memory, and 0\.0 GB are free\. "
+    with pytest.raises(ConfigError, match=rf"^The tokens of 20 images .*{taken}.*--tokens-in disk"):
+        open_tokens(store, STORE_ROWS, CPU, "ram")
+    with pytest.raises(ConfigError, match=rf"^The features of 20 images .*{taken}.* by --labels"):
+        stored_rows.read_features(store, STORE_ROWS, TrainConfig())
 
 
 def test_free_memory_is_a_number_of_this_machine():

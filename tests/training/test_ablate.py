@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from cxr_cache.cli.main import cli
+from cxr_cache.config import TrainConfig
+from cxr_cache.datasets.splits import Split
 from cxr_cache.errors import (
     ConfigError,
     RunError,
@@ -39,6 +42,7 @@ from cxr_cache.training.baselines import (
     predict_logistic,
     predict_neighbours,
     predict_prevalence,
+    train_logistic,
 )
 from cxr_cache.training.fit import PlainRows, fit_heads
 from cxr_cache.training.search import Weighing, fold_tasks, search_epochs, split_cohort
@@ -191,6 +195,23 @@ def test_logistic_regressions_are_scikit_learns(seed):
             theirs.fit(x[labelled], targets[labelled, f])
             expected = theirs.predict_proba(x[:50])[:, 1]
             np.testing.assert_allclose(prediction[:, f], expected, atol=2e-3)
+
+
+def test_a_regression_beside_a_head_holds_one_copy_of_its_rows():
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((1, 20_000, 128), np.float32)
+    targets = (rng.random((20_000, 2)) < 0.3).astype(np.float32)
+    fold = rng.integers(-1, 2, 20_000)
+    tracemalloc.start()
+    train_logistic(
+        PlainRows(embeddings, targets),
+        Split(fold == -1, fold),
+        Weighing(np.ones(2), "macro AUROC"),
+        TrainConfig(),
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * embeddings.nbytes
 
 
 def test_a_finding_of_one_class_keeps_its_prevalence():
