@@ -39,6 +39,7 @@ from cxr_cache.datasets.dicom.pixels import (
     to_levels,
 )
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
+from cxr_cache.datasets.raster.png import decode_png
 from cxr_cache.errors import ConfigError, ImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "JPEG2000", "WEBP")
@@ -439,9 +440,10 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
         bits_stored = preprocessing.bits_stored
         grey = decode_dicom(data, bits_stored, lambda size: _require_size(size, preprocessing))
         return Image.fromarray(grey)
-    image = _open_checked(data, preprocessing)
+    file = _open_checked(data, preprocessing)
+    image = decode_png(data) or file
     image.load()
-    picture = _to_grey_or_rgb(image, _bits_per_sample(image, data), preprocessing.bits_stored)
+    picture = _to_grey_or_rgb(image, _bits_per_sample(file, data), preprocessing.bits_stored)
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return picture if turn is None else picture.transpose(turn)
 
