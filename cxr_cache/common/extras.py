@@ -25,8 +25,7 @@ EXTRAS: Final = {
     "excel": Extra(("openpyxl",), "label tables in .xlsx files"),
     "fast": Extra(
         ("numba", "kornia-rs"),
-        "compiled training steps on a CPU, which are 1.5 times as fast, and PNG files decoded in "
-        "half the time",
+        "1.5 times as fast training steps, and PNG in half the time",
     ),
     "mlflow": Extra(("mlflow-skinny",), "--log-to mlflow"),
     "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "export --format onnx"),

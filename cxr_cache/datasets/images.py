@@ -558,10 +558,10 @@ def _require_whole(image: ImageFile.ImageFile, data: bytes) -> None:
     """
     if image.format == "PNG":
         image.verify()  # all checksums up to the closing chunk
-        whole = b"IEND\xaeB`\x82" in data
+        whole = data.rfind(b"IEND\xaeB`\x82") >= 0  # from the end, where it is
     elif image.format == "JPEG":
         assert image.fp is not None
-        whole = data.find(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
+        whole = data.rfind(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
     elif image.format == "JPEG2000":
         whole = b"\xff\xd9" in data[-64:]
     else:

@@ -23,7 +23,7 @@ _MIN_RATIO: Final = 2
 """Of widths; of images that shrink less, few pixels enter a sum, and Pillow is as fast."""
 _GROUP: Final = 8
 """Columns of the result per product: of more, the sums hold many weights of 0."""
-_STRIP: Final = 1 << 18
+_STRIP: Final = 1 << 19
 """Pixels that are converted to doubles at a time, so that they stay in the processor's cache."""
 
 
@@ -58,16 +58,18 @@ def shrink(picture: Image.Image, size: tuple[int, int], method: Image.Resampling
 def _narrow(picture: Image.Image, width: int, method: Image.Resampling) -> NDArray[np.uint8]:
     """Pillow's horizontal pass: uint8, ``(H, width)``."""
     groups = _group_columns(picture.width, width, method)
+    n_rows = min(picture.height, max(1, _STRIP // picture.width))
+    doubles, sums = np.empty((n_rows, picture.width)), np.empty((n_rows, width))
     narrow = np.empty((picture.height, width), np.uint8)
-    n_rows = max(1, _STRIP // picture.width)
     for top in range(0, picture.height, n_rows):
-        bottom = min(top + n_rows, picture.height)
-        # numpy's view of a whole image would take a copy of it in slow pieces
-        strip = np.asarray(picture.crop((0, top, picture.width, bottom))).astype(np.float64)
-        sums = np.empty((bottom - top, width))
+        made_rows = narrow[top : top + n_rows]
+        strip, summed = doubles[: len(made_rows)], sums[: len(made_rows)]
+        # numpy's view of a whole image would be a copy, made in slow pieces
+        strip[:] = np.asarray(picture.crop((0, top, picture.width, top + len(made_rows))))
         for made, read, weights in groups:
-            np.matmul(strip[:, read], weights, out=sums[:, made])
-        narrow[top:bottom] = (sums + 0.5).clip(0, 255)  # cut to whole numbers
+            np.matmul(strip[:, read], weights, out=summed[:, made])
+        summed += 0.5
+        made_rows[:] = summed.clip(0, 255, out=summed)  # cut to whole numbers
     return narrow
 
 
