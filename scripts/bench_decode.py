@@ -1,6 +1,6 @@
 """Images per second on one core, from the bytes of a file to pixels, per format and library.
 
-    python scripts/bench_decode.py [--images FOLDER] [--rounds 7] [--out benchmarks/decode.json]
+    python scripts/bench_decode.py [--images FOLDER] [--rounds 7] [--out FILE]
 
 Three kinds of rows, in turns in one run. **Decoding alone**, by Pillow and by the libraries that
 are installed (torchvision, OpenCV, imagecodecs, simplejpeg, kornia-rs; pylibjpeg for DICOM), with
@@ -33,7 +33,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from benchmarking import describe_machine, format_table, write_json
+from benchmarking import describe_machine, format_table, results_path, write_json
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of PNG files of about 1,024 pixels")
     parser.add_argument("--n-images", type=int, default=4, help="files of each kind")
     parser.add_argument("--rounds", type=int, default=7, help="turns that count")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/decode.json"))
+    parser.add_argument("--out", type=Path, default=results_path("decode"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     results, rows = {}, [["", "ms", "images/s", "largest difference"]]

@@ -1,8 +1,8 @@
-"""Pillow's resizing of large grey images, to the last bit, in a third of its time.
+"""Pillow's resizing of large grey images, to the last bit, in half of its time.
 
 Pillow adds up pixels times weights, one after the other. Here the same sums are matrix products,
 which a processor computes many at a time. They are exact: a weight is a whole number of
-2**-22, so that every sum of up to thousands of them times 0..255 fits into a double.
+2**-22, so that sums of thousands of them times 0..255 fit into a double.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def shrink(picture: Image.Image, size: tuple[int, int], method: Image.Resampling
     Parameters
     ----------
     picture
-        Of any mode; those of 8-bit grey (``L``) become less than half as wide in a third of the
-        time, and all others are left to Pillow.
+        Of any mode. Only 8-bit grey (``L``) that becomes at most half as wide is resized here, all
+        others by Pillow.
     size
         Width and height of the result.
     method
