@@ -25,7 +25,7 @@ EXTRAS: Final = {
     "excel": Extra(("openpyxl",), "label tables in .xlsx files"),
     "fast": Extra(
         ("numba", "kornia-rs"),
-        "1.5 times as fast training steps, and PNG in half the time",
+        "compiled training steps on a CPU, and PNG files in half the time",
     ),
     "mlflow": Extra(("mlflow-skinny",), "--log-to mlflow"),
     "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "export --format onnx"),
