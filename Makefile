@@ -54,6 +54,7 @@ bench: setup
 	$(BIN)/python scripts/bench_finetune.py
 	$(BIN)/python scripts/bench_tokens.py
 	$(BIN)/python scripts/bench_extract.py
+	$(BIN)/python scripts/bench_decode.py
 	$(BIN)/python scripts/bench_statistics.py
 	$(BIN)/python scripts/bench_table.py
 

@@ -71,6 +71,13 @@ def _of_extract(results: Any) -> Iterator[Line]:
     yield Line(what, 1 / speed["product"], 1 / speed["plain"], 1 / floor)
 
 
+def _of_decode(results: Any) -> Iterator[Line]:
+    for kind in ("PNG 1,024", "PNG 2,000 x 2,500"):
+        ways = {name: way["ms"] / 1000 for name, way in results["results"][kind].items()}
+        floor = min(seconds for name, seconds in ways.items() if name.startswith("floor"))
+        yield Line(f"{kind} to 224 pixels", ways["to 224: as it is"], ways["to 224: before"], floor)
+
+
 def _of_tokens(results: Any) -> Iterator[Line]:
     ways = {name: way["mb_per_s"] for name, way in results["results"]["warm"].items()}
     mb = 16 * 197 * 768 * 2 / 1e6
@@ -87,6 +94,7 @@ READERS: dict[str, Callable[[Any], Iterator[Line]]] = {
     "search": _of_search,
     "finetune": _of_finetune,
     "extract": _of_extract,
+    "decode": _of_decode,
     "tokens": _of_tokens,
     "statistics": _of_statistics,
 }

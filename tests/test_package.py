@@ -145,6 +145,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
             "PIL",
             {
                 *("datasets.images", "datasets.preprocessing", "report.pictures"),
+                *("datasets.raster.png", "datasets.raster.shrink"),
                 *(f"datasets.phantoms.{name}" for name in ("dataset", "film", "anatomy")),
             },
         ),
@@ -157,6 +158,7 @@ def test_a_process_that_trains_imports_what_it_needs_alone():
             {f"cli.{name}" for name in ("main", "options", "output", *_COMMANDS)},
         ),
         ("tqdm", {"cli.progress"}),
+        ("kornia_rs", {"datasets.raster.png"}),
     ],
 )
 def test_few_modules_know_a_library(library, modules):

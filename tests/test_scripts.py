@@ -91,6 +91,23 @@ def test_extraction_is_measured_against_a_plain_script_and_the_bare_forward_pass
 
 
 @pytest.mark.slow
+def test_decoding_is_measured_per_library_and_changes_no_pixel(tmp_path):
+    out = tmp_path / "decode.json"
+    script = REPOSITORY / "scripts" / "bench_decode.py"
+
+    printed = run([sys.executable, script, "--n-images", 1, "--rounds", 1, "--out", out])
+
+    kinds = json.loads(out.read_text())["results"]
+    assert {"PNG 1,024", "PNG 2,000 x 2,500", "JPEG 2,500 x 3,000"} < set(kinds)
+    for ways in kinds.values():
+        assert all(way["ms"] > 0 for way in ways.values())
+        own = [way for name, way in ways.items() if name.startswith("to 224") and "," not in name]
+        assert [way["difference"] for way in own] == [0, 0, 0]
+    assert kinds["PNG 2,000 x 2,500"]["to 224: Pillow, torchvision's resize"]["difference"] == 1
+    assert "floor: zlib" in printed
+
+
+@pytest.mark.slow
 def test_reading_tokens_is_measured_against_a_flat_file(tmp_path):
     out = tmp_path / "tokens.json"
     script = REPOSITORY / "scripts" / "bench_tokens.py"

@@ -23,7 +23,10 @@ EXTRAS: Final = {
         ("pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"), "DICOM files"
     ),
     "excel": Extra(("openpyxl",), "label tables in .xlsx files"),
-    "fast": Extra(("numba",), "compiled training steps on a CPU, which are 1.5 times as fast"),
+    "fast": Extra(
+        ("numba", "kornia-rs"),
+        "compiled training steps on a CPU, and PNG files in half the time",
+    ),
     "mlflow": Extra(("mlflow-skinny",), "--log-to mlflow"),
     "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "export --format onnx"),
     "parquet": Extra(("pyarrow",), "tables in .parquet files"),

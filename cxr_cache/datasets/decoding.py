@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Dataset
 
 from cxr_cache.datasets.images import DecodedImage, decode_image, read_bytes
@@ -189,11 +190,14 @@ def _collate(items: list[_Item]) -> Batch:
 def _depend_on_parent(_worker: int) -> None:
     """Let this worker leave interrupts to its parent, and end when the parent has ended.
 
+    It keeps to one core, as torch does in it by itself; resizing multiplies matrices by numpy.
+
     PyTorch's workers notice that their parent is gone, but then wait for ever to hand over a
     batch that nobody will fetch.
     """
     for interrupt in (signal.SIGINT, signal.SIGTERM):  # often sent to the whole process group
         signal.signal(interrupt, signal.SIG_IGN)
+    threadpool_limits(1, "blas")
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

@@ -39,6 +39,7 @@ from cxr_cache.datasets.dicom.pixels import (
     to_levels,
 )
 from cxr_cache.datasets.preprocessing import Preprocessing, _resize, _resized_size
+from cxr_cache.datasets.raster.png import decode_png
 from cxr_cache.errors import ConfigError, ImageError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "JPEG2000", "WEBP")
@@ -439,9 +440,10 @@ def _decode(data: bytes, preprocessing: Preprocessing) -> Image.Image:
         bits_stored = preprocessing.bits_stored
         grey = decode_dicom(data, bits_stored, lambda size: _require_size(size, preprocessing))
         return Image.fromarray(grey)
-    image = _open_checked(data, preprocessing)
+    file = _open_checked(data, preprocessing)
+    image = decode_png(data) or file
     image.load()
-    picture = _to_grey_or_rgb(image, _bits_per_sample(image, data), preprocessing.bits_stored)
+    picture = _to_grey_or_rgb(image, _bits_per_sample(file, data), preprocessing.bits_stored)
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return picture if turn is None else picture.transpose(turn)
 
@@ -556,10 +558,10 @@ def _require_whole(image: ImageFile.ImageFile, data: bytes) -> None:
     """
     if image.format == "PNG":
         image.verify()  # all checksums up to the closing chunk
-        whole = b"IEND\xaeB`\x82" in data
+        whole = data.rfind(b"IEND\xaeB`\x82") >= 0  # from the end, where it is
     elif image.format == "JPEG":
         assert image.fp is not None
-        whole = data.find(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
+        whole = data.rfind(b"\xff\xd9", image.fp.tell()) >= 0  # the header ends where scans begin
     elif image.format == "JPEG2000":
         whole = b"\xff\xd9" in data[-64:]
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from PIL import Image
 
+from cxr_cache.datasets.raster.shrink import shrink
 from cxr_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _resize(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     width, height = _resized_size(picture.size, preprocessing)
     method = _RESAMPLING[preprocessing.interpolation]
     if preprocessing.antialias:
-        resized = picture.resize((width, height), method)
+        resized = shrink(picture, (width, height), method)
     else:  # a transform looks at the pixels around one point
         scales = (picture.width / width, 0, 0, 0, picture.height / height, 0)
         resized = picture.transform((width, height), Image.Transform.AFFINE, scales, method)

@@ -73,7 +73,10 @@ STATUS_NAMES: Final = {
 }
 EMBEDDED: Final = (DONE, WITHOUT_TOKENS)
 """States of rows that hold an embedding."""
-_PACKAGES: Final = ("cxr-cache", "torch", "open-clip-torch", "timm", "h5py", "numpy", "Pillow")
+_PACKAGES: Final = (
+    *("cxr-cache", "torch", "open-clip-torch", "timm", "h5py", "numpy"),
+    *("Pillow", "kornia-rs"),  # what decoded the images
+)
 _MAX_READING_BYTES: Final = 60_000  # HDF5 keeps no attribute of more than 64 KiB
 _BYTES_AT_ONCE: Final = 1 << 22  # of many rows that are checked or copied
 
