@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PART_ROWS: Final = 2048
 """Enough to make the eight canaries that open a part cheap, few enough to show progress."""
+_TIMES: Final = ("decode_s", "encode_s", "disk_s", "compile_s")
 N_ATTEMPTS: Final = 3
 """How often lost workers are replaced by new ones."""
 
@@ -291,7 +292,7 @@ def _add_work(summary: ExtractSummary, part: ExtractSummary) -> None:
     summary.n_computed += part.n_computed
     summary.n_tried += part.n_tried
     summary.tokenless += part.tokenless
-    for name in ("decode_s", "encode_s", "disk_s"):
+    for name in _TIMES:
         setattr(summary, name, getattr(summary, name) + getattr(part, name))
     if part.largest_batch:
         summary.largest_batch = min(part.largest_batch, summary.largest_batch or part.largest_batch)
@@ -299,5 +300,5 @@ def _add_work(summary: ExtractSummary, part: ExtractSummary) -> None:
 
 def _share_time(summary: ExtractSummary, elapsed_s: float, made_s: float) -> None:
     """Turn sums over workers into what the average worker's time went to."""
-    for name in ("decode_s", "encode_s", "disk_s"):
+    for name in _TIMES:
         setattr(summary, name, getattr(summary, name) * elapsed_s / made_s if made_s else 0.0)
