@@ -338,8 +338,8 @@ class Encoder(nn.Module):
 def _require_compiler(device: torch.device, name: str) -> None:
     """Raise EncoderError where torch.compile would not find its C++ compiler."""
     own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX") or own
-    if device.type == "cpu" and shutil.which(shlex.split(compiler)[0]) is None:
+    compiler, *_ = shlex.split(os.environ.get("CXX", "")) or [own]
+    if device.type == "cpu" and shutil.which(compiler) is None:
         raise EncoderError(
             f"{name} cannot be compiled: torch.compile needs a C++ compiler, and there is no "
             f"{compiler} here. Install it, or name another in the environment variable CXX."
