@@ -260,10 +260,14 @@ class Encoder(nn.Module):
         try:
             for parameter, values in kept if dtype is not None else ():
                 parameter.data = values.to(dtype)
+            if self._split is not None and (self.precision, self.device.type) == ("bf16", "cpu"):
+                self._split.quick_blocks = [self._split.quicken(b) for b in self._split.blocks]
             yield
         finally:
             for parameter, values in kept:
                 parameter.data = values
+            if self._split is not None:
+                self._split.quick_blocks = ()
 
     def _autocast(self, precision: Precision | None = None) -> torch.autocast:
         dtype = _AUTOCAST_DTYPES.get(precision or self.precision)
