@@ -261,18 +261,23 @@ def _is_plain_timm_block(block: nn.Module) -> bool:
 
 
 def _may_be_quick(block: Any) -> bool:
-    """Whether :class:`_QuickBlock` computes what a block does."""
+    """Whether :class:`_QuickBlock` computes what a block does, and this processor can."""
     from timm.layers.mlp import Mlp
 
-    mlp = block.mlp
+    if not (_is_plain_timm_block(block) and type(block.mlp) is Mlp):
+        return False
     absent = (block.attn.q_norm, block.attn.k_norm, getattr(block.attn, "norm", None))
     return (
-        _is_plain_timm_block(block)
-        and type(mlp) is Mlp
-        and type(mlp.fc1) is nn.Linear
-        and all(part is None or isinstance(part, nn.Identity) for part in (*absent, mlp.norm))
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        type(block.mlp.fc1) is nn.Linear
+        and all(part is None or isinstance(part, nn.Identity) for part in (*absent, block.mlp.norm))
+        and packs_bf16()
     )
+
+
+def packs_bf16() -> bool:
+    """Whether torch has oneDNN, and that has products in bf16 for this processor."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    return has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _QuickBlock(nn.Module):
@@ -280,8 +285,8 @@ class _QuickBlock(nn.Module):
 
     Weights are laid out beforehand as oneDNN's products read them, and biases and GELU are computed
     while a product's sums are in registers, which is what ``torch.compile`` does with frozen
-    weights. The sum over blocks, its norms and the softmax stay float32: with any of them in bf16,
-    embeddings of a real tower (DINOv2) miss a cosine of 0.9999 to those in fp32.
+    weights. The sum over blocks and the scores of attention stay float32: with either of them in
+    bf16, embeddings of a real tower (DINOv2-small) miss a cosine of 0.9999 to those in fp32.
     """
 
     def __init__(self, block: Any) -> None:
