@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PART_ROWS: Final = 2048
 """Enough to make the eight canaries that open a part cheap, few enough to show progress."""
-_TIMES: Final = ("decode_s", "encode_s", "disk_s", "compile_s")
 N_ATTEMPTS: Final = 3
 """How often lost workers are replaced by new ones."""
 
@@ -124,6 +123,11 @@ def extract_on_workers(
     config, workers = config or ExtractConfig(), workers or Workers()
     if config.part is not None:
         raise ConfigError("--part and --backend both split the image table. Give one of them.")
+    if config.compile:
+        raise ConfigError(
+            "--compile does not go with --backend: workers would compile the encoder again for "
+            "each part of the table, which takes as long as it saves. Leave one of them out."
+        )
     image_dir, store_path = Path(image_dir).resolve(), Path(store_path).absolute()
     folder = store_path.with_name(f"{store_path.name}.parts")
     check_backend(workers.backend, n_workers=workers.count(), scheduler=workers.scheduler)
@@ -292,7 +296,7 @@ def _add_work(summary: ExtractSummary, part: ExtractSummary) -> None:
     summary.n_computed += part.n_computed
     summary.n_tried += part.n_tried
     summary.tokenless += part.tokenless
-    for name in _TIMES:
+    for name in ("decode_s", "encode_s", "disk_s"):
         setattr(summary, name, getattr(summary, name) + getattr(part, name))
     if part.largest_batch:
         summary.largest_batch = min(part.largest_batch, summary.largest_batch or part.largest_batch)
@@ -300,5 +304,5 @@ def _add_work(summary: ExtractSummary, part: ExtractSummary) -> None:
 
 def _share_time(summary: ExtractSummary, elapsed_s: float, made_s: float) -> None:
     """Turn sums over workers into what the average worker's time went to."""
-    for name in _TIMES:
+    for name in ("decode_s", "encode_s", "disk_s"):
         setattr(summary, name, getattr(summary, name) * elapsed_s / made_s if made_s else 0.0)
