@@ -275,9 +275,13 @@ def _may_be_quick(block: Any) -> bool:
 
 
 def packs_bf16() -> bool:
-    """Whether torch has oneDNN, and that has products in bf16 for this processor."""
-    has_onednn = torch.backends.mkldnn.is_available()
-    return has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether torch has oneDNN, under the names that its compiler uses, with bf16 for this processor.
+
+    They are not public and may go, and builds of torch for Apple's processors have none.
+    """
+    names = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
+    has_all = all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return has_all and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _QuickBlock(nn.Module):
@@ -300,6 +304,7 @@ class _QuickBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         block = self._block
         with torch.autocast("cpu", enabled=False):
+            tokens = tokens.float()
             tokens = tokens + block.ls1(self._attend(block.norm1(tokens)))
             tokens += block.ls2(self._fc2(self._act(self._fc1(block.norm2(tokens)))))
         return tokens
