@@ -275,7 +275,7 @@ def _may_be_quick(block: Any) -> bool:
 
 
 def packs_bf16() -> bool:
-    """Whether torch has oneDNN, under the names that its compiler uses, with bf16 for this processor.
+    """Whether torch has oneDNN, by the names that its compiler uses, and bf16 for this processor.
 
     They are not public and may go, and builds of torch for Apple's processors have none.
     """
