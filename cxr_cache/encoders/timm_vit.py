@@ -289,8 +289,9 @@ class _QuickBlock(nn.Module):
 
     Weights are laid out beforehand as oneDNN's products read them, and biases and GELU are computed
     while a product's sums are in registers, which is what ``torch.compile`` does with frozen
-    weights. The sum over blocks and the scores of attention stay float32: with either of them in
-    bf16, embeddings of a real tower (DINOv2-small) miss a cosine of 0.9999 to those in fp32.
+    weights. The sum over blocks and the scores of attention stay float32. Of a real tower
+    (DINOv2-small), embeddings with scores in bf16 miss a cosine of 0.9999 to those in fp32, and
+    tokens with sums in bf16 are three times as far from them at worst, for 1 % of the time.
     """
 
     def __init__(self, block: Any) -> None:
