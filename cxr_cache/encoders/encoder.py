@@ -228,10 +228,10 @@ class Encoder(nn.Module):
         started = time.perf_counter()
         n_unfrozen = n_unfrozen or (1 if self.is_splittable else None)
         key, side = (n_images, n_unfrozen), self.preprocessing.image_size_px
-        run = torch.compile(self._choose_pass(*key), dynamic=False)
-        from torch._inductor import config  # as an option, it would come too late for tracing
-
         try:
+            from torch._inductor import config  # as an option, it would come too late for tracing
+
+            run = torch.compile(self._choose_pass(*key), dynamic=False)
             with torch.inference_mode(), config.patch(freezing=True):
                 run(self.prepare(torch.zeros(n_images, 3, side, side, dtype=torch.uint8)))
         except Exception as error:  # of the compiler: they have nothing in common

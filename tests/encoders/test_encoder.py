@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -353,6 +354,19 @@ def test_bf16_keeps_the_directions_of_fp32(pretrained):
     for tokens, _, embedding in (given, bf16.encode_with_tokens(pixels, 2)):
         assert cosines(embedding.numpy(), expected[2].numpy()).min() >= 0.9999
         assert np.median(cosines(tokens.numpy(), expected[0].numpy())) >= 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_bf16_keeps_its_directions_when_compiled(tiny):
+    bf16, pixels = load_encoder("random:test_vit:5", precision="bf16"), draw_pixels(2, 160)
+    expected = tiny.encode_with_tokens(pixels, 2)
+    with bf16.cast_weights():
+        assert bf16.compile_pass(2, 2) > 0
+        given = bf16.encode_with_tokens(pixels, 2)
+        bf16.drop_compiled()
+    for ours, theirs in zip(given, expected, strict=True):
+        assert cosines(ours.numpy(), theirs.numpy()).min() >= 0.9999
 
 
 @pytest.mark.skipif(not timm_vit.packs_bf16(), reason="oneDNN has no bf16 on this processor")

@@ -126,6 +126,24 @@ def test_without_a_compiler_the_extraction_goes_on(
     assert_same_store(tmp_path / "s.h5", reference)
 
 
+def test_what_cannot_be_compiled_is_computed_as_it_is(
+    phantoms, cohort, encoder, tmp_path, monkeypatch, caplog, reference
+):
+    def refuse(*_, **__):
+        raise RuntimeError("no such operator\nand a page of advice")
+
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    monkeypatch.setattr("torch.compile", refuse)
+    config = dataclasses.replace(QUICK, compile=True)
+    extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        "random:test_vit:0 cannot be compiled: no such operator. "
+        "It goes on without, at its usual speed."
+    )
+    assert_same_store(tmp_path / "s.h5", reference)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n_images", [3, 10])
 def test_compiled_features_are_the_same_to_rounding(
