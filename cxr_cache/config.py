@@ -962,6 +962,12 @@ class ExtractConfig(Config):
         shown="8 on a CPU, 256 on a GPU",
         check=at_least(1),
     )
+    compile: bool = option(
+        False,
+        "Compile the encoder before the first image, by torch.compile, which needs a C++ compiler. "
+        "It takes half a minute or more, so it pays for many images only; features differ from "
+        "those computed without it by rounding.",
+    )
     num_workers: int | None = option(
         None,
         "Number of decoding processes; 0 decodes in a thread.",

@@ -1,22 +1,25 @@
 """Extraction against a plain open_clip script, and against the bare forward pass: images/s.
 
-    python scripts/bench_extract.py [--precision auto] [--images 32] [--rounds 5] [--quick]
+    python scripts/bench_extract.py [--precision fp32 bf16] [--compile] [--images 32] [--rounds 5]
 
 The encoder is ViT-B/16 at full size with random weights, the images are JPEG files of 256 pixels.
 
 1. plain: what a researcher would write. open_clip's transform after `.convert("RGB")`, a DataLoader
-   with one worker per core, open_clip's image tower under `torch.no_grad()`, fp32, batches of 32;
+   with one worker per core, open_clip's image tower under `torch.no_grad()`, batches of 32; in bf16
+   under autocast;
 2. bare, shared: the encoder's own forward pass on pixels in memory, every batch on all cores;
 3. bare, alone: the same, one batch per core;
 4. the product: `extract_embeddings` into a new store, as `cxr-cache extract` calls it;
 5. products: as many multiplications and additions as 3, all in matrix products of one good shape
-   and nothing else. This is what the processor can do; no exact forward pass is faster.
+   and nothing else. This is what the processor can do; no exact forward pass is faster;
+6. with `--compile`, 3 after `torch.compile`, as `cxr-cache extract --compile` calls it.
 
-2 to 5 compute in the same precision. The floor is the faster of 2 and 3. What the product does
-once per run, whatever the number of images (eight canaries to begin with), is shown apart. All take
-turns in one process, so that a busy machine slows all alike; medians over the turns. Processor
-seconds per image (decoding processes included) are distorted less by other work. Embeddings of 1
-and 4 must agree, or the status is 1.
+All are measured in each precision: fp32, and bf16 where the processor computes it natively, unless
+`--precision` says otherwise. What the product does once per run, whatever the number of images
+(eight canaries to begin with), is shown apart. All take turns in one process, so that a busy
+machine slows all alike; medians over the turns. Processor seconds per image (decoding processes
+included) are distorted less by other work. Embeddings of 4 must agree with those of 1 in fp32, or
+the status is 1.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -40,19 +47,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from cxr_cache.common.devices import resolve_device, resolve_precision
 from cxr_cache.config import ExtractConfig
 from cxr_cache.datasets.cohort import Cohort
 from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.phantoms.dataset import draw_phantom
 from cxr_cache.encoders.encoder import Encoder
-from cxr_cache.encoders.encoding import cosines, encoding_threads
+from cxr_cache.encoders.encoding import MIN_COSINE, compiled, cosines, encoding_threads
 from cxr_cache.encoders.loading import load_encoder
 from cxr_cache.store.extract import ExtractSummary, extract_embeddings, resolve_for
 from cxr_cache.store.feature_store import FeatureStore
 
 IMAGE_SIZE_PX, PLAIN_BATCH_SIZE = 256, 32
-GOALS = {"plain": 2.0, "floor": 0.9}
-"""How many times the speed of these the product should have."""
+GOALS = {"fp32": {"plain": 2.0, "floor": 0.9}, "bf16": {"plain": 2.0, "products": 0.65}}
+"""How many times the speed of these the product should have, the floor being the faster of 2 and 3.
+"""
 
 
 class Turn(NamedTuple):
@@ -74,10 +83,10 @@ def _since(mark: Turn) -> Turn:
 
 
 class Bench:
-    """The same images and weights for everybody."""
+    """The same images and weights for everybody, in one precision."""
 
-    def __init__(self, folder: Path, encoder: Encoder, n_images: int) -> None:
-        self.folder, self.encoder, self.cohort = folder, encoder, _write_images(folder, n_images)
+    def __init__(self, folder: Path, encoder: Encoder, cohort: Cohort) -> None:
+        self.folder, self.encoder, self.cohort = folder, encoder, cohort
         self.config = resolve_for(ExtractConfig(), encoder.device)
         pixels = [
             read_image(folder, image_id, encoder.preprocessing).pixels
@@ -86,19 +95,33 @@ class Bench:
         self.pixels = torch.from_numpy(np.stack(pixels))
         self.summaries: list[ExtractSummary] = []
         self.start_s: list[float] = []
+        self.compile_s = 0.0
+        self.embeddings: NDArray[np.float32]
+
+    def contestants(self) -> dict[str, Callable[[], tuple[Turn, Any]]]:
+        """Who takes turns, by name; the compiled pass only where there is one."""
+        ways: dict[str, Callable[[], tuple[Turn, Any]]] = {
+            "plain": self.run_plain,
+            "shared": self.run_shared,
+            "alone": self.run_alone,
+            "product": self.run_product,
+            "products": self.run_products,
+        }
+        return ways | ({"compiled": self.run_compiled} if self.compile_s else {})
 
     def run_plain(self) -> tuple[Turn, NDArray[np.float32]]:
-        """Seconds and embeddings of the plain script."""
+        """Seconds and embeddings of the plain script, under autocast where that is in bf16."""
         loader = DataLoader(
             _PlainImages(self.folder, self.cohort.image_ids.tolist(), self.encoder),
             batch_size=PLAIN_BATCH_SIZE,
             num_workers=os.cpu_count() or 1,
         )
         device, embeddings = self.encoder.device, []
+        in_bf16 = self.encoder.precision == "bf16"
         mark = _now()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
             for batch in loader:
-                embeddings.append(self.encoder.visual(batch.to(device)).cpu().numpy())
+                embeddings.append(self.encoder.visual(batch.to(device)).float().cpu().numpy())
         return _since(mark), np.concatenate(embeddings)
 
     def run_shared(self) -> tuple[Turn, None]:
@@ -111,13 +134,35 @@ class Bench:
 
     def run_alone(self) -> tuple[Turn, None]:
         """Seconds of the forward pass, one batch per core."""
-        assert self.config.batch_size is not None
         with self.encoder.cast_weights(), encoding_threads(self.encoder.device) as (threads, _):
-            mark = _now()
-            batches = torch.split(self.pixels, self.config.batch_size)
-            for result in [threads.submit(self.encoder.encode, batch) for batch in batches]:
-                result.result()[1].cpu()
-            return _since(mark), None
+            return self._encode_on(threads)
+
+    def run_compiled(self) -> tuple[Turn, None]:
+        """The same, compiled."""
+        return self._encode_on(self._threads, self._compiled)
+
+    def _encode_on(
+        self, threads: ThreadPoolExecutor, encoder: Encoder | None = None
+    ) -> tuple[Turn, None]:
+        assert self.config.batch_size is not None
+        encode = (encoder or self.encoder).encode
+        mark = _now()
+        batches = torch.split(self.pixels, self.config.batch_size)
+        for result in [threads.submit(encode, batch) for batch in batches]:
+            result.result()[1].cpu()
+        return _since(mark), None
+
+    @contextmanager
+    def compiling(self, encoder: Encoder) -> Iterator[None]:
+        """Compile `encoder`, another of the same weights, for as long as the block runs."""
+        assert self.config.batch_size is not None
+        self._compiled = encoder
+        with (
+            encoder.cast_weights(),
+            encoding_threads(encoder.device) as (self._threads, _),
+            compiled(encoder, self._threads, self.config.batch_size, None) as self.compile_s,
+        ):
+            yield
 
     def run_products(self) -> tuple[Turn, None]:
         """Seconds of the bare matrix products, one at a time per core."""
@@ -200,24 +245,18 @@ def _write_images(folder: Path, n_images: int) -> Cohort:
     return cohort
 
 
-def run_rounds(bench: Bench, n_rounds: int) -> tuple[dict[str, list[Turn]], float, float]:
-    """Every turn but the first; largest difference and smallest cosine of 1 and 4."""
-    contestants: dict[str, Callable[[], tuple[Turn, Any]]] = {
-        "plain": bench.run_plain,
-        "shared": bench.run_shared,
-        "alone": bench.run_alone,
-        "product": bench.run_product,
-        "products": bench.run_products,
-    }
-    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    embeddings: dict[str, Any] = {}
-    for _ in range(n_rounds + 1):
-        for name, run in contestants.items():
-            turn, embeddings[name] = run()
-            turns[name].append(turn)
-    plain, product = embeddings["plain"], embeddings["product"]
-    apart = float(np.abs(plain - product).max())
-    return {k: v[1:] for k, v in turns.items()}, apart, float(cosines(plain, product).min())
+def run_rounds(benches: dict[str, Bench], n_rounds: int) -> dict[str, dict[str, list[Turn]]]:
+    """Every turn but the first, by precision and contestant; embeddings are left in the benches."""
+    ways = [(p, name, run) for p, b in benches.items() for name, run in b.contestants().items()]
+    turns: dict[str, dict[str, list[Turn]]] = {precision: {} for precision in benches}
+    for n in range(n_rounds + 1):
+        for precision, name, run in ways:
+            turn, embeddings = run()
+            if n:
+                turns[precision].setdefault(name, []).append(turn)
+            if name == "product":
+                benches[precision].embeddings = embeddings
+    return turns
 
 
 def summarise(turns: dict[str, list[Turn]], n_images: int) -> dict[str, dict[str, float]]:
@@ -233,86 +272,136 @@ def summarise(turns: dict[str, list[Turn]], n_images: int) -> dict[str, dict[str
     }
 
 
-def judge(results: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """The product against the plain script and the floor."""
+def _find_baselines(results: dict[str, dict[str, float]]) -> dict[str, float]:
     speeds = {name: result["images_per_s"] for name, result in results.items()}
-    baselines = {"plain": speeds["plain"], "floor": max(speeds["shared"], speeds["alone"])}
-    judged = []
-    for against, goal in GOALS.items():
-        ratio = speeds["product"] / baselines[against]
-        judged.append({"against": against, "ratio": ratio, "goal": goal, "met": ratio >= goal})
-    return judged
+    return speeds | {"floor": max(speeds["shared"], speeds["alone"])}
+
+
+def judge(results: dict[str, dict[str, float]], precision: str) -> list[dict[str, Any]]:
+    """The product against the plain script and a floor."""
+    speeds = _find_baselines(results)
+    ratios = {name: speeds["product"] / speeds[name] for name in GOALS[precision]}
+    return [
+        {"against": name, "ratio": ratio, "goal": goal, "met": ratio >= goal}
+        for (name, goal), ratio in zip(GOALS[precision].items(), ratios.values(), strict=True)
+    ]
 
 
 def tabulate(results: dict[str, dict[str, float]], precision: str, batch_size: int) -> str:
     """One line per contestant."""
+    how = "bf16 autocast" if precision == "bf16" else precision
     titles = {
-        "plain": f"(1) plain open_clip + DataLoader, fp32, batches of {PLAIN_BATCH_SIZE}",
+        "plain": f"(1) plain open_clip + DataLoader, {how}, batches of {PLAIN_BATCH_SIZE}",
         "shared": f"(2) bare, {precision}, batches of {PLAIN_BATCH_SIZE} on all cores",
         "alone": f"(3) bare, {precision}, batches of {batch_size}, one per core",
         "product": f"(4) extract_embeddings, {precision}",
         "products": f"(5) its multiplications as bare matrix products, {precision}",
+        "compiled": f"(6) bare, compiled, {precision}, batches of {batch_size}, one per core",
     }
-    floor = max(results[name]["images_per_s"] for name in ("shared", "alone"))
-    plain = results["plain"]["images_per_s"]
-    rows = [["", "images/s", "slowest", "fastest", "cpu s", "÷ (1)", "÷ floor"]]
+    speeds = _find_baselines(results)
+    against = {"plain": "÷ (1)", "floor": "÷ floor", "products": "÷ (5)"}
+    rows = [["", "images/s", "slowest", "fastest", "cpu s", *against.values()]]
     for name, result in results.items():
-        speed = result["images_per_s"]
-        figures = [*result.values(), speed / plain, speed / floor]
+        figures = [*result.values(), *(result["images_per_s"] / speeds[of] for of in against)]
         rows.append([titles[name], *(f"{figure:.2f}" for figure in figures)])
-    rows.append(["goal for (4)", *[""] * 4, *(f"{goal:.2f}" for goal in GOALS.values())])
+    goals = (GOALS[precision].get(name) for name in against)
+    rows.append(["goal for (4)", *[""] * 4, *("" if g is None else f"{g:.2f}" for g in goals)])
     return format_table(rows)
 
 
-def main() -> None:
-    """Measure, print, and write the figures down."""
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        nargs="+",
+        help="default: fp32, and what extract chooses on this device",
+    )
+    parser.add_argument("--compile", action="store_true", help="measure the compiled pass, too")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, help="per core (default: as in extract)")
     parser.add_argument("--images", type=int, default=32, help="images per turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns that count")
     parser.add_argument("--quick", action="store_true", help="a tiny tower: does it run at all?")
     parser.add_argument("--out", type=Path, default=results_path("extract"))
     options = parser.parse_args()
+    auto = resolve_precision("auto", resolve_device(options.device))
+    options.precision = list(dict.fromkeys(options.precision or ("fp32", auto)))
+    return options
+
+
+def measure(name: str, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Bench]]:
+    """What is to be written down, by precision, and the benches that it was measured on."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cohort = _write_images(folder, options.images)
+        load = partial(load_encoder, name, device=options.device)
+        reference = Bench(folder, load(precision="fp32"), cohort).run_plain()[1]
+        benches = {p: Bench(folder, load(precision=p), cohort) for p in options.precision}
+        for precision, bench in benches.items():
+            if options.batch_size is not None:
+                bench.config = replace(bench.config, batch_size=options.batch_size)
+            if options.compile:
+                stack.enter_context(bench.compiling(load(precision=precision)))
+        turns = run_rounds(benches, options.rounds)
+    measured = {}
+    for precision, bench in benches.items():
+        results = summarise(turns[precision], options.images)
+        measured[precision] = {
+            "results": results,
+            "goals": judge(results, precision),
+            "start_s": median(bench.start_s),
+            "compile_s": bench.compile_s,
+            "disagreement": float(np.abs(reference - bench.embeddings).max()),
+            "min_cosine": float(cosines(reference, bench.embeddings).min()),
+        }
+    return measured, benches
+
+
+def main() -> None:
+    """Measure, print, and write the figures down."""
+    options, started = parse_options(), time.perf_counter()
     name = f"random:{'test_vit' if options.quick else 'vit_base_patch16_224'}"
-    encoder = load_encoder(name, device=options.device, precision=options.precision)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), encoder, options.images)
-        turns, apart, cosine = run_rounds(bench, options.rounds)
-    results, machine = summarise(turns, options.images), describe_machine()
-    judged, batch_size = judge(results), bench.config.batch_size or 0
+    measured, benches = measure(name, options)
+    machine, elapsed_s = describe_machine(), time.perf_counter() - started
+    one = next(iter(benches.values()))
     settings = {
         "encoder": name,
-        "device": str(encoder.device),
-        "precision": encoder.precision,
+        "device": str(one.encoder.device),
         "images": options.images,
         "rounds": options.rounds,
-        "batch_size": batch_size,
-        "num_workers": bench.config.num_workers,
+        "batch_size": one.config.batch_size,
+        "num_workers": one.config.num_workers,
     }
-    elapsed_s, start_s = time.perf_counter() - started, median(bench.start_s)
     print(
-        f"{name} on {encoder.device}, {encoder.precision}, {options.images} images a turn, "
-        f"{options.rounds} turns each, {machine['threads']} threads on {machine['cores']} cores, "
-        f"{elapsed_s:.0f} s in all"
+        f"{name} on {settings['device']}, {options.images} images a turn, {options.rounds} turns "
+        f"each, {machine['threads']} threads on {machine['cores']} cores, {elapsed_s:.0f} s in all"
     )
-    print(tabulate(results, encoder.precision, batch_size))
-    print(f"Once per run: {start_s:.2f} s before the first image (canaries).")
-    print(f"Embeddings of (1) and (4) agree to {apart:.1e}, cosine {cosine:.6f}.")
-    print(bench.summaries[-1].to_text().splitlines()[-1].strip())
+    for precision, figures in measured.items():
+        bench = benches[precision]
+        print(tabulate(figures["results"], precision, bench.config.batch_size or 0))
+        print(f"Once per run: {figures['start_s']:.2f} s before the first image (canaries).")
+        if figures["compile_s"]:
+            print(f"Compiling took {figures['compile_s']:.0f} s.")
+        print(
+            f"Embeddings of (4) agree with (1) in fp32 to {figures['disagreement']:.1e}, "
+            f"cosine {figures['min_cosine']:.6f}."
+        )
+        print(bench.summaries[-1].to_text().splitlines()[-1].strip() + "\n")
     write_json(
         options.out,
-        {"machine": machine, "settings": settings, "results": results, "goals": judged}
-        | {"start_s": start_s, "disagreement": apart, "min_cosine": cosine}
+        {"machine": machine, "settings": settings, "precisions": measured}
         | {"elapsed_s": elapsed_s},
     )
-    if not (apart <= 1e-5 if encoder.precision == "fp32" else cosine >= 0.999):
-        raise SystemExit("The embeddings differ, so these are not the speeds of equal work.")
+    for precision, figures in measured.items():
+        is_exact = precision != "fp32" or figures["disagreement"] <= 1e-5
+        if not (is_exact and figures["min_cosine"] >= MIN_COSINE):
+            raise SystemExit("The embeddings differ, so these are not the speeds of equal work.")
 
 
 if __name__ == "__main__":

@@ -65,10 +65,11 @@ def _of_finetune(results: Any) -> Iterator[Line]:
 
 
 def _of_extract(results: Any) -> Iterator[Line]:
-    speed = {name: way["images_per_s"] for name, way in results["results"].items()}
-    floor = max(speed["shared"], speed["alone"])
-    what = f"extraction, ViT-B/16, {results['settings']['precision']}"
-    yield Line(what, 1 / speed["product"], 1 / speed["plain"], 1 / floor)
+    for precision, measured in results["precisions"].items():
+        speed = {name: way["images_per_s"] for name, way in measured["results"].items()}
+        floor = max(speed["shared"], speed["alone"])
+        what = f"extraction, ViT-B/16, {precision}"
+        yield Line(what, 1 / speed["product"], 1 / speed["plain"], 1 / floor)
 
 
 def _of_decode(results: Any) -> Iterator[Line]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cxr_cache.common.devices import Precision
+from cxr_cache.common.wording import first_line
 from cxr_cache.datasets.preprocessing import Preprocessing, normalise
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.sources import Source
@@ -56,6 +63,7 @@ class Encoder(nn.Module):
         self.precision = precision
         self._name = source.name
         self._split = split
+        self._compiled: dict[tuple[int, int | None], Callable[..., tuple[Tensor, ...]]] = {}
         self.identity = self._identify(source)
 
     @property
@@ -174,9 +182,8 @@ class Encoder(nn.Module):
         """
         if self.is_splittable:
             return self.encode_with_tokens(pixels, 1)[1:]
-        with self._autocast():
-            pooled, embedding = run_whole(self.visual, self.prepare(pixels))
-        return pooled.float(), embedding.float()
+        pooled, embedding = self._choose_pass(len(pixels), None)(self.prepare(pixels))
+        return pooled, embedding
 
     @torch.inference_mode()
     def encode_with_tokens(self, pixels: Tensor, n_unfrozen: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,8 +191,57 @@ class Encoder(nn.Module):
 
         Parameters and shapes are those of :meth:`encode`, :meth:`stem` and :meth:`tail`.
         """
-        tokens = self.stem(self.prepare(pixels), n_unfrozen)
+        run = self._choose_pass(len(pixels), n_unfrozen)
+        tokens, pooled, embedding = run(self.prepare(pixels))
+        return tokens, pooled, embedding
+
+    def _choose_pass(
+        self, n_images: int, n_unfrozen: int | None
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Give the forward pass from normalised images: compiled, if it was for so many."""
+        own = partial(self._run_split, n_unfrozen) if n_unfrozen else self._run_whole
+        return self._compiled.get((n_images, n_unfrozen), own)
+
+    def _run_split(self, n_unfrozen: int, images: Tensor) -> tuple[Tensor, ...]:
+        tokens = self.stem(images, n_unfrozen)
         return tokens, *self.tail(tokens, n_unfrozen)
+
+    def _run_whole(self, images: Tensor) -> tuple[Tensor, ...]:
+        with self._autocast():
+            pooled, embedding = run_whole(self.visual, images)
+        return pooled.float(), embedding.float()
+
+    def compile_pass(self, n_images: int, n_unfrozen: int | None) -> float:
+        """Compile the forward pass for batches of exactly `n_images`; returns the seconds it took.
+
+        Batches of another size are computed as before. The weights are frozen into what is
+        compiled, so that :meth:`drop_compiled` must follow before they change. `n_unfrozen` is that
+        of :meth:`encode_with_tokens`, or None for :meth:`encode`. What is compiled is for the
+        number of threads that the calling thread computes with.
+
+        Raises
+        ------
+        EncoderError
+            There is no compiler on this machine, or it cannot compile this tower.
+        """
+        _require_compiler(self.device, self._name)
+        started = time.perf_counter()
+        n_unfrozen = n_unfrozen or (1 if self.is_splittable else None)
+        key, side = (n_images, n_unfrozen), self.preprocessing.image_size_px
+        try:
+            from torch._inductor import config  # as an option, it would come too late for tracing
+
+            run = torch.compile(self._choose_pass(*key), dynamic=False)
+            with torch.inference_mode(), config.patch(freezing=True):
+                run(self.prepare(torch.zeros(n_images, 3, side, side, dtype=torch.uint8)))
+        except Exception as error:  # of the compiler: they have nothing in common
+            raise EncoderError(f"{self._name} cannot be compiled: {first_line(error)}.") from error
+        self._compiled[key] = run
+        return time.perf_counter() - started
+
+    def drop_compiled(self) -> None:
+        """Compute as before :meth:`compile_pass`."""
+        self._compiled.clear()
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Normalise images as :meth:`encode` takes them into the input of :meth:`stem`."""
@@ -206,10 +262,14 @@ class Encoder(nn.Module):
         try:
             for parameter, values in kept if dtype is not None else ():
                 parameter.data = values.to(dtype)
+            if self._split is not None and (self.precision, self.device.type) == ("bf16", "cpu"):
+                self._split.quick_blocks = [self._split.quicken(b) for b in self._split.blocks]
             yield
         finally:
             for parameter, values in kept:
                 parameter.data = values
+            if self._split is not None:
+                self._split.quick_blocks = ()
 
     def _autocast(self, precision: Precision | None = None) -> torch.autocast:
         dtype = _AUTOCAST_DTYPES.get(precision or self.precision)
@@ -279,6 +339,17 @@ class Encoder(nn.Module):
                 f"{self._name} gives NaN or infinity for a black image in {self.precision}. "
                 f"The weights are damaged{remedy}."
             )
+
+
+def _require_compiler(device: torch.device, name: str) -> None:
+    """Raise EncoderError where torch.compile would not find its C++ compiler."""
+    own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler, *_ = shlex.split(os.environ.get("CXX", "")) or [own]
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise EncoderError(
+            f"{name} cannot be compiled: torch.compile needs a C++ compiler, and there is no "
+            f"{compiler} here. Install it, or name another in the environment variable CXX."
+        )
 
 
 def trainable_parameter_names(encoder: Encoder, n_unfrozen: int) -> list[str]:

@@ -5,6 +5,7 @@ Canaries are generated images. Their embeddings show whether an encoder still co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.errors import EncoderError
+
+logger = logging.getLogger(__name__)
 
 
 def encode_views(
@@ -68,6 +71,31 @@ def encoding_threads(device: torch.device) -> Iterator[tuple[ThreadPoolExecutor,
     finally:
         threads.shutdown(cancel_futures=True)
         torch.set_num_threads(n_cores)  # threads that start later take the number that was set last
+
+
+@contextmanager
+def compiled(
+    encoder: Encoder, threads: ThreadPoolExecutor, n_images: int, n_unfrozen: int | None
+) -> Iterator[float]:
+    """Have the encoder compiled for batches of `n_images` while the block runs.
+
+    It is compiled by one of the threads that will compute, since code is made for their number of
+    cores. `n_unfrozen` is that of :func:`encode_views`.
+
+    Yields
+    ------
+    float
+        Seconds that compiling took; 0 where it is not possible here, which is logged.
+    """
+    seconds = 0.0
+    try:
+        seconds = threads.submit(encoder.compile_pass, n_images, n_unfrozen).result()
+    except EncoderError as error:
+        logger.warning("%s It goes on without, at its usual speed.", error)
+    try:
+        yield seconds
+    finally:
+        encoder.drop_compiled()
 
 
 class FittingEncoder:

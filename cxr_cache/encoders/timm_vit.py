@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,9 @@ class TimmTower(SplitTower):
         ) and _is_plain_timm_block(self.blocks[-1])
         self.patch_grid = tuple(self._trunk.patch_embed.grid_size)
 
+    def quicken(self, block: nn.Module) -> nn.Module:
+        return _QuickBlock(block) if _may_be_quick(block) else block
+
     def embed(self, pixels: Tensor) -> Tensor:
         trunk = self._trunk
         tokens: Tensor = trunk.norm_pre(
@@ -255,6 +258,89 @@ def _is_plain_timm_block(block: nn.Module) -> bool:
         and type(block.attn) is Attention
         and {name for name, _ in block.attn.named_children()} <= known
     )
+
+
+def _may_be_quick(block: Any) -> bool:
+    """Whether :class:`_QuickBlock` computes what a block does, and this processor can."""
+    from timm.layers.mlp import Mlp
+
+    if not (_is_plain_timm_block(block) and type(block.mlp) is Mlp):
+        return False
+    absent = (block.attn.q_norm, block.attn.k_norm, getattr(block.attn, "norm", None))
+    return (
+        type(block.mlp.fc1) is nn.Linear
+        and all(part is None or isinstance(part, nn.Identity) for part in (*absent, block.mlp.norm))
+        and packs_bf16()
+    )
+
+
+def packs_bf16() -> bool:
+    """Whether torch has oneDNN, by the names that its compiler uses, and bf16 for this processor.
+
+    They are not public and may go, and builds of torch for Apple's processors have none.
+    """
+    names = ("_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight")
+    has_all = all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return has_all and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _QuickBlock(nn.Module):
+    """A plain block in bf16, for inference on a CPU, whose linear layers are cast to bf16 already.
+
+    Weights are laid out beforehand as oneDNN's products read them, and biases and GELU are computed
+    while a product's sums are in registers, which is what ``torch.compile`` does with frozen
+    weights. The sum over blocks and the scores of attention stay float32. Of a real tower
+    (DINOv2-small), embeddings with scores in bf16 miss a cosine of 0.9999 to those in fp32, and
+    single tokens with sums in bf16 fall to 0.998, for 1 % of the time.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self._block, attn, mlp = block, block.attn, block.mlp
+        self._qkv, self._proj = _PackedLinear(attn.qkv), _PackedLinear(attn.proj)
+        gelu = _name_gelu(mlp.act)
+        self._fc1, self._fc2 = _PackedLinear(mlp.fc1, gelu), _PackedLinear(mlp.fc2)
+        self._act = mlp.act if gelu is None else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        block = self._block
+        with torch.autocast("cpu", enabled=False):
+            tokens = tokens.float()
+            tokens = tokens + block.ls1(self._attend(block.norm1(tokens)))
+            tokens += block.ls2(self._fc2(self._act(self._fc1(block.norm2(tokens)))))
+        return tokens
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        q, k, v = split_heads(self._qkv(tokens), self._block.attn.num_heads)
+        mixed: Tensor = self._proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
+        return mixed
+
+
+def _name_gelu(activation: nn.Module) -> str | None:
+    """Give oneDNN's name of a kind of GELU; None for other functions."""
+    from timm.layers.activations import GELU, GELUTanh
+
+    if type(activation) is nn.GELU:
+        return str(activation.approximate)
+    return {GELU: "none", GELUTanh: "tanh"}.get(type(activation))
+
+
+class _PackedLinear(nn.Module):
+    """A linear layer in bf16, and the GELU that may follow it, by one product of oneDNN."""
+
+    def __init__(self, layer: nn.Linear, gelu: str | None = None) -> None:
+        super().__init__()
+        self._layer, self._gelu = layer, gelu
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16)
+        if torch.compiler.is_compiling():  # the compiler packs and joins by itself
+            product: Tensor = self._layer(x)
+            return product if self._gelu is None else F.gelu(product, approximate=self._gelu)
+        act = "none" if self._gelu is None else "gelu"
+        multiply = torch.ops.mkldnn._linear_pointwise
+        return cast(Tensor, multiply(x, self._packed, self._layer.bias, act, [], self._gelu))
 
 
 def _attend_with_class_token(attn: Any, tokens: Tensor) -> Tensor:

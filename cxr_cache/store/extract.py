@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
 from cxr_cache.encoders.encoding import (
     MIN_COSINE,
     FittingEncoder,
+    compiled,
     cosines,
     encoding_threads,
     largest_token,
@@ -80,6 +81,8 @@ class ExtractSummary(RowCounts):
     """Time that decoded batches waited for the encoder."""
     disk_s: float = 0.0
     """Time that passed waiting for files to be read, and for features to be written."""
+    compile_s: float = 0.0
+    """Time that passed before the first image while the encoder was compiled."""
     elapsed_s: float = 0.0
 
     def failure(self, config: ExtractConfig) -> str | None:
@@ -111,6 +114,8 @@ class ExtractSummary(RowCounts):
             lines.append(
                 f"  the device's memory took {self.largest_batch:,} images at a time, not a batch"
             )
+        if self.compile_s:
+            lines.append(f"  compiling the encoder took {self.compile_s:,.0f} s of the time below")
         waits = {"disk": self.disk_s, "decode": self.decode_s, "encoder": self.encode_s}
         shares = ", ".join(f"{name} {s / self.elapsed_s:.0%}" for name, s in waits.items())
         lines.append(
@@ -343,7 +348,11 @@ def _encoded_batches(
         closing(batches),
         encoder.cast_weights(),
         encoding_threads(encoder.device) as (threads, n_threads),
+        compiled(encoder, threads, min(config.batch_size, len(rows)), config.unfreeze_layers)
+        if config.compile and len(rows)
+        else nullcontext(0.0) as compile_s,
     ):
+        summary.compile_s += compile_s
         for batch in _timed(batches, summary):
             under_way.append((batch, threads.submit(_encode, store, batch, fitting, config)))
             if len(under_way) > n_threads:

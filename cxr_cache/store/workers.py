@@ -123,6 +123,11 @@ def extract_on_workers(
     config, workers = config or ExtractConfig(), workers or Workers()
     if config.part is not None:
         raise ConfigError("--part and --backend both split the image table. Give one of them.")
+    if config.compile:
+        raise ConfigError(
+            "--compile does not go with --backend: workers would compile the encoder again for "
+            "each part of the table, which takes as long as it saves. Leave one of them out."
+        )
     image_dir, store_path = Path(image_dir).resolve(), Path(store_path).absolute()
     folder = store_path.with_name(f"{store_path.name}.parts")
     check_backend(workers.backend, n_workers=workers.count(), scheduler=workers.scheduler)

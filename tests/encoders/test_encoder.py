@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -24,8 +26,11 @@ from torch import nn
 
 from cxr_cache.common import devices
 from cxr_cache.common.devices import resolve_device, resolve_precision
+from cxr_cache.datasets.images import read_image
 from cxr_cache.datasets.preprocessing import Preprocessing, normalise
+from cxr_cache.encoders import timm_vit
 from cxr_cache.encoders.encoder import Encoder, trainable_parameter_names
+from cxr_cache.encoders.encoding import cosines
 from cxr_cache.encoders.identity import EncoderIdentity
 from cxr_cache.encoders.loading import FAMILIES, load_encoder
 from cxr_cache.encoders.sources import Family, Source
@@ -306,7 +311,8 @@ def test_lower_precision_is_another_identity_and_still_gives_float32(tiny):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("vision_cfg", [TINY_VIT, TIMM_VIT], ids=["open_clip", "timm"])
-def test_weights_cast_beforehand_give_the_same_bits(tmp_path, vision_cfg, precision):
+def test_weights_cast_beforehand_give_the_same_features(tmp_path, vision_cfg, precision):
+    """The same bits, but where blocks of timm run in bf16 by other products, to its rounding."""
     encoder = load_encoder(write_open_clip_model(tmp_path / "m", vision_cfg), precision=precision)
     pixels = draw_pixels(2, encoder.preprocessing.image_size_px)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -314,11 +320,79 @@ def test_weights_cast_beforehand_give_the_same_bits(tmp_path, vision_cfg, precis
     with encoder.cast_weights():
         given = encoder.encode_with_tokens(pixels, 2)
         dtypes = {p.dtype for p in encoder.visual.parameters()}
-    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    is_quick = precision == "bf16" and vision_cfg is TIMM_VIT and timm_vit.packs_bf16()
+    for ours, theirs in zip(given, expected, strict=True):
+        assert torch.equal(ours, theirs) != is_quick
+        assert relative_error(ours, theirs) < 1e-2
     assert len(dtypes) == (1 if precision == "fp32" else 2)
     after = encoder.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+
+
+@pytest.fixture(params=["random", "real"])
+def pretrained(request, full_size) -> tuple[str, torch.Tensor]:
+    """BiomedCLIP's layout at full size with noise on noise, and DINOv2-small on radiographs."""
+    if request.param == "random":
+        return f"local-dir:{full_size['safetensors']}", draw_pixels(2, 224)
+    folder = request.getfixturevalue("shared_data")
+    paths = sorted((folder / "indiana_256").rglob("*.jpg"))[::1600]
+    name = f"local-dir:{folder.parent / 'encoders' / 'dinov2_small'}"
+    read = load_encoder(name, precision="fp32").preprocessing
+    pixels = [read_image(path.parent, path.name, read).pixels for path in paths]
+    return name, torch.from_numpy(np.stack(pixels))
+
+
+@pytest.mark.slow
+def test_bf16_keeps_the_directions_of_fp32(pretrained):
+    """As autocast computes it, and as an extraction does."""
+    name, pixels = pretrained
+    exact, bf16 = (load_encoder(name, precision=precision) for precision in ("fp32", "bf16"))
+    expected = exact.encode_with_tokens(pixels, 2)
+    with bf16.cast_weights():
+        given = bf16.encode_with_tokens(pixels, 2)
+    for tokens, _, embedding in (given, bf16.encode_with_tokens(pixels, 2)):
+        assert cosines(embedding.numpy(), expected[2].numpy()).min() >= 0.9999
+        assert np.median(cosines(tokens.numpy(), expected[0].numpy())) >= 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_bf16_keeps_its_directions_when_compiled(tiny):
+    bf16, pixels = load_encoder("random:test_vit:5", precision="bf16"), draw_pixels(2, 160)
+    expected = tiny.encode_with_tokens(pixels, 2)
+    with bf16.cast_weights():
+        assert bf16.compile_pass(2, 2) > 0
+        given = bf16.encode_with_tokens(pixels, 2)
+        bf16.drop_compiled()
+    for ours, theirs in zip(given, expected, strict=True):
+        assert cosines(ours.numpy(), theirs.numpy()).min() >= 0.9999
+
+
+@pytest.mark.skipif(not timm_vit.packs_bf16(), reason="oneDNN has no bf16 on this processor")
+@pytest.mark.parametrize("act_layer", ["gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.5}, {"qkv_bias": False}], ids=str)
+def test_blocks_in_bf16_are_those_of_timm(options, act_layer):
+    torch.manual_seed(0)
+    block = timm.models.vision_transformer.Block(
+        64, 4, act_layer=timm.layers.get_act_layer(act_layer), **{"qkv_bias": True} | options
+    )
+    block.eval().requires_grad_(False)
+    tokens = torch.randn(2, 17, 64)
+    before = tokens.clone()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = block(tokens)
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+        assert timm_vit._may_be_quick(block)
+        given = timm_vit._QuickBlock(block)(tokens)
+    assert given.dtype == torch.float32
+    assert torch.equal(tokens, before)
+    assert relative_error(given - tokens, expected - tokens) < 1e-2
+    with torch.inference_mode():
+        exact = block.float()(tokens)
+    assert cosines(given.numpy(), exact.numpy()).min() >= 0.9999
 
 
 def test_auto_precision_asks_the_processor(monkeypatch):

@@ -113,6 +113,56 @@ def test_workers_change_nothing(phantoms, cohort, encoder, tmp_path, reference):
     assert_same_store(tmp_path / "s.h5", reference)
 
 
+def test_without_a_compiler_the_extraction_goes_on(
+    phantoms, cohort, encoder, tmp_path, monkeypatch, caplog, reference
+):
+    monkeypatch.setenv("CXX", "absent-compiler --fast")
+    config = dataclasses.replace(QUICK, compile=True)
+    summary = extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "there is no absent-compiler here. Install it, or name another in" in said
+    assert said.endswith("It goes on without, at its usual speed.")
+    assert (summary.compile_s, "compiling" in summary.to_text()) == (0, False)
+    assert_same_store(tmp_path / "s.h5", reference)
+
+
+def test_what_cannot_be_compiled_is_computed_as_it_is(
+    phantoms, cohort, encoder, tmp_path, monkeypatch, caplog, reference
+):
+    def refuse(*_, **__):
+        raise RuntimeError("no such operator\nand a page of advice")
+
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    monkeypatch.setattr("torch.compile", refuse)
+    config = dataclasses.replace(QUICK, compile=True)
+    extract_embeddings(cohort, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        "random:test_vit:0 cannot be compiled: no such operator. "
+        "It goes on without, at its usual speed."
+    )
+    assert_same_store(tmp_path / "s.h5", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_images", [3, 10])
+def test_compiled_features_are_the_same_to_rounding(
+    phantoms, cohort, encoder, tmp_path, reference, n_images
+):
+    """In whole batches, in the one that is left over, and where there is no whole batch."""
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++")
+    some, config = cohort.take(slice(n_images)), dataclasses.replace(QUICK, compile=True)
+    summary = extract_embeddings(some, phantoms / "images", tmp_path / "s.h5", encoder, config)
+    assert f"compiling the encoder took {summary.compile_s:.0f} s" in summary.to_text()
+    assert 0 < summary.compile_s < summary.elapsed_s
+    with FeatureStore.open(tmp_path / "s.h5") as store:
+        for name in ("embeddings", "pooled"):
+            ours, theirs = store.read_column(name), reference.read_column(name)[:n_images]
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert not encoder._compiled  # the weights may change from here on
+
+
 def test_the_summary_adds_up(cohort, images, encoder, tmp_path):
     (images / cohort.image_ids[2]).unlink()
     (images / cohort.image_ids[5]).write_bytes(b"")

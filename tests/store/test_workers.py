@@ -310,9 +310,13 @@ def test_a_part_of_another_encoder_is_refused(phantoms, cohort, tmp_path, monkey
 
 
 def test_options_that_contradict_each_other_are_named(phantoms, cohort, tmp_path):
-    config = dataclasses.replace(QUICK, part=(1, 2))
-    with pytest.raises(ConfigError, match="--part and --backend both split the image table"):
-        extract_on_workers(cohort, phantoms / "images", tmp_path / "s.h5", OPTIONS, config)
+    for given, message in (
+        ({"part": (1, 2)}, "--part and --backend both split the image table"),
+        ({"compile": True}, "--compile does not go with --backend: .* Leave one of them out"),
+    ):
+        config = dataclasses.replace(QUICK, **given)
+        with pytest.raises(ConfigError, match=message):
+            extract_on_workers(cohort, phantoms / "images", tmp_path / "s.h5", OPTIONS, config)
     command = ["extract", "--csv-dir", phantoms, "--image-dir", phantoms / "images"]
     command += ["--store", tmp_path / "s.h5", "--workers", 2]
     result = CliRunner().invoke(cli, list(map(str, command)))
