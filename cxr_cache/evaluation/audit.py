@@ -49,6 +49,7 @@ _N_SHOWN: Final = 5
 _AND: Final = " and "
 _MIN_ROWS: Final = 3
 _COARSE_PX: Final = 16
+_ROWS_AT_ONCE: Final = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,12 +251,7 @@ def audit_store(
             f"--leakage trains on the images of {run and run.path}, and {store.path} holds others. "
             "Give the run's own store."
         )
-    require_memory(
-        2 * len(rows) * store.feature_shapes["embeddings"][1] * 4,
-        f"The embeddings of {count(len(rows), 'image')}, and the same less their mean,",
-        "Audit on a machine with so much, or parts of the data set as stores of their own.",
-    )
-    near = find_neighbours(np.array(store.embeddings[rows, 0]))
+    near = find_neighbours(_read_embeddings(store, rows), overwrite=True)
     facts, unreadable = _look_at(store, cohort, image_dir, config.n_jobs, on_progress)
     pairs = _find_pairs(np.array(store.read_column("image_sha256"))[rows], near, facts, config)
     outliers = pd.concat(
@@ -280,6 +276,21 @@ def audit_store(
         notes=tuple(describe_usual(facts.values())),
         overlap=overlap,
     )
+
+
+def _read_embeddings(store: FeatureStore, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Embeddings of the images as they are, without their mirror images, ``(N, D)``."""
+    width = store.feature_shapes["embeddings"][1]
+    require_memory(
+        len(rows) * width * 4,
+        f"The embeddings of {count(len(rows), 'image')} of {store.path}",
+        "Audit on a machine with so much, or parts of the data set as stores of their own.",
+    )
+    embeddings = np.empty((len(rows), width), np.float32)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        embeddings[part] = store.read_rows("embeddings", rows[part])[:, 0]
+    return embeddings
 
 
 def _join_run(

@@ -199,7 +199,9 @@ class Neighbourhood:
         return pairs[order], distances[order]
 
 
-def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) -> Neighbourhood:
+def find_neighbours(
+    embeddings: NDArray[np.float32], *, less_mean: bool = True, overwrite: bool = False
+) -> Neighbourhood:
     """Look up the nearest others of every image, by embeddings in the encoder's scale.
 
     They are finite, ``(N, D)``, N at least 3. `less_mean` subtracts their mean first; without it,
@@ -208,9 +210,13 @@ def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) 
     time with its square. Of more images, near others are found by
     :func:`cxr_cache.metrics.neighbours.search_cells`, in time that grows with N; and the nearest
     of all for some that are drawn, which tell what is usual, and for the :data:`N_EXACT` that are
-    furthest from what was found.
+    furthest from what was found. With `overwrite`, the embeddings are not in memory twice.
     """
-    centred = _centre(embeddings, less_mean)
+    centred = embeddings if overwrite else np.empty_like(embeddings, order="C")
+    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32) if less_mean else 0
+    for start in range(0, len(centred), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        centred[part] = to_unit_length(embeddings[part] - mean)
     everything = np.arange(len(centred))
     n_neighbours = min(N_NEIGHBOURS, len(centred) - 1)
     if len(centred) <= MOST_EXACT:
@@ -220,16 +226,6 @@ def find_neighbours(embeddings: NDArray[np.float32], *, less_mean: bool = True) 
     exact = np.union1d(drawn, np.argpartition(distances[:, -1], -N_EXACT)[-N_EXACT:])
     rows[exact], distances[exact] = _find_nearest(centred, exact, n_neighbours)
     return Neighbourhood(everything, rows, distances, drawn, exact)
-
-
-def _centre(embeddings: NDArray[np.float32], less_mean: bool) -> NDArray[np.float32]:
-    """Vectors of unit length, in memory once."""
-    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32) if less_mean else 0
-    centred = np.empty_like(embeddings, order="C")
-    for start in range(0, len(centred), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        centred[part] = to_unit_length(embeddings[part] - mean)
-    return centred
 
 
 def _find_nearest(

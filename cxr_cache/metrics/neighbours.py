@@ -60,13 +60,14 @@ def search_cells(
         own = members[member_starts[cell] : member_starts[cell + 1]]
         queries = asking[asking_starts[cell] : asking_starts[cell + 1]]
         of_own = np.ascontiguousarray(vectors[own].T)
-        for part in _split(queries, len(own)):
+        for part in _split(queries, max(len(own), vectors.shape[1])):
             _keep_nearest(rows, cosines, part, own, vectors[part] @ of_own)
     cosines[rows == np.arange(n_rows)[:, None]] = -2  # itself
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :n_neighbours]
     rows = np.take_along_axis(rows, order, axis=1)
     distances = 1 - np.take_along_axis(cosines, order, axis=1).astype(np.float64)
-    for part in _split(np.flatnonzero(distances.min(axis=1) < _NEAR), n_neighbours):
+    near = np.flatnonzero(distances.min(axis=1) < _NEAR)
+    for part in _split(near, n_neighbours * vectors.shape[1]):
         apart = vectors[part][:, None] - vectors[rows[part]]
         exact = np.square(apart, dtype=np.float64).sum(axis=-1) / 2
         distances[part] = np.where(rows[part] < 0, distances[part], exact)
@@ -77,7 +78,7 @@ def _find_probes(vectors: Vectors, centres: Vectors) -> NDArray[np.int32]:
     """Numbers of the nearest centres of every vector, the nearest first, ``(N, probes)``."""
     n_probes = min(_N_PROBES, len(centres))
     probed = np.empty((len(vectors), n_probes), np.int32)
-    for part in _split(np.arange(len(vectors)), len(centres)):
+    for part in _split(np.arange(len(vectors)), max(centres.shape)):
         cosines = vectors[part] @ centres.T
         nearest = np.argpartition(cosines, -n_probes, axis=1)[:, -n_probes:]
         order = np.argsort(-np.take_along_axis(cosines, nearest, axis=1), axis=1, kind="stable")
