@@ -144,7 +144,8 @@ def encode_file(store: FeatureStore, path: str, encoder: Encoder) -> EncodedFile
         pixels = decode_image(data, encoder.preprocessing).pixels
     except ImageError as error:
         raise ImageError(f"{path} cannot be used: {error}.") from error
-    _, embedding = encoder.encode(torch.from_numpy(pixels[None]))
+    with encoder.cast_weights():  # what is in the store was computed so
+        _, embedding = encoder.encode(torch.from_numpy(pixels[None]))
     return EncodedFile(path, embedding[0].cpu().numpy(), hashlib.sha256(data).digest())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -125,11 +126,14 @@ def predict_images(
         ids, pick = grouped.cohort.image_ids.tolist(), grouped.pick
     found = Rows(ids, names, pick, len(model.findings))
     distribution = run.load_distribution()
-    with Journal.opened(partial, run, found) as journal:
+    with Journal.opened(partial, run, found) as journal, ExitStack() as stack:
         journal.fill(found)
         todo = np.flatnonzero(~found.is_done)
         on_progress(len(ids) - len(todo), len(ids))
         predictor = Predictor(model, encoders)
+        # As the store was computed. Fine-tuned blocks share weights, in a precision of their own.
+        for one in encoders if model.tail is None else ():
+            stack.enter_context(one.cast_weights())
         for rows, decoded in _decode_ahead(found, todo, encoders):
             _predict_rows(found, rows, decoded, predictor, distribution)
             journal.add(found, rows)
