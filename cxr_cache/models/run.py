@@ -70,7 +70,7 @@ TableName = Literal[
 FINAL_FOLD: Final = "final"
 """What stands in the column `fold` of ``history.csv`` for the final model."""
 
-_PACKAGES: Final = ("cxr-cache", "torch", "numpy", "scikit-learn")
+_PACKAGES: Final = ("cxr-cache", "torch", "numpy", "numba", "scikit-learn")
 _CONFIG: Final = "config.json"
 _METRICS: Final = "metrics.json"
 _READS: Final = "test_reads.json"

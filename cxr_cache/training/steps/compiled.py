@@ -48,6 +48,7 @@ class CompiledSteps:
         logits
             Is given what the head says of every batch before the step, ``(S, B, F)``.
         """
+        assert logits.is_contiguous(), "a copy would be written"
         bank, optimizer, widths = self._bank, self._optimizer, self._bank.widths
         sign, weight = self._loss.prepare(targets)
         bits, lowest = bank.draw_bits(len(x), [x.shape[1] * width for width in widths[1:-1]])
@@ -65,7 +66,7 @@ class CompiledSteps:
             _Recipe(
                 rate=optimizer.rates_by_head[0],
                 decay=float(optimizer.weight_decays[0]),
-                max_norm=optimizer.max_grad_norm or math.inf,
+                max_norm=float(optimizer.max_grad_norm or math.inf),
                 gamma=np.float32(self._loss.gamma),
                 kept=np.float32(1 / (1 - bank.dropout)),
                 lowest=np.int16(lowest),
