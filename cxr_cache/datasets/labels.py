@@ -142,11 +142,13 @@ def parse_labels(
         A cell names something that is not among `findings`.
     """
     column_of = {normalise_name(finding): column for column, finding in enumerate(findings)}
-    targets = np.zeros((len(cells), len(findings)), np.float32)
-    for row, cell in enumerate(cells):
+    distinct = {cell: place for place, cell in enumerate(dict.fromkeys(cells))}  # of few kinds
+    targets = np.zeros((len(distinct), len(findings)), np.float32)
+    for place, cell in enumerate(distinct):
         names = _split_cell(cell) - NOT_SAID
         unknown = [name for name in names if name not in column_of]
         if unknown:
+            row = list(cells).index(cell)
             line = lines[row] if lines is not None else row + 1
             raise TableError(
                 f"{source}, line {line}: unknown finding {unknown[0]!r}"
@@ -154,10 +156,10 @@ def parse_labels(
                 "one column per finding (1, 0, or blank where unlabelled) instead of 'label'."
             )
         if names:
-            targets[row, [column_of[name] for name in names]] = 1
+            targets[place, [column_of[name] for name in names]] = 1
         else:
-            targets[row] = np.nan
-    return targets
+            targets[place] = np.nan
+    return targets[np.fromiter(map(distinct.__getitem__, cells), np.intp, len(cells))]
 
 
 def _split_cell(cell: str) -> set[str]:
