@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
+from joblib import cpu_count
 from numpy.typing import NDArray
 from scipy.special import expit
+from threadpoolctl import threadpool_limits
 
-from cxr_cache.config import Recipe
+from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.splits import Split
 from cxr_cache.training.fit import Rows
 from cxr_cache.training.search import Weighing, choose_candidate, score_fold
@@ -19,6 +22,8 @@ Array: TypeAlias = NDArray[np.float32]
 STRENGTHS: Final = (1e-4, 1e-3, 1e-2)
 """Candidates of C, the inverse strength of the L2 penalty as scikit-learn counts it."""
 _ROWS_AT_ONCE: Final = 1024
+_MUCH: Final = 2**28
+"""Bytes of features from which on no two folds are fitted at once."""
 _N_ITERATIONS: Final = 200
 _TOLERANCE: Final = 1e-8  # relative change of the loss, of which float32 tells no less
 
@@ -213,7 +218,7 @@ class LogisticBaseline(NamedTuple):
 
 
 def train_logistic(
-    data: Rows, split: Split, weighing: Weighing, config: Recipe
+    data: Rows, split: Split, weighing: Weighing, config: TrainConfig
 ) -> LogisticBaseline:
     """Train the baseline that stands beside a head.
 
@@ -221,15 +226,25 @@ def train_logistic(
     with a single model: the mean of the folds' regressions, the best of them, or one of all rows.
     """
     embeddings, targets = data.embeddings[0], data.targets
-    test, scores, of_folds = np.flatnonzero(split.is_test), [], []
-    for k in range(split.n_folds):
-        train, held_out = split.trained_on(k), split.held_out(k)
-        x = _Standardised.of(embeddings, train)
-        asked = replace(x, rows=np.concatenate([held_out, test]))
-        predicted = _predict_logistic(x, targets[train], asked, STRENGTHS)
+    test = np.flatnonzero(split.is_test)
+
+    def predict(k: int) -> list[Array]:
+        x = _Standardised.of(embeddings, split.trained_on(k))
+        asked = replace(x, rows=np.concatenate([split.held_out(k), test]))
+        return _predict_logistic(x, targets[x.rows], asked, STRENGTHS)
+
+    # A fold per core: products with as few columns as there are findings take longer on two cores
+    # than on one. Every fold has a copy of its rows.
+    n_cores = cpu_count() if config.n_jobs < 1 else config.n_jobs
+    n_at_once = 1 if embeddings.nbytes > _MUCH else min(n_cores, split.n_folds)
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(n_at_once) as pool:
+        predicted = list(pool.map(predict, range(split.n_folds)))
+    scores, of_folds = [], []
+    for k, by_strength in enumerate(predicted):
+        held_out = split.held_out(k)
         n = len(held_out)
-        scores.append([score_fold(targets[held_out], p[:n], weighing) for p in predicted])
-        of_folds.append([p[n:] for p in predicted])
+        scores.append([score_fold(targets[held_out], p[:n], weighing) for p in by_strength])
+        of_folds.append([p[n:] for p in by_strength])
     by_candidate = np.array(scores).T  # (C, K)
     best = choose_candidate(by_candidate)
     if config.final == "ensemble":
@@ -239,7 +254,8 @@ def train_logistic(
     else:
         train = np.flatnonzero(~split.is_test)
         x, chosen = _Standardised.of(embeddings, train), STRENGTHS[best : best + 1]
-        (final,) = _predict_logistic(x, targets[train], replace(x, rows=test), chosen)
+        with threadpool_limits(1, "blas"):
+            (final,) = _predict_logistic(x, targets[train], replace(x, rows=test), chosen)
     mean_auroc = float(by_candidate[best].mean())
     return LogisticBaseline(STRENGTHS[best], mean_auroc, final.astype(np.float32))
 
