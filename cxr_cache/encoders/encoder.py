@@ -241,7 +241,9 @@ class Encoder(nn.Module):
 
     def drop_compiled(self) -> None:
         """Compute as before :meth:`compile_pass`."""
-        self._compiled.clear()
+        if self._compiled:
+            self._compiled.clear()
+            torch._dynamo.reset()  # it would know the code again, and the weights frozen in it
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Normalise images as :meth:`encode` takes them into the input of :meth:`stem`."""

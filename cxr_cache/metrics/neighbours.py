@@ -71,7 +71,8 @@ def search_cells(
         apart = vectors[part][:, None] - vectors[rows[part]]
         exact = np.square(apart, dtype=np.float64).sum(axis=-1) / 2
         distances[part] = np.where(rows[part] < 0, distances[part], exact)
-    return rows, distances
+    order = np.argsort(distances, axis=1, kind="stable")
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
 def _find_probes(vectors: Vectors, centres: Vectors) -> NDArray[np.int32]:

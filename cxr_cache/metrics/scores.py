@@ -413,7 +413,8 @@ def number_names(names: Array) -> tuple[Array, NDArray[np.intp]]:
     """
     import pandas as pd  # which processes that train do without
 
-    codes, distinct = pd.factorize(names, sort=True)
+    native = names.astype(names.dtype.newbyteorder("="), copy=False)
+    codes, distinct = pd.factorize(native, sort=True, use_na_sentinel=False)
     return np.asarray(distinct, names.dtype), np.asarray(codes, np.intp)
 
 

@@ -229,7 +229,8 @@ class HeadBank(nn.Module):
         if self.dropout > 0:
             for head, generator in zip(bits, self.generators, strict=True):
                 head.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-        return bits.view(torch.int16), round(self.dropout * 2**16) - 2**15
+        lowest = min(round(self.dropout * 2**16) - 2**15, 2**15 - 1)  # of int16
+        return bits.view(torch.int16), lowest
 
     def as_sequential(self, h: int) -> nn.Sequential:
         """Head `h` as a plain ``nn.Sequential`` with its own copy of the weights."""

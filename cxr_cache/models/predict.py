@@ -21,6 +21,7 @@ from cxr_cache.common.files import WriterLock
 from cxr_cache.common.wording import count, describe_differences, find_differences, list_names
 from cxr_cache.datasets.cohort import Cohort, finding_table
 from cxr_cache.datasets.images import find_unused_bits, read_image
+from cxr_cache.datasets.raster.png import leave_to_pillow
 from cxr_cache.datasets.studies import group_by_study, read_studies
 from cxr_cache.encoders.encoder import Encoder
 from cxr_cache.encoders.encoding import decode_tokens
@@ -167,7 +168,7 @@ def _decode_ahead(
     found: Rows, todo: NDArray[np.intp], encoders: Sequence[Encoder]
 ) -> Iterator[tuple[NDArray[np.intp], dict[int, _Decoded]]]:
     """Rows batch by batch with their images, the next ones being read meanwhile, on all cores."""
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(cpu_count(), initializer=leave_to_pillow) as pool:
 
         def submit(rows: NDArray[np.intp]) -> dict[int, Future[_Decoded]]:
             images = found.pick(rows)[0].tolist()

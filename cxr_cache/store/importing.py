@@ -30,6 +30,7 @@ _DAMAGED = (  # what zipfile and numpy raise on damaged or dishonest files
     MemoryError,
     NotImplementedError,
     OSError,
+    RuntimeError,  # encrypted
     TypeError,
     ValueError,
     zipfile.BadZipFile,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
@@ -199,9 +200,9 @@ class HeadFit:
     def _compile(self, config: TrainConfig, n_steps: int) -> CompiledSteps | None:
         """Steps in one loop, where that can be and pays."""
         if (
-            not can_compile(config, len(self._rows), self._bank.flat.device)
-            or n_steps * estimate_step(config.batch_size) < _WORTH_COMPILING
+            n_steps * estimate_step(config.batch_size) < _WORTH_COMPILING
             or self._bank.flat.dtype != torch.float32
+            or not can_compile(config, len(self._rows), self._bank.flat.device)
         ):
             return None
         from cxr_cache.training.steps.compiled import CompiledSteps
@@ -382,14 +383,27 @@ def _one_thread(*, blas: bool) -> Iterator[None]:
 
 
 def can_compile(config: TrainConfig, n_heads: int, device: torch.device) -> bool:
-    """Whether a head's steps can be compiled: it is alone, on the CPU, and numba is installed."""
+    """Whether a head's steps can be compiled: it is alone, on the CPU, and numba is there."""
     return (
         n_heads == 1
         and device.type == "cpu"
         and config.norm == "batch"
         and config.loss in FOCAL_LOSSES
-        and find_spec("numba") is not None
+        and _has_numba()
     )
+
+
+@cache
+def _has_numba() -> bool:
+    """Whether numba can be imported; an old one refuses a new numpy, which is said."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        import numba  # noqa: F401
+    except Exception as error:
+        logger.warning("Training goes on without compiled steps: %s", error)
+        return False
+    return True
 
 
 def estimate_step(batch_size: int) -> float:

@@ -107,6 +107,19 @@ def test_what_does_not_fit_is_said(tmp_path, arrays, message):
     assert not (tmp_path / "s.h5").exists()
 
 
+def test_an_encrypted_file_is_refused(tmp_path):
+    path = tmp_path / "e.npz"
+    np.savez(path, image_id=["a"], embeddings=np.ones((1, 2)))
+    content = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := content.find(mark, at + 1)) >= 0:
+            content[at + flags] |= 1
+    path.write_bytes(content)
+    with pytest.raises(TableError, match=r"e\.npz cannot be read as an \.npz file: .*encrypted"):
+        import_embeddings(path, make_cohort(4), tmp_path / "s.h5")
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_damaged_files_are_refused(tmp_path, seed):
     cohort, rng = make_cohort(4), np.random.default_rng(seed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -157,7 +159,7 @@ def test_what_can_be_compiled(change, n_heads, device, can):
 
 
 def test_without_numba_torch_takes_the_steps(always, monkeypatch):
-    monkeypatch.setattr(fit_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(fit_module, "_has_numba", lambda: False)
     fit = make_fit(draw_rows(60))
     fit.run()
 
@@ -181,3 +183,27 @@ def test_compiled_steps_are_faster(monkeypatch):
             of.append(time.perf_counter() - started)
 
     assert min(seconds[math.inf]) > 1.2 * min(seconds[0.0])
+
+
+def test_a_numba_that_cannot_be_imported_is_named_and_left_out(tmp_path, monkeypatch, caplog):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less.')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numba")
+    fit_module._has_numba.cache_clear()
+    assert not can_compile(QUICK, 1, torch.device("cpu"))
+    assert "without compiled steps: Numba needs NumPy 2.3 or less." in caplog.text
+    fit_module._has_numba.cache_clear()
+
+
+def test_a_process_that_begins_with_compiled_steps_keeps_to_one_thread():
+    """Numba loads the BLAS of its products late, which must not be after threads were limited."""
+    code = (
+        "import cxr_cache.training.steps.compiled; from threadpoolctl import threadpool_info; "
+        "print([found['filepath'] for found in threadpool_info()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "scipy" in done.stdout
+
+
+def test_nearly_everything_can_be_dropped(always):
+    make_fit(draw_rows(60), dropout=0.999999).run()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -30,6 +31,16 @@ _DECODERS: Final = {
 _PLAIN: Final = {b"IHDR", b"IDAT", b"IEND", b"tIME", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"bKGD"}
 _MAX_TEXT_BYTES: Final = 1024
 
+_thread: Final = threading.local()
+
+
+def leave_to_pillow() -> None:
+    """Have this thread decode by Pillow alone, as threads should that decode side by side.
+
+    kornia-rs holds the interpreter's lock while it decodes, so that they would take turns.
+    """
+    _thread.leaves = True
+
 
 def decode_png(data: bytes) -> Image.Image | None:
     """Decode a plain PNG, whose checksums have been compared.
@@ -46,6 +57,8 @@ def decode_png(data: bytes) -> Image.Image | None:
         installed or refuses the file, it is no PNG, or one of another kind of colours, of
         interlaced rows, or with chunks that may matter.
     """
+    if getattr(_thread, "leaves", False):
+        return None
     decoder = _DECODERS.get((data[24], data[25])) if data.startswith(b"\x89PNG") else None
     kornia = _import_kornia() if decoder and data[28] == 0 else None
     if decoder is None or kornia is None or not _is_plain(data):

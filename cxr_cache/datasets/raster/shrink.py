@@ -21,6 +21,10 @@ _MAX_SUPPORT: Final = 3
 """Of Pillow's filters, in pixels of the smaller image to either side: that of Lanczos."""
 _MIN_RATIO: Final = 2
 """Of widths; of images that shrink less, few pixels enter a sum, and Pillow is as fast."""
+_MAX_RATIO: Final = 64
+"""Of widths; to ask for weights takes memory that grows with its square."""
+_MAX_HEIGHT: Final = 1.4
+"""Of images over their width; of taller ones Pillow resizes the rows first, from some 1.5 on."""
 _GROUP: Final = 8
 """Columns of the result per product: of more, the sums hold many weights of 0."""
 _STRIP: Final = 1 << 19
@@ -42,14 +46,16 @@ def shrink(picture: Image.Image, size: tuple[int, int], method: Image.Resampling
     Parameters
     ----------
     picture
-        Of any mode. Only 8-bit grey (``L``) that becomes at most half as wide is resized here, all
-        others by Pillow.
+        Of any mode. Only 8-bit grey (``L``), not much taller than wide, that becomes at most half
+        as wide is resized here, all others by Pillow.
     size
         Width and height of the result.
     method
         Pillow's filter, not ``NEAREST``.
     """
-    if picture.mode != "L" or picture.width < _MIN_RATIO * size[0]:
+    ratio = picture.width / size[0]
+    is_tall = picture.height > _MAX_HEIGHT * picture.width
+    if picture.mode != "L" or not _MIN_RATIO <= ratio <= _MAX_RATIO or is_tall:
         return picture.resize(size, method)
     # Pillow, too, has the columns first, rounds, and then resizes what has become much smaller
     return Image.fromarray(_narrow(picture, size[0], method)).resize(size, method)

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numba
 import numpy as np
+import scipy.linalg.cython_blas  # noqa: F401 - its BLAS is there when threads are limited
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
