@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
-from joblib import cpu_count
+import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from cxr_cache.config import TrainConfig
 from cxr_cache.datasets.splits import Split
-from cxr_cache.training.fit import Rows
+from cxr_cache.training.fit import InputStatistics, Rows
+from cxr_cache.training.fit_on_cores import count_cores
 from cxr_cache.training.search import Weighing, choose_candidate, score_fold
 
 Array: TypeAlias = NDArray[np.float32]
@@ -66,16 +67,9 @@ class _Standardised:
 
     @classmethod
     def of(cls, features: Array, rows: NDArray[np.intp]) -> _Standardised:
-        """Standardise rows by their own mean and spread; what never varies keeps its width."""
-        total, squares = np.zeros((2, features.shape[1]))
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = features[rows[start : start + _ROWS_AT_ONCE]].astype(np.float64)
-            total += part.sum(axis=0)
-            squares += np.square(part).sum(axis=0)
-        mean = total / len(rows)
-        spread = np.sqrt(np.maximum(squares / len(rows) - np.square(mean), 0))
-        spread = np.where(spread > 1e-6 * np.abs(mean), spread, 1)  # less is rounding
-        return cls(features, rows, mean.astype(np.float32), spread.astype(np.float32))
+        """Standardise rows as a head's inputs are, by their own mean and spread."""
+        found = InputStatistics.of(torch.from_numpy(features), [torch.from_numpy(rows)])
+        return cls(features, rows, found.mean[0, 0].numpy(), found.std[0, 0].numpy())
 
     def parts(self) -> Iterator[tuple[slice, Array]]:
         """Where each part begins and ends among the n, and its standardised values."""
@@ -228,17 +222,21 @@ def train_logistic(
     embeddings, targets = data.embeddings[0], data.targets
     test = np.flatnonzero(split.is_test)
 
-    def predict(k: int) -> list[Array]:
-        x = _Standardised.of(embeddings, split.trained_on(k))
-        asked = replace(x, rows=np.concatenate([split.held_out(k), test]))
-        return _predict_logistic(x, targets[x.rows], asked, STRENGTHS)
+    def predict(
+        train: NDArray[np.int64], asked: NDArray[np.int64], strengths: tuple[float, ...]
+    ) -> list[Array]:
+        x = _Standardised.of(embeddings, train)
+        return _predict_logistic(x, targets[train], replace(x, rows=asked), strengths)
+
+    def predict_fold(k: int) -> list[Array]:
+        asked = np.concatenate([split.held_out(k), test])
+        return predict(split.trained_on(k), asked, STRENGTHS)
 
     # A fold per core: products with as few columns as there are findings take longer on two cores
     # than on one. Every fold has a copy of its rows.
-    n_cores = cpu_count() if config.n_jobs < 1 else config.n_jobs
-    n_at_once = 1 if embeddings.nbytes > _MUCH else min(n_cores, split.n_folds)
+    n_at_once = 1 if embeddings.nbytes > _MUCH else min(count_cores(config), split.n_folds)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(n_at_once) as pool:
-        predicted = list(pool.map(predict, range(split.n_folds)))
+        predicted = list(pool.map(predict_fold, range(split.n_folds)))
     scores, of_folds = [], []
     for k, by_strength in enumerate(predicted):
         held_out = split.held_out(k)
@@ -252,10 +250,8 @@ def train_logistic(
     elif config.final == "best-fold":
         final = of_folds[int(by_candidate[best].argmax())][best]
     else:
-        train = np.flatnonzero(~split.is_test)
-        x, chosen = _Standardised.of(embeddings, train), STRENGTHS[best : best + 1]
         with threadpool_limits(1, "blas"):
-            (final,) = _predict_logistic(x, targets[train], replace(x, rows=test), chosen)
+            (final,) = predict(np.flatnonzero(~split.is_test), test, STRENGTHS[best : best + 1])
     mean_auroc = float(by_candidate[best].mean())
     return LogisticBaseline(STRENGTHS[best], mean_auroc, final.astype(np.float32))
 

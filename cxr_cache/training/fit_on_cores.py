@@ -49,7 +49,7 @@ def fit_on_cores(
     n_steps, n_told = count_steps(tasks, config.batch_size), [0] * len(tasks)
     options: dict[str, Any] = {"n_epochs": n_epochs, "n_steps": n_steps, "keep": keep}
     device = resolve_device(config.device)
-    n_cores = min(cpu_count() if config.n_jobs < 1 else config.n_jobs, len(tasks))
+    n_cores = min(count_cores(config), len(tasks))
     # As many turns as let the cores finish together, and twice that, to show progress.
     turn = -(-n_epochs * math.gcd(len(tasks), n_cores) // (2 * n_cores))
     work = n_epochs * n_steps * len(tasks) * estimate_step(config.batch_size)
@@ -77,6 +77,11 @@ def fit_on_cores(
             n_told = _tell_of_epochs(tasks, reached, n_told)
             on_epochs(sum(state["epoch"] for state in states))
     return [state["trajectories"][0] for state in states]
+
+
+def count_cores(config: TrainConfig) -> int:
+    """How many cores a training may use at once."""
+    return cpu_count() if config.n_jobs < 1 else config.n_jobs
 
 
 def _tell_of_epochs(

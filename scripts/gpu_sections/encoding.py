@@ -41,7 +41,7 @@ from gpu_sections.measuring import (
     failure,
     speed_of,
 )
-from gpu_sections.training import config_for, tuning_speed
+from gpu_sections.training import config_for, time_tuning
 
 COMPILED: Final = ("BiomedCLIP, ViT-B/16, 224 px", "DINOv3 ViT-B/16, rotary positions, 256 px")
 """Of all kinds; each takes half a minute."""
@@ -78,7 +78,7 @@ def _check_kind(setup: Setup, name: str, kind: Kind) -> Iterator[Row]:
     config = config_for(setup, "bf16", batch_size // 2)
     source = ResidentTokens(draw_tokens(encoder, n))
     case = f"{name}: bf16, batch {config.batch_size}, fine-tuning from tokens"
-    yield attempt(setup, case, partial(tuning_speed, setup, encoder, source, config, n))
+    yield time_tuning(setup, case, encoder, source, config, n)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

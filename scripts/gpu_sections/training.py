@@ -78,6 +78,18 @@ def tuning_speed(
     return n_seen / seconds
 
 
+def time_tuning(
+    setup: Setup,
+    case: str,
+    encoder: Encoder,
+    source: TokenSource,
+    config: FinetuneConfig,
+    n_rows: int,
+) -> Row:
+    """A row of :func:`tuning_speed`."""
+    return attempt(setup, case, partial(tuning_speed, setup, encoder, source, config, n_rows))
+
+
 class ResidentPixels:
     """Decoded images on the device, through the frozen stem for every batch."""
 
@@ -106,18 +118,14 @@ def check_tuning(setup: Setup) -> Iterator[Row]:
             for batch_size, n in sizes:
                 config = config_for(setup, mode, batch_size)
                 source: TokenSource = ResidentTokens(tokens[:n])
-                yield attempt(
-                    setup,
-                    f"{mode}, batch {batch_size}, from tokens",
-                    partial(tuning_speed, setup, encoder, source, config, n),
+                yield time_tuning(
+                    setup, f"{mode}, batch {batch_size}, from tokens", encoder, source, config, n
                 )
             for batch_size, n in setup.pick(((16, 512), (64, 1024)), ((4, 8),)):
                 config = config_for(setup, mode, batch_size)
                 source = ResidentPixels(encoder, draw_pixels(encoder, n).to(setup.device))
-                yield attempt(
-                    setup,
-                    f"{mode}, batch {batch_size}, end to end",
-                    partial(tuning_speed, setup, encoder, source, config, n),
+                yield time_tuning(
+                    setup, f"{mode}, batch {batch_size}, end to end", encoder, source, config, n
                 )
 
 
@@ -132,13 +140,13 @@ def check_class_token(setup: Setup) -> Iterator[Row]:
             for only, title in ((True, "class token only"), (False, "all tokens")):
                 split.reads_class_token_only = only
                 try:
-                    yield attempt(
+                    yield time_tuning(
                         setup,
                         f"{mode}, last block for {title}",
-                        partial(
-                            tuning_speed,
-                            *(setup, encoder, tokens, config_for(setup, mode, batch_size), n),
-                        ),
+                        encoder,
+                        tokens,
+                        config_for(setup, mode, batch_size),
+                        n,
                     )
                 finally:
                     split.reads_class_token_only = True
@@ -166,10 +174,13 @@ def check_places(setup: Setup) -> Iterator[Row]:
                 config = config_for(setup, "bf16", batch_size)
                 for place in ("device", "ram", "disk"):
                     source = open_tokens(store, np.arange(n), setup.device, place)
-                    yield attempt(
+                    yield time_tuning(
                         setup,
                         f"bf16, batch {batch_size}, tokens in: {place}",
-                        partial(tuning_speed, setup, encoder, source, config, n),
+                        encoder,
+                        source,
+                        config,
+                        n,
                     )
 
 
@@ -187,10 +198,13 @@ def check_memory(setup: Setup) -> Iterator[Row]:
                     config = config_for(setup, mode, batch_size, grad_checkpointing=checkpointing)
                     config = replace(config, unfreeze_layers=n_unfrozen)
                     title = "checkpointed" if checkpointing else "activations kept"
-                    yield attempt(
+                    yield time_tuning(
                         setup,
                         f"{mode}, batch {batch_size}, {n_unfrozen} blocks, {title}",
-                        partial(tuning_speed, setup, encoder, tokens, config, n),
+                        encoder,
+                        tokens,
+                        config,
+                        n,
                     )
 
 
